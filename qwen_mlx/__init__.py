@@ -1,1 +1,62 @@
-"""Qwen2.5 on MLX."""
+"""Qwen2.5 on Apple's MLX.
+
+    from qwen_mlx import load, generate, stream_generate
+    model, tokenizer = load()
+    print(generate(model, tokenizer, "Reverse a string in Python."))
+
+Names are imported when first used (PEP 562), so that `--help` never waits for MLX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .errors import GGUFError, QwenMLXError
+    from .generation import GenerationChunk, generate, stream_generate
+    from .loading import load
+    from .model import Qwen2
+    from .sampling import SamplingSettings
+    from .tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "GGUFError": "errors",
+    "GenerationChunk": "generation",
+    "ModelConfig": "config",
+    "Qwen2": "model",
+    "QwenMLXError": "errors",
+    "SamplingSettings": "sampling",
+    "Tokenizer": "tokenizer",
+    "generate": "generation",
+    "load": "loading",
+    "stream_generate": "generation",
+}
+
+__all__ = [
+    "GGUFError",
+    "GenerationChunk",
+    "ModelConfig",
+    "Qwen2",
+    "QwenMLXError",
+    "SamplingSettings",
+    "Tokenizer",
+    "generate",
+    "load",
+    "stream_generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

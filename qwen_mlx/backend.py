@@ -1,0 +1,41 @@
+"""The one place that imports MLX: `from .backend import mx, nn`.
+
+On a CPU a fast BLAS must be in the process before MLX is loaded (see blas.py), and a Linux machine without one of MLX's
+backends deserves a sentence instead of a linker's message.
+"""
+
+from . import blas
+from .errors import QwenMLXError
+
+blas.preload()
+
+try:
+    import mlx.core as mx
+    from mlx import nn
+except ImportError as error:
+    raise QwenMLXError(
+        f"MLX cannot be loaded ({error}); on Linux install exactly one of its backends: "
+        "pip install 'qwen_mlx[cpu]', 'qwen_mlx[cuda12]' or 'qwen_mlx[cuda13]'."
+    ) from None
+
+__all__ = ["describe", "mx", "nn"]
+
+
+def describe() -> str:
+    """The backend in words, for statistics lines: "CPU", "Metal (Apple M3 Pro)" or "CUDA (NVIDIA H100)"."""
+    if mx.default_device() == mx.cpu:
+        return "CPU"
+    name = "Metal" if mx.metal.is_available() else "CUDA"
+    device = mx.device_info().get("device_name", "")
+    return f"{name} ({device})" if device else name
+
+
+def peak_memory() -> int:
+    """The most memory used so far, in bytes: of the process on a CPU, of MLX's allocator on a GPU."""
+    if mx.default_device() != mx.cpu:
+        return int(mx.get_peak_memory())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

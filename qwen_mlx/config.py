@@ -1,0 +1,212 @@
+"""The shape of a Qwen2 model, read from GGUF metadata or from a Hugging Face config.json, validated, with no defaults
+for what a file must say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import GGUFError, QwenMLXError
+from .gguf.reader import GGUFFile
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How positions beyond the trained context are reached. Field names as in Hugging Face's config.json.
+
+    `type` is "linear" (positions divided by `factor`) or "yarn" (Peng et al. 2023, arXiv:2309.00071).
+    `attention_factor` None means YaRN's own 0.1 ln(factor) + 1.
+    """
+
+    type: str
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that tells one Qwen2 checkpoint from another; sizes are in elements, context in tokens."""
+
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    mlp_bias: bool = False
+    sliding_window: int | None = None  # tokens, for the layers from max_window_layers on
+    max_window_layers: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+        for name in (*sizes, "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise QwenMLXError(f"{name} is {value!r}, expected a positive integer.")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise QwenMLXError(f"{name} is {value!r}, expected a positive number.")
+        if self.n_heads % self.n_kv_heads:
+            raise QwenMLXError(f"n_heads is {self.n_heads}, expected a multiple of n_kv_heads, {self.n_kv_heads}.")
+        if self.head_dim % 2:
+            raise QwenMLXError(f"head_dim is {self.head_dim}, expected an even number (RoPE rotates pairs).")
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> ModelConfig:
+        """Reads the `qwen2.*` metadata; vocabulary size, tied head and FFN biases are what the tensors say.
+
+        Raises GGUFError naming the key for another architecture, a missing key or a value of the wrong type.
+        """
+        metadata, where = file.metadata, file.path
+        architecture = metadata.get("general.architecture")
+        if architecture != "qwen2":
+            raise GGUFError(
+                f"{where}: general.architecture is {architecture!r}, expected 'qwen2' (Qwen2, Qwen2.5 and the "
+                "distillations that share it)."
+            )
+
+        def get(key: str, kind: type, default: Any = None, required: bool = True) -> Any:
+            value = metadata.get(f"qwen2.{key}", default)
+            if value is None and required:
+                raise GGUFError(f"{where}: metadata field 'qwen2.{key}' is missing; convert the model again.")
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise GGUFError(f"{where}: metadata field 'qwen2.{key}' is {value!r}, expected {kind.__name__}.")
+            return value
+
+        embeddings = file.tensors.get("token_embd.weight")
+        if embeddings is None or len(embeddings.shape) != 2:
+            raise GGUFError(
+                f"{where}: tensor 'token_embd.weight' (vocabulary, hidden) is missing; convert the model again."
+            )
+        hidden_size = get("embedding_length", int)
+        n_heads = get("attention.head_count", int)
+        head_dim = get("attention.key_length", int, hidden_size // n_heads if n_heads > 0 else 0)
+        if get("attention.value_length", int, head_dim) != head_dim:
+            raise GGUFError(
+                f"{where}: qwen2.attention.value_length differs from the key length, {head_dim}; Qwen2 has one."
+            )
+        rope_dim = get("rope.dimension_count", int, head_dim)
+        if rope_dim != head_dim:
+            raise GGUFError(f"{where}: qwen2.rope.dimension_count is {rope_dim}, expected the head size {head_dim}.")
+        context_length = get("context_length", int)
+        scaling, scaling_type = None, metadata.get("qwen2.rope.scaling.type", "none")
+        if scaling_type not in ("none", "linear", "yarn"):
+            raise GGUFError(
+                f"{where}: qwen2.rope.scaling.type is {scaling_type!r}, expected 'none', 'linear' or 'yarn'."
+            )
+        if scaling_type != "none":
+            scaling = RopeScaling(
+                type=scaling_type,
+                factor=get("rope.scaling.factor", float),
+                original_max_position_embeddings=get("rope.scaling.original_context_length", int, context_length),
+                attention_factor=get("rope.scaling.attn_factor", float, required=False),
+            )
+        try:
+            return cls(
+                hidden_size=hidden_size,
+                intermediate_size=get("feed_forward_length", int),
+                n_layers=get("block_count", int),
+                n_heads=n_heads,
+                n_kv_heads=get("attention.head_count_kv", int),
+                head_dim=head_dim,
+                vocab_size=embeddings.shape[0],
+                rms_norm_eps=get("attention.layer_norm_rms_epsilon", float),
+                rope_theta=get("rope.freq_base", float),
+                max_position_embeddings=context_length,
+                tie_word_embeddings="output.weight" not in file.tensors,
+                rope_scaling=scaling,
+                mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+            )
+        except GGUFError:
+            raise
+        except QwenMLXError as error:
+            raise GGUFError(f"{where}: {error}") from None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Reads `config.json` as transformers writes it, in the older form and that of transformers 5 (`rope_parameters`).
+
+        Raises QwenMLXError naming the file and the key.
+        """
+        path = folder / "config.json"
+        raw = read_json(path)
+
+        def get(key: str, default: Any = None) -> Any:
+            value = raw.get(key, default)
+            if value is None:
+                raise QwenMLXError(f"{path}: {key!r} is missing; this is not a complete Qwen2 configuration.")
+            return value
+
+        if raw.get("model_type") != "qwen2":
+            raise QwenMLXError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2'.")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise QwenMLXError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'.")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_theta = rope.get("rope_theta", raw.get("rope_theta"))
+        if rope_theta is None:
+            raise QwenMLXError(f"{path}: 'rope_theta' is missing; this is not a complete Qwen2 configuration.")
+        context_length = get("max_position_embeddings")
+        try:
+            n_heads, hidden_size = get("num_attention_heads"), get("hidden_size")
+            return cls(
+                hidden_size=hidden_size,
+                intermediate_size=get("intermediate_size"),
+                n_layers=get("num_hidden_layers"),
+                n_heads=n_heads,
+                n_kv_heads=get("num_key_value_heads"),
+                head_dim=raw.get("head_dim") or hidden_size // n_heads,
+                vocab_size=get("vocab_size"),
+                rms_norm_eps=get("rms_norm_eps"),
+                rope_theta=rope_theta,
+                max_position_embeddings=context_length,
+                tie_word_embeddings=get("tie_word_embeddings"),
+                rope_scaling=_rope_scaling(rope, context_length, path),
+                mlp_bias=raw.get("mlp_bias", False),
+                sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window") else None,
+                max_window_layers=raw.get("max_window_layers", 0),
+            )
+        except (QwenMLXError, TypeError, ZeroDivisionError) as error:
+            message = str(error)
+            raise QwenMLXError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def _rope_scaling(rope: Mapping[str, Any], context_length: int, path: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise QwenMLXError(f"{path}: rope type is {kind!r}, expected 'default', 'linear' or 'yarn'.")
+    if "factor" not in rope:
+        raise QwenMLXError(f"{path}: rope scaling of type {kind!r} has no 'factor'.")
+    optional = {key: rope[key] for key in ("attention_factor", "beta_fast", "beta_slow") if rope.get(key) is not None}
+    original = rope.get("original_max_position_embeddings") or context_length
+    return RopeScaling(kind, rope["factor"], original, **optional)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; QwenMLXError, naming the file, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QwenMLXError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    except ValueError as error:
+        raise QwenMLXError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise QwenMLXError(f"{path}: holds {type(value).__name__}, expected a JSON object.")
+    return value

@@ -1,0 +1,139 @@
+"""`python -m qwen_mlx.generate`: text from a prompt, on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from . import cli, hub
+from .errors import QwenMLXError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    p = cli.Parser(
+        prog="python -m qwen_mlx.generate",
+        description="Generate text with Qwen2.5 on MLX. Without --model: Qwen2.5-Coder-0.5B-Instruct, fetched once.",
+    )
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads standard input")
+    source.add_argument("--prompt-file", "-f", metavar="FILE", help="read the prompt from a UTF-8 file")
+    source.add_argument("--list-models", action="store_true", help="show the models that are on this machine")
+    p.add_argument(
+        "--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id (org/repo[:quant])"
+    )
+    p.add_argument("--system", metavar="TEXT", help="system message")
+    p.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
+    p.add_argument("--max-tokens", "-n", type=int, default=512, metavar="N", help="tokens at most (default 512)")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (can be repeated)")
+    p.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable on one backend")
+    sampling = p.add_argument_group("sampling (default: what the model's file or family says)")
+    sampling.add_argument("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens; 0 is off")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest that reach P; 1 is off")
+    sampling.add_argument(
+        "--min-p", type=float, metavar="P", help="drop tokens less likely than P times the best; 0 is off"
+    )
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="over 1 discourages repeats; 1 is off")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on CPU, bfloat16 on GPU"
+    )
+    p.add_argument("--verbose", "-v", action="store_true", help="say what is used: model, dtype, sampling, libraries")
+    return p
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The prompt's text from wherever it was said to be. Raises QwenMLXError if it cannot be read, or is not UTF-8."""
+    try:
+        if arguments.prompt_file is not None:
+            where = arguments.prompt_file
+            with open(where, "rb") as file:
+                data = file.read()
+        elif arguments.prompt == "-":
+            where, data = "standard input", sys.stdin.buffer.read()
+        elif arguments.prompt is not None:
+            where, data = "--prompt", arguments.prompt.encode("utf-8", "surrogateescape")
+        else:
+            raise QwenMLXError("no prompt: give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE.")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise QwenMLXError(f"{arguments.prompt_file}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise QwenMLXError(f"{where}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start}).") from None
+
+
+def list_models() -> None:
+    """Prints the models that are cached on this machine, one a line."""
+    models = hub.cached_models()
+    for model in models:
+        print(model)
+    if not models:
+        print(f"no models yet in {hub.cache_folder()}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
+    arguments = parser().parse_args(argv)
+    if arguments.list_models:
+        list_models()
+        return 0
+    prompt = read_prompt(arguments)
+    if arguments.max_tokens < 1:
+        raise QwenMLXError(f"--max-tokens is {arguments.max_tokens}, expected 1 or more.")
+    path = hub.resolve(arguments.model)
+
+    from . import backend, blas
+    from .generation import GenerationStats, stream_generate
+    from .loading import load
+    from .sampling import SamplingSettings
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    SamplingSettings().override(**sampling)  # refuses an impossible value before the model is loaded
+    line = cli.ProgressLine("Loading")
+    try:
+        model, tokenizer = load(path, dtype=arguments.dtype, progress=line)
+    finally:
+        line.clear()
+    if arguments.verbose:
+        dtype = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
+        print(f"model: {path} ({dtype})", file=sys.stderr)
+        print(f"sampling: {model.generation_defaults.override(**sampling)}", file=sys.stderr)
+        print(f"backend: {backend.describe()}; BLAS: {blas.report()}", file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of failing
+    stats = GenerationStats()
+    interrupted = False
+    line = cli.ProgressLine("Reading the prompt")
+    try:
+        for chunk in stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=arguments.max_tokens,
+            system=arguments.system,
+            raw=arguments.raw,
+            stop=arguments.stop,
+            seed=arguments.seed,
+            progress=line,
+            **sampling,
+        ):
+            stats = chunk.stats
+            print(chunk.text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        line.clear()
+    print(flush=True)
+    print(
+        f"prompt: {stats.prompt_tokens} tokens, {stats.prompt_per_second:.1f} tok/s; "
+        f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; "
+        f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}",
+        file=sys.stderr,
+    )
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,223 @@
+"""The token loop: prompt ids in, text out as it is made."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .backend import mx
+from .cache import KVCache
+from .errors import QwenMLXError
+from .model import Qwen2
+from .sampling import SamplingSettings, sample
+from .tokenizer import Tokenizer
+
+PREFILL_CHUNK = 512  # tokens: bounds the memory of a long prompt's activations
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+
+
+@dataclass
+class GenerationStats:
+    """What a generation cost so far; times in seconds. The first token's time belongs to the prompt."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    generated_tokens: int = 0
+    generation_seconds: float = 0.0
+
+    @property
+    def prompt_per_second(self) -> float:
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def generated_per_second(self) -> float:
+        return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """Newly complete text (maybe empty) and the token that made it. finish_reason is "stop" (an end token or a stop
+    string), "length" (max_tokens or the context's end) or None while the text goes on."""
+
+    text: str
+    token: int
+    finish_reason: str | None
+    stats: GenerationStats = field(repr=False)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = None, raw: bool = False) -> list[int]:
+    """Token ids of a prompt: a string is a user's message for the model's chat template, or with `raw` is taken as it is
+    (control tokens included); a list of messages ({"role", "content"}) goes through the template; ids stay what they are.
+
+    Raises QwenMLXError for an empty prompt, or for `system` where no template is used.
+    """
+    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+        ids, plain = list(prompt), True  # type: ignore[arg-type]
+    elif isinstance(prompt, str) and raw:
+        ids, plain = tokenizer.encode(prompt, allow_special=True), True
+    else:
+        if isinstance(prompt, str) and not prompt:
+            raise QwenMLXError("The prompt is empty; give at least one character.")
+        messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        ids, plain = tokenizer.apply_chat_template(messages), False
+    if plain and system is not None:
+        raise QwenMLXError("A system message needs the chat template; leave out raw, or put it into the prompt.")
+    if not ids:
+        raise QwenMLXError("The prompt has no tokens; give at least one character.")
+    return ids
+
+
+def generate_ids(
+    model: Qwen2,
+    prompt_ids: Sequence[int],
+    *,
+    sampling: SamplingSettings | None = None,
+    seed: int | None = None,
+    cache: Sequence[KVCache] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[int]:
+    """Yields token ids without end. The next step is launched before the last one is read.
+
+    sampling: None is the model's own defaults. seed: None draws one. cache: continues it (`prompt_ids` are new tokens).
+    progress: called with (prompt tokens done, prompt tokens in all). Raises QwenMLXError if the logits are not finite.
+    """
+    sampling = model.generation_defaults if sampling is None else sampling
+    cache = model.make_cache() if cache is None else cache
+    key = mx.random.key(secrets.randbits(63) if seed is None else seed)
+    prompt = mx.array(prompt_ids, mx.int32)[None]
+    length = prompt.shape[1]
+    seen = prompt if sampling.repetition_penalty != 1 else None
+    done = 0
+    while length - done > prefill_chunk:
+        model.model(prompt[:, done : done + prefill_chunk], cache)
+        mx.eval([layer.state for layer in cache])
+        done += prefill_chunk
+        if progress:
+            progress(done, length)
+
+    def step(ids: mx.array) -> tuple[mx.array, mx.array]:
+        nonlocal key
+        logits = model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
+        key, now = mx.random.split(key)
+        token, total = sample(logits, sampling, seen, now), logits.sum()
+        mx.async_eval(token, total)
+        return token, total
+
+    token, total = step(prompt[:, done:])
+    while True:
+        following = None
+        if seen is not None:
+            seen = mx.concatenate([seen, token[:, None]], axis=1)
+        if done >= length:  # the first token is shown before the second is computed
+            following = step(token[:, None])
+        if not mx.isfinite(total).item():
+            raise QwenMLXError(
+                "The model's logits are not finite; the file is damaged, or the dtype overflows (float16 does for "
+                "Qwen2.5: use bfloat16 or float32)."
+            )
+        if done < length:
+            done = length
+            if progress:
+                progress(done, length)
+        yield int(token.item())
+        token, total = step(token[:, None]) if following is None else following
+
+
+def stream_generate(
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_tokens: int = 512,
+    system: str | None = None,
+    raw: bool = False,
+    stop: Sequence[str] = (),
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    cache: Sequence[KVCache] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[GenerationChunk]:
+    """Generates and yields text as it becomes complete: never half a character, never part of a stop string.
+
+    prompt, system, raw: see encode_prompt. stop: strings that end the text and are left out of it. Sampling arguments
+    that are None keep the model's own defaults (`model.generation_defaults`); temperature 0 is greedy.
+    Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
+    """
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise QwenMLXError(f"max_tokens is {max_tokens!r}, expected 1 or more.")
+    if isinstance(stop, str) or "" in stop:
+        raise QwenMLXError(f"stop is {stop!r}, expected a list of strings that are not empty.")
+    sampling = model.generation_defaults.override(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    ids = encode_prompt(tokenizer, prompt, system, raw)
+    bad = next((i for i in ids if not 0 <= i < model.config.vocab_size), None)
+    if bad is not None:
+        raise QwenMLXError(f"The prompt holds token id {bad}, expected 0 to {model.config.vocab_size - 1}.")
+    used = len(ids) + (cache[0].offset if cache else 0)
+    context = model.config.max_position_embeddings
+    if used >= context:
+        raise QwenMLXError(f"The prompt has {used} tokens and the model's context {context}: shorten it.")
+    return _stream(
+        model,
+        tokenizer,
+        ids,
+        min(max_tokens, context - used),
+        tuple(stop),
+        dict(sampling=sampling, seed=seed, cache=cache, prefill_chunk=prefill_chunk, progress=progress),
+    )
+
+
+def _stream(
+    model: Qwen2, tokenizer: Tokenizer, ids: list[int], max_tokens: int, stop: tuple[str, ...], loop: dict[str, Any]
+) -> Iterator[GenerationChunk]:
+    stats = GenerationStats(prompt_tokens=len(ids))
+    detokenizer = tokenizer.detokenizer()
+    pending = ""  # text that may be the beginning of a stop string
+    start = time.perf_counter()
+    for token in generate_ids(model, ids, **loop):
+        now = time.perf_counter()
+        stats.generated_tokens += 1
+        if stats.generated_tokens == 1:
+            stats.prompt_seconds, start = now - start, now
+        else:
+            stats.generation_seconds = now - start
+        ended = token in tokenizer.eos_ids
+        last = ended or stats.generated_tokens == max_tokens
+        pending += "" if ended else detokenizer.add(token)
+        if last:
+            pending += detokenizer.finish()
+        cut = min((found for found in map(pending.find, stop) if found >= 0), default=-1)
+        if cut >= 0:
+            yield GenerationChunk(pending[:cut], token, "stop", stats)
+            return
+        held = 0 if last else _overlap(pending, stop)
+        text, pending = pending[: len(pending) - held], pending[len(pending) - held :]
+        yield GenerationChunk(text, token, "stop" if ended else "length" if last else None, stats)
+        if last:
+            return
+
+
+def _overlap(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    longest = max((len(s) - 1 for s in stop), default=0)
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-size:]) for s in stop):
+            return size
+    return 0
+
+
+def generate(model: Qwen2, tokenizer: Tokenizer, prompt: Prompt, **arguments: Any) -> str:
+    """The whole text at once; arguments and errors as for stream_generate."""
+    return "".join(chunk.text for chunk in stream_generate(model, tokenizer, prompt, **arguments))
