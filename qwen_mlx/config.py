@@ -140,7 +140,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Reads `config.json` as transformers writes it, in the older form and that of transformers 5 (`rope_parameters`).
+        """Reads `config.json` as transformers writes it, before and since version 5 (`rope_parameters`).
 
         Raises QwenMLXError naming the file and the key.
         """

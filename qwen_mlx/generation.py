@@ -49,8 +49,8 @@ class GenerationChunk:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = None, raw: bool = False) -> list[int]:
-    """Token ids of a prompt: a string is a user's message for the model's chat template, or with `raw` is taken as it is
-    (control tokens included); a list of messages ({"role", "content"}) goes through the template; ids stay what they are.
+    """Token ids of a prompt: a string is a user's message for the model's chat template, or with `raw` is taken as it
+    is (control tokens included); a list of messages ({"role", "content"}) goes through the template; ids stay ids.
 
     Raises QwenMLXError for an empty prompt, or for `system` where no template is used.
     """
@@ -175,7 +175,7 @@ def stream_generate(
         ids,
         min(max_tokens, context - used),
         tuple(stop),
-        dict(sampling=sampling, seed=seed, cache=cache, prefill_chunk=prefill_chunk, progress=progress),
+        {"sampling": sampling, "seed": seed, "cache": cache, "prefill_chunk": prefill_chunk, "progress": progress},
     )
 
 

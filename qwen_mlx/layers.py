@@ -9,8 +9,8 @@ import mlx.nn as nn
 class QuantizedLinear(nn.Module):
     """y = x W^T + b with W (out, in) packed.
 
-    weight: uint32 (out, in * bits / 32); scales, biases: (out, in / group_size). Scales may be wider than the activations
-    (a GGUF's are exact in float16 or float32 only): the product is then formed in float32 and rounded once to x.dtype.
+    weight: uint32 (out, in * bits / 32); scales, biases: (out, in / group_size). Scales may be wider than the
+    activations (a GGUF's are exact in float16 or float32 only): the product is then formed in float32 and rounded once.
     """
 
     def __init__(self, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int):
@@ -27,7 +27,8 @@ class QuantizedLinear(nn.Module):
         return y + self.bias if "bias" in self else y
 
     def _extra_repr(self) -> str:
-        return f"{self.weight.shape[1] * 32 // self.bits} -> {self.weight.shape[0]}, {self.bits} bits, group {self.group_size}"
+        rows, words = self.weight.shape
+        return f"{words * 32 // self.bits} -> {rows}, {self.bits} bits, group {self.group_size}"
 
 
 class QuantizedEmbedding(nn.Module):

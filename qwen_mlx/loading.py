@@ -1,8 +1,8 @@
 """load(): from a name to (model, tokenizer). The dtype policy lives here and nowhere else.
 
-Policy: activations, norms and biases are float32 on the CPU (MLX's fast path there) and bfloat16 on a GPU; float16 only
-when asked for, because Qwen2's activations overflow it. On a GPU the packed weights of a file stay packed, with scales as
-wide as exactness needs; on the CPU they become float32, once.
+Policy: activations, norms and biases are float32 on the CPU (MLX's fast path there) and bfloat16 on a GPU; float16
+only when asked for, because Qwen2's activations overflow it. On a GPU the packed weights of a file stay packed, with
+scales as wide as exactness needs; on the CPU they become float32, once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .tokenizer import Tokenizer
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
-# What Qwen publishes for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value of
-# the sizes from 3B on and of Qwen's own documentation); for files that bring no settings of their own.
+# What Qwen publishes for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value
+# of the sizes from 3B on and of Qwen's own documentation); for files that bring no settings of their own.
 INSTRUCT_SETTINGS = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, "Qwen2.5-Instruct's published settings")
 GREEDY_SETTINGS = SamplingSettings(source="greedy: no settings in the file and not an instruction-tuned model")
 
@@ -83,7 +83,8 @@ def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progres
             hf_name = names.to_hf(name)
             if hf_name not in shapes:
                 raise GGUFError(
-                    f"{path}: tensor {name!r} is not part of a qwen2 model of {config.n_layers} layers; convert it again."
+                    f"{path}: tensor {name!r} is not part of a qwen2 model of {config.n_layers} layers; "
+                    "convert it again."
                 )
             found[hf_name] = info
     for name, shape in shapes.items():
@@ -98,7 +99,7 @@ def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progres
     for name, info in sorted(found.items(), key=lambda item: -math.prod(item[1].shape)):
         if keep_packed and info.type.affine is not None and len(info.shape) == 2:
             codes, scales, biases = blocks.affine(file.raw(info.name), info.type)
-            arrays = [mx.array(codes)] + [mx.array(scales).astype(mx.float32), mx.array(biases).astype(mx.float32)]
+            arrays = [mx.array(codes), mx.array(scales).astype(mx.float32), mx.array(biases).astype(mx.float32)]
             _set_packed(model, name, *arrays, info.type.affine.group_size, info.type.affine.bits, dtype)
         else:
             _set_dense(model, name, _dense(file, info.name).astype(dtype))

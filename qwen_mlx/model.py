@@ -101,7 +101,7 @@ class Qwen2(nn.Module):
     """The causal language model.
 
     Call: input_ids (B, L) integers, cache one KVCache a layer (a fresh one if None), logits_to_keep the number of last
-    positions to compute logits for, 0 for all. Returns logits (B, L or logits_to_keep, vocab_size) in the model's dtype.
+    positions to compute logits for, 0 for all. Returns logits (B, L or logits_to_keep, vocab_size), model's dtype.
     """
 
     def __init__(self, config: ModelConfig, rope_factors: mx.array | None = None):

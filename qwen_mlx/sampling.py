@@ -1,4 +1,4 @@
-"""Sampling: small pure functions on logits, applied in transformers' order (penalties, temperature, top-k, top-p, min-p).
+"""Sampling: small pure functions on logits, in transformers' order: penalties, temperature, top-k, top-p, min-p.
 
 All take and return float32 logits (B, V); a token that is ruled out gets -inf.
 """
@@ -44,8 +44,8 @@ class SamplingSettings:
                 raise QwenMLXError(f"{name} is {value!r}, expected {why}.")
 
     def override(self, **given: Any) -> SamplingSettings:
-        """The same settings with those of `given` that are not None. A temperature of 0 drops a default penalty, because
-        greedy means the likeliest token; a penalty that is given stays."""
+        """The same settings with those of `given` that are not None. A temperature of 0 drops a default penalty,
+        because greedy means the likeliest token; a penalty that is given stays."""
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("temperature") == 0:
             given = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} | given
@@ -74,7 +74,7 @@ def top_k_candidates(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
 
 
 def top_p(logits: mx.array, p: float) -> mx.array:
-    """Keeps the smallest set of likeliest tokens whose probability reaches p. Source: Holtzman et al. 2019, section 3.1."""
+    """Keeps the fewest likeliest tokens whose probability reaches p. Source: Holtzman et al. 2019, section 3.1."""
     order = mx.argsort(logits, axis=-1)
     rising = mx.take_along_axis(logits, order, axis=-1)
     # The sum from the least likely up to and including a token; the likeliest is always kept.

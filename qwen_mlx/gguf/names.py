@@ -1,6 +1,6 @@
 """GGUF's tensor names for the qwen2 architecture and Hugging Face's, in both directions.
 
-Source: gguf-py's tensor_mapping for MODEL_ARCH.QWEN2. Rows of q and k are not permuted for qwen2, so a name is all that changes.
+Source: gguf-py's tensor_mapping for MODEL_ARCH.QWEN2. qwen2 permutes no rows of q and k: a name is all that changes.
 """
 
 from __future__ import annotations

@@ -68,14 +68,14 @@ class GGUFFile:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(self._tensors)
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes: a read-only uint8 view (rows, bytes of a row) of the file, rows = product of shape[:-1]."""
+        """The tensor's bytes: a read-only uint8 view (rows, bytes of a row) of the file."""
         info = self.tensors[name]
         rows = math.prod(info.shape[:-1])
         view = np.frombuffer(self._maps[info.part], np.uint8, info.nbytes, info.offset)
         return view.reshape(rows, info.nbytes // rows)
 
     def release(self, name: str) -> None:
-        """Tells the system that the tensor's pages are no longer needed, so that they do not count as this process's memory."""
+        """Gives the tensor's pages back to the system, so that they do not count as this process's memory."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         info = self.tensors[name]
@@ -172,7 +172,7 @@ class _Header:
                 raise GGUFError(f"{where} has dimensions {list(dims)}, expected 1 to {MAX_DIMS}, none of them zero.")
             if dims[0] % block.block_size:
                 raise GGUFError(
-                    f"{where} is {block.name} with rows of {dims[0]} weights, expected a multiple of {block.block_size}."
+                    f"{where} is {block.name} with rows of {dims[0]}, expected a multiple of {block.block_size}."
                 )
             nbytes = math.prod(dims) // block.block_size * block.type_size
             if relative % self.alignment:
@@ -216,7 +216,7 @@ class _Header:
         count = self._scalar("Q", field)
         if count * at_least > self.size - self.position:
             raise GGUFError(
-                f"{self.path}: {field} is {count}, more than the {self.size - self.position} bytes that follow can hold: "
+                f"{self.path}: {field} is {count}, more than the remaining {self.size - self.position} bytes hold: "
                 "it is truncated or damaged, download it again."
             )
         return count
