@@ -1,0 +1,151 @@
+"""Small random Qwen2 models, written by transformers and by gguf-py: neither shares code with what is tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as T
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokens() -> list[str]:
+    """GPT-2's printable names of the 256 bytes, by gguf-py's neighbour transformers."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return list(bytes_to_unicode().values())
+
+
+TOKENS = [*byte_tokens(), "he", "ll", "hell", "hello", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = ["h e", "l l", "he ll", "hell o"]
+END_OF_TEXT, IM_START, IM_END = len(TOKENS) - 3, len(TOKENS) - 2, len(TOKENS) - 1
+
+
+def hf_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
+    """A random model whose norms and biases are random too (transformers starts them at one and zero)."""
+    settings = {
+        "vocab_size": 288,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(**(settings | overrides))).eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (0.8 if "embed" in name else 1.2) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def random_blocks(rng: np.random.Generator, kind: T, shape: tuple[int, int]) -> np.ndarray:
+    """Bytes of a quantized matrix: gguf-py's quantizer where it has one, else random codes with sane scales."""
+    values = (rng.standard_normal(shape) / shape[1] ** 0.5).astype(np.float32)
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        pass
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
+    scale = np.frombuffer(np.float16(2e-3 / shape[1] ** 0.5 * 8).tobytes(), np.uint8)
+    for at in {T.Q4_K: (0, 2), T.Q5_K: (0, 2), T.Q6_K: (208,), T.Q2_K: (80, 82), T.Q3_K: (108,), T.IQ4_XS: (0,)}[kind]:
+        raw[..., at : at + 2] = scale
+    return raw.reshape(shape[0], -1)
+
+
+def write_gguf(path: Path, model: Qwen2ForCausalLM, kinds: dict[str, T] | T = T.F32, edit=None) -> Path:
+    """Writes `model` with gguf-py; matrices take the type that `kinds` gives for their Hugging Face name, and the model's
+    weights become what gguf-py reads back, so that file and model agree exactly. `edit(writer, tensors)` may spoil it.
+    """
+    config, rng = model.config, np.random.default_rng(7)
+    n_heads = config.num_attention_heads
+    writer = gguf.GGUFWriter(path, "qwen2")
+    metadata = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": n_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        "layer_norm_rms_eps": config.rms_norm_eps,
+    }
+    for name, value in metadata.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_name("Small Random Instruct")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([1] * (len(TOKENS) - 3) + [3] * 3)
+    writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(IM_END)
+    writer.add_bos_token_id(END_OF_TEXT)
+    writer.add_chat_template(CHATML)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    tensors = {}
+    state = model.state_dict()
+    for hf_name, value in state.items():
+        if hf_name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        kind = T.F32
+        if value.ndim == 2:
+            kind = kinds.get(hf_name, T.F32) if isinstance(kinds, dict) else kinds
+        array = value.numpy()
+        if kind != T.F32:
+            block = gguf.GGML_QUANT_SIZES[kind][0]
+            assert array.shape[1] % block == 0, f"{hf_name}: rows of {array.shape[1]} for {kind.name}"
+            can_quantize = kind in (T.F16, T.BF16)
+            array = gguf.quants.quantize(array, kind) if can_quantize else random_blocks(rng, kind, array.shape)
+            with torch.no_grad():
+                value.copy_(torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(array, kind))))
+        tensors[name] = (array, kind)
+    if edit is not None:
+        edit(writer, tensors)
+    for name, (array, kind) in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def save_folder(folder: Path, model: Qwen2ForCausalLM) -> Path:
+    """Writes `model` as transformers does, with a tokenizer.json made by the tokenizers library."""
+    import json
+
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    model.save_pretrained(folder)
+    ordinary = TOKENS[:-3]
+    tokenizer = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(ordinary)}, [tuple(merge.split()) for merge in MERGES])
+    )
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TOKENS[-3:]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": TOKENS[IM_END], "chat_template": CHATML, "tokenizer_class": "Qwen2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
