@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,56 @@ class ModelConfig:
             raise QwenMLXError(f"n_heads is {self.n_heads}, expected a multiple of n_kv_heads, {self.n_kv_heads}.")
         if self.head_dim % 2:
             raise QwenMLXError(f"head_dim is {self.head_dim}, expected an even number (RoPE rotates pairs).")
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face's parameter names and shapes, (out, in) for matrices, in the order of the forward pass."""
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for i in range(self.n_layers):
+            layer = f"model.layers.{i}"
+            shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+            for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+                shapes[f"{layer}.self_attn.{name}.weight"] = (size, hidden)
+                shapes[f"{layer}.self_attn.{name}.bias"] = (size,)
+            shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, q)
+            shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+            for name, size, width in (("gate_proj", mlp, hidden), ("up_proj", mlp, hidden), ("down_proj", hidden, mlp)):
+                shapes[f"{layer}.mlp.{name}.weight"] = (size, width)
+                if self.mlp_bias:
+                    shapes[f"{layer}.mlp.{name}.bias"] = (size,)
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as a Hugging Face config.json of a Qwen2ForCausalLM."""
+        config: dict[str, Any] = {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "use_sliding_window": self.sliding_window is not None,
+            "sliding_window": self.sliding_window,
+            "max_window_layers": self.max_window_layers,
+        }
+        if self.mlp_bias:
+            config["mlp_bias"] = True
+        if self.rope_scaling is not None:
+            values = {key: value for key, value in asdict(self.rope_scaling).items() if value is not None}
+            config["rope_scaling"] = {"rope_type": values.pop("type"), **values}
+        return config
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> ModelConfig:

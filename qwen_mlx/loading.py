@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,16 @@ import numpy as np
 from . import hub
 from .backend import mx, nn
 from .config import ModelConfig, read_json
+from .defaults import folder_defaults, gguf_defaults
 from .errors import GGUFError, QwenMLXError
 from .gguf import blocks, names
 from .gguf.reader import GGUFFile
 from .layers import QuantizedEmbedding, QuantizedLinear
 from .model import Qwen2
-from .sampling import SamplingSettings
 from .tokenizer import Tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
-
-# What Qwen publishes for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value
-# of the sizes from 3B on and of Qwen's own documentation); for files that bring no settings of their own.
-INSTRUCT_SETTINGS = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, "Qwen2.5-Instruct's published settings")
-GREEDY_SETTINGS = SamplingSettings(source="greedy: no settings in the file and not an instruction-tuned model")
 
 
 def load(
@@ -76,24 +71,7 @@ def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progres
     tokenizer = Tokenizer.from_gguf(file.metadata)
     factors = _rope_factors(file, config)
     model = Qwen2(config, factors)
-    shapes = {name: array.shape for name, array in _flat(model)}
-    found = {}
-    for name, info in file.tensors.items():
-        if name != names.ROPE_FACTORS:
-            hf_name = names.to_hf(name)
-            if hf_name not in shapes:
-                raise GGUFError(
-                    f"{path}: tensor {name!r} is not part of a qwen2 model of {config.n_layers} layers; "
-                    "convert it again."
-                )
-            found[hf_name] = info
-    for name, shape in shapes.items():
-        if name not in found:
-            raise GGUFError(f"{path}: tensor {names.to_gguf(name)!r} is missing; convert the model again.")
-        if found[name].shape != shape:
-            raise GGUFError(
-                f"{path}: tensor {found[name].name!r} has shape {found[name].shape}, expected {shape} (rows, columns)."
-            )
+    found = names.model_tensors(file, config)
     done, total = 0, sum(info.nbytes for info in found.values())
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
     for name, info in sorted(found.items(), key=lambda item: -math.prod(item[1].shape)):
@@ -106,7 +84,7 @@ def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progres
         file.release(info.name)
         done += info.nbytes
         progress(done, total)
-    model.generation_defaults = _gguf_settings(file)
+    model.generation_defaults = gguf_defaults(file)
     return model.eval(), tokenizer
 
 
@@ -134,13 +112,12 @@ def _load_folder(folder: Path, dtype: mx.Dtype, keep_packed: bool, progress: Pro
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
     model = Qwen2(config)
-    shapes = {name: array.shape for name, array in _flat(model)}
-    weights = _read_safetensors(folder)
+    weights = read_safetensors(folder)
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some writers store the shared matrix twice
     quantization = read_json(folder / "config.json").get("quantization") or {}
     done, total = 0, sum(array.nbytes for array in weights.values())
-    for name, shape in shapes.items():
+    for name, shape in config.parameter_shapes().items():
         module = name.removesuffix(".weight")
         weight = _take(weights, name, folder)
         done += weight.nbytes
@@ -167,7 +144,7 @@ def _load_folder(folder: Path, dtype: mx.Dtype, keep_packed: bool, progress: Pro
     extra = sorted(name for name in weights if not name.endswith("rotary_emb.inv_freq"))
     if extra:
         raise QwenMLXError(f"{folder}: tensor {extra[0]!r} is not part of this qwen2 model ({len(extra)} such in all).")
-    model.generation_defaults = _folder_settings(folder)
+    model.generation_defaults = folder_defaults(folder)
     return model.eval(), tokenizer
 
 
@@ -179,7 +156,7 @@ def _take(weights: dict[str, mx.array], name: str, folder: Path) -> mx.array:
     return weights.pop(name)
 
 
-def _read_safetensors(folder: Path) -> dict[str, mx.array]:
+def read_safetensors(folder: Path) -> dict[str, mx.array]:
     """All tensors of a folder, lazily: MLX reads each when it is evaluated."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -213,12 +190,6 @@ def _group_and_bits(quantization: dict[str, Any], module: str, folder: Path) -> 
             "'group_size' and 'bits' in affine mode."
         )
     return group_size, bits
-
-
-def _flat(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    return iter(tree_flatten(model.parameters()))
 
 
 def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
@@ -255,40 +226,3 @@ def _set_packed(
         if "bias" in old:
             new.bias = old.bias  # the file's own, or still to come
         setattr(parent, last, new)
-
-
-def _gguf_settings(file: GGUFFile) -> SamplingSettings:
-    """The file's `general.sampling.*`, else the family's for an instruction-tuned model, else greedy."""
-    keys = {
-        "temp": "temperature",
-        "top_k": "top_k",
-        "top_p": "top_p",
-        "min_p": "min_p",
-        "penalty_repeat": "repetition_penalty",
-    }
-    own = {ours: file.metadata.get(f"general.sampling.{key}") for key, ours in keys.items()}
-    own = {name: value for name, value in own.items() if value is not None}
-    if own:
-        return _settings(own, f"general.sampling of {file.path.name}", file.path)
-    finetune = f"{file.metadata.get('general.finetune', '')} {file.metadata.get('general.name', '')} {file.path.name}"
-    return INSTRUCT_SETTINGS if "instruct" in finetune.lower() else GREEDY_SETTINGS
-
-
-def _folder_settings(folder: Path) -> SamplingSettings:
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return GREEDY_SETTINGS
-    raw = read_json(path)
-    own = {
-        name: raw[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if raw.get(name)
-    }
-    if not raw.get("do_sample", False):
-        own = {name: value for name, value in own.items() if name == "repetition_penalty"}
-    return _settings(own, path.name, path)
-
-
-def _settings(values: dict[str, Any], source: str, path: Path) -> SamplingSettings:
-    try:
-        return SamplingSettings(**values, source=source)
-    except QwenMLXError as error:
-        raise QwenMLXError(f"{path}: {error}") from None

@@ -47,9 +47,12 @@ class SamplingSettings:
         """The same settings with those of `given` that are not None. A temperature of 0 drops a default penalty,
         because greedy means the likeliest token; a penalty that is given stays."""
         given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            return self
+        source = f"{', '.join(given)} given, the rest {self.source}"
         if given.get("temperature") == 0:
-            given = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} | given
-        return replace(self, **given, source=f"{self.source}, with {', '.join(sorted(given))} given") if given else self
+            return SamplingSettings(**given, source="greedy, as given")
+        return replace(self, **given, source=source)
 
     def __str__(self) -> str:
         values = ", ".join(f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if f.name != "source")

@@ -133,7 +133,7 @@ class _Header:
     """Parses one part's header. `position` is the read position in bytes."""
 
     def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.size, self.position = path, data, len(data), 0
+        self.path, self.data, self.size, self.position = path, data, len(data), 4
         magic = data[:4]
         if magic != b"GGUF":
             raise GGUFError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF').")
