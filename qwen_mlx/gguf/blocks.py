@@ -18,7 +18,8 @@ import numpy as np
 from ..errors import GGUFError
 from .unpack import FORMATS, mxfp4_codes, pack
 
-CHUNK_WEIGHTS = 1 << 16  # weights worked on at once by a thread: codes and float32 values stay in its L2 cache
+CHUNK_WEIGHTS = 1 << 17  # weights worked on at once by a thread: codes and float32 values stay in its L2 cache
+LARGEST_HALF = 65504.0
 MAX_THREADS = 8  # memory bandwidth is spent by then
 
 
@@ -92,7 +93,15 @@ _TABLE = (
     BlockType("IQ4_XS", 23, 256, 136, _affine(8, "float32"), True, "8 groups of 32: d(s - 32) t[q]; s 6 bits"),
     BlockType("TQ1_0", 34, 256, 54, None, True, "d q, q in -1, 0, 1, five to a byte; d fp16"),
     BlockType("TQ2_0", 35, 256, 66, None, True, "d(q - 1), q of 2 bits; d fp16"),
-    BlockType("MXFP4", 39, 32, 17, Packed("mxfp4", 4, 32, "uint8"), True, "2^(e - 127) E2M1[q]; e 8 bits"),
+    BlockType(
+        "MXFP4",
+        39,
+        32,
+        17,
+        Packed("mxfp4", 4, 32, "uint8"),
+        True,
+        "2^(e - 127) E2M1[q]; e 8 bits, 255 is NaN",
+    ),
     BlockType("NVFP4", 40, 64, 36, None, True, "4 groups of 16: UE4M3 scale, E2M1[q]"),
 )
 BLOCK_TYPES: dict[int, BlockType] = {block.type_id: block for block in _TABLE}
@@ -124,7 +133,8 @@ def affine(
     """A tensor's bytes as MLX affine quantization, w = scale * code + bias, for the kinds with `kind.affine`.
 
     raw: uint8 (rows, bytes of a row). Returns codes uint32 (rows, columns * bits / 32), scales and biases
-    (rows, columns / 32), for mx.dequantize and mx.quantized_matmul(transpose=True) with kind.affine's bits and group_size.
+    (rows, columns / 32), for mx.dequantize and mx.quantized_matmul(transpose=True) with the bits and group_size of
+    kind.affine.
     scale_dtype: np.float16 or np.float32; None is the narrower in which this tensor's scales and biases are all exact.
     MLX dequantizes in the dtype of the scales: cast them to float32 for exact values.
     Raises GGUFError for another kind, a scale that is inf or NaN, or one that overflows the scale_dtype asked for.
@@ -132,7 +142,7 @@ def affine(
     form = kind.affine
     if form is None:
         raise GGUFError(f"{kind.name} has no exact affine form in MLX; dequantize it instead.")
-    blocks, (rows, columns) = _blocks(raw, kind)
+    blocks, (rows, _) = _blocks(raw, kind)
     unpack = FORMATS[kind.name]
     groups = kind.block_size // 32
     codes = np.empty((len(blocks), groups * form.bits), np.uint32)
@@ -151,17 +161,21 @@ def affine(
     if not np.isfinite(largest):
         raise GGUFError(f"{kind.name}: a scale is inf or NaN; the file is damaged, download it again.")
     if scale_dtype is None:
-        narrow = form.scale_dtype == "float16" and largest <= np.finfo(np.float16).max
+        narrow = form.scale_dtype == "float16" and largest <= LARGEST_HALF
         scale_dtype = np.float16 if narrow else np.float32
     if scale_dtype is np.float16:
-        if largest >= 65520:  # rounds to inf
+        if largest > LARGEST_HALF:
             raise GGUFError(f"{kind.name}: a scale or bias is {largest:g}, too large for float16; use float32 scales.")
         scales, biases = scales.astype(np.float16), biases.astype(np.float16)
     return codes.reshape(rows, -1), scales.reshape(rows, -1), biases.reshape(rows, -1)
 
 
 def mxfp4(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """MXFP4 bytes as MLX holds them in mode "mxfp4": codes uint32 (rows, columns / 8), scales uint8 (rows, columns / 32)."""
+    """MXFP4 bytes as MLX holds them in mode "mxfp4".
+
+    raw: uint8 (rows, bytes of a row). Returns codes uint32 (rows, columns / 8) and scales uint8 (rows, columns / 32).
+    Raises GGUFError for the exponent 255: NaN in the OCP specification and in MLX, 2^128 in ggml.
+    """
     kind = BLOCK_TYPES[39]
     blocks, (rows, _) = _blocks(raw, kind)
     codes = np.empty((len(blocks), 4), np.uint32)
@@ -172,6 +186,8 @@ def mxfp4(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         codes[part] = pack(bytes_, 4)
 
     _in_chunks(work, len(blocks), kind.block_size)
+    if scales.max(initial=0) == 255:
+        raise GGUFError(f"{kind.name}: a scale is NaN (exponent 255); the file is damaged, download it again.")
     return codes.reshape(rows, -1), scales.reshape(rows, -1)
 
 
@@ -202,7 +218,7 @@ def _blocks(raw: np.ndarray, kind: BlockType) -> tuple[np.ndarray, tuple[int, in
     """The bytes as (blocks, type_size), and the (rows, columns) of their values."""
     if raw.dtype != np.uint8 or raw.ndim != 2 or raw.shape[1] % kind.type_size:
         raise GGUFError(
-            f"{kind.name}: the bytes are {raw.dtype} {raw.shape}, expected uint8 rows of whole blocks of {kind.type_size}."
+            f"{kind.name}: the bytes are {raw.dtype} {raw.shape}, expected uint8 rows of n * {kind.type_size} bytes."
         )
     rows, columns = raw.shape[0], raw.shape[1] // kind.type_size * kind.block_size
     return raw.reshape(rows * columns // kind.block_size, kind.type_size), (rows, columns)
@@ -247,7 +263,7 @@ def _gguf_py(kind: BlockType, blocks: np.ndarray, values: np.ndarray) -> None:
 
 
 def _in_chunks(work: Callable[[slice], None], n_blocks: int, block_size: int) -> None:
-    """Calls work(slice of blocks) for all blocks, chunk by chunk, on several threads if there is more than one chunk."""
+    """Calls work(slice of blocks) for all blocks, chunk by chunk; on several threads if there are several chunks."""
     step = CHUNK_WEIGHTS // block_size
     starts = iter(range(0, n_blocks, step))  # shared: the thread that is free takes the next chunk
 

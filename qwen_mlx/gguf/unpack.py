@@ -2,7 +2,7 @@
 
 Every format here is w = scale * (code - offset) + minimum, with one scale (and minimum) for each group of consecutive
 weights. Words of 64 bits carry eight codes at once, and every operation is one numpy call over all blocks of a chunk.
-Source: the block layouts of ggml's ggml-common.h and the arithmetic of gguf-py's quants.py, in the same order of operations.
+Source: the block layouts of ggml's ggml-common.h; the order of operations is gguf-py's (quants.py).
 """
 
 from __future__ import annotations
@@ -18,18 +18,10 @@ Decoder = Callable[[np.ndarray, np.ndarray], tuple[Groups, "Groups | None"]]
 _LOW4 = np.uint64(0x0F0F0F0F0F0F0F0F)
 _LOW2 = np.uint64(0x0303030303030303)
 _LOW1 = np.uint64(0x0101010101010101)
-IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16)
-MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int16)  # twice E2M1's values
-
-
-def _byte_table(values: np.ndarray, offset: int) -> np.ndarray:
-    """values[n] + offset for both nibbles of a byte: uint16, the low nibble's code in the low byte."""
-    codes = (values + offset).astype(np.uint16)
-    return (codes[None, :] | codes[:, None] << np.uint16(8)).ravel()
-
-
-_IQ4_CODES = (IQ4_VALUES + 128).astype(np.uint8)
-_MXFP4_CODES = (MXFP4_VALUES + 12).astype(np.uint8)
+_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16)
+_MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int16)  # twice E2M1's values
+_IQ4_CODES = (_IQ4_VALUES + 128).astype(np.uint8)
+_MXFP4_CODES = (_MXFP4_VALUES + 12).astype(np.uint8)
 # Bit i of a byte becomes byte i of a word, as 0 or 16: the fifth bit of eight codes.
 _FIFTH_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").view(np.uint64).ravel()
 _FIFTH_BITS = _FIFTH_BITS << np.uint64(4)
@@ -107,7 +99,7 @@ def _q2_k(blocks: np.ndarray, codes: np.ndarray) -> tuple[Groups, Groups]:
     _pairs(_words(blocks, 16, 80), codes)
     packed = blocks[:, :16]
     scale = _half(blocks, 80) * (packed & 0x0F).astype(np.float32)
-    return scale, -(_half(blocks, 82) * (packed >> 4).astype(np.float32))
+    return scale, _half(blocks, 82) * -(packed >> 4).astype(np.float32)
 
 
 def _q3_k(blocks: np.ndarray, codes: np.ndarray) -> tuple[Groups, None]:
@@ -124,7 +116,7 @@ def _six_bit_scales(blocks: np.ndarray) -> tuple[Groups, Groups]:
     first, second, mixed = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 0x3F, (mixed & 0x0F) | ((first >> 2) & 0x30)], axis=1)
     minima = np.concatenate([second & 0x3F, (mixed >> 4) | ((second >> 2) & 0x30)], axis=1)
-    return _half(blocks, 0) * scales.astype(np.float32), -(_half(blocks, 2) * minima.astype(np.float32))
+    return _half(blocks, 0) * scales.astype(np.float32), _half(blocks, 2) * -minima.astype(np.float32)
 
 
 def _k_nibbles(words: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -220,7 +212,10 @@ FORMATS = {
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of one byte (n, a multiple of 32) as MLX packs them: a contiguous bit stream, lowest bits first, in uint32."""
+    """Codes of one byte, uint8 (n, m), m a multiple of 32, as MLX packs them: uint32 (n, m * bits / 32).
+
+    That is one contiguous stream of bits, the lowest first.
+    """
     if bits == 8:
         return codes.view(np.uint32)
     words = codes.view(np.uint64)
@@ -228,8 +223,5 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
         width = bits * lane // 8
         low = sum(((1 << width) - 1) << shift for shift in range(0, 64, 2 * lane))
         words = (words & np.uint64(low)) | ((words >> np.uint64(lane - width)) & np.uint64(low << width))
-    return (
-        np.ascontiguousarray(words.view(np.uint8).reshape(len(codes), -1, 8)[:, :, :bits])
-        .reshape(len(codes), -1)
-        .view(np.uint32)
-    )
+    stream = words.view(np.uint8).reshape(-1, 8)[:, :bits]
+    return np.ascontiguousarray(stream).reshape(len(codes), -1).view(np.uint32)
