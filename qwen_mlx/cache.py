@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from .backend import mx
 
 STEP = 256  # tokens by which the buffers grow, so that most updates write in place
 

@@ -97,7 +97,7 @@ def _dense(file: GGUFFile, name: str) -> mx.array:
     return array
 
 
-def _rope_factors(file: GGUFFile, config: ModelConfig) -> mx.array | None:
+def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
     info = file.tensors.get(names.ROPE_FACTORS)
     if info is None:
         return None
@@ -105,7 +105,7 @@ def _rope_factors(file: GGUFFile, config: ModelConfig) -> mx.array | None:
         raise GGUFError(
             f"{file.path}: tensor {info.name!r} has shape {info.shape}, expected {(config.head_dim // 2,)}."
         )
-    return _dense(file, info.name)
+    return blocks.dequantize(file.raw(info.name), info.type)[0]
 
 
 def _load_folder(folder: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> tuple[Qwen2, Tokenizer]:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import mlx.core as mx
-import mlx.nn as nn
+import numpy as np
 
 from . import ops
+from .backend import mx, nn
 from .cache import KVCache
 from .config import ModelConfig
 
@@ -50,8 +50,8 @@ class Attention(nn.Module):
         q, k = ops.rope(q, cache.offset, self._rotary), ops.rope(k, cache.offset, self._rotary)
         mask = attention_mask(length, cache.offset, self._sliding_window)
         keys, values = cache.update(k.swapaxes(1, 2), v.swapaxes(1, 2))
-        out = mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), keys, values, scale=self.head_dim**-0.5, mask=mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+        out = ops.attention(q, keys, values, self.head_dim**-0.5, mask)
+        return self.o_proj(out.reshape(batch, length, -1))
 
 
 class MLP(nn.Module):
@@ -104,10 +104,10 @@ class Qwen2(nn.Module):
     positions to compute logits for, 0 for all. Returns logits (B, L or logits_to_keep, vocab_size), model's dtype.
     """
 
-    def __init__(self, config: ModelConfig, rope_factors: mx.array | None = None):
+    def __init__(self, config: ModelConfig, rope_factors: np.ndarray | None = None):
         super().__init__()
         self.config = config
-        self.model = Qwen2Model(config, ops.Rotary.from_config(config, rope_factors))
+        self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -120,6 +120,26 @@ class Qwen2(nn.Module):
     def make_cache(self) -> list[KVCache]:
         """An empty cache for every layer."""
         return [KVCache() for _ in range(self.config.n_layers)]
+
+
+def rotary_of(config: ModelConfig, rope_factors: np.ndarray | None = None) -> ops.Rotary:
+    """The rotary frequencies that a configuration describes. rope_factors: (head_dim / 2,), divisors from a GGUF."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        rotary = ops.Rotary.plain(config.head_dim, config.rope_theta)
+    elif scaling.type == "linear":
+        rotary = ops.Rotary.plain(config.head_dim, config.rope_theta, scaling.factor)
+    else:
+        rotary = ops.Rotary.yarn(
+            config.head_dim,
+            config.rope_theta,
+            scaling.factor,
+            scaling.original_max_position_embeddings,
+            scaling.attention_factor,
+            scaling.beta_fast,
+            scaling.beta_slow,
+        )
+    return rotary if rope_factors is None else rotary.divided(rope_factors)
 
 
 def attention_mask(length: int, offset: int, sliding_window: int | None) -> mx.array | str | None:

@@ -1,0 +1,166 @@
+"""The token loop on small models against transformers' generate, and its edges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as T
+
+from qwen_mlx import QwenMLXError, SamplingSettings, generate, load, stream_generate
+from qwen_mlx.backend import mx
+from qwen_mlx.generation import encode_prompt, generate_ids
+from tests.small_models import IM_END, IM_START, hf_model, write_gguf
+
+PROMPT = "hello world, hello"
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return hf_model(max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def small(theirs, tmp_path_factory: pytest.TempPathFactory):
+    return load(write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", theirs, T.Q8_0))
+
+
+def take(count: int, ids) -> list[int]:
+    return [next(ids) for _ in range(count)]
+
+
+def test_greedy_ids_equal_transformers_generate(small, theirs):
+    model, tokenizer = small
+    prompt = encode_prompt(tokenizer, PROMPT)
+    with torch.no_grad():
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, pad_token_id=0)
+    for chunk in (512, 7, 1):
+        ids = take(60, generate_ids(model, prompt, sampling=SamplingSettings(), prefill_chunk=chunk))
+        assert ids == expected[0, len(prompt) :].tolist()
+
+
+def test_repetition_penalty_equals_transformers_generate(small, theirs):
+    model, tokenizer = small
+    prompt = encode_prompt(tokenizer, PROMPT)
+    with torch.no_grad():
+        expected = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, repetition_penalty=1.3, pad_token_id=0
+        )
+    ids = take(40, generate_ids(model, prompt, sampling=SamplingSettings(repetition_penalty=1.3)))
+    assert ids == expected[0, len(prompt) :].tolist()
+    assert ids != take(40, generate_ids(model, prompt, sampling=SamplingSettings()))
+
+
+def test_a_prompt_is_a_message_a_list_of_messages_raw_text_or_ids(small):
+    _, tokenizer = small
+    ids = encode_prompt(tokenizer, "hello")
+    assert ids[0] == IM_START
+    assert ids == encode_prompt(tokenizer, [{"role": "user", "content": "hello"}])
+    assert ids == encode_prompt(tokenizer, "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", raw=True)
+    assert encode_prompt(tokenizer, [1, 2, 3]) == [1, 2, 3]
+    assert len(encode_prompt(tokenizer, "hello", system="h")) > len(ids)
+
+
+def test_seed_repeats_and_another_differs(small):
+    model, tokenizer = small
+    texts = [
+        generate(model, tokenizer, PROMPT, max_tokens=30, temperature=1.0, top_k=0, top_p=1.0, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_chunks_join_to_the_text_and_carry_statistics(small):
+    model, tokenizer = small
+    chunks = list(stream_generate(model, tokenizer, PROMPT, max_tokens=25, temperature=0))
+    ids = take(25, generate_ids(model, encode_prompt(tokenizer, PROMPT), sampling=SamplingSettings()))
+    assert [chunk.token for chunk in chunks] == ids
+    assert "".join(chunk.text for chunk in chunks) == tokenizer.decode(ids)
+    assert [chunk.finish_reason for chunk in chunks] == [None] * 24 + ["length"]
+    stats = chunks[-1].stats
+    assert (stats.prompt_tokens, stats.generated_tokens) == (len(encode_prompt(tokenizer, PROMPT)), 25)
+    assert stats.prompt_seconds > 0
+    assert stats.generation_seconds > 0
+
+
+def test_stop_string_ends_the_text_before_it_wherever_tokens_break(small):
+    model, tokenizer = small
+    text = generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0)
+    for start in range(3, len(text) - 3, 5):
+        stop = text[start : start + 3]
+        chunks = list(stream_generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0, stop=["\0never", stop]))
+        assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
+        assert chunks[-1].finish_reason == "stop"
+
+
+def test_text_held_back_for_a_stop_string_is_not_lost(small):
+    model, tokenizer = small
+    text = generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0)
+    assert generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0, stop=[text[-4:] + "\0"]) == text
+
+
+@pytest.mark.parametrize("end", [IM_END, IM_END - 2], ids=["im_end", "endoftext"])
+def test_both_end_tokens_stop(theirs, tmp_path: Path, end: int):
+    """The head is made to answer with the end token always."""
+    spoilt = hf_model(max_position_embeddings=256)
+    with torch.no_grad():
+        spoilt.lm_head.weight[:] = 0
+        spoilt.lm_head.weight[end] = 1
+        spoilt.model.norm.weight[:] = 0.01
+        spoilt.model.embed_tokens.weight.abs_()
+    model, tokenizer = load(write_gguf(tmp_path / "m.gguf", spoilt))
+    sign = float(model(mx.array([encode_prompt(tokenizer, PROMPT)]))[0, -1, end].item())
+    if sign < 0:
+        model.lm_head.weight = -model.lm_head.weight
+    chunks = list(stream_generate(model, tokenizer, PROMPT, max_tokens=9, temperature=0))
+    assert [(chunk.text, chunk.token, chunk.finish_reason) for chunk in chunks] == [("", end, "stop")]
+
+
+def test_context_ends_the_text(small):
+    model, tokenizer = small
+    ids = [5] * 250
+    chunks = list(stream_generate(model, tokenizer, ids, max_tokens=100, temperature=0))
+    assert len(chunks) == 6
+    assert chunks[-1].finish_reason == "length"
+
+
+def test_cache_is_continued(small):
+    model, tokenizer = small
+    cache = model.make_cache()
+    prompt = encode_prompt(tokenizer, PROMPT)
+    whole = take(8, generate_ids(model, prompt, sampling=SamplingSettings()))
+    model(mx.array([prompt[:-4]]), cache)
+    assert take(8, generate_ids(model, prompt[-4:], sampling=SamplingSettings(), cache=cache)) == whole
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "words"),
+    [
+        ("", {}, "empty"),
+        ("", {"raw": True}, "no tokens"),
+        ([], {}, "no tokens"),
+        ("x", {"max_tokens": 0}, "max_tokens"),
+        ("x", {"max_tokens": 2.5}, "max_tokens"),
+        ("x", {"temperature": -1}, "temperature"),
+        ("x", {"top_p": 0}, "top_p"),
+        ("x", {"stop": [""]}, "stop"),
+        ("x", {"stop": "text"}, "stop"),
+        ("x", {"raw": True, "system": "s"}, "system"),
+        ([5] * 256, {}, "256 tokens and the model's context 256"),
+        ([5, 288], {}, "token id 288"),
+        ([-1], {}, "token id -1"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(small, prompt, arguments, words):
+    model, tokenizer = small
+    with pytest.raises(QwenMLXError, match=words):
+        stream_generate(model, tokenizer, prompt, **arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error_not_token_0(theirs, tmp_path: Path, value: float):
+    model, tokenizer = load(write_gguf(tmp_path / "m.gguf", theirs))
+    model.lm_head.weight[7, 3] = value
+    with pytest.raises(QwenMLXError, match="not finite"):
+        generate(model, tokenizer, PROMPT, max_tokens=3)
