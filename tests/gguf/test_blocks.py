@@ -45,6 +45,7 @@ HALVES = {
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
 }
+AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8, "IQ4_NL": 8, "IQ4_XS": 8}
 SCALES = {  # fp16 bit patterns
     "zero": [0x0000, 0x8000],
     "subnormal": [0x0001, 0x8001, 0x03FF, 0x83FF, 0x0200],
@@ -110,6 +111,7 @@ def test_table_is_gguf_pys():
         theirs = gguf.GGMLQuantizationType(type_id)
         assert (kind.name, (kind.block_size, kind.type_size)) == (theirs.name, gguf.GGML_QUANT_SIZES[theirs])
         assert kind.packed is None or (kind.exact and kind.block_size % kind.packed.group_size == 0)
+    assert {kind.name: kind.affine.bits for kind in AFFINE} == AFFINE_BITS
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=ids(KINDS))
@@ -248,6 +250,15 @@ def test_mxfp4_is_exact():
         blocks.mxfp4(raw)
 
 
+def test_float16_scales_up_to_the_largest():
+    kind = BY_NAME["Q8_0"]
+    for scale, dtype in ((511.75, np.float16), (512, np.float32)):  # the bias is -128 times that: 65504 and 65536
+        raw = random_rows(kind, 2, 2, np.array([scale], np.float16).view(np.uint16))
+        codes, scales, biases = blocks.affine(raw, kind)
+        assert scales.dtype == biases.dtype == dtype
+        assert_same_numbers(in_mlx(codes, scales, biases, kind), gguf_py(raw, kind))
+
+
 def test_asked_for_scale_dtypes():
     kind = BY_NAME["Q4_K"]
     raw = random_rows(kind, 8, 1, [0x1C00, 0x2000])
@@ -293,6 +304,15 @@ def test_markdown_table():
     assert {line.count("|") for line in lines} == {9}
     assert "| Q5_0 | 6 | 32 / 22 | 5.5 | d(q - 16); d fp16 | affine, 5 bits, groups of 32 | float16 | yes |" in lines
     assert any(line.startswith("| Q6_K |") and "| dense |" in line for line in lines)
+
+
+def test_exact_says_what_float32_holds():
+    for name, dtype in ROUNDED_DATA.items():
+        raw = np.random.default_rng(2).integers(0, 256, (4, 64), np.uint8)
+        values = raw.view(dtype).astype(np.float64)
+        with np.errstate(all="ignore"):
+            held = np.array_equal(blocks.dequantize(raw, BY_NAME[name]).astype(np.float64), values)
+        assert held == BY_NAME[name].exact, name
 
 
 def test_neither_mlx_nor_gguf_py_is_imported():
