@@ -93,15 +93,7 @@ _TABLE = (
     BlockType("IQ4_XS", 23, 256, 136, _affine(8, "float32"), True, "8 groups of 32: d(s - 32) t[q]; s 6 bits"),
     BlockType("TQ1_0", 34, 256, 54, None, True, "d q, q in -1, 0, 1, five to a byte; d fp16"),
     BlockType("TQ2_0", 35, 256, 66, None, True, "d(q - 1), q of 2 bits; d fp16"),
-    BlockType(
-        "MXFP4",
-        39,
-        32,
-        17,
-        Packed("mxfp4", 4, 32, "uint8"),
-        True,
-        "2^(e - 127) E2M1[q]; e 8 bits, 255 is NaN",
-    ),
+    BlockType("MXFP4", 39, 32, 17, Packed("mxfp4", 4, 32, "uint8"), True, "2^(e - 127) E2M1[q]; e 8 bits"),
     BlockType("NVFP4", 40, 64, 36, None, True, "4 groups of 16: UE4M3 scale, E2M1[q]"),
 )
 BLOCK_TYPES: dict[int, BlockType] = {block.type_id: block for block in _TABLE}
@@ -137,11 +129,13 @@ def affine(
     kind.affine.
     scale_dtype: np.float16 or np.float32; None is the narrower in which this tensor's scales and biases are all exact.
     MLX dequantizes in the dtype of the scales: cast them to float32 for exact values.
-    Raises GGUFError for another kind, a scale that is inf or NaN, or one that overflows the scale_dtype asked for.
+    Raises GGUFError for another kind or scale_dtype, and for a scale that is inf or NaN or overflows the one asked for.
     """
     form = kind.affine
     if form is None:
         raise GGUFError(f"{kind.name} has no exact affine form in MLX; dequantize it instead.")
+    if scale_dtype not in (None, np.float16, np.float32):
+        raise GGUFError(f"{kind.name}: scale_dtype is {scale_dtype!r}, expected np.float16, np.float32 or None.")
     blocks, (rows, _) = _blocks(raw, kind)
     unpack = FORMATS[kind.name]
     groups = kind.block_size // 32
@@ -157,13 +151,13 @@ def affine(
         biases[part] = np.float32(-unpack.offset) * scale if minimum is None else minimum
 
     _in_chunks(work, len(blocks), kind.block_size)
-    largest = max((float(np.abs(array).max(initial=0)) for array in (scales, biases)), key=lambda v: (v != v, v))
+    largest = float(np.maximum(np.abs(scales).max(initial=0), np.abs(biases).max(initial=0)))  # NaN if one is
     if not np.isfinite(largest):
         raise GGUFError(f"{kind.name}: a scale is inf or NaN; the file is damaged, download it again.")
     if scale_dtype is None:
         narrow = form.scale_dtype == "float16" and largest <= LARGEST_HALF
         scale_dtype = np.float16 if narrow else np.float32
-    if scale_dtype is np.float16:
+    if scale_dtype == np.float16:
         if largest > LARGEST_HALF:
             raise GGUFError(f"{kind.name}: a scale or bias is {largest:g}, too large for float16; use float32 scales.")
         scales, biases = scales.astype(np.float16), biases.astype(np.float16)

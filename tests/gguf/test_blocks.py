@@ -298,6 +298,8 @@ def test_bad_input():
     for name in ("Q6_K", "F16", "MXFP4"):
         with pytest.raises(GGUFError, match=f"{name} has no exact affine form in MLX"):
             blocks.affine(random_rows(BY_NAME[name], 1, 1), BY_NAME[name])
+    with pytest.raises(GGUFError, match=r"scale_dtype is <class 'numpy.float64'>, expected np.float16"):
+        blocks.affine(raw, q4_0, np.float64)
     with pytest.raises(GGUFError, match=r"too large for float16; use float32 scales"):
         blocks.affine(random_rows(q4_0, 2, 2, SCALES["largest"]), q4_0, np.float16)
 
