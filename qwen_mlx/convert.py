@@ -1,11 +1,13 @@
 """`python -m qwen_mlx.convert`: a GGUF, or a folder of safetensors, becomes an MLX model folder.
 
-What is stored exactly stays packed; what MLX cannot express is made dense, or quantized again on request, and the error
-of every tensor is measured, printed and written. The folder loads in qwen_mlx, in mlx-lm and (tokenizer) in transformers.
+What is stored exactly stays packed; what MLX cannot express is made dense, or quantized again on request, and the
+error of every tensor is measured, printed and written. The folder loads in qwen_mlx, in mlx-lm and in transformers'
+tokenizers.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import errno
@@ -14,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, hub
+from . import __version__, cli, hub
 from .config import ModelConfig, read_json
 from .errors import GGUFError, QwenMLXError
 from .gguf import blocks
@@ -114,8 +117,8 @@ class Options:
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One parameter of the source. `values(a, b)`: rows a to b as float32. `affine`, `packed(a, b)`: its exact form in MLX's
-    packing (codes, scales, biases), where it has one. `done()` is called when its bytes are no longer needed.
+    """One parameter of the source. `values(a, b)`: rows a to b as float32. `affine`, `packed(a, b)`: its exact form in
+    MLX's packing (codes, scales, biases), where it has one. `done()` is called when its bytes are no longer needed.
     """
 
     name: str
@@ -123,7 +126,7 @@ class SourceTensor:
     type_name: str
     nbytes: int
     values: Callable[[int, int], np.ndarray]
-    affine: blocks.Affine | None = None
+    affine: blocks.Packed | None = None
     packed: Callable[[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
     done: Callable[[], None] = lambda: None
 
@@ -185,7 +188,7 @@ def gguf_tensors(file: GGUFFile, config: ModelConfig) -> list[SourceTensor]:
             info.nbytes,
             lambda a, b: blocks.dequantize(raw[a:b], info.type),
             info.type.affine,
-            lambda a, b: blocks.affine(raw[a:b], info.type),
+            lambda a, b: blocks.affine(raw[a:b], info.type, np.float32),
             lambda: file.release(info.name),
         )
 
@@ -286,13 +289,13 @@ def convert(
     allow_nan: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Stored]:
-    """Converts a GGUF (or a folder of safetensors, or a hub id) to an MLX model folder and returns what each tensor cost.
+    """Converts a GGUF (or a folder of safetensors, or a hub id) to an MLX model folder; returns each tensor's cost.
 
-    dtype: of dense tensors, "bfloat16", "float16" or "float32". scales: of packed tensors; "auto" is the narrowest that is
-    exact (float16 for the legacy types, float32 for K-quants; bfloat16 costs 6e-3, float16 7e-4 relative L2 on K-quants).
-    requantize: bits for the types that MLX cannot express (Q6_K, Q3_K, ...), which are dense otherwise. quantize: bits for
-    every matrix. group_size: of both, 32, 64 or 128. force: replace an existing folder. allow_nan: convert non-finite
-    scales. progress: called with (source bytes done, source bytes in all).
+    dtype: of dense tensors, "bfloat16", "float16" or "float32". scales: of packed tensors; "auto" is the narrowest that
+    is exact (float16 for the legacy types, float32 for K-quants, where bfloat16 costs 6e-3 and float16 7e-4 in relative
+    L2). requantize: bits for the types that MLX cannot express (Q6_K, Q3_K, ...), which are dense otherwise. quantize:
+    bits for every matrix. group_size: of both, 32, 64 or 128. force: replace an existing folder. allow_nan: convert
+    values and scales that are not finite. progress: called with source bytes (done, in all).
     The folder appears complete or not at all. Raises QwenMLXError (GGUFError) naming file, tensor, found, expected.
     """
     options = Options(dtype, scales, requantize, quantize, group_size, allow_nan)
@@ -423,3 +426,106 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check(source: str | os.PathLike[str]) -> list[tuple[str, str, tuple[int, ...], int, str]]:
+    """Validates a GGUF without converting it: (name, type, shape, bytes, verdict) of each tensor.
+
+    Reads every value, so that scales that are not finite are found. Raises GGUFError for a file that cannot be read.
+    """
+    path = hub.resolve(source)
+    if path.is_dir():
+        raise QwenMLXError(f"{path}: is a folder; --check takes a GGUF file.")
+    file = GGUFFile(path)
+    config = ModelConfig.from_gguf(file)
+    rows = []
+    for tensor, info in zip(gguf_tensors(file, config), model_tensors(file, config).values()):
+        step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
+        bad = 0
+        for start in range(0, math.prod(tensor.shape[:-1]), step):
+            bad += int((~np.isfinite(tensor.values(start, start + step))).sum())
+        tensor.done()
+        rows.append((info.name, info.type.name, info.shape, info.nbytes, f"{bad} values not finite" if bad else "ok"))
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    p = cli.Parser(
+        prog="python -m qwen_mlx.convert",
+        description="Convert a GGUF (or a folder of safetensors, or a hub id) to an MLX model folder.",
+    )
+    p.add_argument("source", help=".gguf file (the first part, if split), folder, or hub id")
+    p.add_argument("output", nargs="?", help="folder to write")
+    p.add_argument("--check", action="store_true", help="validate the file and list its tensors; write nothing")
+    p.add_argument("--dtype", choices=tuple(SCALES), default="bfloat16", help="of dense tensors (default bfloat16)")
+    p.add_argument(
+        "--scales",
+        choices=("auto", *SCALES),
+        default="auto",
+        help="of packed tensors; auto is exact. On K-quants float16 costs 7e-4 and bfloat16 6e-3 relative L2, and both "
+        "save a quarter of the scales' bytes",
+    )
+    bits = {"type": int, "choices": REQUANTIZE_BITS, "metavar": "BITS"}
+    p.add_argument("--requantize", **bits, help="pack again the types that MLX cannot express; dense without it")
+    p.add_argument("--quantize", **bits, help="pack every matrix, whatever its type")
+    p.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="of both (default 64)")
+    p.add_argument("--force", action="store_true", help="replace an existing folder")
+    p.add_argument("--allow-nan", action="store_true", help="convert values that are not finite")
+    return p
+
+
+def _print_report(report: list[Stored]) -> None:
+    """The tensors that changed, and a line for each way of storing."""
+    changed = [row for row in report if row.relative_l2]
+    if changed:
+        width = max(len(row.name) for row in changed)
+        print(f"{'tensor':{width}}  type   stored as                              relative L2   max abs")
+        for row in changed:
+            cost = f"{row.relative_l2:.2e}   {row.max_abs:.2e}"
+            print(f"{row.name:{width}}  {row.source_type:5}  {row.stored_as:37}  {cost}")
+    for form in dict.fromkeys(row.stored_as for row in report):
+        rows = [row for row in report if row.stored_as == form]
+        exact = sum(not row.relative_l2 for row in rows)
+        print(f"{form}: {len(rows)} tensors, {sum(row.nbytes for row in rows) / 1e6:.1f} MB, {exact} exact")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
+    arguments = parser().parse_args(argv)
+    if arguments.check:
+        rows = check(arguments.source)
+        width = max(len(row[0]) for row in rows)
+        for name, kind, shape, nbytes, verdict in rows:
+            print(f"{name:{width}}  {kind:6}  {' x '.join(map(str, shape)):15}  {nbytes:>11}  {verdict}")
+        bad = sum(row[4] != "ok" for row in rows)
+        print(f"{len(rows)} tensors, {sum(row[3] for row in rows) / 1e6:.1f} MB, {bad} with values that are not finite")
+        return 1 if bad else 0
+    if arguments.output is None:
+        raise QwenMLXError("no output folder: give SOURCE and OUTPUT, or --check SOURCE.")
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="Converting", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = convert(
+            arguments.source,
+            arguments.output,
+            dtype=arguments.dtype,
+            scales=arguments.scales,
+            requantize=arguments.requantize,
+            quantize=arguments.quantize,
+            group_size=arguments.group_size,
+            force=arguments.force,
+            allow_nan=arguments.allow_nan,
+            progress=progress,
+        )
+    _print_report(report)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

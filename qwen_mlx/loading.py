@@ -76,8 +76,8 @@ def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progres
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
     for name, info in sorted(found.items(), key=lambda item: -math.prod(item[1].shape)):
         if keep_packed and info.type.affine is not None and len(info.shape) == 2:
-            codes, scales, biases = blocks.affine(file.raw(info.name), info.type)
-            arrays = [mx.array(codes), mx.array(scales).astype(mx.float32), mx.array(biases).astype(mx.float32)]
+            # float32 scales even where float16 would do: MLX would widen them again for every product with bfloat16.
+            arrays = [mx.array(array) for array in blocks.affine(file.raw(info.name), info.type, np.float32)]
             _set_packed(model, name, *arrays, info.type.affine.group_size, info.type.affine.bits, dtype)
         else:
             _set_dense(model, name, _dense(file, info.name).astype(dtype))
@@ -91,7 +91,7 @@ def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progres
 def _dense(file: GGUFFile, name: str) -> mx.array:
     """A tensor's values in float32, dequantized straight into MLX's memory."""
     info = file.tensors[name]
-    array = mx.zeros(info.shape, mx.float32)
+    array = mx.empty(info.shape, mx.float32)
     mx.eval(array)
     blocks.dequantize(file.raw(name), info.type, out=np.array(array, copy=False).reshape(-1, info.shape[-1]))
     return array

@@ -53,7 +53,8 @@ def hf_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * torch.randn_like(parameter))
             else:
-                parameter.copy_(torch.randn_like(parameter) * (0.8 if "embed" in name else 1.2) / parameter.shape[-1] ** 0.5)
+                size = (0.8 if "embed" in name else 1.2) / parameter.shape[-1] ** 0.5
+                parameter.copy_(torch.randn_like(parameter) * size)
     return model
 
 
@@ -73,8 +74,8 @@ def random_blocks(rng: np.random.Generator, kind: T, shape: tuple[int, int]) -> 
 
 
 def write_gguf(path: Path, model: Qwen2ForCausalLM, kinds: dict[str, T] | T = T.F32, edit=None) -> Path:
-    """Writes `model` with gguf-py; matrices take the type that `kinds` gives for their Hugging Face name, and the model's
-    weights become what gguf-py reads back, so that file and model agree exactly. `edit(writer, tensors)` may spoil it.
+    """Writes `model` with gguf-py; matrices take the type that `kinds` gives for their Hugging Face name, and the
+    model's weights become what gguf-py reads back, so that file and model agree exactly. `edit(writer, tensors)` may spoil it.
     """
     config, rng = model.config, np.random.default_rng(7)
     n_heads = config.num_attention_heads

@@ -148,7 +148,7 @@ def test_cache_is_continued(small):
         ("x", {"stop": "text"}, "stop"),
         ("x", {"raw": True, "system": "s"}, "system"),
         ([5] * 256, {}, "256 tokens and the model's context 256"),
-        ([5, 288], {}, "token id 288"),
+        ([5, 263], {}, "token id 263"),
         ([-1], {}, "token id -1"),
     ],
 )

@@ -87,7 +87,9 @@ def test_one_key_one_draw():
 
 
 def test_bfloat16_logits_are_sampled_in_float32():
-    ids = sample(mx.array(LOGITS).astype(mx.bfloat16), SamplingSettings(temperature=0.7, top_p=0.8), key=mx.random.key(0))
+    ids = sample(
+        mx.array(LOGITS).astype(mx.bfloat16), SamplingSettings(temperature=0.7, top_p=0.8), key=mx.random.key(0)
+    )
     assert ids.shape == (4,)
 
 
@@ -117,6 +119,8 @@ def test_impossible_settings_are_refused_by_name(name: str, value: object):
 def test_override():
     own = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, "the file")
     assert own.override(temperature=None) is own
-    assert own.override(temperature=0.3) == SamplingSettings(0.3, 20, 0.8, 0.0, 1.05, "temperature given, the rest the file")
+    assert own.override(temperature=0.3) == SamplingSettings(
+        0.3, 20, 0.8, 0.0, 1.05, "temperature given, the rest the file"
+    )
     assert own.override(temperature=0) == SamplingSettings(source="greedy, as given")
     assert own.override(temperature=0, repetition_penalty=1.2).repetition_penalty == 1.2

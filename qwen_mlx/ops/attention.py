@@ -9,14 +9,15 @@ from .exponential import exp
 def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
     """softmax(scale q k^T + mask) v, each group of query heads on its key/value head.
 
-    q: (B, L, H, D); keys, values: (B, n_kv_heads, S, D), the newest L last; mask: None, "causal" or bool (L, S), True where
-    a key is seen. Returns (B, L, H, D) in q.dtype. Rounding: scores and softmax in float32 on a GPU; on the CPU in
-    float32 if q is, else as q. Source: Ainslie et al. 2023, arXiv:2305.13245.
+    q: (B, L, H, D); keys, values: (B, n_kv_heads, S, D), the newest L last; mask: None, "causal" or bool (L, S), True
+    where a key is seen. Returns (B, L, H, D) in q.dtype. Rounding: scores and softmax in float32. Source: Ainslie et al. 2023, arXiv:2305.13245.
     """
     if mx.default_device() != mx.cpu or q.dtype != mx.float32:
-        return mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), keys, values, scale=scale, mask=mask).swapaxes(1, 2)
-    # MLX's CPU fallback makes one small BLAS call for each query head: one for each key/value head is 2 to 15 times faster.
-    batch, length, n_heads, head_dim = q.shape
+        return mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), keys, values, scale=scale, mask=mask).swapaxes(
+            1, 2
+        )
+    # MLX's CPU fallback makes one small BLAS call a query head: one a key/value head is 2 to 15 times faster.
+    batch, length, _, head_dim = q.shape
     n_kv_heads, seen = keys.shape[1], keys.shape[2]
     groups = (q * scale).reshape(batch, length, n_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     scores = groups.reshape(batch, n_kv_heads, -1, head_dim) @ keys.swapaxes(2, 3)

@@ -23,7 +23,7 @@ class Rotary:
 
     @classmethod
     def plain(cls, head_dim: int, theta: float, factor: float = 1.0) -> Rotary:
-        """theta^(-2i / head_dim), divided by `factor` (linear scaling). Source: Su et al. 2021, arXiv:2104.09864, eq. 15."""
+        """theta^(-2i / head_dim), divided by `factor` (linear scaling). Source: Su et al. 2021, eq. 15."""
         return cls._rounded(_frequencies(head_dim, theta) / factor)
 
     @classmethod
@@ -68,7 +68,7 @@ def _frequencies(head_dim: int, theta: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _tables(rotary: Rotary, offset: int, length: int) -> tuple[mx.array, mx.array]:
-    """Cosine, and sine with the sign of each half, float32 (length, 1, 2, head_dim / 2); all layers of a step share them.
+    """Cosine, and sine with each half's sign, float32 (length, 1, 2, head_dim / 2), shared by all layers of a step.
 
     Angles are formed in float64: float32 would be wrong by 0.03 radians at position 1,000,000.
     """

@@ -67,7 +67,9 @@ def test_agrees_with_gguf_py_on_every_value_type(tmp_path: Path):
     ):
         add(name, value)
     rng = np.random.default_rng(0)
-    arrays = {f"t{n}": rng.standard_normal(shape).astype(np.float32) for n, shape in enumerate([(5,), (3, 7), (2, 3, 4)])}
+    arrays = {
+        f"t{n}": rng.standard_normal(shape).astype(np.float32) for n, shape in enumerate([(5,), (3, 7), (2, 3, 4)])
+    }
     for name, array in arrays.items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -130,8 +132,14 @@ BAD = {
     "array type 99": (build([field("k", 9, struct.pack("<IQ", 99, 1) + bytes(64))]), "'k' has value type 99"),
     "array of 2**60": (build([field("k", 9, struct.pack("<IQ", 4, 2**60))]), "'k' has 1152921504606846976 items"),
     "array past end": (build([field("k", 9, struct.pack("<IQ", 4, 2**20))]), "length of 'k'"),
-    "strings past end": (build([field("k", 9, struct.pack("<IQ", 8, 2) + text("a") + struct.pack("<Q", 9999))]), "string 1 of 'k'"),
-    "string not utf-8": (build([field("k", 9, struct.pack("<IQ", 8, 1) + text(b"\xff"))]), "string 0 of 'k' is not UTF-8"),
+    "strings past end": (
+        build([field("k", 9, struct.pack("<IQ", 8, 2) + text("a") + struct.pack("<Q", 9999))]),
+        "string 1 of 'k'",
+    ),
+    "string not utf-8": (
+        build([field("k", 9, struct.pack("<IQ", 8, 1) + text(b"\xff"))]),
+        "string 0 of 'k' is not UTF-8",
+    ),
     "deep arrays": (build([field("k", 9, struct.pack("<IQ", 9, 1) * 6)], data=bytes(64)), "nests arrays"),
     "alignment 0": (build([field("general.alignment", 4, struct.pack("<I", 0))]), "general.alignment"),
     "alignment 24": (build([field("general.alignment", 4, struct.pack("<I", 24))]), "general.alignment"),
@@ -146,7 +154,10 @@ BAD = {
     "offset past end": (build(tensors=[tensor("w", [1], offset=2**62)], data=bytes(64)), "'w' needs bytes"),
     "offset overflow": (build(tensors=[tensor("w", [8], offset=2**64 - 32)], data=bytes(64)), "'w' needs bytes"),
     "misaligned": (build(tensors=[tensor("w", [1], offset=8)], data=bytes(64)), "alignment 32"),
-    "overlap": (build(tensors=[tensor("a", [16]), tensor("b", [16], offset=32)], data=bytes(128)), "'a' and 'b' overlap"),
+    "overlap": (
+        build(tensors=[tensor("a", [16]), tensor("b", [16], offset=32)], data=bytes(128)),
+        "'a' and 'b' overlap",
+    ),
     "name twice": (build(tensors=[tensor("a", [8]), tensor("a", [8], offset=32)], data=bytes(64)), "'a' appears twice"),
     "part without others": (build([field("split.count", 2, struct.pack("<H", 2))]), "split in 2"),
 }
@@ -236,10 +247,13 @@ def test_mutated_file_opens_or_is_refused(tmp_path: Path, data):
     path = tmp_path / "m.gguf"
     path.unlink(missing_ok=True)
     path.write_bytes(raw)
+    refused = ""
     try:
         file = GGUFFile(path)
     except GGUFError as error:
-        assert str(path) in str(error)
+        refused = str(error)
+    if refused:
+        assert refused.startswith(str(path))
     else:
         for name, info in file.tensors.items():
             assert file.raw(name).nbytes == info.nbytes
@@ -248,9 +262,9 @@ def test_mutated_file_opens_or_is_refused(tmp_path: Path, data):
 def test_real_file_agrees_with_gguf_py(real_gguf: Path):
     """Every tensor's name, type, shape and place, and the whole vocabulary, by gguf-py's reading."""
     ours, theirs = GGUFFile(real_gguf), gguf.GGUFReader(real_gguf)
-    assert [(t.name, tuple(int(d) for d in reversed(t.shape)), int(t.tensor_type), t.data_offset) for t in theirs.tensors] == [
-        (info.name, info.shape, info.type.type_id, info.offset) for info in ours.tensors.values()
-    ]
+    assert [
+        (t.name, tuple(int(d) for d in reversed(t.shape)), int(t.tensor_type), t.data_offset) for t in theirs.tensors
+    ] == [(info.name, info.shape, info.type.type_id, info.offset) for info in ours.tensors.values()]
     for name, value in theirs.fields.items():
         if not name.startswith("GGUF."):
             assert ours.metadata[name] == value.contents(), name

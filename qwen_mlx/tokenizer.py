@@ -1,0 +1,361 @@
+"""Tokenizer of Qwen2 models: byte-level BPE by the `tokenizers` library, the chat template, and streaming text.
+
+Control tokens are split off here and not by the library, so that what a user types is text: `<|im_start|>` in a message
+cannot open a turn.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import read_json
+from .errors import GGUFError, QwenMLXError
+
+# Qwen2's rule (transformers' Qwen2Converter): contractions in any case, digits one by one, newlines with punctuation.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen")  # tokenizer.ggml.pre of the files that use it
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+GUARD = "\ufdd0"  # a noncharacter: marks user text in a rendered template, and is removed from it before
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    eos_ids: the tokens that end a generation. bos_id: put before raw text if the file asks for it, else None.
+    special: name -> id of every token that is not ordinary text. vocab_size: number of ids.
+    """
+
+    def __init__(
+        self,
+        bpe: Any,
+        names: Sequence[str],
+        special: Mapping[str, int],
+        control: Iterable[str],
+        eos_ids: Iterable[int],
+        chat_template: str | None,
+        bos_id: int | None = None,
+    ):
+        self._bpe = bpe
+        self._names = names
+        self.special = dict(special)
+        self._special_names = {i: name for name, i in self.special.items()}
+        self._control = frozenset(self.special[name] for name in control)
+        self.eos_ids = frozenset(eos_ids)
+        self.bos_id = bos_id
+        self.chat_template = chat_template
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._names)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """From a GGUF's `tokenizer.*` metadata. Raises GGUFError naming the field that is missing or wrong."""
+
+        def get(key: str, kind: type, items: type | None = None, default: Any = None) -> Any:
+            value = metadata.get(f"tokenizer.{key}", default)
+            if value is None:
+                raise GGUFError(f"metadata field 'tokenizer.{key}' is missing; convert the model again.")
+            if not isinstance(value, kind) or (items and not all(isinstance(item, items) for item in value)):
+                of = f" of {items.__name__}" if items else ""
+                raise GGUFError(
+                    f"metadata field 'tokenizer.{key}' is not a {kind.__name__}{of}; convert the model again."
+                )
+            return value
+
+        if get("ggml.model", str) != "gpt2" or get("ggml.pre", str) not in SPLIT_NAMES:
+            raise GGUFError(
+                f"the tokenizer is {metadata['tokenizer.ggml.model']!r} with the split rule "
+                f"{metadata.get('tokenizer.ggml.pre')!r}, expected 'gpt2' with one of {', '.join(SPLIT_NAMES)}."
+            )
+        names, kinds = get("ggml.tokens", list, str), get("ggml.token_type", list, int)
+        if len(kinds) != len(names):
+            raise GGUFError(
+                f"'tokenizer.ggml.token_type' has {len(kinds)} entries, expected {len(names)}, one a token."
+            )
+        ids = {name: i for i, name in enumerate(names) if kinds[i] == NORMAL}
+        merges = [tuple(merge.split(" ")) for merge in get("ggml.merges", list, str)]
+        special = {name: i for i, name in enumerate(names) if kinds[i] != NORMAL}
+        eos = {metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")} - {None}
+        if not eos:
+            raise GGUFError("metadata field 'tokenizer.ggml.eos_token_id' is missing; convert the model again.")
+        bos = metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token") else None
+        for i in (*eos, *([] if bos is None else [bos])):
+            if not isinstance(i, int) or not 0 <= i < len(names):
+                raise GGUFError(f"an end or begin token is {i!r}, expected an id from 0 to {len(names) - 1}.")
+        return cls(
+            _bpe(ids, merges),
+            names,
+            special,
+            [name for name, i in special.items() if kinds[i] != USER_DEFINED],
+            eos | {special[name] for name in END_TOKENS if name in special},
+            metadata.get("tokenizer.chat_template"),
+            bos,
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """From tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json, as transformers
+        writes them. Raises QwenMLXError naming the file that is missing or wrong.
+        """
+        from tokenizers import Tokenizer as Library
+
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise QwenMLXError(
+                f"{folder}: tokenizer.json is missing; save the tokenizer with transformers' fast tokenizer."
+            )
+        data = read_json(path)
+        settings, generation, config = (
+            read_json(folder / name) if (folder / name).exists() else {}
+            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        )
+        try:
+            added = data.pop("added_tokens") or []
+            vocab = data["model"]["vocab"]
+            special = {token["content"]: token["id"] for token in added}
+            control = [token["content"] for token in added if token["special"]]
+            bpe = Library.from_str(json.dumps(data | {"added_tokens": []}))
+            names = [""] * (1 + max([*vocab.values(), *special.values()]))
+            for name, i in (vocab | special).items():
+                names[i] = name
+        except Exception as error:  # the library raises bare Exception for a file that is not a tokenizer
+            raise QwenMLXError(f"{path}: not a byte-level BPE tokenizer ({error!r}); save it again.") from None
+
+        def named(key: str) -> str | None:
+            value = settings.get(key)
+            return value.get("content") if isinstance(value, dict) else value
+
+        eos = {special[name] for name in (*END_TOKENS, named("eos_token")) if name in special}
+        for raw in (generation.get("eos_token_id"), config.get("eos_token_id")):
+            eos |= set(raw if isinstance(raw, list) else [] if raw is None else [raw])
+        if not eos:
+            raise QwenMLXError(
+                f"{folder}: no end token in generation_config.json, config.json or tokenizer_config.json."
+            )
+        template = settings.get("chat_template")
+        if (folder / "chat_template.jinja").exists():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        elif isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        bos = special.get(named("bos_token") or "") if settings.get("add_bos_token") else None
+        return cls(bpe, names, special, control, eos, template, bos)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Token ids of `text` (NFC-normalised). The names of control and added tokens are ordinary text, unless
+        `allow_special`, which is transformers' behaviour. Raises QwenMLXError for a lone surrogate.
+        """
+        if not allow_special or self._split is None:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for piece in self._split.split(text):
+            if piece in self.special:
+                ids.append(self.special[piece])
+            elif piece:
+                ids += self._encode_plain(piece)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise QwenMLXError(f"The text holds a lone surrogate at {error.start}, which is not a character.") from None
+        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of `ids`; control tokens are left out unless skip_special is False. Bytes that are not UTF-8 become
+        U+FFFD, ids beyond the vocabulary (padding rows of the embedding) nothing. Raises QwenMLXError if negative.
+        """
+        return b"".join(self._bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
+
+    def _bytes(self, i: int, skip_special: bool) -> bytes:
+        if i < 0:
+            raise QwenMLXError(f"Token id {i} is negative, expected 0 to {len(self._names) - 1}.")
+        if i >= len(self._names):
+            return b""  # the embedding has rows beyond the vocabulary, as padding
+        if i in self._special_names:
+            return b"" if skip_special and i in self._control else self._names[i].encode()
+        table = _byte_of_letter()
+        return bytes(table[letter] for letter in self._names[i])
+
+    def detokenizer(self) -> StreamingDetokenizer:
+        """A new stream of text; see StreamingDetokenizer."""
+        return StreamingDetokenizer(self)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model's chat template writes it. Raises QwenMLXError if there is no template, or it
+        refuses the messages.
+        """
+        if not self.chat_template:
+            raise QwenMLXError("The model has no chat template; give the prompt as it is (--raw, or raw=True).")
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise QwenMLXError(f"A message is {message!r}, expected a dict with 'role' and 'content'.")
+        import jinja2
+
+        names = {f"{key}_token": self._special_names.get(i, "") for key, i in (("bos", self.bos_id),) if i is not None}
+        try:
+            return _compiled(self.chat_template).render(
+                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **names, **variables
+            )
+        except jinja2.TemplateError as error:
+            raise QwenMLXError(f"The chat template cannot be used: {error}.") from None
+        except (TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+            raise QwenMLXError(f"The chat template fails on these messages: {error!r}.") from None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of render_chat's text; a control token's name inside a message or a tool stays text."""
+        guarded = self._guard(messages), self._guard(tools)
+        text = self.render_chat(*guarded, add_generation_prompt, **{k: self._guard(v) for k, v in variables.items()})
+        ids: list[int] = []
+        for piece in self._split.split(text) if self._split else [text]:
+            if piece in self.special:
+                ids.append(self.special[piece])
+            elif piece:
+                ids += self._encode_plain(piece.replace(GUARD, ""))
+        return ids
+
+    def _guard(self, value: Any) -> Any:
+        """`value` with the name of every control token in its strings broken up by GUARD."""
+        if isinstance(value, str):
+            value = value.replace(GUARD, "")
+            for name, i in self.special.items():
+                if i in self._control and name in value:
+                    value = value.replace(name, name[0] + GUARD + name[1:])
+            return value
+        if isinstance(value, Mapping):
+            return {key: self._guard(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guard(item) for item in value]
+        return value
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for transformers and mlx-lm."""
+        data = json.loads(self._bpe.to_str())
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        data["added_tokens"] = [
+            {"id": i, "content": name, **flags, "special": i in self._control} for name, i in self.special.items()
+        ]
+        (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        eos = [name for name in END_TOKENS if self.special.get(name) in self.eos_ids]
+        eos += [self._names[i] for i in sorted(self.eos_ids) if self._names[i] not in eos]
+        settings = {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "add_bos_token": self.bos_id is not None,
+            "bos_token": None if self.bos_id is None else self._names[self.bos_id],
+            "eos_token": eos[0],
+            "pad_token": eos[-1],
+            "unk_token": None,
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.chat_template:
+            settings["chat_template"] = self.chat_template
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+class StreamingDetokenizer:
+    """Turns ids into text as they come: `add` returns what is complete, `finish` the rest. Constant work per token."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes, maybe none: never half a character."""
+        return self._decoder.decode(self._tokenizer._bytes(token, skip_special=True))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _bpe(ids: dict[str, int], merges: list[tuple[str, ...]]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    try:
+        library = Tokenizer(models.BPE(ids, merges))
+    except Exception as error:  # the library raises bare Exception
+        raise GGUFError(
+            f"'tokenizer.ggml.merges' does not fit the tokens ({error}); convert the model again."
+        ) from None
+    library.normalizer = normalizers.NFC()
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+@functools.cache
+def _byte_of_letter() -> dict[str, int]:
+    """GPT-2's printable letter for each byte: itself where printable, else the next free one from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(source: str) -> Any:
+    """The template in a sandbox with the names that transformers gives it. Loops and products are bounded."""
+    import datetime
+
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if not all(isinstance(x, int | float) and abs(x) < 1e6 for x in (left, right)) or operator == "**":
+                raise jinja2.exceptions.SecurityError(f"{operator} of {type(left).__name__} is not allowed")
+            return super().call_binop(context, operator, left, right)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def bounded_range(*limits: int) -> range:
+        steps = range(*limits)
+        if len(steps) > 1000:
+            raise jinja2.exceptions.SecurityError(f"a loop of {len(steps)} steps is not allowed")
+        return steps
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals.update(
+        raise_exception=raise_exception,
+        range=bounded_range,
+        strftime_now=lambda form: datetime.datetime.now().strftime(form),
+    )
+    return sandbox.from_string(source)
