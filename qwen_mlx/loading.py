@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,18 @@ def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progres
     found = names.model_tensors(file, config)
     done, total = 0, sum(info.nbytes for info in found.values())
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
-    for name, info in sorted(found.items(), key=lambda item: -math.prod(item[1].shape)):
-        if keep_packed and info.type.affine is not None and len(info.shape) == 2:
+    order = sorted(found.items(), key=lambda item: -math.prod(item[1].shape))
+    packed = {name for name, info in order if keep_packed and info.type.affine is not None and len(info.shape) == 2}
+    rooms = _rooms([info.shape for name, info in order if name not in packed])
+    for name, info in order:
+        if name in packed:
             # float32 scales even where float16 would do: MLX would widen them again for every product with bfloat16.
             arrays = [mx.array(array) for array in blocks.affine(file.raw(info.name), info.type, np.float32)]
             _set_packed(model, name, *arrays, info.type.affine.group_size, info.type.affine.bits, dtype)
         else:
-            _set_dense(model, name, _dense(file, info.name).astype(dtype))
+            room = next(rooms)
+            blocks.dequantize(file.raw(info.name), info.type, np.array(room, copy=False).reshape(-1, info.shape[-1]))
+            _set_dense(model, name, room.astype(dtype))
         file.release(info.name)
         done += info.nbytes
         progress(done, total)
@@ -88,13 +93,17 @@ def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progres
     return model.eval(), tokenizer
 
 
-def _dense(file: GGUFFile, name: str) -> mx.array:
-    """A tensor's values in float32, dequantized straight into MLX's memory."""
-    info = file.tensors[name]
-    array = mx.empty(info.shape, mx.float32)
-    mx.eval(array)
-    blocks.dequantize(file.raw(name), info.type, out=np.array(array, copy=False).reshape(-1, info.shape[-1]))
-    return array
+def _rooms(shapes: list[tuple[int, ...]]) -> Iterator[mx.array]:
+    """Uninitialised float32 arrays to dequantize into. The next one is allocated meanwhile: the system takes longer to
+    hand out fresh memory than a core takes to fill it.
+    """
+    upcoming = None
+    for shape in [*shapes, (1,)]:
+        room, upcoming = upcoming, mx.empty(shape, mx.float32)
+        mx.async_eval(upcoming)
+        if room is not None:
+            mx.eval(room)
+            yield room
 
 
 def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:

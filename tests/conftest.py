@@ -13,3 +13,19 @@ def real_gguf() -> Path:
     from qwen_mlx import hub
 
     return hub.resolve()
+
+
+@pytest.fixture(scope="session")
+def real_hf(real_gguf: Path):
+    """The same file through transformers' own GGUF reader, in float32: 2 GB, loaded once for all tests."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(real_gguf.parent, gguf_file=real_gguf.name, dtype=torch.float32)
+    return model.eval()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says plainly how many tests ran and how many were skipped."""
+    ran = sum(len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "error"))
+    terminalreporter.write_line(f"{ran} tests ran, {len(terminalreporter.stats.get('skipped', ()))} skipped")

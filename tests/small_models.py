@@ -31,7 +31,7 @@ END_OF_TEXT, IM_START, IM_END = len(TOKENS) - 3, len(TOKENS) - 2, len(TOKENS) - 
 def hf_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
     """A random model whose norms and biases are random too (transformers starts them at one and zero)."""
     settings = {
-        "vocab_size": 288,
+        "vocab_size": len(TOKENS),
         "hidden_size": 64,
         "intermediate_size": 160,
         "num_hidden_layers": 3,
@@ -75,7 +75,8 @@ def random_blocks(rng: np.random.Generator, kind: T, shape: tuple[int, int]) -> 
 
 def write_gguf(path: Path, model: Qwen2ForCausalLM, kinds: dict[str, T] | T = T.F32, edit=None) -> Path:
     """Writes `model` with gguf-py; matrices take the type that `kinds` gives for their Hugging Face name, and the
-    model's weights become what gguf-py reads back, so that file and model agree exactly. `edit(writer, tensors)` may spoil it.
+    model's weights become what gguf-py reads back, so that file and model agree exactly. `edit(writer, tensors)` may
+    spoil it.
     """
     config, rng = model.config, np.random.default_rng(7)
     n_heads = config.num_attention_heads

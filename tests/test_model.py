@@ -189,7 +189,7 @@ def mutations(state: dict[str, torch.Tensor]):
 
 
 def test_wrong_weights_are_seen(tmp_path: Path):
-    """Each mutation keeps every shape (square projections, as many kv heads as heads), and must fail by ten tolerances."""
+    """Each mutation keeps every shape (square projections, a kv head for each head) and must fail by ten tolerances."""
     theirs = hf_model(num_key_value_heads=4)
     folder = save_folder(tmp_path / "m", theirs)
     expected, limit = torch_logits(theirs), tolerance(theirs)

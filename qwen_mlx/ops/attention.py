@@ -10,7 +10,8 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     """softmax(scale q k^T + mask) v, each group of query heads on its key/value head.
 
     q: (B, L, H, D); keys, values: (B, n_kv_heads, S, D), the newest L last; mask: None, "causal" or bool (L, S), True
-    where a key is seen. Returns (B, L, H, D) in q.dtype. Rounding: scores and softmax in float32. Source: Ainslie et al. 2023, arXiv:2305.13245.
+    where a key is seen. Returns (B, L, H, D) in q.dtype. Rounding: scores and softmax in float32.
+    Source: Ainslie et al. 2023, arXiv:2305.13245.
     """
     if mx.default_device() != mx.cpu or q.dtype != mx.float32:
         return mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), keys, values, scale=scale, mask=mask).swapaxes(

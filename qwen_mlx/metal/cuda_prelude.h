@@ -1,0 +1,83 @@
+// Metal's names in CUDA, so that NVRTC compiles the same kernel bodies; metal_prelude.h is its twin.
+#define FUNCTION static __device__ __forceinline__
+#define SIMD_WIDTH 32
+#define uint unsigned int
+#define ulong unsigned long long
+#define threadgroup __shared__
+#define thread_position_in_threadgroup threadIdx
+#define threadgroup_position_in_grid blockIdx
+#define thread_position_in_grid \
+  make_uint3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, blockIdx.z * blockDim.z + threadIdx.z)
+#define thread_index_in_simdgroup (threadIdx.x & 31u)
+#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+#define mem_flags metal
+
+namespace metal {
+enum Barrier { mem_threadgroup };
+FUNCTION void threadgroup_barrier(Barrier) { __syncthreads(); }
+FUNCTION float simd_sum(float x) {
+  for (int step = 16; step > 0; step >>= 1) {
+    x += __shfl_xor_sync(0xffffffffu, x, step);
+  }
+  return x;
+}
+// Intrinsics with a stated rounding: nothing that a compiler option could loosen.
+FUNCTION float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FUNCTION float abs(float x) { return fabsf(x); }
+FUNCTION float rint(float x) { return rintf(x); }
+FUNCTION float min(float a, float b) { return fminf(a, b); }
+FUNCTION bool isfinite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
+namespace precise {
+FUNCTION float sqrt(float x) { return __fsqrt_rn(x); }
+FUNCTION float exp(float x) { return expf(x); }
+}
+}
+
+template <int N>
+struct Pack {
+  float v[N];
+};
+
+// One 16-byte access where N elements are 16 bytes and lie so: a slice of an array may start anywhere.
+template <int N, typename T>
+FUNCTION Pack<N> load(const T* from, uint index) {
+  Pack<N> pack;
+  const T* first = from + index;
+  if (N * sizeof(T) == 16 && reinterpret_cast<size_t>(first) % 16 == 0) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(first);
+    const T* elements = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      pack.v[k] = float(elements[k % (16 / sizeof(T))]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      pack.v[k] = float(first[k]);
+    }
+  }
+  return pack;
+}
+
+template <typename T, int N>
+FUNCTION void store(T* to, uint index, Pack<N> pack) {
+  T* first = to + index;
+  if (N * sizeof(T) == 16 && reinterpret_cast<size_t>(first) % 16 == 0) {
+    uint4 raw;
+    T* elements = reinterpret_cast<T*>(&raw);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      elements[k % (16 / sizeof(T))] = T(pack.v[k]);
+    }
+    *reinterpret_cast<uint4*>(first) = raw;
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      first[k] = T(pack.v[k]);
+    }
+  }
+}
+
+FUNCTION float float_of_bits(int bits) {
+  return __int_as_float(bits);
+}

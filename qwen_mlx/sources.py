@@ -1,0 +1,161 @@
+"""What the converter reads: a GGUF or a folder of safetensors, as one list of parameters with Hugging Face's names.
+
+Opening reads and checks everything but the tensors' bytes; those are read when asked for, a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .config import ModelConfig, read_json
+from .defaults import folder_defaults, gguf_defaults
+from .errors import GGUFError, QwenMLXError
+from .gguf import blocks
+from .gguf.names import ROPE_FACTORS, model_tensors
+from .gguf.reader import GGUFFile, TensorInfo
+from .sampling import SamplingSettings
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One parameter. `name` is Hugging Face's, `source_name` the file's; `nbytes` are the file's.
+
+    values(a, b): rows a to b as float32 (rows, columns); a vector is one row. packed(a, b): the same rows as MLX holds
+    them exactly (codes, scales, biases; no biases in mode mxfp4), where `form` says how; scales are float32, or uint8
+    in mode mxfp4. done(): the bytes are no longer needed.
+    """
+
+    name: str
+    source_name: str
+    shape: tuple[int, ...]
+    type_name: str
+    nbytes: int
+    values: Callable[[int, int], np.ndarray]
+    form: blocks.Packed | None = None
+    packed: Callable[[int, int], tuple[np.ndarray, ...]] | None = None
+    done: Callable[[], None] = lambda: None
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if len(self.shape) == 2 else 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert. files: those whose digests the model card names; tokenizer_files: to copy as they are."""
+
+    path: Path
+    config: ModelConfig
+    tensors: list[SourceTensor]
+    tokenizer: Tokenizer
+    defaults: SamplingSettings
+    files: list[Path]
+    tokenizer_files: list[Path]
+
+
+def open_source(path: Path, allow_nan: bool = False) -> Source:
+    """Opens a GGUF file or a folder of dense safetensors; allow_nan passes scales on that are not finite.
+
+    Raises GGUFError for a GGUF, QwenMLXError for a folder, naming the file, the field or tensor, found and expected.
+    """
+    return _open_folder(path) if path.is_dir() else _open_gguf(path, allow_nan)
+
+
+def _open_gguf(path: Path, allow_nan: bool) -> Source:
+    file = GGUFFile(path)
+    config = ModelConfig.from_gguf(file)
+    found = model_tensors(file, config)
+    if ROPE_FACTORS in file.tensors:
+        raise GGUFError(
+            f"{path}: tensor {ROPE_FACTORS!r} divides the rotary frequencies, for which an MLX model folder has no "
+            "place; use the GGUF as it is."
+        )
+    try:
+        tokenizer, defaults = Tokenizer.from_gguf(file.metadata), gguf_defaults(file)
+    except QwenMLXError as error:
+        message = str(error)
+        raise GGUFError(message if str(path) in message else f"{path}: {message}") from None
+    tensors = [_gguf_tensor(file, name, info, allow_nan) for name, info in found.items()]
+    return Source(path, config, tensors, tokenizer, defaults, file.paths, [])
+
+
+def _gguf_tensor(file: GGUFFile, name: str, info: TensorInfo, allow_nan: bool) -> SourceTensor:
+    raw, kind = file.raw(info.name), info.type
+
+    def packed(a: int, b: int) -> tuple[np.ndarray, ...]:
+        if kind.affine:
+            return blocks.affine(raw[a:b], kind, np.float32, finite=not allow_nan)
+        return blocks.mxfp4(raw[a:b], finite=not allow_nan)
+
+    return SourceTensor(
+        name,
+        info.name,
+        info.shape,
+        kind.name,
+        info.nbytes,
+        lambda a, b: blocks.dequantize(raw[a:b], kind),
+        kind.packed if len(info.shape) == 2 else None,
+        packed,
+        lambda: file.release(info.name),
+    )
+
+
+# A folder's tokenizer is copied as it is: what is not rewritten cannot change.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def _open_folder(folder: Path) -> Source:
+    from .loading import safetensors_files
+
+    if "quantization" in read_json(folder / "config.json"):
+        raise QwenMLXError(f"{folder}: is quantized for MLX already; convert the original instead.")
+    config = ModelConfig.from_folder(folder)
+    files = safetensors_files(folder)
+    tensors = _folder_tensors(folder, files, config)
+    copies = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    return Source(folder, config, tensors, Tokenizer.from_folder(folder), folder_defaults(folder), files, copies)
+
+
+def _folder_tensors(folder: Path, files: list[Path], config: ModelConfig) -> list[SourceTensor]:
+    from .backend import mx
+    from .loading import load_safetensors
+
+    found = {name: (file, array) for file in files for name, array in load_safetensors(file).items()}
+    if config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)  # some writers store the shared matrix twice
+    found = {name: place for name, place in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    shapes = config.parameter_shapes()
+    for name in itertools.chain(shapes, found):
+        shape = found[name][1].shape if name in found else None
+        if shape != shapes.get(name):
+            is_, expected = (f"has shape {shape}" if shape else "is missing"), shapes.get(name, "no such tensor")
+            raise QwenMLXError(f"{folder}: tensor {name!r} {is_}, expected {expected}; this is not a dense qwen2 model.")
+
+    def tensor(name: str) -> SourceTensor:
+        file, lazy = found[name]
+        loaded: list[mx.array] = []  # once evaluated, an MLX array stays: each is loaded anew and dropped when done
+
+        def values(a: int, b: int) -> np.ndarray:
+            if not loaded:
+                array = load_safetensors(file)[name]
+                loaded.append(array.reshape(-1, array.shape[-1]))
+            return np.array(loaded[0][a:b].astype(mx.float32))
+
+        kind = str(lazy.dtype).removeprefix("mlx.core.")
+        return SourceTensor(name, name, shapes[name], kind, lazy.nbytes, values, done=loaded.clear)
+
+    return [tensor(name) for name in shapes]

@@ -1,0 +1,74 @@
+"""The real Qwen2.5-Coder-0.5B-Instruct file: the same tokens as transformers in float32, on the same GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_mlx import SamplingSettings, generate, load
+from qwen_mlx.generation import encode_prompt, generate_ids
+
+PROMPTS = [
+    "Write a python function that reverses a string.",
+    "What is the capital of France, and why is it famous?",
+    "Explain in one paragraph how a hash map works.",
+    "Write a SQL query that finds the second highest salary.",
+    "Implement binary search in Rust with tests.",
+    "用中文解释什么是递归,并举一个例子。",
+    "请写一个快速排序的 Python 函数。",
+    "Напиши функцию на Python, которая проверяет, является ли число простым.",
+    "Расскажи коротко о космосе.",
+    "اكتب دالة بايثون لحساب مجموع قائمة من الأرقام.",
+    "ما هي عاصمة مصر؟",
+    "日本の首都はどこですか。簡単に説明してください。",
+]
+RAW = ["def fibonacci(n):\n    ", "#include <stdio.h>\n\nint main(void) {\n"]
+TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def ours(real_gguf: Path):
+    return load(real_gguf)
+
+
+def greedy(ours, ids: list[int], count: int = TOKENS) -> list[int]:
+    loop = generate_ids(ours[0], ids, sampling=SamplingSettings())
+    return [next(loop) for _ in range(count)]
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, *RAW], ids=range(len(PROMPTS) + len(RAW)))
+def test_greedy_ids_equal_transformers(ours, real_hf, prompt: str):
+    """Transformers reads our ids in one pass: if each is its likeliest next token, its own greedy ids are the same."""
+    ids = encode_prompt(ours[1], prompt, raw=prompt in RAW)
+    made = greedy(ours, ids)
+    with torch.no_grad():
+        logits = real_hf(torch.tensor([ids + made])).logits[0]
+    expected = logits[len(ids) - 1 : -1].argmax(-1).tolist()
+    assert made == expected
+
+
+def test_greedy_ids_equal_transformers_generate(ours, real_hf):
+    """The same without the short cut, on transformers' own generate."""
+    ids = encode_prompt(ours[1], PROMPTS[0])
+    with torch.no_grad():
+        expected = real_hf.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, repetition_penalty=1.0)
+    assert greedy(ours, ids) == expected[0, len(ids) :].tolist()
+
+
+def test_answer_reads_as_expected(ours):
+    text = generate(*ours, PROMPTS[0], max_tokens=40, temperature=0)
+    assert text.startswith("Here's a simple Python function to reverse a string:\n\n```python\ndef reverse_string(s):\n")
+
+
+def test_every_parameter_equals_transformers_by_value(ours, real_hf):
+    """Bit for bit: the GGUF's bytes reached the right parameter, not transposed, not permuted."""
+    from mlx.utils import tree_flatten
+
+    theirs = real_hf.state_dict()
+    mine = dict(tree_flatten(ours[0].parameters()))
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        assert np.array_equal(np.array(array, copy=False), theirs[name].numpy()), name
