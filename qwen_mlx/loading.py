@@ -121,7 +121,7 @@ def _load_folder(folder: Path, dtype: mx.Dtype, keep_packed: bool, progress: Pro
     config = ModelConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
     model = Qwen2(config)
-    weights = read_safetensors(folder)
+    weights = {name: array for file in safetensors_files(folder) for name, array in load_safetensors(file).items()}
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some writers store the shared matrix twice
     quantization = read_json(folder / "config.json").get("quantization") or {}
@@ -165,8 +165,8 @@ def _take(weights: dict[str, mx.array], name: str, folder: Path) -> mx.array:
     return weights.pop(name)
 
 
-def read_safetensors(folder: Path) -> dict[str, mx.array]:
-    """All tensors of a folder, lazily: MLX reads each when it is evaluated."""
+def safetensors_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, by its index if it has one."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted({folder / Path(str(name)).name for name in read_json(index).get("weight_map", {}).values()})
@@ -175,17 +175,20 @@ def read_safetensors(folder: Path) -> dict[str, mx.array]:
     if not files:
         hint = "; it holds PyTorch .bin files, save it again as safetensors" if list(folder.glob("*.bin")) else ""
         raise QwenMLXError(f"{folder}: no .safetensors file{hint}.")
-    weights: dict[str, mx.array] = {}
     for file in files:
         if not file.exists():
             raise QwenMLXError(
                 f"{folder}: {file.name} is missing, which {index.name} names; download the folder again."
             )
-        try:
-            weights |= mx.load(str(file))
-        except (RuntimeError, ValueError) as error:
-            raise QwenMLXError(f"{file}: not a readable safetensors file ({error}); download it again.") from None
-    return weights
+    return files
+
+
+def load_safetensors(file: Path) -> dict[str, mx.array]:
+    """A file's tensors, lazily: MLX reads each when it is evaluated."""
+    try:
+        return mx.load(str(file))
+    except (RuntimeError, ValueError) as error:
+        raise QwenMLXError(f"{file}: not a readable safetensors file ({error}); download it again.") from None
 
 
 def _group_and_bits(quantization: dict[str, Any], module: str, folder: Path) -> tuple[int, int]:

@@ -59,15 +59,15 @@ class Source:
     tokenizer_files: list[Path]
 
 
-def open_source(path: Path, allow_nan: bool = False) -> Source:
-    """Opens a GGUF file or a folder of dense safetensors; allow_nan passes scales on that are not finite.
+def open_source(path: Path) -> Source:
+    """Opens a GGUF file or a folder of dense safetensors.
 
     Raises GGUFError for a GGUF, QwenMLXError for a folder, naming the file, the field or tensor, found and expected.
     """
-    return _open_folder(path) if path.is_dir() else _open_gguf(path, allow_nan)
+    return _open_folder(path) if path.is_dir() else _open_gguf(path)
 
 
-def _open_gguf(path: Path, allow_nan: bool) -> Source:
+def _open_gguf(path: Path) -> Source:
     file = GGUFFile(path)
     config = ModelConfig.from_gguf(file)
     found = model_tensors(file, config)
@@ -81,17 +81,17 @@ def _open_gguf(path: Path, allow_nan: bool) -> Source:
     except QwenMLXError as error:
         message = str(error)
         raise GGUFError(message if str(path) in message else f"{path}: {message}") from None
-    tensors = [_gguf_tensor(file, name, info, allow_nan) for name, info in found.items()]
+    tensors = [_gguf_tensor(file, name, info) for name, info in found.items()]
     return Source(path, config, tensors, tokenizer, defaults, file.paths, [])
 
 
-def _gguf_tensor(file: GGUFFile, name: str, info: TensorInfo, allow_nan: bool) -> SourceTensor:
+def _gguf_tensor(file: GGUFFile, name: str, info: TensorInfo) -> SourceTensor:
     raw, kind = file.raw(info.name), info.type
 
     def packed(a: int, b: int) -> tuple[np.ndarray, ...]:
         if kind.affine:
-            return blocks.affine(raw[a:b], kind, np.float32, finite=not allow_nan)
-        return blocks.mxfp4(raw[a:b], finite=not allow_nan)
+            return blocks.affine(raw[a:b], kind, np.float32, finite=False)  # the converter names the tensor
+        return blocks.mxfp4(raw[a:b])
 
     return SourceTensor(
         name,
@@ -143,7 +143,9 @@ def _folder_tensors(folder: Path, files: list[Path], config: ModelConfig) -> lis
         shape = found[name][1].shape if name in found else None
         if shape != shapes.get(name):
             is_, expected = (f"has shape {shape}" if shape else "is missing"), shapes.get(name, "no such tensor")
-            raise QwenMLXError(f"{folder}: tensor {name!r} {is_}, expected {expected}; this is not a dense qwen2 model.")
+            raise QwenMLXError(
+                f"{folder}: tensor {name!r} {is_}, expected {expected}; this is not a dense qwen2 model."
+            )
 
     def tensor(name: str) -> SourceTensor:
         file, lazy = found[name]

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from .errors import QwenMLXError
+from .gguf.blocks import threads
 from .gguf.unpack import pack
 from .safetensors_writer import ShardedWriter, TensorSpec
 from .sources import SourceTensor
 
-CHUNK_WEIGHTS = 1 << 22  # a tensor is worked on in whole rows of about this many weights: 16 MB in float32
+PIECE_WEIGHTS = 1 << 20  # a thread works on whole rows of about this many weights: 4 MB in float32
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}  # ours -> safetensors'
 DENSE_TYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")  # of GGUF: not quantized
 FLOATS = ("bfloat16", "float16", "float32")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ class Form:
 
 
 def choose_form(tensor: SourceTensor, options: Options) -> Form:
-    """The source's own codes where MLX has their arithmetic, unless `quantize` says otherwise; else dense, or quantized
-    as the user asked. Matrices whose rows the group size does not divide stay dense.
+    """The source's own codes where MLX has their arithmetic, unless `quantize` is given; else dense, or quantized as the
+    user asked. Matrices whose rows the group size does not divide stay dense.
     """
 
     def scales(automatic: str) -> str:
@@ -98,7 +103,7 @@ def choose_form(tensor: SourceTensor, options: Options) -> Form:
         form = tensor.form
         dtype = scales(form.scale_dtype) if form.mode == "affine" else form.scale_dtype
         return Form(form.mode, dtype, form.bits, form.group_size, from_source=True)
-    bits = options.quantize or (options.requantize if tensor.type_name in _QUANTIZED_TYPES else None)
+    bits = options.quantize or (None if tensor.type_name in DENSE_TYPES else options.requantize)
     if bits and matrix and tensor.shape[1] % options.group_size == 0:
         return Form("affine", scales(options.dtype), bits, options.group_size)
     return Form("dense", options.dtype)
@@ -120,34 +125,196 @@ class Stored:
     max_abs: float
     not_finite: int
 
+    @property
+    def exact(self) -> bool:
+        return not self.max_abs and not self.not_finite
 
-def store(tensor: SourceTensor, form: Form, writer: ShardedWriter, allow_nan: bool) -> Stored:
-    """Writes one tensor in pieces and measures what its form costs.
+
+def store(
+    tensor: SourceTensor, form: Form, writer: ShardedWriter, pool: ThreadPoolExecutor, allow_nan: bool = False
+) -> Stored:
+    """Writes one tensor in pieces of whole rows, made by the pool's threads, and measures what its form costs.
 
     Raises QwenMLXError naming the tensor: for values or scales that are not finite, unless allow_nan; for values that
     the form's dtype cannot hold.
     """
     specs = form.specs(tensor)
-    squares = reference = max_abs = 0.0
-    not_finite = 0
-    for arrays, source, stored in _encode(tensor, form):
-        bad = ~np.isfinite(source)
-        if bad.any():
-            not_finite += int(bad.sum())
-            if not allow_nan:
-                raise QwenMLXError(
-                    f"tensor {tensor.source_name!r} ({tensor.type_name}) holds values or scales that are not finite: "
-                    "the file is damaged, download it again (--allow-nan goes on)."
-                )
-        overflow = ~bad & ~np.isfinite(stored)
-        if overflow.any():
-            option = "--dtype" if form.mode == "dense" else "--scales"
-            raise QwenMLXError(
-                f"tensor {tensor.source_name!r} holds {float(source[overflow][0]):g}, more than {form.dtype} can; "
-                f"give {option} float32."
-            )
+    cost = _Cost()
+    step = max(1, PIECE_WEIGHTS // tensor.shape[-1])
+    pieces = ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
+    jobs = (lambda a=a, b=b: _encode(tensor, form, a, b, allow_nan) for a, b in pieces)
+    for arrays, piece_cost in in_order(pool, jobs):
         for spec, array in zip(specs, arrays):
             writer.write(spec.name, array)
-        if stored is not source:
-            difference = np.where(bad, 0, stored - source).ravel()
-            ...
+        cost += piece_cost
+    tensor.done()
+    return Stored(
+        tensor.name,
+        tensor.source_name,
+        tensor.type_name,
+        str(form),
+        tensor.shape,
+        sum(spec.nbytes for spec in specs),
+        math.sqrt(cost.squares / cost.reference) if cost.reference else 0.0,
+        cost.max_abs,
+        cost.not_finite,
+    )
+
+
+def in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
+    """The jobs' results, in order; no more jobs than threads, and one, are under way or done."""
+    waiting: deque[Future[T]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > threads():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@dataclass
+class _Cost:
+    squares: float = 0.0
+    reference: float = 0.0
+    max_abs: float = 0.0
+    not_finite: int = 0
+
+    def __iadd__(self, other: _Cost) -> _Cost:
+        self.squares += other.squares
+        self.reference += other.reference
+        self.max_abs = max(self.max_abs, other.max_abs)
+        self.not_finite += other.not_finite
+        return self
+
+    def compare(self, source: np.ndarray, stored: np.ndarray) -> None:
+        with np.errstate(all="ignore"):
+            difference = (stored - source).ravel()
+        flat = source.ravel()
+        if self.not_finite:
+            finite = np.isfinite(difference)
+            difference, flat = difference[finite], flat[finite]
+        self.squares += float(np.dot(difference, difference))
+        self.reference += float(np.dot(flat, flat))
+        self.max_abs = max(self.max_abs, float(np.abs(difference).max(initial=0)))
+
+
+def _encode(
+    tensor: SourceTensor, form: Form, start: int, stop: int, allow_nan: bool
+) -> tuple[tuple[np.ndarray, ...], _Cost]:
+    """Rows start to stop as they are written, and what that costs."""
+    cost = _Cost()
+
+    def encoded(array: np.ndarray, dtype: str = form.dtype) -> tuple[np.ndarray, np.ndarray]:
+        stored, rounded = encode(array, dtype)
+        cost.not_finite += _check_finite(tensor, form, array, rounded, allow_nan)
+        return stored, rounded
+
+    if form.mode == "dense":
+        values = tensor.values(start, stop)
+        stored, rounded = encoded(values)
+        if rounded is not values:
+            cost.compare(values, rounded)
+        return (stored,), cost
+    if form.mode == "mxfp4":
+        return tensor.packed(start, stop), cost
+    if form.from_source:
+        codes, *wide = tensor.packed(start, stop)
+        values = None
+    else:
+        values, _ = encoded(tensor.values(start, stop), "float32")
+        wide = affine_range(values, form.bits, form.group_size)
+    (scales, rounded_scales), (biases, rounded_biases) = (encoded(array) for array in wide)
+    if values is not None:
+        unpacked = affine_codes(values, rounded_scales, rounded_biases, form.bits)
+        codes = pack(unpacked, form.bits)
+    elif all(np.array_equal(*pair, equal_nan=True) for pair in zip(wide, (rounded_scales, rounded_biases))):
+        return (codes, scales, biases), cost
+    else:
+        values, unpacked = tensor.values(start, stop), unpack(codes, form.bits)
+    groups = unpacked.reshape(*rounded_scales.shape, form.group_size).astype(np.float32)
+    with np.errstate(all="ignore"):
+        groups *= rounded_scales[..., None]
+        groups += rounded_biases[..., None]
+    cost.compare(values, groups.reshape(values.shape))
+    return (codes, scales, biases), cost
+
+
+def _check_finite(tensor: SourceTensor, form: Form, array: np.ndarray, rounded: np.ndarray, allow_nan: bool) -> int:
+    """The number of elements that are not finite in the source; QwenMLXError unless allow_nan, and for an overflow."""
+    if np.isfinite(np.abs(rounded).max(initial=0)):
+        return 0
+    where = f"tensor {tensor.source_name!r} ({tensor.type_name})"
+    finite = np.isfinite(array)
+    bad = int(array.size - finite.sum())
+    if bad and not allow_nan:
+        raise QwenMLXError(
+            f"{where} holds values or scales that are not finite: the file is damaged, download it again "
+            "(--allow-nan converts it as it is)."
+        )
+    overflow = finite & ~np.isfinite(rounded)
+    if overflow.any():
+        option = "--dtype" if form.mode == "dense" else "--scales"
+        raise QwenMLXError(f"{where} holds {array[overflow][0]:g}, too much for {form.dtype}; give {option} float32.")
+    return bad
+
+
+def encode(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """(array to store, the float32 values it stands for) of float32 `values` as "float32", "float16" or "bfloat16",
+    rounded to nearest even; bfloat16 is returned as uint16. float32 is returned as it is.
+    """
+    if dtype == "float32":
+        return values, values
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        return half, half.astype(np.float32)
+    bits = values.view(np.uint32)
+    words = bits >> 16
+    words &= 1
+    words += 0x7FFF
+    words += bits  # carries into the exponent as it should
+    words &= 0xFFFF0000
+    rounded = words.view(np.float32)
+    nan = np.isnan(values)
+    if nan.any():
+        words[nan] = 0x7FC00000
+    return (words >> 16).astype(np.uint16), rounded
+
+
+def affine_range(values: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and biases (rows, columns / group_size) for mx.dequantize's w = scale * code + bias, chosen as mx.quantize
+    does: each group's range is divided evenly, with the end of the larger magnitude and zero both hit exactly.
+    """
+    groups = values.reshape(len(values), -1, group_size)
+    low, high, steps = groups.min(-1), groups.max(-1), np.float32(2**bits - 1)
+    with np.errstate(all="ignore"):
+        negative = np.abs(low) > np.abs(high)
+        scales = np.maximum((high - low) / steps, np.float32(1e-7))
+        scales = np.where(negative, scales, -scales)
+        edge = np.where(negative, low, high)
+        zero = np.rint(edge / scales)
+        scales = np.where(zero == 0, scales, edge / zero)
+    return scales, np.where(zero == 0, np.float32(0), edge)
+
+
+def affine_codes(values: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
+    """The nearest codes, uint8 (rows, columns), for scales and biases as they are stored: chosen after rounding these,
+    unlike mx.quantize's, which at 8 bits with bfloat16 scales saves a third of the error.
+    """
+    groups = values.reshape(*scales.shape, -1)
+    with np.errstate(all="ignore"):
+        codes = np.rint((groups - biases[..., None]) / np.where(scales == 0, np.float32(1), scales)[..., None])
+        return np.clip(np.nan_to_num(codes), 0, 2**bits - 1).astype(np.uint8).reshape(values.shape)
+
+
+def unpack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of gguf.unpack.pack: uint32 (rows, columns * bits / 32) to uint8 (rows, columns)."""
+    words = np.zeros((codes.nbytes // bits, 8), np.uint8)
+    words[:, :bits] = np.ascontiguousarray(codes).view(np.uint8).reshape(-1, bits)
+    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
+    unpacked = (words.view(np.uint64) >> shifts) & np.uint64(2**bits - 1)
+    return unpacked.astype(np.uint8).reshape(len(codes), -1)

@@ -120,7 +120,7 @@ def dequantize(raw: np.ndarray, kind: BlockType, out: np.ndarray | None = None) 
 
 
 def affine(
-    raw: np.ndarray, kind: BlockType, scale_dtype: type[np.floating] | None = None
+    raw: np.ndarray, kind: BlockType, scale_dtype: type[np.floating] | None = None, finite: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A tensor's bytes as MLX affine quantization, w = scale * code + bias, for the kinds with `kind.affine`.
 
@@ -129,7 +129,8 @@ def affine(
     kind.affine.
     scale_dtype: np.float16 or np.float32; None is the narrower in which this tensor's scales and biases are all exact.
     MLX dequantizes in the dtype of the scales: cast them to float32 for exact values.
-    Raises GGUFError for another kind or scale_dtype, and for a scale that is inf or NaN or overflows the one asked for.
+    Raises GGUFError for another kind or scale_dtype, for a scale that overflows the one asked for and, if `finite`, for
+    one that is inf or NaN.
     """
     form = kind.affine
     if form is None:
@@ -152,7 +153,7 @@ def affine(
 
     _in_chunks(work, len(blocks), kind.block_size)
     largest = float(np.maximum(np.abs(scales).max(initial=0), np.abs(biases).max(initial=0)))  # NaN if one is
-    if not np.isfinite(largest):
+    if finite and not np.isfinite(largest):
         raise GGUFError(f"{kind.name}: a scale is inf or NaN; the file is damaged, download it again.")
     if scale_dtype is None:
         narrow = form.scale_dtype == "float16" and largest <= LARGEST_HALF
@@ -266,18 +267,20 @@ def _in_chunks(work: Callable[[slice], None], n_blocks: int, block_size: int) ->
             for start in starts:
                 work(slice(start, start + step))
 
-    threads = min(_cores(), MAX_THREADS, -(-n_blocks // step))
-    if threads < 2:
+    workers = min(threads(), -(-n_blocks // step))
+    if workers < 2:
         run()
         return
-    for future in [_pool().submit(run) for _ in range(threads)]:
+    for future in [_pool().submit(run) for _ in range(workers)]:
         future.result()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads() -> int:
+    """How many threads to work with: the cores this process may use, up to MAX_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_THREADS)
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(_cores(), MAX_THREADS), "dequantize")
+    return ThreadPoolExecutor(threads(), "dequantize")

@@ -178,7 +178,7 @@ def test_temporary_memory_is_small():
     blocks.dequantize(raw, kind, out=out)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < min(blocks._cores(), blocks.MAX_THREADS) * (1 << 20), peak
+    assert peak < blocks.threads() * (1 << 20), peak
 
 
 def test_real_file_values_and_mlx_forms(real_gguf: Path):
