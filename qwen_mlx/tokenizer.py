@@ -22,7 +22,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen")  # tokenizer.ggml.pre of the files that use it
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type; the rest pads the vocabulary
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 GUARD = "\ufdd0"  # a noncharacter: marks user text in a rendered template, and is removed from it before
 
@@ -86,7 +86,7 @@ class Tokenizer:
             )
         ids = {name: i for i, name in enumerate(names) if kinds[i] == NORMAL}
         merges = [tuple(merge.split(" ")) for merge in get("ggml.merges", list, str)]
-        special = {name: i for i, name in enumerate(names) if kinds[i] != NORMAL}
+        special = {name: i for i, name in enumerate(names) if kinds[i] in (CONTROL, USER_DEFINED)}
         eos = {metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")} - {None}
         if not eos:
             raise GGUFError("metadata field 'tokenizer.ggml.eos_token_id' is missing; convert the model again.")
@@ -96,9 +96,9 @@ class Tokenizer:
                 raise GGUFError(f"an end or begin token is {i!r}, expected an id from 0 to {len(names) - 1}.")
         return cls(
             _bpe(ids, merges),
-            names,
+            [name if kind in (NORMAL, CONTROL, USER_DEFINED) else "" for name, kind in zip(names, kinds)],
             special,
-            [name for name, i in special.items() if kinds[i] != USER_DEFINED],
+            [name for name, i in special.items() if kinds[i] == CONTROL],
             eos | {special[name] for name in END_TOKENS if name in special},
             metadata.get("tokenizer.chat_template"),
             bos,

@@ -1,0 +1,299 @@
+"""`python -m qwen_mlx.generate` as its user sees it: a process, its two streams and its exit code."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as T
+
+from tests.small_models import hf_model, save_folder, write_gguf
+
+COMMAND = [sys.executable, "-W", "default", "-m", "qwen_mlx.generate"]
+
+
+def run(*arguments: str | Path, stdin: bytes = b"", **variables: str) -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | variables
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, env=environment, timeout=120, check=False
+    )
+
+
+def refused(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
+    """Exit code 2, nothing on standard output, one line on standard error that holds `words`."""
+    error = result.stderr.decode()
+    assert result.returncode == 2, error
+    assert result.stdout == b""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", hf_model(max_position_embeddings=256), T.Q8_0)
+
+
+def test_help_imports_no_mlx_and_warns_of_nothing():
+    result = run("--help")
+    assert result.returncode == 0
+    assert b"--prompt" in result.stdout
+    assert result.stderr == b""
+    code = "import sys, runpy; sys.argv = ['x', '--help']\n"
+    code += "try: runpy.run_module('qwen_mlx.generate', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "heavy = {'mlx', 'numpy', 'tokenizers', 'huggingface_hub'} & set(sys.modules)\n"
+    code += "assert not heavy, heavy"
+    checked = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_text_goes_to_standard_output_and_statistics_to_standard_error(small: Path):
+    result = run("--model", small, "--prompt", "hello", "--temp", "0", "--max-tokens", "12")
+    assert result.returncode == 0, result.stderr
+    error = result.stderr.decode()
+    assert "generation: 12 tokens" in error
+    assert "backend: CPU" in error
+    assert "\r" not in error
+    assert error.count("\n") == 1
+
+
+def test_prompt_from_standard_input_and_file_give_the_same(small: Path, tmp_path: Path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("héllo wörld\n")
+    common = ["--model", small, "--temp", "0", "--max-tokens", "12"]
+    texts = {
+        run(*common, "--prompt", "héllo wörld\n").stdout,
+        run(*common, "--prompt", "-", stdin="héllo wörld\n".encode()).stdout,
+        run(*common, "--prompt-file", file).stdout,
+    }
+    assert len(texts) == 1
+    assert texts != {run(*common, "--prompt", "other").stdout}
+
+
+def test_seed_repeats(small: Path):
+    common = ["--model", small, "--temp", "1.5", "--top-k", "0", "--max-tokens", "20", "--prompt", "hello"]
+    first, again, other = (run(*common, "--seed", seed).stdout for seed in "112")
+    assert first == again != other
+
+
+def test_verbose_says_what_is_used(small: Path):
+    error = run("--model", small, "--prompt", "x", "--max-tokens", "1", "--top-p", "0.5", "-v").stderr.decode()
+    assert str(small) in error
+    assert "(float32)" in error
+    assert "top_p 0.5" in error
+    assert "top_p given, the rest Qwen2.5-Instruct's published settings" in error
+    assert "BLAS: " in error
+
+
+def test_no_compiler_and_no_path_is_enough(small: Path):
+    result = run("--model", small, "--prompt", "hello", "--max-tokens", "3", PATH="/nonexistent")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_a_question_mark(small: Path):
+    result = run("--model", small, "--prompt", "hello", "--temp", "0", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+
+
+def test_closed_pipe_is_quiet(small: Path):
+    process = subprocess.Popen(
+        [*COMMAND, "--model", small, "--prompt", "hello", "--temp", "0", "--max-tokens", "200"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.wait(60)
+    assert "Traceback" not in error
+    assert process.returncode == 141
+
+
+def test_ctrl_c_keeps_what_was_written_and_exits_130(small: Path):
+    process = subprocess.Popen(
+        [*COMMAND, "--model", small, "--prompt", "hello", "--temp", "0", "--max-tokens", "240"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    first = process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert len(first) == 5
+    assert b"Traceback" not in error
+    assert b"generation: " in error
+
+
+def test_progress_line_appears_on_a_terminal_and_is_cleared(small: Path):
+    """The line is for work over a second: the clock is moved, the terminal is a real pseudo-terminal."""
+    master, slave = pty.openpty()
+    code = (
+        "import time, sys; real = time.monotonic; time.monotonic = lambda: real() * 1000\n"
+        f"from qwen_mlx.generate import main; main(['--model', {str(small)!r}, '--prompt', 'x', '--max-tokens', '1'])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=slave)
+    os.close(slave)
+    written = b""
+    try:
+        while piece := os.read(master, 4096):
+            written += piece
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait(60) == 0
+    assert b"\rLoading" in written
+    assert b"\r\x1b[K" in written
+
+
+def test_folder_of_safetensors(tmp_path: Path):
+    folder = save_folder(tmp_path / "model", hf_model())
+    assert run("--model", folder, "--prompt", "hello", "--max-tokens", "3").returncode == 0
+
+
+def test_list_models_shows_the_default():
+    result = run("--list-models")
+    assert result.returncode == 0
+    assert b"Qwen2.5-Coder-0.5B-Instruct" in result.stdout
+
+
+ARGUMENTS = {
+    "no prompt": ([], "--prompt"),
+    "max tokens 0": (["--prompt", "x", "--max-tokens", "0"], "--max-tokens is 0"),
+    "max tokens text": (["--prompt", "x", "--max-tokens", "many"], "--max-tokens"),
+    "negative temperature": (["--prompt", "x", "--temp", "-1"], "temperature is -1"),
+    "temperature nan": (["--prompt", "x", "--temp", "nan"], "temperature is nan"),
+    "top-p 0": (["--prompt", "x", "--top-p", "0"], "top_p is 0"),
+    "top-k -1": (["--prompt", "x", "--top-k", "-1"], "top_k is -1"),
+    "empty prompt": (["--prompt", ""], "empty"),
+    "empty raw prompt": (["--prompt", "", "--raw"], "no tokens"),
+    "empty stop": (["--prompt", "x", "--stop", ""], "stop"),
+    "raw with system": (["--prompt", "x", "--raw", "--system", "s"], "system"),
+    "prompt past the context": (["--prompt", "word " * 300], "the model's context 256"),
+    "no such prompt file": (["--prompt-file", "/nonexistent/p.txt"], "No such file"),
+    "two prompts": (["--prompt", "x", "--prompt-file", "y"], "not allowed with"),
+    "unknown option": (["--prompt", "x", "--temperatur", "1"], "--temperatur"),
+    "unknown dtype": (["--prompt", "x", "--dtype", "int8"], "int8"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_bad_argument(case: str, small: Path):
+    arguments, word = ARGUMENTS[case]
+    refused(run("--model", small, *arguments), word)
+
+
+def test_invalid_utf8(small: Path):
+    refused(run("--model", small, "--prompt", "-", stdin=b"abc\xff\xfe"), "standard input", "UTF-8", "0xff at 3")
+
+
+def test_missing_model():
+    refused(run("--model", "/nonexistent/model.gguf", "--prompt", "x"), "/nonexistent/model.gguf")
+
+
+def drop(name: str):
+    def edit(writer, tensors):
+        del tensors[name]
+
+    return edit
+
+
+def add(name: str):
+    def edit(writer, tensors):
+        tensors[name] = (np.zeros((4,), np.float32), T.F32)
+
+    return edit
+
+
+def reshape(name: str):
+    def edit(writer, tensors):
+        array, kind = tensors[name]
+        tensors[name] = (array[:-1], kind)
+
+    return edit
+
+
+def remove_field(name: str):
+    def edit(writer, tensors):
+        del writer.kv_data[0][name]
+
+    return edit
+
+
+def set_field(name: str, value: object):
+    def edit(writer, tensors):
+        writer.kv_data[0][name].value = value
+
+    return edit
+
+
+DAMAGED = {
+    "tensor missing": (drop("blk.1.attn_q.bias"), "'blk.1.attn_q.bias'", "missing"),
+    "embedding missing": (drop("token_embd.weight"), "'token_embd.weight'", "missing"),
+    "tensor extra": (add("blk.0.attn_q.scale"), "'blk.0.attn_q.scale'", "not part of"),
+    "layer extra": (add("blk.3.attn_norm.weight"), "'blk.3.attn_norm.weight'", "not part of"),
+    "wrong shape": (reshape("blk.0.ffn_down.weight"), "'blk.0.ffn_down.weight'", "(63, 160)", "(64, 160)"),
+    "other architecture": (set_field("general.architecture", "llama"), "'llama'", "qwen2"),
+    "no architecture": (remove_field("general.architecture"), "general.architecture"),
+    "theta missing": (remove_field("qwen2.rope.freq_base"), "qwen2.rope.freq_base", "missing"),
+    "eps missing": (remove_field("qwen2.attention.layer_norm_rms_epsilon"), "layer_norm_rms_epsilon", "missing"),
+    "layers missing": (remove_field("qwen2.block_count"), "qwen2.block_count", "missing"),
+    "context missing": (remove_field("qwen2.context_length"), "qwen2.context_length", "missing"),
+    "heads 0": (set_field("qwen2.attention.head_count", 0), "n_heads"),
+    "kv heads 3": (set_field("qwen2.attention.head_count_kv", 3), "n_kv_heads"),
+    "tokens missing": (remove_field("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens", "missing"),
+    "other split rule": (set_field("tokenizer.ggml.pre", "llama-bpe"), "llama-bpe", "qwen2"),
+    "end token missing": (remove_field("tokenizer.ggml.eos_token_id"), "eos_token_id", "missing"),
+    "template missing": (remove_field("tokenizer.chat_template"), "chat template", "--raw"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_file(case: str, tmp_path: Path):
+    edit, *words = DAMAGED[case]
+    path = write_gguf(tmp_path / "m.gguf", hf_model(), edit=edit)
+    refused(run("--model", path, "--prompt", "x"), *words)
+
+
+def test_truncated_and_foreign_files(small: Path, tmp_path: Path):
+    data = small.read_bytes()
+    for name, content, word in (
+        ("empty", b"", "empty"),
+        ("text", b"hello", "not a GGUF"),
+        ("header", data[:100], "truncated"),
+        ("half", data[: len(data) // 2], "truncated"),
+        ("end", data[:-64], "truncated"),
+    ):
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(content)
+        refused(run("--model", path, "--prompt", "x"), word, str(path))
+
+
+def test_folder_that_is_no_model(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    refused(run("--model", tmp_path / "empty", "--prompt", "x"), "config.json")
+    folder = save_folder(tmp_path / "model", hf_model())
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(run("--model", folder, "--prompt", "x"), "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    refused(run("--model", folder, "--prompt", "x"), "safetensors")
+    (folder / "config.json").write_text("{")
+    refused(run("--model", folder, "--prompt", "x"), "config.json", "JSON")
+
+
+def test_progress_takes_no_time_to_decide():
+    """The guard of the progress line itself: nothing is written before a second has passed."""
+    from qwen_mlx.cli import ProgressLine
+
+    line = ProgressLine("Loading")
+    line(1, 2)
+    assert not line.shown
+    assert time.monotonic() - line.start < 1
