@@ -1,7 +1,7 @@
 """convert() and check(): a GGUF or a folder of safetensors becomes an MLX model folder, complete or not at all.
 
-What MLX can express exactly stays packed; the rest is made dense, or quantized on request, and the error of every tensor
-is measured and written. The folder loads in qwen_mlx, in mlx-lm and in transformers' tokenizers.
+What MLX can express exactly stays packed; the rest is made dense, or quantized on request, and the error of every
+tensor is measured and written. The folder loads in qwen_mlx, in mlx-lm and in transformers' tokenizers.
 """
 
 from __future__ import annotations
