@@ -1,5 +1,6 @@
 // sums = T(x + residual), out = weight * T(sums / sqrt(mean(sums^2) + eps)): one threadgroup a row, kept in registers.
-// x, residual, sums, out (rows, D), weight (D), all T. Template: T, D, N elements a pack, THREADS a row, EPS eps's bits.
+// x, residual, sums, out (rows, D), weight (D), all T.
+// Template: T, D, N elements a pack, THREADS a row, EPS the bits of eps.
 constexpr int PACKS = (D + N * THREADS - 1) / (N * THREADS);
 constexpr int SIMDS = THREADS / SIMD_WIDTH;
 threadgroup float partial[SIMDS];

@@ -1,20 +1,21 @@
 // Metal's names in CUDA, so that NVRTC compiles the same kernel bodies; metal_prelude.h is its twin.
 #define FUNCTION static __device__ __forceinline__
 #define SIMD_WIDTH 32
-#define uint unsigned int
-#define ulong unsigned long long
 #define threadgroup __shared__
 #define thread_position_in_threadgroup threadIdx
 #define threadgroup_position_in_grid blockIdx
 #define thread_position_in_grid \
-  make_uint3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, blockIdx.z * blockDim.z + threadIdx.z)
+  make_uint3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, 0u)
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
-#define mem_flags metal
+
+typedef unsigned int uint;
+typedef unsigned long ulong;
+static_assert(sizeof(ulong) == 8, "long has 64 bits in Metal");
 
 namespace metal {
-enum Barrier { mem_threadgroup };
-FUNCTION void threadgroup_barrier(Barrier) { __syncthreads(); }
+enum class mem_flags { mem_threadgroup };
+FUNCTION void threadgroup_barrier(mem_flags) { __syncthreads(); }
 FUNCTION float simd_sum(float x) {
   for (int step = 16; step > 0; step >>= 1) {
     x += __shfl_xor_sync(0xffffffffu, x, step);

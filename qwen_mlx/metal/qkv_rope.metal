@@ -1,5 +1,5 @@
 // Splits the joined projection into q and k | v, adds its bias, and turns q and k: one threadgroup a token.
-// qkv (B, L, (HEADS + 2 KV) 2 HALF), bias ((HEADS + 2 KV) 2 HALF), q (B, L, HEADS, 2 HALF), kv (B, L, 2, KV, 2 HALF), all T;
+// qkv (B, L, WIDTH), bias (WIDTH), q (B, L, HEADS, 2 HALF), kv (B, L, 2, KV, 2 HALF), all T;
 // turns (HALF, 3) uint32, see rotary.h; offset (1) or (B) int32, the first position.
 // Template: T, HEADS, KV, HALF, N elements a pack, THREADS, BIAS, SCALE and SCALE_LOW the attention factor's bits.
 constexpr int PACKS = HALF / N;

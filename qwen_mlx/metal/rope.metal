@@ -1,6 +1,6 @@
 // Turns each head of x by its position: one threadgroup a token, which computes its D / 2 angles once for all heads.
 // x, out (B, L, HEADS, 2 HALF) T; turns (HALF, 3) uint32, see rotary.h; offset (1) or (B) int32, the first position.
-// Template: T, HEADS, HALF, N elements a pack, THREADS, SCALE and SCALE_LOW the bits of the attention factor's two floats.
+// Template: T, HEADS, HALF, N elements a pack, THREADS, SCALE and SCALE_LOW the attention factor's bits.
 constexpr int PACKS = HALF / N;
 threadgroup float table[4 * HALF];
 

@@ -13,8 +13,8 @@ FUNCTION ulong multiply_high(ulong a, ulong b) {
   return a_high * b_high + ((a_high * b_low) >> 32) + ((a_low * b_high) >> 32);
 }
 
-// high = bits 95..64, middle and low of the turns a position makes, in units of 2^-96 turns: products wrap at whole turns,
-// so the range reduction is exact for every int32 position. scale multiplies both (YaRN's attention factor).
+// high, middle and low: the turns a position makes in units of 2^-96, 32 bits each. Products wrap at whole turns, so
+// the range reduction is exact for every int32 position. scale multiplies both (YaRN's attention factor).
 FUNCTION Rotation rotation(uint high, uint middle, uint low, int position, float scale, float scale_low) {
   const ulong turns = (ulong(high) << 32) | ulong(middle);
   const ulong phase = turns * ulong(long(position)) + ulong((long(low) * long(position)) >> 32);
@@ -53,15 +53,15 @@ FUNCTION Rotation rotation(uint high, uint middle, uint low, int position, float
   sine = quadrant >= 2u ? -sine : sine;
 
   const float unit = 2.16840434e-19f;  // 2^-62
-  const float cos_float = float(cosine);
-  const float sin_float = float(sine);
-  const float cos_rest = float(cosine - long(cos_float)) * unit;
-  const float sin_rest = float(sine - long(sin_float)) * unit;
+  const float c_high = float(cosine) * unit;
+  const float s_high = float(sine) * unit;
+  const float c_low = float(cosine - long(float(cosine))) * unit;
+  const float s_low = float(sine - long(float(sine))) * unit;
   Rotation r;
-  r.cos_high = cos_float * unit * scale;
-  r.sin_high = sin_float * unit * scale;
-  r.cos_low = metal::fma(cos_float * unit, scale, -r.cos_high) + metal::fma(cos_rest, scale, cos_float * unit * scale_low);
-  r.sin_low = metal::fma(sin_float * unit, scale, -r.sin_high) + metal::fma(sin_rest, scale, sin_float * unit * scale_low);
+  r.cos_high = c_high * scale;
+  r.sin_high = s_high * scale;
+  r.cos_low = metal::fma(c_high, scale, -r.cos_high) + metal::fma(c_low, scale, c_high * scale_low);
+  r.sin_low = metal::fma(s_high, scale, -r.sin_high) + metal::fma(s_low, scale, s_high * scale_low);
   return r;
 }
 

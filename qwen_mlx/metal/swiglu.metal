@@ -1,6 +1,6 @@
 // out = T(T(silu(gate)) * up), each with its bias added and rounded first: one pack of N elements a thread.
-// gate, up (rows, F), or JOINED both the same (rows, 2 F); with BIAS their biases (F), or both the same (2 F); out (rows, F).
-// Grid: (rows, packs of a row). Template: T, F, N, JOINED, BIAS.
+// gate, up (rows, F), or with JOINED both the same (rows, 2 F); with BIAS their biases (F), or both the same (2 F);
+// out (rows, F); all T. Grid: (rows, packs of a row). Template: T, F, N, JOINED, BIAS.
 const uint column = thread_position_in_grid.y * uint(N);
 const uint row = thread_position_in_grid.x;
 if (column < uint(F)) {

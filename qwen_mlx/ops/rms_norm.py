@@ -1,15 +1,92 @@
-"""Root mean square normalisation."""
+"""Root mean square normalisation, alone and after the residual addition before it."""
 
 from __future__ import annotations
 
 from ..backend import mx
+from .dispatch import (
+    MAX_ELEMENTS,
+    Kernel,
+    differentiable,
+    executor,
+    float_bits,
+    pack_size,
+    require,
+    require_float,
+    require_like,
+    threads,
+)
+
+MAX_WIDTH = 16384  # a row stays in the registers of one threadgroup
+
+_RMS_NORM = Kernel("rms_norm", ("x", "weight"), ("out",), ("rms.h",))
+_ADD_RMS_NORM = Kernel("add_rms_norm", ("x", "residual", "weight"), ("sums", "out"), ("rms.h",))
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis.
 
     x: (..., D), weight: (D,) in the same dtype; returns x's shape and dtype. Rounding: normalised in float32, rounded
-    to x.dtype, then multiplied by weight, the order of transformers' Qwen2RMSNorm.
-    Source: Zhang and Sennrich 2019, eq. 4.
+    to x.dtype, then multiplied by weight, the order of transformers' Qwen2RMSNorm. Source: Zhang and Sennrich 2019,
+    eq. 4. Raises ValueError if the shapes or dtypes do not agree.
     """
+    _check(x, weight)
+    if executor() == "reference" or not fits(x):
+        return rms_norm_reference(x, weight, eps)
+    return differentiable(
+        lambda x, weight: _launch(_RMS_NORM, (x, weight), eps)[0],
+        lambda x, weight: rms_norm_reference(x, weight, eps),
+        x,
+        weight,
+    )
+
+
+def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """Residual addition and RMSNorm in one pass.
+
+    x, residual: (..., D), weight: (D,), all of one dtype. Returns (h, y), both of x's shape and dtype: h = x + residual
+    and y = rms_norm(h, weight, eps). Rounding: h is rounded to x.dtype, y as rms_norm's.
+    Raises ValueError if the shapes or dtypes do not agree.
+    """
+    _check(x, weight)
+    require_like("residual", residual, x.shape, x.dtype)
+    if executor() == "reference" or not fits(x):
+        return add_rms_norm_reference(x, residual, weight, eps)
+    return differentiable(
+        lambda x, residual, weight: tuple(_launch(_ADD_RMS_NORM, (x, residual, weight), eps)),
+        lambda x, residual, weight: add_rms_norm_reference(x, residual, weight, eps),
+        x,
+        residual,
+        weight,
+    )
+
+
+def rms_norm_reference(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """rms_norm in plain MLX."""
     return mx.fast.rms_norm(x, weight, eps)
+
+
+def add_rms_norm_reference(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """add_rms_norm in plain MLX."""
+    h = x + residual
+    return h, mx.fast.rms_norm(h, weight, eps)
+
+
+def fits(x: mx.array) -> bool:
+    """Whether the kernels take rows of this size: others are computed in plain MLX."""
+    return x.shape[-1] <= MAX_WIDTH and x.size <= MAX_ELEMENTS
+
+
+def _check(x: mx.array, weight: mx.array) -> None:
+    require_float("x", x)
+    require(x.ndim > 0, lambda: "x has shape (), expected (..., D).")
+    require_like("weight", weight, (x.shape[-1],), x.dtype)
+
+
+def _launch(kernel: Kernel, inputs: tuple[mx.array, ...], eps: float) -> list[mx.array]:
+    x = inputs[0]
+    width = x.shape[-1]
+    pack = pack_size(width, x.dtype)
+    n_threads = threads(-(-width // pack), 512)
+    template = [("D", width), ("N", pack), ("THREADS", n_threads), ("EPS", float_bits(eps))]
+    rows = x.size // max(width, 1)
+    return kernel(inputs, template, (rows * n_threads, 1, 1), (n_threads, 1, 1), [x.shape] * len(kernel.outputs))

@@ -5,10 +5,25 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from ..backend import mx
+from .dispatch import (
+    MAX_ELEMENTS,
+    Kernel,
+    differentiable,
+    executor,
+    float_bits,
+    pack_size,
+    require,
+    require_float,
+    require_like,
+    threads,
+)
+
+MAX_HALF = 512  # pairs of a head whose cosines and sines a threadgroup holds
 
 
 @dataclass(frozen=True)
@@ -66,9 +81,115 @@ def _frequencies(head_dim: int, theta: float) -> np.ndarray:
     return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
+_ROPE = Kernel("rope", ("x", "turns", "offset"), ("out",), ("rotary.h",))
+_QKV_ROPE = Kernel("qkv_rope", ("qkv", "bias", "turns", "offset"), ("q", "kv"), ("rotary.h",))
+
+
+def rope(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
+    """Turns each head of x by its position.
+
+    x: (B, L, H, head_dim), positions offset to offset + L - 1; offset: one for all, or int32 (B,), one a sequence.
+    Returns x's shape and dtype. Rounding: angles, cosine and sine are exact to 2^-48, products are formed in at least
+    float32 and rounded to x.dtype once (transformers rounds cosine, sine and both products to x.dtype as well).
+    Raises ValueError if shapes or dtypes do not agree.
+    """
+    require_float("x", x)
+    require(
+        x.ndim == 4 and x.shape[-1] == 2 * len(rotary.inv_freq),
+        lambda: f"x has shape {x.shape}, expected (B, L, H, {2 * len(rotary.inv_freq)}).",
+    )
+    _check_offset(offset, x.shape[0])
+    if executor() == "reference" or not _fits(x, rotary):
+        return rope_reference(x, offset, rotary)
+    position = _position(offset)
+
+    def kernel(x: mx.array) -> mx.array:
+        batch, length, heads, _ = x.shape
+        return _launch(
+            _ROPE, (x, _turns(rotary), position), rotary, (("HEADS", heads),), batch * length, heads, [x.shape]
+        )[0]
+
+    return differentiable(kernel, lambda x: rope_reference(x, offset, rotary), x)
+
+
+def qkv_rope(
+    qkv: mx.array,
+    bias: mx.array | None,
+    offset: int | mx.array,
+    rotary: Rotary,
+    n_heads: int,
+    n_kv_heads: int,
+    join_kv: bool = False,
+) -> tuple[mx.array, ...]:
+    """Splits a joined projection into q, k and v, adds its bias, and turns q and k by their positions.
+
+    qkv: (B, L, (n_heads + 2 n_kv_heads) head_dim), q's heads first, then k's, then v's; bias: its last axis, or None;
+    offset as in rope. Returns q (B, L, n_heads, head_dim), k and v (B, L, n_kv_heads, head_dim); with join_kv q and one
+    array (B, L, 2, n_kv_heads, head_dim) of both, for a cache that is written once. Rounding: the sum with the bias is
+    rounded to the dtype, then as rope. Raises ValueError if shapes or dtypes do not agree.
+    """
+    require_float("qkv", qkv)
+    width = (n_heads + 2 * n_kv_heads) * 2 * len(rotary.inv_freq)
+    require(
+        qkv.ndim == 3 and qkv.shape[-1] == width,
+        lambda: (
+            f"qkv has shape {qkv.shape}, expected (B, L, {width}) for {n_heads} + 2 * {n_kv_heads} heads of "
+            f"{2 * len(rotary.inv_freq)}."
+        ),
+    )
+    if bias is not None:
+        require_like("bias", bias, (width,), qkv.dtype)
+    _check_offset(offset, qkv.shape[0])
+    arrays = (qkv,) if bias is None else (qkv, bias)
+
+    def twin(qkv: mx.array, *bias: mx.array) -> tuple[mx.array, mx.array]:
+        return _split_and_turn(qkv, *bias, offset=offset, rotary=rotary, n_heads=n_heads, n_kv_heads=n_kv_heads)
+
+    if executor() == "reference" or not _fits(qkv, rotary):
+        q, kv = twin(*arrays)
+    else:
+        position = _position(offset)
+
+        def kernel(qkv: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
+            batch, length, _ = qkv.shape
+            head_dim = 2 * len(rotary.inv_freq)
+            inputs = (qkv, *(bias or (qkv,)), _turns(rotary), position)
+            template = (("HEADS", n_heads), ("KV", n_kv_heads), ("BIAS", bool(bias)))
+            shapes = [(batch, length, n_heads, head_dim), (batch, length, 2, n_kv_heads, head_dim)]
+            heads = n_heads + 2 * n_kv_heads
+            return tuple(_launch(_QKV_ROPE, inputs, rotary, template, batch * length, heads, shapes))
+
+        q, kv = differentiable(kernel, twin, *arrays)
+    return (q, kv) if join_kv else (q, kv[:, :, 0], kv[:, :, 1])
+
+
+def rope_reference(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
+    """rope in plain MLX."""
+    cos, sin = (
+        _tables(rotary, offset, x.shape[1]) if isinstance(offset, int) else _traced_tables(rotary, offset, x.shape[1])
+    )
+    halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, -1)
+    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
+
+
+def _split_and_turn(
+    qkv: mx.array,
+    bias: mx.array | None = None,
+    *,
+    offset: int | mx.array,
+    rotary: Rotary,
+    n_heads: int,
+    n_kv_heads: int,
+) -> tuple[mx.array, mx.array]:
+    heads = (qkv if bias is None else qkv + bias).reshape(*qkv.shape[:2], n_heads + 2 * n_kv_heads, -1)
+    turned = rope_reference(heads[:, :, : n_heads + n_kv_heads], offset, rotary)
+    kv = mx.concatenate([turned[:, :, n_heads:], heads[:, :, n_heads + n_kv_heads :]], axis=2)
+    return turned[:, :, :n_heads], kv.reshape(*qkv.shape[:2], 2, n_kv_heads, heads.shape[-1])
+
+
 @functools.lru_cache(maxsize=4)
 def _tables(rotary: Rotary, offset: int, length: int) -> tuple[mx.array, mx.array]:
-    """Cosine, and sine with each half's sign, float32 (length, 1, 2, head_dim / 2), shared by all layers of a step.
+    """Cosine, and sine with the sign of each half, float32 (length, 1, 2, head_dim / 2); a step's layers share them.
 
     Angles are formed in float64: float32 would be wrong by 0.03 radians at position 1,000,000.
     """
@@ -80,12 +201,77 @@ def _tables(rotary: Rotary, offset: int, length: int) -> tuple[mx.array, mx.arra
     )
 
 
-def rope(x: mx.array, offset: int, rotary: Rotary) -> mx.array:
-    """Turns each head of x by its position.
+def _traced_tables(rotary: Rotary, offset: mx.array, length: int) -> tuple[mx.array, mx.array]:
+    """As _tables, (B or 1, length, 1, 2, head_dim / 2), of offsets only known when evaluated: float64 on the CPU."""
+    with mx.stream(mx.cpu):
+        positions = (offset[:, None] + mx.arange(length)).astype(mx.float64)
+        angles = positions[:, :, None, None, None] * mx.array(np.array(rotary.inv_freq), mx.float64)
+        cos, sin = mx.cos(angles) * rotary.attention_factor, mx.sin(angles) * rotary.attention_factor
+        return (
+            mx.concatenate([cos, cos], axis=-2).astype(mx.float32),
+            mx.concatenate([-sin, sin], axis=-2).astype(mx.float32),
+        )
 
-    x: (B, L, H, head_dim), positions offset to offset + L - 1. Returns the same shape and dtype. Rounding: computed in
-    float32 with angles from float64, rounded to x.dtype once (transformers rounds cosine and sine to x.dtype as well).
-    """
-    cos, sin = _tables(rotary, offset, x.shape[1])
-    halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, -1)
-    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
+
+@functools.lru_cache(maxsize=8)
+def _turns(rotary: Rotary) -> mx.array:
+    """Turns a position makes in units of 2^-96, uint32 (head_dim / 2, 3), highest word first; rounded down."""
+    # Machin's formula in units of 2^-256, as pi / 4 = 4 arctan(1/5) - arctan(1/239).
+    pi = 4 * (4 * _arctan_of_inverse(5) - _arctan_of_inverse(239))
+    turns = [int(Fraction(f) * 2**96 * 2**256 / (2 * pi)) % 2**96 for f in rotary.inv_freq]
+    return mx.array(np.array([[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF] for t in turns], np.uint32))
+
+
+def _arctan_of_inverse(n: int) -> int:
+    terms = ((-1) ** k * 2**256 // ((2 * k + 1) * n ** (2 * k + 1)) for k in range(120))
+    return sum(terms)
+
+
+@functools.lru_cache(maxsize=8)
+def _position_of_int(offset: int) -> mx.array:
+    return mx.array([offset], mx.int32)
+
+
+def _position(offset: int | mx.array) -> mx.array:
+    return _position_of_int(offset) if isinstance(offset, int) else offset
+
+
+def _check_offset(offset: int | mx.array, batch: int) -> None:
+    if isinstance(offset, int):
+        require(0 <= offset < 2**31, lambda: f"offset is {offset}, expected 0 to {2**31 - 1}.")
+        return
+    require(
+        isinstance(offset, mx.array) and offset.shape in ((batch,), (1,)) and offset.dtype == mx.int32,
+        lambda: (
+            f"offset has shape {getattr(offset, 'shape', None)} and type {getattr(offset, 'dtype', type(offset))}, "
+            f"expected an int, or int32 of shape ({batch},) or (1,)."
+        ),
+    )
+
+
+def _fits(x: mx.array, rotary: Rotary) -> bool:
+    return x.size <= MAX_ELEMENTS and len(rotary.inv_freq) <= MAX_HALF
+
+
+def _launch(
+    kernel: Kernel,
+    inputs: tuple[mx.array, ...],
+    rotary: Rotary,
+    template: tuple[tuple[str, object], ...],
+    tokens: int,
+    heads: int,
+    shapes: list[tuple[int, ...]],
+) -> list[mx.array]:
+    half = len(rotary.inv_freq)
+    pack = pack_size(half, inputs[0].dtype)
+    n_threads = threads(max(heads * half // pack, 1), 256)
+    high = np.float32(rotary.attention_factor)
+    template = (
+        *template,
+        ("HALF", half),
+        ("N", pack),
+        ("THREADS", n_threads),
+        ("SCALE", float_bits(high)),
+        ("SCALE_LOW", float_bits(rotary.attention_factor - float(high))),
+    )
+    return kernel(inputs, template, (tokens * n_threads, 1, 1), (n_threads, 1, 1), shapes)

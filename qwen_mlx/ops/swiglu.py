@@ -3,16 +3,94 @@
 from __future__ import annotations
 
 from ..backend import mx
+from .dispatch import (
+    MAX_ELEMENTS,
+    Kernel,
+    differentiable,
+    executor,
+    pack_size,
+    require,
+    require_float,
+    require_like,
+    threads,
+)
 from .exponential import exp
 
+_SWIGLU = Kernel("swiglu", ("gate", "up", "gate_bias", "up_bias"), ("out",), ("silu.h",))
 
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up, with silu(x) = x / (1 + e^-x).
 
-    gate, up: the same shape and dtype, which is returned. Rounding: silu is computed in float32 and rounded to the
-    dtype, then multiplied, the order of transformers' Qwen2MLP. Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+def swiglu(
+    gate: mx.array, up: mx.array, gate_bias: mx.array | None = None, up_bias: mx.array | None = None
+) -> mx.array:
+    """silu(gate + gate_bias) * (up + up_bias), with silu(x) = x / (1 + e^-x).
+
+    gate, up: (..., F); biases: (F,), both or none; all of one dtype, which is returned. Rounding: the sums with
+    biases are rounded to the dtype, silu is computed in float32 and rounded, then multiplied, the order of
+    transformers' Qwen2MLP. Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    Raises ValueError if the shapes or dtypes do not agree.
     """
-    if mx.default_device() != mx.cpu:
-        return gate * mx.sigmoid(gate) * up
+    require_float("gate", gate)
+    require(gate.ndim > 0, lambda: "gate has shape (), expected (..., F).")
+    require_like("up", up, gate.shape, gate.dtype)
+    if gate_bias is None and up_bias is None:
+        biases = ()
+    else:
+        require(gate_bias is not None and up_bias is not None, lambda: "gate_bias and up_bias: give both or none.")
+        require_like("gate_bias", gate_bias, gate.shape[-1:], gate.dtype)
+        require_like("up_bias", up_bias, gate.shape[-1:], gate.dtype)
+        biases = (gate_bias, up_bias)
+    if executor() == "reference" or gate.size > MAX_ELEMENTS:
+        return swiglu_reference(gate, up, *biases)
+    return differentiable(_launch, swiglu_reference, gate, up, *biases)
+
+
+def swiglu_joined(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
+    """swiglu of the two halves of the last axis, as one projection returns them: gate first.
+
+    gate_up: (..., 2 F), bias: (2 F,) of the same dtype or None. Returns (..., F). Rounding and errors as swiglu's.
+    """
+    require_float("gate_up", gate_up)
+    width = gate_up.shape[-1] if gate_up.ndim else 1
+    require(width % 2 == 0, lambda: f"gate_up has shape {gate_up.shape}, expected an even last axis: gate, then up.")
+    if bias is not None:
+        require_like("bias", bias, (width,), gate_up.dtype)
+    biases = () if bias is None else (bias,)
+    if executor() == "reference" or gate_up.size > MAX_ELEMENTS:
+        return swiglu_joined_reference(gate_up, *biases)
+    return differentiable(_launch_joined, swiglu_joined_reference, gate_up, *biases)
+
+
+def swiglu_reference(
+    gate: mx.array, up: mx.array, gate_bias: mx.array | None = None, up_bias: mx.array | None = None
+) -> mx.array:
+    """swiglu in plain MLX."""
+    if gate_bias is not None:
+        gate, up = gate + gate_bias, up + up_bias
     wide = gate.astype(mx.float32)
-    return (wide / (1 + exp(-wide))).astype(gate.dtype) * up
+    power = exp(-wide) if mx.default_device() == mx.cpu else mx.exp(-wide)
+    return (wide / (1 + power)).astype(gate.dtype) * up
+
+
+def swiglu_joined_reference(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
+    """swiglu_joined in plain MLX."""
+    return swiglu_reference(*mx.split(gate_up if bias is None else gate_up + bias, 2, axis=-1))
+
+
+def _launch(gate: mx.array, up: mx.array, *biases: mx.array) -> mx.array:
+    return _run((gate, up, *(biases or (gate, up))), False, bool(biases), gate.shape)
+
+
+def _launch_joined(gate_up: mx.array, *bias: mx.array) -> mx.array:
+    both = bias * 2 or (gate_up, gate_up)
+    return _run((gate_up, gate_up, *both), True, bool(bias), (*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+def _run(inputs: tuple[mx.array, ...], joined: bool, biased: bool, shape: tuple[int, ...]) -> mx.array:
+    width = shape[-1]
+    pack = pack_size(width, inputs[0].dtype)
+    packs = width // pack
+    n_threads = threads(packs, 256) if packs else 32
+    rows = inputs[0].size // (2 * width if joined else width) if width else 0
+    template = [("F", width), ("N", pack), ("JOINED", joined), ("BIAS", biased)]
+    grid = (rows, -(-packs // n_threads) * n_threads, 1)
+    return _SWIGLU(inputs, template, grid, (1, n_threads, 1), [shape])[0]

@@ -1,0 +1,190 @@
+"""Which executor computes an operation: the Metal kernel, the same kernel in CUDA, or plain MLX ("reference").
+
+The kernels' sources are qwen_mlx/metal/*.metal. QWEN_MLX_KERNELS=off, read once, computes everything in plain MLX.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..backend import mx
+from ..errors import QwenMLXError
+
+SOURCES = Path(__file__).parent.parent / "metal"
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+MAX_ELEMENTS = 2**31 - 1  # the kernels index with 32 bits
+
+_forced: str | None = None  # "metal", "cuda" or "reference": overrides the choice, for tests and comparisons
+_differentiable = True
+
+
+def executor() -> str:
+    """ "metal", "cuda" or "reference": what runs on the current default device."""
+    if _forced is not None:
+        return _forced
+    if mx.default_device() == mx.cpu or not kernels_enabled():
+        return "reference"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@functools.cache
+def kernels_enabled() -> bool:
+    """QWEN_MLX_KERNELS: "on" (the default) or "off". Raises QwenMLXError for anything else."""
+    value = os.environ.get("QWEN_MLX_KERNELS", "on")
+    if value not in ("on", "off"):
+        raise QwenMLXError(f"QWEN_MLX_KERNELS is {value!r}, expected 'on' or 'off'.")
+    return value == "on"
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Within it, operations run on this executor; None restores the choice by device."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Within it, kernels have no gradient, which saves about 10 microseconds of Python a call: for generation."""
+    global _differentiable
+    before, _differentiable = _differentiable, False
+    try:
+        yield
+    finally:
+        _differentiable = before
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One file of qwen_mlx/metal with the names of its inputs and outputs and the helper headers it needs."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    headers: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        template: Sequence[tuple[str, object]],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> list[mx.array]:
+        """Launches a thread for each grid element; outputs have the first input's dtype. An empty grid gives zeros."""
+        dtype = inputs[0].dtype
+        if 0 in grid:
+            return [mx.zeros(shape, dtype) for shape in shapes]
+        factory = mx.fast.metal_kernel if executor() == "metal" else mx.fast.cuda_kernel
+        return _compiled(factory, self)(
+            inputs=list(inputs),
+            template=[("T", dtype), *template],
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=list(shapes),
+            output_dtypes=[dtype] * len(shapes),
+        )
+
+    def header(self, dialect: str) -> str:
+        """The text before the kernel in "metal" or "cuda"."""
+        return "\n".join((SOURCES / file).read_text() for file in (f"{dialect}_prelude.h", *self.headers))
+
+    def source(self) -> str:
+        """The kernel's body, the same in both dialects."""
+        return (SOURCES / f"{self.name}.metal").read_text()
+
+
+# Keyed on the factory too: a stand-in for mx.fast.metal_kernel must not be handed MLX's own kernels, nor leave its own.
+@functools.lru_cache(maxsize=64)
+def _compiled(factory: Callable[..., Callable], kernel: Kernel) -> Callable[..., list[mx.array]]:
+    dialect = "metal" if factory is mx.fast.metal_kernel else "cuda"
+    return factory(
+        name=f"qwen_{kernel.name}",
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        header=kernel.header(dialect),
+        source=kernel.source(),
+    )
+
+
+def differentiable(kernel: Callable, twin: Callable, *arrays: mx.array) -> mx.array | tuple[mx.array, ...]:
+    """kernel(*arrays), with the gradient of `twin`, the same function in plain MLX."""
+    if not _differentiable:
+        return kernel(*arrays)
+    function = mx.custom_function(kernel)
+    function.vjp(lambda primals, cotangents, _: _gradients(twin, primals, cotangents))
+    return function(*arrays)
+
+
+def _gradients(twin: Callable, primals: Sequence[mx.array], cotangents: Sequence[mx.array]) -> tuple[mx.array, ...]:
+    as_list = lambda value: list(value) if isinstance(value, list | tuple) else [value]  # noqa: E731
+    return tuple(mx.vjp(lambda *x: as_list(twin(*x)), as_list(primals), as_list(cotangents))[1])
+
+
+def pack_size(n: int, dtype: mx.Dtype) -> int:
+    """Elements of one 16-byte access, or the largest power of two of them that divides n."""
+    size = 16 // dtype.size
+    while n % size:
+        size //= 2
+    return size
+
+
+def threads(n: int, most: int) -> int:
+    """Whole simdgroups for n items, at most `most` threads and as few idle ones as an equal number of rounds allows."""
+    rounds = -(-n // most)
+    return -(-n // (rounds * 32)) * 32
+
+
+def float_bits(value: float) -> int:
+    """The float32 nearest to `value` as an int32 with the same bits: kernels take integers as template values only."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """Raises ValueError(message()) unless the condition holds."""
+    if not condition:
+        raise ValueError(message())
+
+
+def require_float(name: str, x: mx.array) -> None:
+    require(x.dtype in FLOATS, lambda: f"{name} has dtype {x.dtype}, expected float32, float16 or bfloat16.")
+
+
+def require_like(name: str, x: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    """Raises ValueError unless x has this shape and dtype."""
+    require(
+        x.shape == shape and x.dtype == dtype,
+        lambda: f"{name} has shape {x.shape} and dtype {x.dtype}, expected {shape} and {dtype}.",
+    )
+
+
+def explain() -> str:
+    """What computes the operations on the current default device, and why, a line each."""
+    kind = executor()
+    if _forced is not None:
+        why = "forced"
+    elif mx.default_device() == mx.cpu:
+        why = "the default device is the CPU"
+    elif not kernels_enabled():
+        why = "QWEN_MLX_KERNELS=off"
+    else:
+        why = f"the default device is a GPU with {'Metal' if kind == 'metal' else 'CUDA'}"
+    what = {"metal": "Metal kernels", "cuda": "the Metal kernels compiled as CUDA", "reference": "plain MLX"}[kind]
+    lines = [f"rms_norm, add_rms_norm, rope, qkv_rope, swiglu, swiglu_joined: {what} ({why})"]
+    if kind != "reference":
+        lines.append(
+            "plain MLX for rows above 16384 (rms_norm), heads above 1024 (rope) and arrays of 2^31 elements or more"
+        )
+    return "\n".join(
+        [*lines, "attention: MLX's scaled_dot_product_attention, or matrix products in float32 on the CPU"]
+    )
