@@ -60,7 +60,9 @@ def test_greedy_ids_equal_transformers_generate(ours, real_hf):
 
 def test_answer_reads_as_expected(ours):
     text = generate(*ours, PROMPTS[0], max_tokens=40, temperature=0)
-    assert text.startswith("Here's a simple Python function to reverse a string:\n\n```python\ndef reverse_string(s):\n")
+    assert text.startswith(
+        "Here's a simple Python function to reverse a string:\n\n```python\ndef reverse_string(s):\n"
+    )
 
 
 def test_every_parameter_equals_transformers_by_value(ours, real_hf):
