@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         raise QwenMLXError(f"--max-tokens is {arguments.max_tokens}, expected 1 or more.")
     path = hub.resolve(arguments.model)
 
-    from . import backend, blas
+    from . import backend, blas, ops
     from .generation import GenerationStats, stream_generate
     from .loading import load
     from .sampling import SamplingSettings
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"model: {path} ({dtype})", file=sys.stderr)
         print(f"sampling: {model.generation_defaults.override(**sampling)}", file=sys.stderr)
         print(f"backend: {backend.describe()}; BLAS: {blas.report()}", file=sys.stderr)
+        print(ops.explain(), file=sys.stderr)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of failing
     stats = GenerationStats()

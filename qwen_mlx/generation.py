@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import ops
 from .backend import mx
 from .cache import KVCache
 from .errors import QwenMLXError
@@ -95,7 +96,8 @@ def generate_ids(
     seen = prompt if sampling.repetition_penalty != 1 else None
     done = 0
     while length - done > prefill_chunk:
-        model.model(prompt[:, done : done + prefill_chunk], cache)
+        with ops.no_grad():
+            model.model(prompt[:, done : done + prefill_chunk], cache)
         mx.eval([layer.state for layer in cache])
         done += prefill_chunk
         if progress:
@@ -103,7 +105,8 @@ def generate_ids(
 
     def step(ids: mx.array) -> tuple[mx.array, mx.array]:
         nonlocal key
-        logits = model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
+        with ops.no_grad():
+            logits = model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
         key, now = mx.random.split(key)
         token, total = sample(logits, sampling, seen, now), logits.sum()
         mx.async_eval(token, total)
