@@ -1,5 +1,5 @@
 // Metal's names in CUDA, so that NVRTC compiles the same kernel bodies; metal_prelude.h is its twin.
-#define FUNCTION static __device__ __forceinline__
+#define FUNCTION __device__ __forceinline__
 #define SIMD_WIDTH 32
 #define threadgroup __shared__
 #define thread_position_in_threadgroup threadIdx

@@ -17,3 +17,15 @@ FUNCTION Inverse inverse_root(float x) {
   }
   return inverse;
 }
+
+// weight * T(x * scale); where T is float nothing is rounded between the two products.
+template <typename T>
+FUNCTION float scaled_by(float x, Inverse scale, float weight) {
+  const float normed = metal::fma(x, scale.high, x * scale.low);
+  const float y = weight * float(T(normed));
+  if (sizeof(T) < 4 || !metal::isfinite(y)) {
+    return y;
+  }
+  const float lost = metal::fma(x, scale.high, -normed) + x * scale.low;
+  return metal::fma(weight, normed, weight * lost);
+}

@@ -32,8 +32,7 @@ for (int p = 0; p < PACKS; ++p) {
   if (i < uint(D)) {
     Pack<N> scaled = load<N>(weight, i);
     for (int k = 0; k < N; ++k) {
-      const float normed = metal::fma(values[p].v[k], scale.high, values[p].v[k] * scale.low);
-      scaled.v[k] *= float(T(normed));
+      scaled.v[k] = scaled_by<T>(values[p].v[k], scale, scaled.v[k]);
     }
     store<T>(out, row + i, scaled);
   }

@@ -1,6 +1,9 @@
 // x / (1 + e^-x) to 0.6 ulp in float32, for every finite x: e^-|x| is kept as 2^-n (high + low), and 2^-n comes last,
 // so that a small result is not formed from a subnormal factor. silu(inf) = inf, silu(-inf) = NaN, as in torch.
 FUNCTION float silu(float x) {
+  if (!metal::isfinite(x)) {
+    return x > 0.0f ? x : x * 0.0f;
+  }
   const float size = metal::min(metal::abs(x), 120.0f);
   const float n = metal::rint(size * 1.44269504f);
   // ln 2 in two parts: n times the first is exact.
@@ -28,6 +31,6 @@ FUNCTION float silu(float x) {
   const float factor = x < 0.0f ? high : 1.0f;
   const float sigmoid = factor * inverse;
   const float rest = metal::fma(factor, inverse, -sigmoid) + sigmoid * error + (x < 0.0f ? low * inverse : 0.0f);
-  const float y = metal::isfinite(x) ? metal::fma(x, sigmoid, x * rest) : x * sigmoid;
+  const float y = metal::fma(x, sigmoid, x * rest);
   return x < 0.0f ? y * power_a * power_b : y;
 }

@@ -164,11 +164,11 @@ def qkv_rope(
 
 
 def rope_reference(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
-    """rope in plain MLX."""
-    cos, sin = (
-        _tables(rotary, offset, x.shape[1]) if isinstance(offset, int) else _traced_tables(rotary, offset, x.shape[1])
-    )
-    halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, -1)
+    """rope in plain MLX: products in float64 on the CPU, else in float32."""
+    wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
+    tables = _tables if isinstance(offset, int) else _traced_tables
+    cos, sin = tables(rotary, offset, x.shape[1], wide)
+    halves = x.astype(wide).reshape(*x.shape[:-1], 2, -1)
     return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
 
 
@@ -188,35 +188,35 @@ def _split_and_turn(
 
 
 @functools.lru_cache(maxsize=4)
-def _tables(rotary: Rotary, offset: int, length: int) -> tuple[mx.array, mx.array]:
-    """Cosine, and sine with the sign of each half, float32 (length, 1, 2, head_dim / 2); a step's layers share them.
+def _tables(rotary: Rotary, offset: int, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Cosine, and sine with the sign of each half, (length, 1, 2, head_dim / 2) in dtype; a step's layers share them.
 
     Angles are formed in float64: float32 would be wrong by 0.03 radians at position 1,000,000.
     """
     angles = np.arange(offset, offset + length)[:, None] * np.array(rotary.inv_freq)
     cos, sin = (table(angles) * rotary.attention_factor for table in (np.cos, np.sin))
     return (
-        mx.array(np.stack([cos, cos], axis=1)[:, None].astype(np.float32)),
-        mx.array(np.stack([-sin, sin], axis=1)[:, None].astype(np.float32)),
+        mx.array(np.stack([cos, cos], axis=1)[:, None], dtype),
+        mx.array(np.stack([-sin, sin], axis=1)[:, None], dtype),
     )
 
 
-def _traced_tables(rotary: Rotary, offset: mx.array, length: int) -> tuple[mx.array, mx.array]:
-    """As _tables, (B or 1, length, 1, 2, head_dim / 2), of offsets only known when evaluated: float64 on the CPU."""
+def _traced_tables(rotary: Rotary, offset: mx.array, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """As _tables, (B or 1, length, 1, 2, head_dim / 2), for offsets that are known only when evaluated."""
     with mx.stream(mx.cpu):
-        positions = (offset[:, None] + mx.arange(length)).astype(mx.float64)
-        angles = positions[:, :, None, None, None] * mx.array(np.array(rotary.inv_freq), mx.float64)
+        # Products of 64-bit integers wrap at whole turns: MLX's own cosine is wrong for large angles, in float64 too.
+        words = _turns(rotary).astype(mx.int64)
+        turns = words[:, 0] * 2**32 + words[:, 1]
+        positions = (offset[:, None] + mx.arange(length)).astype(mx.int64)
+        angles = (positions[:, :, None, None, None] * turns).astype(mx.float64) * (2 * math.pi / 2**64)
         cos, sin = mx.cos(angles) * rotary.attention_factor, mx.sin(angles) * rotary.attention_factor
-        return (
-            mx.concatenate([cos, cos], axis=-2).astype(mx.float32),
-            mx.concatenate([-sin, sin], axis=-2).astype(mx.float32),
-        )
+        return mx.concatenate([cos, cos], axis=-2).astype(dtype), mx.concatenate([-sin, sin], axis=-2).astype(dtype)
 
 
 @functools.lru_cache(maxsize=8)
 def _turns(rotary: Rotary) -> mx.array:
     """Turns a position makes in units of 2^-96, uint32 (head_dim / 2, 3), highest word first; rounded down."""
-    # Machin's formula in units of 2^-256, as pi / 4 = 4 arctan(1/5) - arctan(1/239).
+    # Machin's formula in units of 2^-256: pi / 4 = 4 arctan(1/5) - arctan(1/239).
     pi = 4 * (4 * _arctan_of_inverse(5) - _arctan_of_inverse(239))
     turns = [int(Fraction(f) * 2**96 * 2**256 / (2 * pi)) % 2**96 for f in rotary.inv_freq]
     return mx.array(np.array([[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF] for t in turns], np.uint32))

@@ -1,0 +1,296 @@
+"""Runs every kernel on this machine's GPU and compares it with float64: `python -m qwen_mlx.selftest`.
+
+Prints a table and writes a JSON file to attach to an issue. Exit status: 0 if every case is within its limit, 1 if not,
+2 if there is no GPU to run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import ops
+from .backend import describe, mx
+
+EPS = 1e-6
+LIMIT = 2.0  # units in the last place of the dtype, against float64
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+
+Arrays = Sequence[mx.array]
+Exact = Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operation.
+
+    compute: the operation's outputs; exact: the same in float64, NaN and infinities where torch has them; peer: MLX's
+    own functions for the same result, whose error is shown beside.
+    """
+
+    name: str
+    dtype: mx.Dtype
+    compute: Callable[[], Arrays]
+    exact: Callable[[], Exact]
+    peer: Callable[[], Arrays] | None = None
+
+    def error(self, outputs: Arrays) -> float:
+        """The largest error in ulp; inf for a wrong shape, dtype, NaN or infinity."""
+        exact = self.exact()
+        if len(outputs) != len(exact):
+            return float("inf")
+        return max((ulp_error(got, want, self.dtype) for got, want in zip(outputs, exact)), default=0.0)
+
+
+def ulp_error(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> float:
+    """The largest |got - want| in units of dtype's last place at want; inf where only one is NaN or infinite."""
+    if got.shape != want.shape or got.dtype != dtype:
+        return float("inf")
+    if not got.size:
+        return 0.0
+    precision, smallest, largest = {
+        mx.float32: (24, -126, 3.4028235677973366e38),
+        mx.float16: (11, -14, 65520.0),
+        mx.bfloat16: (8, -126, 3.3961775292304957e38),
+    }[dtype]
+    values = to_float64(got)
+    want = np.where(np.abs(want) >= largest, np.copysign(np.inf, want), want)  # rounds to infinity
+    with np.errstate(invalid="ignore"):
+        unit = 2.0 ** (np.maximum(np.frexp(np.where(np.isfinite(want), want, 1))[1] - 1, smallest) - precision + 1)
+        error = np.abs(values - want) / unit
+    same = (np.isnan(values) & np.isnan(want)) | (values == want)
+    return float(np.where(same, 0.0, np.where(np.isfinite(error), error, np.inf)).max())
+
+
+def to_float64(x: mx.array) -> np.ndarray:
+    """The values of x, exactly."""
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def cases(small: bool = False) -> Iterator[Case]:
+    """Every kernel, dtype and kind of input; `small` leaves out the large ones."""
+    for index, dtype in enumerate(DTYPES):
+        random = _Random(index, dtype)
+        yield from _norm_cases(random, dtype, small)
+        yield from _swiglu_cases(random, dtype, small)
+        yield from _rope_cases(random, dtype, small)
+
+
+class _Random:
+    """Normal deviates of one dtype."""
+
+    def __init__(self, seed: int, dtype: mx.Dtype):
+        self.generator, self.dtype = np.random.default_rng(seed), dtype
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> mx.array:
+        return mx.array((self.generator.standard_normal(shape) * scale).astype(np.float32)).astype(self.dtype)
+
+
+def exact_rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """rms_norm in float64, with the squares of float32 overflowing as torch's do."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        squares = np.square(x.astype(np.float32)).astype(np.float64)
+        return x * (1 / np.sqrt(squares.mean(axis=-1, keepdims=True) + EPS)) * weight
+
+
+def exact_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """swiglu in float64; silu(-inf) is NaN, as torch's."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def exact_rope(x: np.ndarray, offsets: Sequence[int], rotary: ops.Rotary) -> np.ndarray:
+    """rope in float64: integer positions times float32 frequencies are exact there."""
+    positions = np.array(offsets)[:, None] + np.arange(x.shape[1])
+    angles = positions[:, :, None, None] * np.array(rotary.inv_freq)
+    cos, sin = np.cos(angles) * rotary.attention_factor, np.sin(angles) * rotary.attention_factor
+    a, b = np.split(x, 2, axis=-1)
+    with np.errstate(invalid="ignore"):
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def extremes(random: _Random, rows: int, width: int) -> mx.array:
+    """Random rows; then NaN, +-inf, huge and subnormal values, zeros and one huge value, a row each."""
+    x = to_float64(random(rows, width))
+    kinds = (np.nan, np.inf, -np.inf, 1e38, -1e38, 1e-40)
+    x[: len(kinds), 1] = kinds
+    x[len(kinds)] = 0.0
+    x[len(kinds) + 1] = 1e-41
+    x[len(kinds) + 2] = 1e38
+    x[len(kinds) + 3] = -0.0
+    return mx.array(x.astype(np.float32)).astype(random.dtype)
+
+
+def _norm_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]:
+    def pair(label: str, x: mx.array, residual: mx.array, weight: mx.array) -> Iterator[Case]:
+        yield Case(
+            f"rms_norm {label}",
+            dtype,
+            lambda: [ops.rms_norm(x, weight, EPS)],
+            lambda: [exact_rms_norm(to_float64(x), to_float64(weight))],
+            lambda: [mx.fast.rms_norm(x, weight, EPS)],
+        )
+
+        def exact() -> Exact:
+            h = to_float64(_on_cpu(lambda: x + residual))
+            return [h, exact_rms_norm(h, to_float64(weight))]
+
+        def peer() -> Arrays:
+            h = x + residual
+            return [h, mx.fast.rms_norm(h, weight, EPS)]
+
+        yield Case(f"add_rms_norm {label}", dtype, lambda: ops.add_rms_norm(x, residual, weight, EPS), exact, peer)
+
+    for shape in ((0, 8), (1, 1), (3, 7), (2, 3, 64), (1, 1, 896), (5, 897), (2, 8192)):
+        if not (small and shape[-1] > 4096):
+            yield from pair(str(shape), random(*shape), random(*shape), random(shape[-1]))
+    if not small:
+        yield from pair("(1024, 3584)", random(1024, 3584), random(1024, 3584), random(3584))
+    yield from pair("unaligned", random(4, 904)[1:, 3:899], random(3, 896), random(897)[1:])
+    yield from pair("transposed", random(96, 5).T, random(96, 5).T, random(192)[::2])
+    x = extremes(random, 12, 96)
+    yield from pair("extremes", x, mx.zeros_like(x), random(96))
+
+
+def _swiglu_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]:
+    def pair(label: str, joined: mx.array, bias: mx.array | None) -> Iterator[Case]:
+        def exact() -> Exact:
+            total = joined if bias is None else _on_cpu(lambda: joined + bias)
+            return [exact_swiglu(*np.split(to_float64(total), 2, axis=-1))]
+
+        def peer() -> Arrays:
+            gate, up = mx.split(joined if bias is None else joined + bias, 2, axis=-1)
+            return [gate * mx.sigmoid(gate) * up]
+
+        def separate() -> Arrays:
+            biases = () if bias is None else mx.split(bias, 2)
+            return [ops.swiglu(*mx.split(joined, 2, axis=-1), *biases)]
+
+        yield Case(f"swiglu_joined {label}", dtype, lambda: [ops.swiglu_joined(joined, bias)], exact, peer)
+        yield Case(f"swiglu {label}", dtype, separate, exact, peer)
+
+    for shape in ((0, 8), (1, 2), (3, 14), (2, 3, 610), (1, 1, 9728)):
+        yield from pair(str(shape), random(*shape, scale=2), None)
+        yield from pair(f"{shape} biases", random(*shape, scale=2), random(shape[-1]))
+    if not small:
+        yield from pair("(512, 37888)", random(512, 37888, scale=2), None)
+    yield from pair("unaligned", random(4, 616)[1:, 1:609], random(609)[1:])
+    x = extremes(random, 12, 64)
+    yield from pair("extremes", mx.concatenate([x, mx.ones_like(x)], axis=-1), None)
+
+
+def _rope_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]:
+    plain = ops.Rotary.plain(64, 1e6)
+    yarn = ops.Rotary.yarn(128, 1e6, 4.0, 32768)
+    offsets = mx.array([3, 70_000, 999_000], mx.int32)
+
+    def one(label: str, x: mx.array, offset: int | mx.array, rotary: ops.Rotary, peer: bool = True) -> Case:
+        def fast() -> Arrays:
+            turned = mx.fast.rope(x.swapaxes(1, 2), x.shape[-1], traditional=False, base=1e6, scale=1.0, offset=offset)
+            return [turned.swapaxes(1, 2)]
+
+        return Case(
+            f"rope {label}",
+            dtype,
+            lambda: [ops.rope(x, offset, rotary)],
+            lambda: [exact_rope(to_float64(x), _offsets(offset, x.shape[0]), rotary)],
+            fast if peer else None,
+        )
+
+    yield one("(0, 1, 2, 64)", random(0, 1, 2, 64), 5, plain, peer=False)
+    yield one("(1, 1, 14, 64) at 0", random(1, 1, 14, 64), 0, plain)
+    yield one("(1, 7, 3, 64) at 999_990", random(1, 7, 3, 64), 999_990, plain)
+    yield one("(2, 3, 1, 6) at 5", random(2, 3, 1, 6), 5, ops.Rotary.plain(6, 1e6))
+    yield one("(3, 4, 2, 64) by sequence", random(3, 4, 2, 64), offsets, plain)
+    yield one("(1, 3, 5, 128) YaRN", random(1, 3, 5, 128), 100_000, yarn, peer=False)
+    yield one("heads first, transposed", random(2, 3, 5, 64).swapaxes(1, 2), 17, plain)
+    x = mx.concatenate([extremes(random, 12, 64)[None, None], mx.ones((1, 1, 12, 64), dtype)], axis=1)
+    yield one("extremes", x, 0, plain, peer=False)
+    if not small:
+        yield one("(1, 2048, 16, 128) at 500_000", random(1, 2048, 16, 128), 500_000, ops.Rotary.plain(128, 1e6))
+
+    def fused(
+        label: str, x: mx.array, bias: mx.array | None, offset: int | mx.array, rotary: ops.Rotary, heads: int, kv: int
+    ) -> Case:
+        def exact() -> Exact:
+            total = to_float64(x if bias is None else _on_cpu(lambda: x + bias))
+            split = total.reshape(*x.shape[:2], heads + 2 * kv, -1)
+            turned = exact_rope(split[:, :, : heads + kv], _offsets(offset, x.shape[0]), rotary)
+            return [turned[:, :, :heads], turned[:, :, heads:], split[:, :, heads + kv :]]
+
+        return Case(f"qkv_rope {label}", dtype, lambda: ops.qkv_rope(x, bias, offset, rotary, heads, kv), exact)
+
+    yield fused("(1, 1, 1152) 14 + 2 heads", random(1, 1, 1152), random(1152), 41, plain, 14, 2)
+    yield fused("(3, 2, 256) by sequence", random(3, 2, 256), random(256), offsets, plain, 2, 1)
+    yield fused("(2, 3, 1024) YaRN, no bias", random(2, 3, 1024), None, 5000, yarn, 4, 2)
+    yield fused("unaligned", random(2, 4, 264)[:, 1:, 5:261], random(257)[1:], 9, plain, 2, 1)
+    if not small:
+        yield fused("(1, 1024, 4608) 28 + 4 heads", random(1, 1024, 4608), random(4608), 0, yarn, 28, 4)
+
+
+def _offsets(offset: int | mx.array, batch: int) -> list[int]:
+    return [offset] * batch if isinstance(offset, int) else np.array(offset).tolist()
+
+
+def _on_cpu(function: Callable[[], mx.array]) -> mx.array:
+    with mx.stream(mx.cpu):
+        return function()
+
+
+def run(selected: Sequence[Case]) -> list[dict[str, object]]:
+    """Runs the cases where they are; each row has case, dtype, ulp, mlx_ulp (None without a peer), ok and error."""
+    rows = []
+    for case in selected:
+        row: dict[str, object] = {"case": case.name, "dtype": str(case.dtype).removeprefix("mlx.core.")}
+        try:
+            row["ulp"] = case.error(case.compute())
+            row["mlx_ulp"] = None if case.peer is None else case.error(case.peer())
+            row["ok"] = row["ulp"] <= LIMIT
+        except Exception as error:  # a kernel that does not compile is a result too
+            row.update(ulp=None, mlx_ulp=None, ok=False, error=f"{type(error).__name__}: {error}")
+        rows.append(row)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qwen_mlx.selftest", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, default=Path("qwen_mlx_selftest.json"), help="where to write the results")
+    options = parser.parse_args(arguments)
+    if ops.executor() == "reference":
+        print(f"No kernel to test: {ops.explain()}", file=sys.stderr)
+        return 2
+    rows = run(list(cases()))
+    for row in rows:
+        ulp, peer = (_number(row[key]) for key in ("ulp", "mlx_ulp"))
+        verdict = "ok" if row["ok"] else f"FAILED {row.get('error', '')}"
+        print(f"{row['case']:44} {row['dtype']:9} {ulp:>9} ulp   mlx's own {peer:>9}   {verdict}")
+    failed = sum(not row["ok"] for row in rows)
+    summary = {
+        "device": describe(),
+        "executor": ops.executor(),
+        "platform": platform.platform(),
+        "mlx": mx.__version__,
+        "limit_ulp": LIMIT,
+        "cases": len(rows),
+        "failed": failed,
+    }
+    # JSON has no infinity; a case that is off by one is told by its "ok".
+    rows = [{k: str(v) if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()} for row in rows]
+    options.json.write_text(json.dumps({**summary, "results": rows}, indent=1))
+    print(f"{len(rows) - failed} of {len(rows)} within {LIMIT:g} ulp of float64 on {describe()}; wrote {options.json}")
+    return 1 if failed else 0
+
+
+def _number(value: object) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
