@@ -1,0 +1,144 @@
+"""`python -m benchmarks.run`: qwen_mlx against mlx-lm on the same weights, prefill and decode, in one process.
+
+Random weights of the true shapes, so that no file is needed; both engines hold the very same arrays. Repeats are
+interleaved and medians compared. Prints a table and writes JSON with machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+
+from qwen_mlx import ModelConfig, Qwen2, SamplingSettings, ops
+from qwen_mlx.backend import describe, mx, nn
+from qwen_mlx.generation import generate_ids
+from qwen_mlx.layers import QuantizedEmbedding, QuantizedLinear
+
+# hidden, intermediate, layers, heads, kv heads, vocabulary, tied: Qwen2.5's published config.json files
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "3B": (2048, 11008, 36, 16, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "14B": (5120, 13824, 48, 40, 8, 152064, False),
+}
+
+
+def config_of(size: str) -> ModelConfig:
+    """The configuration of a published size."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
+    return ModelConfig(
+        hidden, intermediate, layers, heads, kv_heads, hidden // heads, vocabulary, 1e-6, 1e6, 32768, tied
+    )
+
+
+def random_model(size: str, bits: int | None) -> Qwen2:
+    """bfloat16 weights small enough for finite activations; with `bits`, matrices packed in groups of 64."""
+    model = Qwen2(config_of(size))
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    if bits:
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear | nn.Embedding):
+                continue
+            packed = mx.quantize(module.weight, group_size=64, bits=bits)
+            if isinstance(module, nn.Embedding):
+                new = QuantizedEmbedding(*packed, 64, bits, mx.bfloat16)
+            else:
+                new = QuantizedLinear(*packed, 64, bits)
+                if "bias" in module:
+                    new.bias = module.bias
+            mx.eval(new.parameters())
+            *path, last = name.split(".")
+            parent = model
+            for part in path:
+                parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+            setattr(parent, last, new)
+    return model
+
+
+def mlx_lm_twin(model: Qwen2, bits: int | None):
+    """mlx-lm's model on the same arrays."""
+    from mlx_lm.models import qwen2
+
+    twin = qwen2.Model(qwen2.ModelArgs.from_dict(model.config.to_hf()))
+    if bits:
+        nn.quantize(twin, group_size=64, bits=bits)
+    twin.load_weights(tree_flatten(model.parameters()), strict=True)
+    return twin.eval()
+
+
+def ours(model: Qwen2, prompt: list[int]) -> Iterator[int]:
+    return generate_ids(model, prompt, sampling=SamplingSettings(), prefill_chunk=2048)
+
+
+def theirs(model, prompt: list[int]) -> Iterator[int]:
+    from mlx_lm.generate import generate_step
+
+    return (token for token, _ in generate_step(mx.array(prompt), model, max_tokens=-1))
+
+
+def timed(start: Callable[[], Iterator[int]], tokens: int) -> tuple[float, float, list[int]]:
+    """Seconds to the first token, tokens per second after it, and the tokens."""
+    mx.synchronize()
+    begin = time.perf_counter()
+    steps = start()
+    made = [next(steps)]
+    first = time.perf_counter()
+    made += itertools.islice(steps, tokens)
+    return first - begin, tokens / (time.perf_counter() - first), made
+
+
+def main() -> None:
+    """Parses the arguments, runs every case, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["0.5B", "0.5B:4", "1.5B", "7B", "7B:4"], help="size[:bits]")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens after it (default 256)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("run.json"))
+    arguments = parser.parse_args()
+    rows = []
+    print(f"{describe()}\n{ops.explain()}\n")
+    print(f"{'model':8} {'prefill ms':>22} {'ratio':>6} {'decode tok/s':>22} {'ratio':>6}  first different token")
+    for case in arguments.models:
+        size, _, bits = case.partition(":")
+        model = random_model(size, int(bits) if bits else None)
+        twin = mlx_lm_twin(model, int(bits) if bits else None)
+        prompt = [(7919 * i) % 150000 for i in range(arguments.prompt)]
+        engines = {"qwen_mlx": partial(ours, model, prompt), "mlx-lm": partial(theirs, twin, prompt)}
+        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+        made = {}
+        for repeat in range(arguments.repeats + 1):
+            for name, start in engines.items():
+                prefill, decode, made[name] = timed(start, arguments.tokens)
+                if repeat:  # the first round warms up
+                    runs[name].append((prefill, decode))
+        a, b = ([statistics.median(column) for column in zip(*runs[name])] for name in engines)
+        same = next((i for i, (x, y) in enumerate(zip(*made.values())) if x != y), None)
+        print(
+            f"{case:8} {a[0] * 1e3:10.1f} {b[0] * 1e3:11.1f} {b[0] / a[0]:6.2f} {a[1]:10.1f} {b[1]:11.1f} "
+            f"{a[1] / b[1]:6.2f}  {same}",
+            flush=True,
+        )
+        rows.append({"model": case, "runs": runs, "first_different_token": same})
+        del model, twin, engines
+        mx.clear_cache()
+    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
+    report = {"device": describe(), "system": platform.platform(), "versions": versions, "rows": rows}
+    report |= {"prompt": arguments.prompt, "tokens": arguments.tokens}
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
