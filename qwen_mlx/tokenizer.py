@@ -298,6 +298,12 @@ class StreamingDetokenizer:
 def _bpe(ids: dict[str, int], merges: list[tuple[str, ...]]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    for merge in merges:  # the library panics, which no `except Exception` sees, for a result that is not a token
+        if len(merge) != 2 or merge[0] + merge[1] not in ids:
+            raise GGUFError(
+                f"'tokenizer.ggml.merges' holds {' '.join(merge)!r}, which makes no token of the vocabulary; "
+                "convert the model again."
+            )
     try:
         library = Tokenizer(models.BPE(ids, merges))
     except Exception as error:  # the library raises bare Exception
