@@ -11,7 +11,9 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,7 @@ def cases(small: bool = False) -> Iterator[Case]:
         yield from _norm_cases(random, dtype, small)
         yield from _swiglu_cases(random, dtype, small)
         yield from _rope_cases(random, dtype, small)
+        yield from _gradient_cases(random, dtype)
 
 
 class _Random:
@@ -235,6 +238,33 @@ def _rope_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]
         yield fused("(1, 1024, 4608) 28 + 4 heads", random(1, 1024, 4608), random(4608), 0, yarn, 28, 4)
 
 
+def _gradient_cases(random: _Random, dtype: mx.Dtype) -> Iterator[Case]:
+    rotary = ops.Rotary.plain(64, 1e6)
+
+    def one(name: str, function: Callable[..., mx.array | tuple[mx.array, ...]], *inputs: mx.array) -> Case:
+        def gradients() -> Arrays:
+            def as_list(*x: mx.array) -> list[mx.array]:
+                y = function(*x)
+                return [y] if isinstance(y, mx.array) else list(y)
+
+            cotangents = [mx.cos(mx.arange(y.size)).reshape(y.shape).astype(dtype) for y in as_list(*inputs)]
+            return mx.vjp(as_list, list(inputs), cotangents)[1]
+
+        def reference() -> Exact:
+            with ops.forced("reference"):
+                return [to_float64(gradient) for gradient in gradients()]
+
+        return Case(f"gradient of {name}", dtype, gradients, reference)
+
+    x, y, weight = random(3, 128), random(3, 128), random(128)
+    yield one("rms_norm", lambda x, w: ops.rms_norm(x, w, EPS), x, weight)
+    yield one("add_rms_norm", lambda x, y, w: ops.add_rms_norm(x, y, w, EPS), x, y, weight)
+    yield one("swiglu", ops.swiglu, x, y, weight, weight)
+    yield one("swiglu_joined", ops.swiglu_joined, x, weight)
+    yield one("rope", lambda x: ops.rope(x, 7, rotary), random(1, 3, 2, 64))
+    yield one("qkv_rope", lambda x, b: ops.qkv_rope(x, b, 7, rotary, 2, 1), random(1, 3, 256), random(256))
+
+
 def _offsets(offset: int | mx.array, batch: int) -> list[int]:
     return [offset] * batch if isinstance(offset, int) else np.array(offset).tolist()
 
@@ -259,14 +289,21 @@ def run(selected: Sequence[Case]) -> list[dict[str, object]]:
     return rows
 
 
+def _run_part(part: int, parts: int) -> list[dict[str, object]]:
+    return run(list(cases())[part::parts])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qwen_mlx.selftest", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, default=Path("qwen_mlx_selftest.json"), help="where to write the results")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile kernels side by side (default 1)")
     options = parser.parse_args(arguments)
     if ops.executor() == "reference":
         print(f"No kernel to test: {ops.explain()}", file=sys.stderr)
         return 2
-    rows = run(list(cases()))
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        parts = pool.map(_run_part, range(options.jobs), [options.jobs] * options.jobs)
+        rows = [row for part in parts for row in part]
     for row in rows:
         ulp, peer = (_number(row[key]) for key in ("ulp", "mlx_ulp"))
         verdict = "ok" if row["ok"] else f"FAILED {row.get('error', '')}"

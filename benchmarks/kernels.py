@@ -1,0 +1,230 @@
+"""Times every kernel on this machine's GPU beside the MLX functions it replaces: `python -m benchmarks.kernels`.
+
+Decode is one token, prefill `--tokens`. A measurement evaluates many calls on rotating inputs at once and takes the
+median of several; decode counts building the graph as well, in Python ("eager") and replayed by mx.compile
+("compiled"), because that is what decoding pays; prefill counts evaluation only. Bandwidth counts every input and
+output byte once and is given as a share of a measured copy (the negation of 1 GiB). Exit status 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx import nn
+
+from qwen_mlx import ops
+from qwen_mlx.backend import describe, mx
+
+EPS = 1e-6
+# hidden: (intermediate, query heads, key/value heads, head size) of Qwen2.5 0.5B, 1.5B, 7B, 32B and 72B
+MODELS = {
+    896: (4864, 14, 2, 64),
+    1536: (8960, 12, 2, 128),
+    3584: (18944, 28, 4, 128),
+    5120: (27648, 40, 8, 128),
+    8192: (29568, 64, 8, 128),
+}
+
+Arrays = tuple[mx.array, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel, the MLX functions it replaces, and the inputs that differ from call to call."""
+
+    name: str
+    hidden: int
+    fused: Callable[..., object]
+    unfused: Callable[..., object]
+    shapes: tuple[tuple[int, ...], ...]
+    bytes_moved: int
+
+
+@mx.compile
+def _mlx_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up  # as mlx-lm 0.32 compiles it
+
+
+def subjects(tokens: int, dtype: mx.Dtype) -> Iterator[Subject]:
+    """Every kernel at every model's sizes."""
+    for hidden, (inner, heads, kv, head_dim) in MODELS.items():
+        weight = mx.random.normal((hidden,)).astype(dtype)
+        row = tokens * hidden * dtype.size
+        x = (1, tokens, hidden)
+
+        def add_then_norm(x: mx.array, residual: mx.array, weight: mx.array = weight) -> Arrays:
+            h = x + residual
+            return h, mx.fast.rms_norm(h, weight, EPS)
+
+        yield Subject(
+            "rms_norm",
+            hidden,
+            lambda x, weight=weight: ops.rms_norm(x, weight, EPS),
+            lambda x, weight=weight: mx.fast.rms_norm(x, weight, EPS),
+            (x,),
+            2 * row,
+        )
+        yield Subject(
+            "add_rms_norm",
+            hidden,
+            lambda x, residual, weight=weight: ops.add_rms_norm(x, residual, weight, EPS),
+            add_then_norm,
+            (x, x),
+            4 * row,
+        )
+        mlp = tokens * inner * dtype.size
+        yield Subject(
+            "swiglu",
+            hidden,
+            ops.swiglu,
+            _mlx_swiglu,
+            ((1, tokens, inner), (1, tokens, inner)),
+            3 * mlp,
+        )
+        yield Subject(
+            "swiglu_joined",
+            hidden,
+            ops.swiglu_joined,
+            lambda joined: _mlx_swiglu(*mx.split(joined, 2, axis=-1)),
+            ((1, tokens, 2 * inner),),
+            3 * mlp,
+        )
+        width = (heads + 2 * kv) * head_dim
+        bias = mx.random.normal((width,)).astype(dtype)
+        rotary = ops.Rotary.plain(head_dim, 1e6)
+
+        def split_then_turn(
+            qkv: mx.array,
+            bias: mx.array = bias,
+            heads: int = heads,
+            kv: int = kv,
+            head_dim: int = head_dim,
+        ) -> Arrays:
+            q, k, v = mx.split(qkv + bias, [heads * head_dim, (heads + kv) * head_dim], axis=-1)
+            q, k, v = (y.reshape(*y.shape[:2], -1, head_dim).swapaxes(1, 2) for y in (q, k, v))
+            turn = {"traditional": False, "base": 1e6, "scale": 1.0, "offset": 100}
+            return mx.fast.rope(q, head_dim, **turn), mx.fast.rope(k, head_dim, **turn), mx.contiguous(v)
+
+        yield Subject(
+            "rope",
+            hidden,
+            lambda x, rotary=rotary: ops.rope(x, 100, rotary),
+            lambda x, head_dim=head_dim: mx.fast.rope(
+                x.swapaxes(1, 2), head_dim, traditional=False, base=1e6, scale=1.0, offset=100
+            ),
+            ((1, tokens, heads, head_dim),),
+            2 * tokens * heads * head_dim * dtype.size,
+        )
+        yield Subject(
+            "qkv_rope",
+            hidden,
+            lambda x, bias=bias, rotary=rotary, heads=heads, kv=kv: ops.qkv_rope(
+                x, bias, 100, rotary, heads, kv, join_kv=True
+            ),
+            split_then_turn,
+            ((1, tokens, width),),
+            2 * tokens * width * dtype.size,
+        )
+
+
+def inputs_for(shapes: Sequence[tuple[int, ...]], dtype: mx.Dtype, sets: int) -> list[Arrays]:
+    """Random inputs, `sets` times."""
+    made = [tuple(mx.random.normal(shape).astype(dtype) for shape in shapes) for _ in range(sets)]
+    mx.eval(made)
+    return made
+
+
+def time_calls(function: Callable[..., object], inputs: Sequence[Arrays], calls: int, repeats: int, mode: str) -> float:
+    """Median seconds a call. mode: "eager", "compiled" or "evaluation" (the graph is built before the clock starts)."""
+
+    def together(*sets: Arrays) -> list[object]:
+        return [function(*sets[i % len(sets)]) for i in range(calls)]
+
+    run = mx.compile(together) if mode == "compiled" else together
+    mx.eval(run(*inputs))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        outputs = run(*inputs)
+        if mode == "evaluation":
+            start = time.perf_counter()
+        mx.eval(outputs)
+        times.append((time.perf_counter() - start) / calls)
+        del outputs
+    return statistics.median(times)
+
+
+def copy_bandwidth(repeats: int = 7) -> float:
+    """Bytes per second, read plus written, of negating 1 GiB."""
+    x = mx.random.normal((2**28,))
+    mx.eval(x)
+    return 2 * x.nbytes / time_calls(mx.negative, [(x,)], 4, repeats, "evaluation")
+
+
+def measure(tokens: int, dtype: mx.Dtype, copy: float, repeats: int) -> Iterator[dict[str, object]]:
+    """Rows of the table for one number of tokens."""
+    decode = tokens == 1
+    for subject in subjects(tokens, dtype):
+        # Calls with inputs of their own where mx.compile would merge equal calls; else enough sets that the inputs do
+        # not stay in the cache, and enough calls for a clear time within 4 GiB of results.
+        calls = 100 if decode else max(4, min(40, 2**32 // subject.bytes_moved))
+        sets = calls if decode else max(2, min(8, 2**30 // subject.bytes_moved))
+        inputs = inputs_for(subject.shapes, dtype, sets)
+        row: dict[str, object] = {"kernel": subject.name, "hidden": subject.hidden, "tokens": tokens}
+        for mode in ("eager", "compiled") if decode else ("evaluation",):
+            fused, unfused = (
+                time_calls(function, inputs, calls, repeats, mode) for function in (subject.fused, subject.unfused)
+            )
+            row |= {f"{mode}_us": fused * 1e6, f"{mode}_mlx_us": unfused * 1e6, f"{mode}_ratio": unfused / fused}
+        if not decode:
+            row["gb_s"] = subject.bytes_moved / fused / 1e9
+            row["share_of_copy"] = subject.bytes_moved / fused / copy
+        yield row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the prefill shapes (default 8192)")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/kernels.json"))
+    options = parser.parse_args(arguments)
+    if ops.executor() == "reference":
+        print(f"No kernel to time: {ops.explain()}", file=sys.stderr)
+        return 2
+    copy = copy_bandwidth()
+    print(f"{describe()}, MLX {mx.__version__}, bfloat16; copy of 1 GiB: {copy / 1e9:.0f} GB/s")
+    rows = []
+    with ops.no_grad():
+        for tokens in (1, options.tokens):
+            for row in measure(tokens, mx.bfloat16, copy, options.repeats):
+                rows.append(row)
+                print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(
+        json.dumps(
+            {
+                "command": f"python -m benchmarks.kernels --tokens {options.tokens} --repeats {options.repeats}",
+                "device": describe(),
+                "executor": ops.executor(),
+                "platform": platform.platform(),
+                "mlx": mx.__version__,
+                "dtype": "bfloat16",
+                "copy_gb_s": copy / 1e9,
+                "rows": rows,
+            },
+            indent=1,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
