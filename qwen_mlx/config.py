@@ -29,6 +29,13 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            optional = name == "attention_factor" and value is None
+            if not optional and (not _is_number(value) or value <= 0):
+                raise QwenMLXError(f"rope scaling's {name} is {value!r}, expected a positive number.")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -58,7 +65,7 @@ class ModelConfig:
                 raise QwenMLXError(f"{name} is {value!r}, expected a positive integer.")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            if not _is_number(value) or value <= 0:
                 raise QwenMLXError(f"{name} is {value!r}, expected a positive number.")
         if self.n_heads % self.n_kv_heads:
             raise QwenMLXError(f"n_heads is {self.n_heads}, expected a multiple of n_kv_heads, {self.n_kv_heads}.")
@@ -155,23 +162,29 @@ class ModelConfig:
         if rope_dim != head_dim:
             raise GGUFError(f"{where}: qwen2.rope.dimension_count is {rope_dim}, expected the head size {head_dim}.")
         context_length = get("context_length", int)
+        n_layers = get("block_count", int)
+        if n_layers > len(file.tensors):  # before anything is made for each layer
+            raise GGUFError(
+                f"{where}: metadata field 'qwen2.block_count' is {n_layers}, but the file holds {len(file.tensors)} "
+                "tensors; it is damaged, download it again."
+            )
         scaling, scaling_type = None, metadata.get("qwen2.rope.scaling.type", "none")
         if scaling_type not in ("none", "linear", "yarn"):
             raise GGUFError(
                 f"{where}: qwen2.rope.scaling.type is {scaling_type!r}, expected 'none', 'linear' or 'yarn'."
             )
-        if scaling_type != "none":
-            scaling = RopeScaling(
-                type=scaling_type,
-                factor=get("rope.scaling.factor", float),
-                original_max_position_embeddings=get("rope.scaling.original_context_length", int, context_length),
-                attention_factor=get("rope.scaling.attn_factor", float, required=False),
-            )
         try:
+            if scaling_type != "none":
+                scaling = RopeScaling(
+                    type=scaling_type,
+                    factor=get("rope.scaling.factor", float),
+                    original_max_position_embeddings=get("rope.scaling.original_context_length", int, context_length),
+                    attention_factor=get("rope.scaling.attn_factor", float, required=False),
+                )
             return cls(
                 hidden_size=hidden_size,
                 intermediate_size=get("feed_forward_length", int),
-                n_layers=get("block_count", int),
+                n_layers=n_layers,
                 n_heads=n_heads,
                 n_kv_heads=get("attention.head_count_kv", int),
                 head_dim=head_dim,
@@ -247,6 +260,10 @@ def _rope_scaling(rope: Mapping[str, Any], context_length: int, path: Path) -> R
     optional = {key: rope[key] for key in ("attention_factor", "beta_fast", "beta_slow") if rope.get(key) is not None}
     original = rope.get("original_max_position_embeddings") or context_length
     return RopeScaling(kind, rope["factor"], original, **optional)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
