@@ -1,8 +1,10 @@
 """A fast BLAS for MLX on Linux CPUs, loaded before MLX.
 
-MLX's CPU wheel links the reference BLAS, which is 50 to 140 times slower. The dynamic linker gives `cblas_sgemm` to the
-first library in the process that has it, so loading a real one globally before `mlx.core` is enough.
-QWEN_MLX_BLAS=off leaves MLX as it is; QWEN_MLX_BLAS=/path/to/library.so loads that one.
+MLX's CPU wheel links the reference BLAS, 50 to 140 times slower. The dynamic linker binds MLX's `cblas_sgemm` to the
+first library in the process's global scope that has it, so loading a real one there before `mlx.core` is enough.
+Libraries imported later that call BLAS by the same names, PyTorch among them, then use it too.
+
+QWEN_MLX_BLAS chooses: off, one of the distributions below, or a library's path or name.
 """
 
 from __future__ import annotations
@@ -12,70 +14,117 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+
+# Distribution: (name, the files to load in order), the fastest first: benchmarks/results/cpu_primitives.md.
+_DISTRIBUTIONS = {
+    "mkl": ("MKL", [("intel-openmp", "libiomp5.so"), ("mkl", "libmkl_rt.so")]),
+    "ngsolve-openblas": ("OpenBLAS", [("ngsolve-openblas", "libopenblas")]),
+    "cmeel-openblas": ("OpenBLAS", [("cmeel-openblas", "libopenblas")]),
+}
+_SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0")  # Fedora's threaded one; Debian's, Arch's and conda's
+_THREADS = ("MKL_Get_Max_Threads", "openblas_get_num_threads")
 
 _report = "not looked for yet"
+_library: ctypes.CDLL | None = None
 
 
 def preload() -> None:
-    """Loads the fastest installed BLAS once. Never fails: without one everything works, only slower."""
+    """Loads the fastest installed BLAS, once. Never fails: without one everything works, only slower."""
     global _report
     choice = os.environ.get("QWEN_MLX_BLAS", "")
-    if "mlx.core" in sys.modules:
-        _report = "not preloaded: MLX was imported before qwen_mlx"
-    elif not sys.platform.startswith("linux") or not _installed("mlx-cpu"):
+    if _library is not None:
+        return
+    if not sys.platform.startswith("linux"):
         _report = "MLX's own"
+    elif "mlx.core" in sys.modules:
+        _report = "not preloaded: MLX was imported before qwen_mlx"
+    elif _version("mlx-cpu") is None:
+        _report = "not preloaded: MLX has a GPU backend"
     elif choice.lower() == "off":
         _report = "MLX's reference BLAS (QWEN_MLX_BLAS=off)"
-    else:
-        for name, libraries in [(choice, [choice])] if choice else _candidates():
-            if _load(libraries):
-                _report = name
-                return
-        missing = f"{choice} cannot be loaded" if choice else "no fast one found; pip install mkl"
+    elif hasattr(ctypes.CDLL(None), "cblas_sgemm"):
+        _report = "not preloaded: the process has one already"  # LD_PRELOAD, for example
+    elif not any(_load(name, files) for name, files in _candidates(choice)):
+        missing = f"{choice} cannot be loaded" if choice else "no fast one found; install the extra 'cpu'"
         _report = f"MLX's reference BLAS, slow ({missing})"
 
 
 def report() -> str:
-    """What preload() did, in words."""
-    return _report
+    """What preload() did, in words: "MKL 2026.2.0, 2 threads"."""
+    count = next((getattr(_library, name)() for name in _THREADS if hasattr(_library, name)), None)
+    return _report if count is None else f"{_report}, {count} thread{'s' if count > 1 else ''}"
 
 
-def _installed(distribution: str) -> str | None:
+def _candidates(choice: str) -> Iterator[tuple[str, list[str]]]:
+    """(name, libraries to load in order), the most wanted first."""
+    if choice and choice not in _DISTRIBUTIONS:
+        yield choice, [choice]
+        return
+    for distribution in [choice] if choice else _DISTRIBUTIONS:
+        name, wanted = _DISTRIBUTIONS[distribution]
+        files = [_file(owner, prefix) for owner, prefix in wanted]
+        if all(files):
+            source = "" if name.lower() == distribution else f" ({distribution})"
+            yield f"{name} {_version(distribution)}{source}", files
+    if not choice:
+        yield from ((f"OpenBLAS (the system's {library})", [library]) for library in _SYSTEM)
+
+
+def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _candidates() -> Iterator[tuple[str, list[str]]]:
-    """(name, libraries to load in order), the fastest first: for one row MKL is 2.5 times faster than OpenBLAS."""
-    if version := _installed("mkl"):
-        openmp, runtime = _files("intel-openmp", "libiomp5.so"), _files("mkl", "libmkl_rt.so")
-        if openmp and runtime:
-            yield f"MKL {version}", [*openmp, *runtime]
-    for package in ("ngsolve-openblas", "cmeel-openblas"):
-        for library in _files(package, "libopenblas"):
-            yield f"OpenBLAS {_installed(package)} ({package})", [library]
-    yield "OpenBLAS (the system's)", ["libopenblas.so.0"]
-
-
-def _files(distribution: str, prefix: str) -> list[str]:
-    """The first installed file of a distribution whose name starts with `prefix`."""
+def _file(distribution: str, prefix: str) -> str:
+    """An installed library of a distribution whose name starts with `prefix`, or "" if there is none."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        return []
-    found = [
-        Path(str(file.locate())).resolve() for file in files if file.name.startswith(prefix) and ".so" in file.name
-    ]
-    return [str(path) for path in sorted(found) if path.exists()][:1]
+        return ""
+    found = (file.locate() for file in files if file.name.startswith(prefix) and ".so" in file.name)
+    return next((str(path) for path in sorted(map(str, found)) if os.path.isfile(path)), "")
 
 
-def _load(libraries: list[str]) -> bool:
+def _load(name: str, files: list[str]) -> bool:
+    """Loads the files into the global scope; true if the last of them is a BLAS."""
+    global _report, _library
     try:
-        for library in libraries:
-            loaded = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-        return hasattr(loaded, "cblas_sgemm")
+        library = [_open(file) for file in files][-1]
     except OSError:
         return False
+    if not hasattr(library, "cblas_sgemm"):
+        return False
+    if hasattr(library, "MKL_Set_Interface_Layer"):
+        # MLX passes 32-bit sizes (LP64); MKL ends the process if the environment asks for layers that are not there.
+        library.MKL_Set_Interface_Layer(0)
+        library.MKL_Set_Threading_Layer(0)
+    _report, _library = name, library
+    return True
+
+
+def _open(file: str) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        if "libgfortran.so.5" not in str(error):
+            raise
+    _provide_libgfortran()
+    return ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+
+
+def _provide_libgfortran() -> None:
+    """OpenBLAS's wheels want libgfortran.so.5, which many machines lack; MLX's wheel has it under a name of its own.
+    A copy is loaded under the common name.
+    """
+    import tempfile
+
+    file = _file("mlx-cpu", "libgfortran")
+    if quadmath := _file("mlx-cpu", "libquadmath"):  # it needs this one on x86-64
+        ctypes.CDLL(quadmath)
+    own, common = os.path.basename(file).encode() + b"\0", b"libgfortran.so.5"
+    with open(file, "rb") as source, tempfile.NamedTemporaryFile() as copy:
+        copy.write(source.read().replace(own, common.ljust(len(own), b"\0")))
+        copy.flush()
+        ctypes.CDLL(copy.name)
