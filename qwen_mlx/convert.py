@@ -22,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     p = cli.Parser(
         prog="python -m qwen_mlx.convert",
-        description="Convert a GGUF (or a folder of safetensors, or a hub id) to an MLX model folder, which qwen_mlx and "
-        "mlx-lm load. The error of every tensor is printed and written to conversion.json.",
+        description="Convert a GGUF (or a folder of safetensors, or a hub id) to an MLX model folder, which qwen_mlx "
+        "and mlx-lm load. The error of every tensor is printed and written to conversion.json.",
     )
     p.add_argument("source", help=".gguf file (the first part, if split), folder, or hub id")
     p.add_argument("output", nargs="?", help="folder to write; it appears complete or not at all")

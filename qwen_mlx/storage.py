@@ -54,8 +54,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Form:
-    """How a tensor is stored. mode "dense": in `dtype`. "affine", "mxfp4": as codes with scales (and biases) in `dtype`;
-    from_source says that they are the source's own and not quantized here.
+    """How a tensor is stored. mode "dense": in `dtype`; "affine" or "mxfp4": as codes with scales (and biases) in
+    `dtype`, and from_source says that they are the source's own, not quantized here.
     """
 
     mode: str
@@ -91,8 +91,8 @@ class Form:
 
 
 def choose_form(tensor: SourceTensor, options: Options) -> Form:
-    """The source's own codes where MLX has their arithmetic, unless `quantize` is given; else dense, or quantized as the
-    user asked. Matrices whose rows the group size does not divide stay dense.
+    """The source's own codes where MLX has their arithmetic, unless `quantize` is given; else dense, or quantized as
+    the user asked. Matrices whose rows the group size does not divide stay dense.
     """
 
     def scales(automatic: str) -> str:
@@ -197,9 +197,13 @@ class _Cost:
         if self.not_finite:
             finite = np.isfinite(difference)
             difference, flat = difference[finite], flat[finite]
-        self.squares += float(np.dot(difference, difference))
-        self.reference += float(np.dot(flat, flat))
+        self.squares += _squares(difference)
+        self.reference += _squares(flat)
         self.max_abs = max(self.max_abs, float(np.abs(difference).max(initial=0)))
+
+
+def _squares(x: np.ndarray) -> float:
+    return float(np.einsum("i,i->", x, x, dtype=np.float64, casting="safe"))  # float32 would overflow from 1e19 on
 
 
 def _encode(

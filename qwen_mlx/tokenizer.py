@@ -86,21 +86,30 @@ class Tokenizer:
             )
         ids = {name: i for i, name in enumerate(names) if kinds[i] == NORMAL}
         merges = [tuple(merge.split(" ")) for merge in get("ggml.merges", list, str)]
-        special = {name: i for i, name in enumerate(names) if kinds[i] in (CONTROL, USER_DEFINED)}
-        eos = {metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")} - {None}
+        special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}
+
+        def token(key: str) -> int | None:
+            i = metadata.get(f"tokenizer.ggml.{key}_token_id")
+            if i is not None and (not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < len(names)):
+                raise GGUFError(
+                    f"metadata field 'tokenizer.ggml.{key}_token_id' is {i!r}, expected 0 to {len(names) - 1}."
+                )
+            return i
+
+        eos = {i for i in (token("eos"), token("eot")) if i is not None}
         if not eos:
             raise GGUFError("metadata field 'tokenizer.ggml.eos_token_id' is missing; convert the model again.")
-        bos = metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token") else None
-        for i in (*eos, *([] if bos is None else [bos])):
-            if not isinstance(i, int) or not 0 <= i < len(names):
-                raise GGUFError(f"an end or begin token is {i!r}, expected an id from 0 to {len(names) - 1}.")
+        bos = token("bos") if metadata.get("tokenizer.ggml.add_bos_token") else None
+        template = metadata.get("tokenizer.chat_template")
+        if not isinstance(template, str | None):
+            raise GGUFError("metadata field 'tokenizer.chat_template' is not a str; convert the model again.")
         return cls(
             _bpe(ids, merges),
             [name if kind in (NORMAL, CONTROL, USER_DEFINED) else "" for name, kind in zip(names, kinds)],
             special,
             [name for name, i in special.items() if kinds[i] == CONTROL],
             eos | {special[name] for name in END_TOKENS if name in special},
-            metadata.get("tokenizer.chat_template"),
+            template,
             bos,
         )
 

@@ -263,8 +263,8 @@ def metadata(tmp_path: Path, **changes: object) -> dict[str, object]:
         ({"ggml__merges": ["h nosuchtoken"]}, "merges"),
         ({"ggml__model": "llama"}, "'llama'"),
         ({"ggml__pre": "gpt-2"}, "'gpt-2'"),
-        ({"ggml__eos_token_id": 10**9}, "end or begin token"),
-        ({"ggml__eos_token_id": "x"}, "end or begin token"),
+        ({"ggml__eos_token_id": 10**9}, "eos_token_id' is"),
+        ({"ggml__eos_token_id": "x"}, "eos_token_id' is"),
     ],
 )
 def test_wrong_metadata_is_named(tmp_path: Path, changes: dict, word: str):
