@@ -77,7 +77,7 @@ def to_float64(x: mx.array) -> np.ndarray:
 
 
 def cases(small: bool = False) -> Iterator[Case]:
-    """Every kernel, dtype and kind of input; `small` leaves out the large ones."""
+    """Every kernel, dtype and kind of input; `small` leaves out large inputs, and shapes in all dtypes but the first."""
     for index, dtype in enumerate(DTYPES):
         random = _Random(index, dtype)
         yield from _norm_cases(random, dtype, small)
@@ -151,7 +151,7 @@ def _norm_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]
 
         yield Case(f"add_rms_norm {label}", dtype, lambda: ops.add_rms_norm(x, residual, weight, EPS), exact, peer)
 
-    for shape in ((0, 8), (1, 1), (3, 7), (2, 3, 64), (1, 1, 896), (5, 897), (2, 8192)):
+    for shape in ((1, 1, 896), (5, 897), (0, 8), (1, 1), (3, 7), (2, 3, 64), (2, 8192))[: _shapes(small, dtype)]:
         if not (small and shape[-1] > 4096):
             yield from pair(str(shape), random(*shape), random(*shape), random(shape[-1]))
     if not small:
@@ -179,11 +179,12 @@ def _swiglu_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Cas
         yield Case(f"swiglu_joined {label}", dtype, lambda: [ops.swiglu_joined(joined, bias)], exact, peer)
         yield Case(f"swiglu {label}", dtype, separate, exact, peer)
 
-    for shape in ((0, 8), (1, 2), (3, 14), (2, 3, 610), (1, 1, 9728)):
+    for shape in ((1, 1, 9728), (3, 14), (0, 8), (1, 2), (2, 3, 610))[: _shapes(small, dtype)]:
         yield from pair(str(shape), random(*shape, scale=2), None)
         yield from pair(f"{shape} biases", random(*shape, scale=2), random(shape[-1]))
     if not small:
-        yield from pair("(512, 37888)", random(512, 37888, scale=2), None)
+        # No gate below -8, whose silu is subnormal in float16 and rounds to fewer digits.
+        yield from pair("(512, 37888)", random(512, 37888), None)
     yield from pair("unaligned", random(4, 616)[1:, 1:609], random(609)[1:])
     x = extremes(random, 12, 64)
     yield from pair("extremes", mx.concatenate([x, mx.ones_like(x)], axis=-1), None)
@@ -208,14 +209,15 @@ def _rope_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]
         )
 
     yield one("(0, 1, 2, 64)", random(0, 1, 2, 64), 5, plain, peer=False)
-    yield one("(1, 1, 14, 64) at 0", random(1, 1, 14, 64), 0, plain)
-    yield one("(1, 7, 3, 64) at 999_990", random(1, 7, 3, 64), 999_990, plain)
+    yield one("(1, 1, 2, 64) at 0", random(1, 1, 2, 64), 0, plain)
+    yield one("(1, 7, 2, 64) at 999_990", random(1, 7, 2, 64), 999_990, plain)
     yield one("(2, 3, 1, 6) at 5", random(2, 3, 1, 6), 5, ops.Rotary.plain(6, 1e6))
     yield one("(3, 4, 2, 64) by sequence", random(3, 4, 2, 64), offsets, plain)
     yield one("(1, 3, 5, 128) YaRN", random(1, 3, 5, 128), 100_000, yarn, peer=False)
-    yield one("heads first, transposed", random(2, 3, 5, 64).swapaxes(1, 2), 17, plain)
+    yield one("heads first, transposed", random(2, 2, 5, 64).swapaxes(1, 2), 17, plain)
     x = mx.concatenate([extremes(random, 12, 64)[None, None], mx.ones((1, 1, 12, 64), dtype)], axis=1)
     yield one("extremes", x, 0, plain, peer=False)
+    yield one("(1, 1027, 1, 64) grouped", random(1, 1027, 1, 64), 3, plain)
     if not small:
         yield one("(1, 2048, 16, 128) at 500_000", random(1, 2048, 16, 128), 500_000, ops.Rotary.plain(128, 1e6))
 
@@ -234,6 +236,7 @@ def _rope_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]
     yield fused("(3, 2, 256) by sequence", random(3, 2, 256), random(256), offsets, plain, 2, 1)
     yield fused("(2, 3, 1024) YaRN, no bias", random(2, 3, 1024), None, 5000, yarn, 4, 2)
     yield fused("unaligned", random(2, 4, 264)[:, 1:, 5:261], random(257)[1:], 9, plain, 2, 1)
+    yield fused("(2, 513, 192) grouped", random(2, 513, 192), None, mx.array([7, 900], mx.int32), plain, 1, 1)
     if not small:
         yield fused("(1, 1024, 4608) 28 + 4 heads", random(1, 1024, 4608), random(4608), 0, yarn, 28, 4)
 
@@ -263,6 +266,10 @@ def _gradient_cases(random: _Random, dtype: mx.Dtype) -> Iterator[Case]:
     yield one("swiglu_joined", ops.swiglu_joined, x, weight)
     yield one("rope", lambda x: ops.rope(x, 7, rotary), random(1, 3, 2, 64))
     yield one("qkv_rope", lambda x, b: ops.qkv_rope(x, b, 7, rotary, 2, 1), random(1, 3, 256), random(256))
+
+
+def _shapes(small: bool, dtype: mx.Dtype) -> int | None:
+    return 2 if small and dtype != mx.float32 else None
 
 
 def _offsets(offset: int | mx.array, batch: int) -> list[int]:

@@ -23,7 +23,7 @@ template <typename T>
 FUNCTION float scaled_by(float x, Inverse scale, float weight) {
   const float normed = metal::fma(x, scale.high, x * scale.low);
   const float y = weight * float(T(normed));
-  if (sizeof(T) < 4 || !metal::isfinite(y)) {
+  if (sizeof(T) < 4 || y == 0.0f || !metal::isfinite(y)) {
     return y;
   }
   const float lost = metal::fma(x, scale.high, -normed) + x * scale.low;

@@ -1,6 +1,6 @@
 // Cosine and sine of a position's angle, exact to about 2^-48, each as a sum of two floats: float32 arithmetic on the
 // angle itself would be wrong by 0.03 radians at position 1,000,000.
-struct Rotation {
+struct alignas(16) Rotation {
   float cos_high, cos_low, sin_high, sin_low;
 };
 
@@ -18,39 +18,36 @@ FUNCTION ulong multiply_high(ulong a, ulong b) {
 FUNCTION Rotation rotation(uint high, uint middle, uint low, int position, float scale, float scale_low) {
   const ulong turns = (ulong(high) << 32) | ulong(middle);
   const ulong phase = turns * ulong(long(position)) + ulong((long(low) * long(position)) >> 32);
-  const uint quadrant = uint(phase >> 62);
-  // The fraction of a quarter turn in units of 2^-64, and its square.
-  const ulong x = phase << 2;
+  // Eighths of a turn; the fraction of one, counted from its even end, in units of 2^-64, and its square.
+  const uint octant = uint(phase >> 61);
+  const ulong fraction = phase << 3;
+  const bool backwards = (octant & 1u) == 1u;
+  const ulong x = backwards ? ~fraction : fraction;
   const ulong y = multiply_high(x, x);
-  // Taylor's series of cos(x pi / 2) and sin(x pi / 2), coefficients and sums in units of 2^-62.
-  ulong c = 0x0000000000003deeul;
-  c = 0x000000000025418bul - multiply_high(c, y);
-  c = 0x00000000120c62c3ul - multiply_high(c, y);
-  c = 0x00000006db893d13ul - multiply_high(c, y);
-  c = 0x000001f9d38a3764ul - multiply_high(c, y);
-  c = 0x000069b47ca8812aul - multiply_high(c, y);
-  c = 0x000f0fa83448dd5dul - multiply_high(c, y);
-  c = 0x0155d3c7e3cbffa0ul - multiply_high(c, y);
-  c = 0x103c1f081b5ac3b3ul - multiply_high(c, y);
-  c = 0x4ef4f326f9177969ul - multiply_high(c, y);
+  // Taylor's series of cos(x pi / 4) and sin(x pi / 4), coefficients and sums in units of 2^-62.
+  ulong c = 0x00000000001b6e25ul;
+  c = 0x000000001f9d38a3ul - multiply_high(c, y);
+  c = 0x0000001a6d1f2a20ul - multiply_high(c, y);
+  c = 0x00000f0fa83448ddul - multiply_high(c, y);
+  c = 0x0005574f1f8f2ffeul - multiply_high(c, y);
+  c = 0x0103c1f081b5ac3bul - multiply_high(c, y);
+  c = 0x13bd3cc9be45de5aul - multiply_high(c, y);
   c = 0x4000000000000000ul - multiply_high(c, y);
-  ulong s = 0x00000000000004a2ul;
-  s = 0x0000000000031481ul - multiply_high(s, y);
-  s = 0x0000000001aaec33ul - multiply_high(s, y);
-  s = 0x00000000b7d6dcf9ul - multiply_high(s, y);
-  s = 0x0000003d1e869a03ul - multiply_high(s, y);
-  s = 0x00000f183a7ef444ul - multiply_high(s, y);
-  s = 0x0002a0f0690fdcf0ul - multiply_high(s, y);
-  s = 0x004cb4b3398af617ul - multiply_high(s, y);
-  s = 0x0519af19dd6ab875ul - multiply_high(s, y);
-  s = 0x295779cc4b7ca57dul - multiply_high(s, y);
-  s = multiply_high(0x6487ed5110b4611aul - multiply_high(s, y), x);
-  // Quadrants 1 and 3 swap the two; cosine is negative in 1 and 2, sine in 2 and 3.
-  const bool swapped = (quadrant & 1u) == 1u;
+  ulong s = 0x0000000000016faeul;
+  s = 0x0000000001e8f435ul - multiply_high(s, y);
+  s = 0x00000001e3074fdful - multiply_high(s, y);
+  s = 0x00000150783487eeul - multiply_high(s, y);
+  s = 0x00009969667315ecul - multiply_high(s, y);
+  s = 0x0028cd78ceeb55c4ul - multiply_high(s, y);
+  s = 0x052aef39896f94b0ul - multiply_high(s, y);
+  s = 0x3243f6a8885a308dul - multiply_high(s, y);
+  s = multiply_high(s, x);
+  // Octants 1, 2, 5 and 6 swap the two; cosine is negative in 2 to 5, sine in 4 to 7.
+  const bool swapped = ((octant + 1u) & 2u) == 2u;
   long cosine = long(swapped ? s : c);
   long sine = long(swapped ? c : s);
-  cosine = (quadrant == 1u || quadrant == 2u) ? -cosine : cosine;
-  sine = quadrant >= 2u ? -sine : sine;
+  cosine = (octant >= 2u && octant < 6u) ? -cosine : cosine;
+  sine = octant >= 4u ? -sine : sine;
 
   const float unit = 2.16840434e-19f;  // 2^-62
   const float c_high = float(cosine) * unit;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def executor() -> str:
     """ "metal", "cuda" or "reference": what runs on the current default device."""
     if _forced is not None:
         return _forced
-    if mx.default_device() == mx.cpu or not kernels_enabled():
+    if not kernels_enabled() or mx.default_device() == mx.cpu:
         return "reference"
     return "metal" if mx.metal.is_available() else "cuda"
 
@@ -64,7 +65,7 @@ def no_grad() -> Iterator[None]:
         _differentiable = before
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One file of qwen_mlx/metal with the names of its inputs and outputs and the helper headers it needs."""
 
@@ -97,11 +98,16 @@ class Kernel:
 
     def header(self, dialect: str) -> str:
         """The text before the kernel in "metal" or "cuda"."""
-        return "\n".join((SOURCES / file).read_text() for file in (f"{dialect}_prelude.h", *self.headers))
+        return "\n".join(_without_comments(file) for file in (f"{dialect}_prelude.h", *self.headers))
 
     def source(self) -> str:
         """The kernel's body, the same in both dialects."""
-        return (SOURCES / f"{self.name}.metal").read_text()
+        return _without_comments(f"{self.name}.metal")
+
+
+def _without_comments(file: str) -> str:
+    # MLX hashes the whole text at every call of a kernel.
+    return re.sub(r"^\s+|\s*//.*", "", (SOURCES / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 # Keyed on the factory too: a stand-in for mx.fast.metal_kernel must not be handed MLX's own kernels, nor leave its own.
@@ -173,10 +179,10 @@ def explain() -> str:
     kind = executor()
     if _forced is not None:
         why = "forced"
-    elif mx.default_device() == mx.cpu:
-        why = "the default device is the CPU"
     elif not kernels_enabled():
         why = "QWEN_MLX_KERNELS=off"
+    elif mx.default_device() == mx.cpu:
+        why = "the default device is the CPU"
     else:
         why = f"the default device is a GPU with {'Metal' if kind == 'metal' else 'CUDA'}"
     what = {"metal": "Metal kernels", "cuda": "the Metal kernels compiled as CUDA", "reference": "plain MLX"}[kind]

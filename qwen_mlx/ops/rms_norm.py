@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from ..backend import mx
 from .dispatch import (
     MAX_ELEMENTS,
@@ -89,9 +91,13 @@ def _check(x: mx.array, weight: mx.array) -> None:
 
 def _launch(kernel: Kernel, inputs: tuple[mx.array, ...], eps: float) -> list[mx.array]:
     x = inputs[0]
-    width = x.shape[-1]
-    pack = pack_size(width, x.dtype)
-    n_threads = threads(-(-width // pack), 512)
-    template = [("D", width), ("N", pack), ("THREADS", n_threads), ("EPS", float_bits(eps))]
-    rows = x.size // max(width, 1)
+    template, n_threads = _plan(x.shape[-1], x.dtype, eps)
+    rows = x.size // max(x.shape[-1], 1)
     return kernel(inputs, template, (rows * n_threads, 1, 1), (n_threads, 1, 1), [x.shape] * len(kernel.outputs))
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(width: int, dtype: mx.Dtype, eps: float) -> tuple[tuple[tuple[str, int], ...], int]:
+    pack = pack_size(width, dtype)
+    n_threads = threads(max(-(-width // pack), 1), 256)
+    return (("D", width), ("N", pack), ("THREADS", n_threads), ("EPS", float_bits(eps))), n_threads

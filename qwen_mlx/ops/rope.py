@@ -78,6 +78,7 @@ class Rotary:
 
 
 def _frequencies(head_dim: int, theta: float) -> np.ndarray:
+    require(head_dim > 0 and head_dim % 2 == 0, lambda: f"head_dim is {head_dim}, expected a positive even number.")
     return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
@@ -165,11 +166,24 @@ def qkv_rope(
 
 def rope_reference(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
     """rope in plain MLX: products in float64 on the CPU, else in float32."""
-    wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
-    tables = _tables if isinstance(offset, int) else _traced_tables
-    cos, sin = tables(rotary, offset, x.shape[1], wide)
-    halves = x.astype(wide).reshape(*x.shape[:-1], 2, -1)
+    on_cpu = mx.default_device() == mx.cpu
+    wide = mx.float64 if on_cpu else mx.float32
+    if isinstance(offset, int):
+        cos, sin = _tables(rotary, (offset,), x.shape[1], wide)
+    elif on_cpu and (values := _values(offset)) is not None:
+        cos, sin = _tables(rotary, values, x.shape[1], wide)
+    else:
+        cos, sin = _traced_tables(rotary, offset, x.shape[1], wide)
+    halves = x.astype(wide).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
+
+
+def _values(offset: mx.array) -> tuple[int, ...] | None:
+    """The values of an array, None where it has none yet: within mx.compile."""
+    try:
+        return tuple(offset.tolist())
+    except (RuntimeError, ValueError):
+        return None
 
 
 def _split_and_turn(
@@ -181,23 +195,25 @@ def _split_and_turn(
     n_heads: int,
     n_kv_heads: int,
 ) -> tuple[mx.array, mx.array]:
-    heads = (qkv if bias is None else qkv + bias).reshape(*qkv.shape[:2], n_heads + 2 * n_kv_heads, -1)
+    head_dim = 2 * len(rotary.inv_freq)
+    heads = (qkv if bias is None else qkv + bias).reshape(*qkv.shape[:2], n_heads + 2 * n_kv_heads, head_dim)
     turned = rope_reference(heads[:, :, : n_heads + n_kv_heads], offset, rotary)
     kv = mx.concatenate([turned[:, :, n_heads:], heads[:, :, n_heads + n_kv_heads :]], axis=2)
-    return turned[:, :, :n_heads], kv.reshape(*qkv.shape[:2], 2, n_kv_heads, heads.shape[-1])
+    return turned[:, :, :n_heads], kv.reshape(*qkv.shape[:2], 2, n_kv_heads, head_dim)
 
 
 @functools.lru_cache(maxsize=4)
-def _tables(rotary: Rotary, offset: int, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Cosine, and sine with the sign of each half, (length, 1, 2, head_dim / 2) in dtype; a step's layers share them.
+def _tables(rotary: Rotary, offsets: tuple[int, ...], length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Cosine, and sine with the sign of each half, (offsets, length, 1, 2, head_dim / 2); a step's layers share them.
 
-    Angles are formed in float64: float32 would be wrong by 0.03 radians at position 1,000,000.
+    Angles are formed in float64, exactly: float32 would be wrong by 0.03 radians at position 1,000,000.
     """
-    angles = np.arange(offset, offset + length)[:, None] * np.array(rotary.inv_freq)
+    positions = np.array(offsets)[:, None] + np.arange(length)
+    angles = positions[:, :, None, None, None] * np.array(rotary.inv_freq)
     cos, sin = (table(angles) * rotary.attention_factor for table in (np.cos, np.sin))
     return (
-        mx.array(np.stack([cos, cos], axis=1)[:, None], dtype),
-        mx.array(np.stack([-sin, sin], axis=1)[:, None], dtype),
+        mx.array(np.concatenate([cos, cos], axis=-2), dtype),
+        mx.array(np.concatenate([-sin, sin], axis=-2), dtype),
     )
 
 
@@ -262,16 +278,21 @@ def _launch(
     heads: int,
     shapes: list[tuple[int, ...]],
 ) -> list[mx.array]:
+    constants, pack, angle_tokens = _plan(rotary, inputs[0].dtype)
+    # Several tokens a threadgroup where there are many, so that no thread waits while the angles are computed.
+    group = angle_tokens if tokens >= 1024 else 1
+    n_threads = threads(group * heads * len(rotary.inv_freq) // pack, 256)
+    template = (*template, *constants, ("TOKENS", group), ("THREADS", n_threads))
+    return kernel(inputs, template, (-(-tokens // group) * n_threads, 1, 1), (n_threads, 1, 1), shapes)
+
+
+@functools.lru_cache(maxsize=16)
+def _plan(rotary: Rotary, dtype: mx.Dtype) -> tuple[tuple[tuple[str, int], ...], int, int]:
+    """Template values, elements a pack, and the tokens whose angles keep 128 threads busy."""
     half = len(rotary.inv_freq)
-    pack = pack_size(half, inputs[0].dtype)
-    n_threads = threads(max(heads * half // pack, 1), 256)
+    pack = pack_size(half, dtype)
+    # Rounded down, so that the rest is positive as well: the sign of a template value would end up in a kernel's name.
     high = np.float32(rotary.attention_factor)
-    template = (
-        *template,
-        ("HALF", half),
-        ("N", pack),
-        ("THREADS", n_threads),
-        ("SCALE", float_bits(high)),
-        ("SCALE_LOW", float_bits(rotary.attention_factor - float(high))),
-    )
-    return kernel(inputs, template, (tokens * n_threads, 1, 1), (n_threads, 1, 1), shapes)
+    high = high if high <= rotary.attention_factor else np.nextafter(high, np.float32(0))
+    scale = (("SCALE", float_bits(high)), ("SCALE_LOW", float_bits(rotary.attention_factor - float(high))))
+    return (("HALF", half), ("N", pack), *scale), pack, max(1, 128 // half)

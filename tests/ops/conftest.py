@@ -1,0 +1,19 @@
+"""Who computes the operations in a test: plain MLX, or the Metal kernels in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(params=["reference", "emulated"])
+def executor(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once in plain MLX and once on the emulated kernels."""
+    if request.param == "reference":
+        yield request.param
+        return
+    from reference.emulator import emulate
+
+    with emulate():
+        yield request.param

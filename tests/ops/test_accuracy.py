@@ -1,0 +1,157 @@
+"""Every operation against float64, MLX's own functions and torch, in plain MLX and as emulated kernels."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mpmath
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config
+from transformers.models.qwen2 import modeling_qwen2
+
+from qwen_mlx import ops, selftest
+
+CASES = list(selftest.cases(small=True))
+TORCH = {mx.float32: torch.float32, mx.float16: torch.float16, mx.bfloat16: torch.bfloat16}
+EPS = selftest.EPS
+
+
+def to_torch(x: mx.array) -> torch.Tensor:
+    return torch.tensor(np.array(x.astype(mx.float32))).to(TORCH[x.dtype])
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_within_two_ulp_of_float64_and_never_worse_than_mlx(executor, dtype):
+    rows = selftest.run([case for case in CASES if case.dtype == dtype])
+    for row in rows:
+        # The CPU's exponential alone is 1.3 ulp off.
+        limit = 3.0 if executor == "reference" and row["case"].startswith("swiglu") else selftest.LIMIT
+        assert row["ulp"] is not None, row
+        assert row["ulp"] <= limit, row
+        assert row["mlx_ulp"] is None or row["ulp"] <= row["mlx_ulp"], row
+    assert len(rows) >= 40
+
+
+@pytest.mark.parametrize("break_it", ["row", "rounding", "nan", "shape", "dtype"])
+def test_the_measure_sees_what_is_wrong(break_it):
+    case = next(case for case in CASES if case.name == "rms_norm (5, 897)" and case.dtype == mx.bfloat16)
+    right = case.compute()[0]
+    wrong = {
+        "row": lambda: right[::-1],
+        "rounding": lambda: (right.astype(mx.float32) * (1 + 2**-6)).astype(mx.bfloat16),
+        "nan": lambda: mx.where(mx.arange(897) == 5, mx.array(float("nan"), mx.bfloat16), right),
+        "shape": lambda: right[:, :-1],
+        "dtype": lambda: right.astype(mx.float32),
+    }[break_it]()
+    assert case.error([right]) <= selftest.LIMIT < case.error([wrong])
+
+
+@pytest.mark.parametrize("position", [0, 1, 355, 103_993, 312_689, 833_719, 1_000_000, 2**28])
+def test_rotation_against_200_bits(executor, position):
+    # At 355 and the like, position 1 per radian comes closest to a multiple of pi: sine is then nearly zero.
+    rotary = ops.Rotary.yarn(16, 1e4, 4.0, 2048)
+    with mpmath.workprec(200):
+        angles = [mpmath.mpf(f) * position for f in rotary.inv_freq]
+        factor = mpmath.mpf(rotary.attention_factor)
+        cos, sin = ([float(function(a) * factor) for a in angles] for function in (mpmath.cos, mpmath.sin))
+    one, zero = np.ones(8), np.zeros(8)
+    x = mx.array(np.stack([np.concatenate([one, zero]), np.concatenate([zero, one])])[None, None].astype(np.float32))
+    y = ops.rope(x, position, rotary)
+    want = np.stack([np.concatenate([cos, sin]), np.concatenate([-np.array(sin), cos])])[None, None]
+    assert selftest.ulp_error(y, want, mx.float32) <= 1.0
+
+
+def test_offsets_known_only_when_evaluated(executor):
+    if executor == "emulated":
+        pytest.skip("the emulator evaluates at once, so it cannot run within mx.compile")
+    rotary, x = ops.Rotary.plain(64, 1e6), mx.random.normal((3, 4, 2, 64))
+    offset = mx.array([3, 70_000, 999_000], mx.int32)
+    compiled = mx.compile(lambda x, offset: ops.rope(x, offset, rotary))(x, offset)
+    assert mx.abs(compiled - ops.rope(x, offset, rotary)).max().item() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rotary"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e6}, ops.Rotary.plain(64, 1e6)),
+        ({"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}, ops.Rotary.plain(64, 1e4, 2.5)),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 32768},
+            ops.Rotary.yarn(64, 1e6, 4.0, 32768),
+        ),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 3.0,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 4096,
+                "attention_factor": 0.9,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+            },
+            ops.Rotary.yarn(64, 1e4, 3.0, 4096, 0.9, 16.0, 2.0),
+        ),
+    ],
+)
+def test_frequencies_are_those_of_transformers(parameters, rotary):
+    config = Qwen2Config(
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=parameters
+    )
+    embedding = modeling_qwen2.Qwen2RotaryEmbedding(config)
+    # torch forms them in float32, up to 2 ulp off; ours are float64 values rounded once.
+    np.testing.assert_allclose(rotary.inv_freq, embedding.inv_freq.double().numpy(), rtol=2.5 * 2**-23)
+    assert rotary.attention_factor == pytest.approx(embedding.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_rounding_order_is_that_of_transformers(executor, dtype):
+    """The same bits as transformers; a rounding left out would change a tenth of them and more."""
+    random = selftest._Random(5, dtype)
+    x, weight = random(64, 896), random(896)
+    norm = modeling_qwen2.Qwen2RMSNorm(896, EPS).to(TORCH[dtype])
+    norm.weight.data = to_torch(weight)
+    gate, up = random(64, 896, scale=2), random(64, 896)
+    pairs = {
+        "rms_norm": (ops.rms_norm(x, weight, EPS), norm(to_torch(x))),
+        "swiglu": (ops.swiglu(gate, up), torch.nn.functional.silu(to_torch(gate)) * to_torch(up)),
+        "add": (ops.add_rms_norm(x, gate, weight, EPS)[0], to_torch(x) + to_torch(gate)),
+    }
+    for name, (ours, theirs) in pairs.items():
+        different = np.mean(selftest.to_float64(ours) != theirs.detach().double().numpy())
+        assert different < 2e-3, name
+    once = selftest.exact_swiglu(selftest.to_float64(gate), selftest.to_float64(up))
+    rounded_once = mx.array(once.astype(np.float32)).astype(dtype)
+    assert np.mean(selftest.to_float64(rounded_once) != selftest.to_float64(pairs["swiglu"][0])) > 0.1
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_extremes_are_what_torch_gives(executor, dtype):
+    random = selftest._Random(9, dtype)
+    x = selftest.extremes(random, 12, 96)
+    other, weight = random(12, 96), random(96)
+    norm = modeling_qwen2.Qwen2RMSNorm(96, EPS).to(TORCH[dtype])
+    norm.weight.data = to_torch(weight)
+    total = to_torch(x) + to_torch(other)
+    config = Qwen2Config(
+        hidden_size=96, num_attention_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    )
+    positions = torch.zeros(1, 1, dtype=torch.long)
+    cos, sin = modeling_qwen2.Qwen2RotaryEmbedding(config)(to_torch(x), positions)
+    turned, _ = modeling_qwen2.apply_rotary_pos_emb(to_torch(x)[None, :, None], to_torch(x)[None, :, None], cos, sin)
+    pairs = {
+        "rms_norm": (ops.rms_norm(x, weight, EPS), norm(to_torch(x))),
+        "sums": (ops.add_rms_norm(x, other, weight, EPS)[0], total),
+        "add_rms_norm": (ops.add_rms_norm(x, other, weight, EPS)[1], norm(total)),
+        "swiglu": (ops.swiglu(x, other), torch.nn.functional.silu(to_torch(x)) * to_torch(other)),
+        "rope": (ops.rope(x[None, None], 0, ops.Rotary.plain(96, 1e4)), turned.swapaxes(1, 2)),
+    }
+    for name, (ours, theirs) in pairs.items():
+        got, want = selftest.to_float64(ours), theirs.detach().double().numpy()
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want), err_msg=name)
+        np.testing.assert_array_equal(np.isinf(got), np.isinf(want), err_msg=name)
+        number = ~np.isnan(want)
+        np.testing.assert_array_equal(np.signbit(got[number]), np.signbit(want[number]), err_msg=name)
+        finite = np.isfinite(want)
+        tolerance = {mx.float32: 2**-21, mx.float16: 2**-9, mx.bfloat16: 2**-6}[dtype]
+        np.testing.assert_allclose(got[finite], want[finite], rtol=tolerance, atol=1e-38, err_msg=name)

@@ -1,0 +1,139 @@
+"""Which executor runs, what it refuses, and what the CUDA compiler makes of every kernel."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from qwen_mlx import ops, selftest
+from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.ops import dispatch
+
+from .nvrtc import compiled_kernels
+
+ROTARY = ops.Rotary.plain(8, 1e4)
+
+
+def x(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.zeros(shape, dtype)
+
+
+REFUSED = {
+    "x is integer": (lambda: ops.rms_norm(x(2, 8, dtype=mx.int32), x(8), 1e-6), "x has dtype .*int32"),
+    "x has no axis": (lambda: ops.rms_norm(mx.array(1.0), x(1), 1e-6), r"x has shape \(\)"),
+    "weight too long": (lambda: ops.rms_norm(x(2, 8), x(9), 1e-6), r"weight has shape \(9,\).*expected \(8,\)"),
+    "weight of another dtype": (
+        lambda: ops.rms_norm(x(2, 8), x(8, dtype=mx.bfloat16), 1e-6),
+        "weight .*bfloat16, expected .*float32",
+    ),
+    "residual of another shape": (
+        lambda: ops.add_rms_norm(x(2, 8), x(1, 8), x(8), 1e-6),
+        r"residual has shape \(1, 8\).*expected \(2, 8\)",
+    ),
+    "up of another shape": (lambda: ops.swiglu(x(2, 8), x(2, 7)), r"up has shape \(2, 7\).*expected \(2, 8\)"),
+    "one bias": (lambda: ops.swiglu(x(2, 8), x(2, 8), x(8)), "give both or none"),
+    "gate's bias": (lambda: ops.swiglu(x(2, 8), x(2, 8), x(7), x(8)), r"gate_bias has shape \(7,\).*expected \(8,\)"),
+    "odd joined axis": (lambda: ops.swiglu_joined(x(2, 7)), r"gate_up has shape \(2, 7\).*even"),
+    "joined bias": (lambda: ops.swiglu_joined(x(2, 8), x(4)), r"bias has shape \(4,\).*expected \(8,\)"),
+    "three axes": (lambda: ops.rope(x(2, 3, 8), 0, ROTARY), r"x has shape \(2, 3, 8\), expected \(B, L, H, 8\)"),
+    "odd head": (lambda: ops.rope(x(1, 2, 3, 7), 0, ROTARY), r"x has shape \(1, 2, 3, 7\)"),
+    "negative offset": (lambda: ops.rope(x(1, 2, 3, 8), -1, ROTARY), "offset is -1"),
+    "offsets of another batch": (
+        lambda: ops.rope(x(2, 2, 3, 8), mx.array([1, 2, 3], mx.int32), ROTARY),
+        r"offset has shape \(3,\).*\(2,\)",
+    ),
+    "offsets of floats": (lambda: ops.rope(x(1, 2, 3, 8), mx.array([1.0]), ROTARY), "offset .*float32.*int32"),
+    "width of qkv": (lambda: ops.qkv_rope(x(1, 2, 30), None, 0, ROTARY, 2, 1), r"qkv has shape \(1, 2, 30\).*32"),
+    "bias of qkv": (lambda: ops.qkv_rope(x(1, 2, 32), x(8), 0, ROTARY, 2, 1), r"bias has shape \(8,\).*\(32,\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("kind", ["reference", "metal"])
+def test_wrong_arguments_are_refused_by_name_before_any_launch(name, kind):
+    call, message = REFUSED[name]
+    with ops.forced(kind), pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_odd_head_dim_has_no_frequencies():
+    with pytest.raises(ValueError, match="head_dim is 7, expected"):
+        ops.Rotary.plain(7, 1e4)
+
+
+def test_the_cpu_runs_plain_mlx_and_says_so():
+    assert ops.executor() == "reference"
+    assert "the default device is the CPU" in ops.explain()
+    with ops.forced("cuda"):
+        assert ops.executor() == "cuda"
+        assert "compiled as CUDA (forced)" in ops.explain()
+    assert ops.executor() == "reference"
+
+
+def test_kernels_can_be_switched_off(monkeypatch):
+    gpu = mx.Device(mx.gpu)
+    monkeypatch.setattr(mx, "default_device", lambda: gpu)
+    for value, kind in (("on", "cuda"), ("off", "reference")):
+        monkeypatch.setenv("QWEN_MLX_KERNELS", value)
+        dispatch.kernels_enabled.cache_clear()
+        assert ops.executor() == kind
+    assert "QWEN_MLX_KERNELS=off" in ops.explain()
+    monkeypatch.setenv("QWEN_MLX_KERNELS", "fast")
+    dispatch.kernels_enabled.cache_clear()
+    with pytest.raises(QwenMLXError, match="'fast', expected 'on' or 'off'"):
+        ops.executor()
+    monkeypatch.undo()
+    dispatch.kernels_enabled.cache_clear()
+
+
+def test_rows_above_the_limit_are_computed_in_plain_mlx():
+    with ops.forced("metal"):  # without a stand-in a launch would raise
+        assert ops.rms_norm(x(1, 20_000), x(20_000), 1e-6).shape == (1, 20_000)
+        mx.eval(ops.rms_norm(x(1, 20_000), x(20_000), 1e-6))
+        wide = ops.Rotary.plain(2048, 1e4)
+        mx.eval(ops.rope(x(1, 1, 1, 2048), 0, wide))
+        with pytest.raises(RuntimeError, match="No Metal back-end"):
+            mx.eval(ops.rms_norm(x(1, 16_384), x(16_384), 1e-6))
+
+
+def test_every_kernel_compiles_as_cuda_with_16_byte_accesses():
+    calls = [
+        lambda dtype: ops.rms_norm(x(3, 896, dtype=dtype), x(896, dtype=dtype), 1e-6),
+        lambda dtype: ops.add_rms_norm(x(3, 896, dtype=dtype), x(3, 896, dtype=dtype), x(896, dtype=dtype), 1e-6),
+        lambda dtype: ops.swiglu(x(3, 48, dtype=dtype), x(3, 48, dtype=dtype), x(48, dtype=dtype), x(48, dtype=dtype)),
+        lambda dtype: ops.swiglu_joined(x(3, 96, dtype=dtype)),
+        lambda dtype: ops.rope(x(1, 3, 2, 64, dtype=dtype), 5, ops.Rotary.plain(64, 1e6)),
+        lambda dtype: ops.qkv_rope(x(1, 3, 256, dtype=dtype), x(256, dtype=dtype), 5, ops.Rotary.plain(64, 1e6), 2, 1),
+        lambda dtype: ops.qkv_rope(x(1, 3, 256, dtype=dtype), None, 5, ops.Rotary.plain(64, 1e6), 2, 1),
+    ]
+    for dtype in selftest.DTYPES:
+        for call in calls:
+            with compiled_kernels() as ptx, ops.no_grad():
+                call(dtype)
+            assert len(ptx) == 1
+            # No array went to local memory, and packs are read and written whole.
+            assert ".local" not in ptx[0]
+            assert "ld.global" in ptx[0]
+            assert ".v4" in ptx[0].split("ld.global", 1)[1]
+            assert any(line.strip().startswith(("st.global.v4", "@%p st.global.v4")) for line in ptx[0].splitlines())
+
+
+def test_odd_sizes_compile_as_cuda():
+    with compiled_kernels() as ptx, ops.no_grad():
+        ops.rms_norm(x(3, 897), x(897), 1e-6)
+        ops.swiglu(x(3, 7), x(3, 7))
+        ops.rope(x(1, 3, 2, 6), 5, ops.Rotary.plain(6, 1e6))
+    assert len(ptx) == 3
+
+
+def test_a_kernel_that_does_not_compile_fails_the_test_of_it(tmp_path, monkeypatch):
+    for file in dispatch.SOURCES.iterdir():
+        (tmp_path / file.name).write_text(file.read_text().replace("float_of_bits(EPS)", "float_of_bit(EPS)"))
+    monkeypatch.setattr(dispatch, "SOURCES", tmp_path)
+    with compiled_kernels(), ops.no_grad(), pytest.raises(AssertionError, match="float_of_bit"):
+        ops.rms_norm(x(3, 32), x(32), 1e-6)
+
+
+def test_selftest_needs_a_gpu(capsys):
+    assert selftest.main([]) == 2
+    assert "the default device is the CPU" in capsys.readouterr().err
