@@ -1,0 +1,206 @@
+"""`python -m reference.compare --model X`: is this port right? A table, an exit code, and on request a picture.
+
+Runs Hugging Face's Qwen2ForCausalLM in float32 and this package's model in the dtype asked for on the same token ids,
+and compares every activation of every layer. Exit code 0: every tap is within its tolerance. 1: the first diverging tap
+is named, with its likeliest cause where one can be shown. 2: nothing could be compared, and why.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+from qwen_mlx import cli, hub
+from qwen_mlx.config import ModelConfig
+from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.gguf.reader import GGUFFile
+from qwen_mlx.tokenizer import Tokenizer
+
+from . import tolerances
+from .taps import TAPS, Run
+
+PROMPT = "def fibonacci(n):\n    # 返回第 n 个斐波那契数\n"
+RUNS = ("prefill", "chunked", "decode", "padded")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    start = time.monotonic()
+    path = hub.resolve(options.model)
+    reference = hub.resolve(options.reference) if options.reference else path
+    config, tokenizer = config_of(path), tokenizer_of(path)
+    ids = _ids(options, config, tokenizer)
+    _check_same_vocabulary(path, reference, config, tokenizer, ids)
+    runs = [run for name, run in runs_of(ids).items() if name in options.runs]
+
+    from . import torch_side  # a sentence if torch is missing, after what can be said without it
+
+    folder = Path(options.cache) if options.cache else hub.cache_folder() / "reference"
+    traces, floors, times = _reference_traces(torch_side, reference, runs, folder, options)
+    times["reference"] = time.monotonic() - start
+
+    from qwen_mlx import load
+
+    from .comparison import compare
+
+    start = time.monotonic()
+    model, _ = load(path, dtype=options.dtype, quantized=options.quantized)
+    times["load"] = time.monotonic() - start
+    limits = tolerances.from_floors(floors, options.dtype) if floors else tolerances.tolerances("real", options.dtype)
+    start = time.monotonic()
+    comparisons = []
+    for run, trace in zip(runs, traces):
+        comparison = compare(model, run, trace, limits, options.dtype)
+        if comparison.first:
+            from .diagnose import diagnose
+
+            comparison.diagnosis = diagnose(model, run, trace, comparison.first.key, options.dtype)
+        comparisons.append(comparison)
+        print(table(comparison))
+    times["comparison"] = time.monotonic() - start
+    print("; ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()))
+    about = {"model": str(options.model or path.name), "dtype": options.dtype, "tokens": len(ids), "seconds": times}
+    if options.json:
+        document = {**about, "comparisons": [comparison.json() for comparison in comparisons]}
+        Path(options.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if options.report:
+        from .report import write_report
+
+        print(f"report: {write_report(Path(options.report), comparisons, about)}")
+    print(verdict(comparisons))
+    return 0 if all(comparison.passed for comparison in comparisons) else 1
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m reference.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a .gguf file, a folder or a hub id; the default model if not given")
+    parser.add_argument("--reference", help="what Hugging Face reads, if not the same: a .gguf file or a folder")
+    parser.add_argument("--dtype", default="float32", choices=list(tolerances.MULTIPLES), help="of our activations")
+    parser.add_argument("--quantized", action="store_true", help="keep packed weights packed")
+    parser.add_argument("--prompt", help="text to run on; else code and Chinese, repeated to --tokens")
+    parser.add_argument("--tokens", type=int, default=64, help="at most so many tokens of the prompt (default 64)")
+    parser.add_argument("--runs", nargs="+", default=["prefill"], choices=RUNS, help="default: prefill")
+    parser.add_argument("--noise", action="store_true", help="tolerances from this model's own noise floor, measured now")
+    parser.add_argument("--json", metavar="FILE", help="write every measure")
+    parser.add_argument("--report", metavar="FOLDER", help="write an HTML page and pictures")
+    parser.add_argument("--cache", metavar="FOLDER", help="where the reference's activations are kept")
+    return parser
+
+
+def config_of(path: Path) -> ModelConfig:
+    return ModelConfig.from_folder(path) if path.is_dir() else ModelConfig.from_gguf(GGUFFile(path))
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(GGUFFile(path).metadata)
+
+
+def _ids(options, config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
+    if options.tokens < 2:
+        raise QwenMLXError(f"--tokens is {options.tokens}, expected at least 2.")
+    text = PROMPT if options.prompt is None else options.prompt
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise QwenMLXError("--prompt is empty; give some text.")
+    if options.prompt is None:
+        ids = (ids * -(-options.tokens // len(ids)))[: options.tokens]
+    elif len(ids) > options.tokens and len(ids) <= config.max_position_embeddings:
+        ids = ids[: options.tokens]
+    if len(ids) > config.max_position_embeddings:
+        raise QwenMLXError(
+            f"The prompt has {len(ids)} tokens, more than the model's context of {config.max_position_embeddings}; "
+            "give a shorter --prompt or fewer --tokens."
+        )
+    return ids
+
+
+def _check_same_vocabulary(path: Path, reference: Path, config, tokenizer: Tokenizer, ids: list[int]) -> None:
+    if reference == path:
+        return
+    other = config_of(reference)
+    if other.vocab_size != config.vocab_size:
+        raise QwenMLXError(
+            f"{path} has a vocabulary of {config.vocab_size} and {reference} one of {other.vocab_size}; "
+            "compare two forms of one model."
+        )
+    text = tokenizer.decode(ids, skip_special=False)
+    if tokenizer_of(reference).encode(text) != tokenizer.encode(text):
+        raise QwenMLXError(
+            f"{path} and {reference} split the prompt into different tokens; compare two forms of one model."
+        )
+
+
+def runs_of(ids: list[int]) -> dict[str, Run]:
+    """The runs that can be asked for, on the same ids."""
+    n = len(ids)
+    return {
+        "prefill": Run.prefill(ids),
+        "chunked": Run.chunked(ids, max(1, n // 3)),
+        "decode": Run.decode(ids, max(1, n - 8)),
+        "padded": Run.padded([ids, ids[: max(1, n // 2)], ids[: max(1, n // 4)]]),
+    }
+
+
+def _reference_traces(torch_side, path: Path, runs: list[Run], folder: Path, options):
+    """The reference's traces and, on request, its noise floor. The reference is loaded once, if at all, and freed."""
+    loaded = []
+
+    def model():
+        if not loaded:
+            print(f"loading {path.name} with transformers ...", file=sys.stderr)
+            loaded.append(torch_side.load(path))
+        return loaded[0]
+
+    digest = torch_side.content_hash(path)
+    found = [torch_side.cached_trace(path, run, folder, model, digest) for run in runs]
+    floors = None
+    if options.noise:
+        from .noise import measure_floors
+
+        floors = measure_floors(model(), runs, options.dtype)
+    loaded.clear()
+    gc.collect()
+    return [trace for trace, _ in found], floors, {}
+
+
+def table(comparison) -> str:
+    """One line for each kind of tap: its worst result in all layers and calls."""
+    lines = [
+        f"{comparison.run}, {comparison.dtype}: {len(comparison.results)} taps",
+        f"{'tap':<14}{'max abs':>10}{'rel L2':>10}{'worst row':>10}{'cosine':>11}{'tolerance':>11}{'floor':>10}  worst at",
+    ]
+    worst = comparison.worst_by_tap()
+    for tap in TAPS:
+        if tap not in worst:
+            continue
+        result, m = worst[tap], worst[tap].measure
+        numbers = f"{m.max_abs:>10.1e}{m.l2:>10.1e}{m.row:>10.1e}{m.cosine:>11.8f}"
+        limits = f"{result.tolerance.l2:>11.1e}{result.tolerance.l2_floor:>10.1e}"
+        at = m.problem or (f"{list(m.worst[0])} ours {m.worst[1]:.6g}, theirs {m.worst[2]:.6g}" if m.worst else "")
+        mark = "" if result.passed else "  FAILED"
+        lines.append(f"{tap:<14}{numbers}{limits}  {result.key} {at}{mark}")
+    if comparison.logits:
+        kl = max(logits.kl for logits in comparison.logits)
+        top1, top10 = (min(getattr(m, name) for m in comparison.logits) for name in ("top1", "top10"))
+        lines.append(f"logits: KL divergence at most {kl:.1e}, same top token {top1:.1%}, same top ten {top10:.1%}")
+    return "\n".join(lines)
+
+
+def verdict(comparisons) -> str:
+    failed = [comparison for comparison in comparisons if not comparison.passed]
+    if not failed:
+        return f"PASSED: all {sum(len(c.results) for c in comparisons)} taps are within their tolerances"
+    first = failed[0]
+    if first.first is None:
+        return f"FAILED: {first.run} compared nothing"
+    m = first.first.measure
+    what = m.problem or f"relative L2 {m.l2:.1e}, worst row {m.row:.1e}, {first.first.ratio:.3g} times its tolerance"
+    cause = f"; likeliest cause: {first.diagnosis}" if first.diagnosis else ""
+    return f"FAILED: {first.run}, {first.dtype}: the first diverging tap is {first.first.key} ({what}){cause}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

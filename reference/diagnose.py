@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def diagnose(*args):
+    return None

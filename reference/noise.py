@@ -1,0 +1,148 @@
+"""`python -m reference.noise`: measures how far the reference is from itself, and writes reference/tolerances.toml.
+
+float32 is measured against float64, bfloat16 and float16 against float32, on the same weights and ids. Small random
+models and a real file have sections of their own; of all layers and runs the largest counts.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy as np
+
+from qwen_mlx import cli
+
+from . import tolerances
+from .comparison import valid
+from .measures import measure
+from .taps import Run
+
+SMALL_SHAPES = {
+    "base": {},
+    "gqa 1": {"num_key_value_heads": 4},
+    "gqa 7, tied": {
+        "hidden_size": 224,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "one layer, theta 1e4": {"num_hidden_layers": 1, "rope_theta": 10000.0},
+    "five layers": {"num_hidden_layers": 5},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        },
+        "max_position_embeddings": 256,
+    },
+    "sliding window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+}
+
+
+def small_ids(count: int, seed: int = 0) -> list[int]:
+    """Random ids of the small models' vocabulary."""
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, count)]
+
+
+def small_runs() -> list[Run]:
+    """Every kind of run, short: one pass, chunks, token by token, padded rows."""
+    ids = small_ids(40)
+    return [
+        Run.prefill(ids),
+        Run.chunked(ids, 16),
+        Run.decode(ids[:14], 8),
+        Run.padded([small_ids(9, 1), small_ids(14, 2), small_ids(5, 3)]),
+    ]
+
+
+def floors_by_key(exact: dict[str, np.ndarray], rough: dict[str, np.ndarray], run: Run) -> dict[str, tuple]:
+    """(l2, row) of each key between two traces of the reference. float16 may overflow there: such floors are infinite."""
+    found = {}
+    for key, array in exact.items():
+        result = measure(valid(rough[key], run), valid(array, run))
+        found[key] = (result.l2, result.row)
+    return found
+
+
+def by_tap(*floors: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """The largest of each kind of tap."""
+    largest: dict[str, tuple[float, float]] = {}
+    for one in floors:
+        for key, (l2, row) in one.items():
+            tap = key.rpartition(".")[2]
+            old = largest.get(tap, (0.0, 0.0))
+            largest[tap] = (max(old[0], l2), max(old[1], row))
+    return largest
+
+
+def measure_floors(model, runs: list[Run], dtype: str) -> dict[str, tuple[float, float]]:
+    """Floors by tap of a float32 transformers model in `dtype`."""
+    from . import torch_side
+
+    rough_dtype, exact_dtype = (dtype, "float64") if dtype == "float32" else (dtype, "float32")
+    rough, exact = torch_side.in_dtype(model, rough_dtype), torch_side.in_dtype(model, exact_dtype)
+    return by_tap(
+        *(floors_by_key(torch_side.record(exact, run), torch_side.record(rough, run), run) for run in runs)
+    )
+
+
+def small_floors(dtype: str) -> dict[str, tuple[float, float]]:
+    """Floors over the sweep of small random models, which the tests' own maker makes."""
+    from tests.small_models import hf_model
+
+    floors = []
+    for seed, shape in enumerate(SMALL_SHAPES.values()):
+        # In float64 transformers' own mask gives NaN where padding fills a window; float32 shows the noise of the others.
+        runs = [run for run in small_runs() if run.lengths is None or "sliding_window" not in shape]
+        floors.append(measure_floors(hf_model(seed, **shape), runs, dtype))
+    return by_tap(*floors)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = cli.Parser(prog="python -m reference.noise", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="the real file of the section 'real'; the default model if not given")
+    parser.add_argument("--small-only", action="store_true", help="keep the section 'real' as it is")
+    options = parser.parse_args(arguments)
+    import torch
+    import transformers
+
+    about = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
+    dtypes = ("float32", "bfloat16", "float16")
+    inputs = f"{len(SMALL_SHAPES)} small random models, {len(small_runs())} runs each"
+    parts = [tolerances.section_text("small", d, small_floors(d), f"{inputs}; {about}") for d in dtypes]
+    if options.small_only:
+        known = tolerances.read() if tolerances.FILE.exists() else {}
+        for dtype, section in known.get("real", {}).items():
+            floors = {tap: (line["l2_floor"], line["row_floor"]) for tap, line in tolerances.lines(section)}
+            parts.append(tolerances.section_text("real", dtype, floors, section["measured"]))
+    else:
+        from qwen_mlx import hub
+
+        from . import torch_side
+
+        path = hub.resolve(options.model)
+        ids = load_tokens(path, 64)
+        model = torch_side.load(Path(path))
+        runs = [Run.prefill(ids), Run.decode(ids[:20], 16)]
+        for dtype in dtypes:
+            floors = measure_floors(model, runs, dtype)
+            parts.append(tolerances.section_text("real", dtype, floors, f"{path.name}, 64 tokens; {about}"))
+    head = "# Written by `python -m reference.noise`; what the numbers mean stands in reference/tolerances.py.\n\n"
+    tolerances.FILE.write_text(head + "\n".join(parts), encoding="utf-8")
+    print(f"wrote {tolerances.FILE}")
+    return 0
+
+
+def load_tokens(path: Path, count: int) -> list[int]:
+    """The first `count` ids of PROMPT repeated, by the model's own tokenizer, without loading the model."""
+    from .compare import PROMPT, tokenizer_of
+
+    ids = tokenizer_of(path).encode(PROMPT)
+    return (ids * -(-count // len(ids)))[:count]
+
+
+if __name__ == "__main__":
+    cli.run(main)

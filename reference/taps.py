@@ -1,0 +1,94 @@
+"""The points of a forward pass that are compared, in the order in which they are computed, and the runs that reach them.
+
+A trace maps keys such as "0.layers.3.gate" (model call, layer, tap) to arrays with the batch on axis 0 and the position
+on axis 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Tap: what it holds. Shapes: hidden (B, L, hidden_size) unless said otherwise; H heads, K key/value heads, S positions.
+LAYER_TAPS = {
+    "input_norm": "RMSNorm before attention",
+    "q": "query projection with bias, (B, L, H D)",
+    "k": "key projection with bias, (B, L, K D)",
+    "v": "value projection with bias, (B, L, K D)",
+    "q_rope": "queries after RoPE, (B, L, H, D)",
+    "k_rope": "keys after RoPE, (B, L, K, D)",
+    "probs": "attention probabilities, (B, L, H, S)",
+    "attn": "attention output before o_proj, (B, L, H D)",
+    "o": "attention output after o_proj",
+    "attn_residual": "residual stream after attention",
+    "post_norm": "RMSNorm before the MLP",
+    "gate": "gate projection, (B, L, F)",
+    "up": "up projection, (B, L, F)",
+    "act": "silu(gate) * up, (B, L, F)",
+    "down": "down projection",
+    "residual": "residual stream after the block",
+}
+CACHE_TAPS = {"cache_k": "keys held after the call, (B, S, K, D)", "cache_v": "values held after the call, (B, S, K, D)"}
+TAPS = {
+    "embeddings": "token embeddings",
+    **LAYER_TAPS,
+    "norm": "final RMSNorm",
+    "logits": "logits, (B, L, vocabulary)",
+    **CACHE_TAPS,
+}
+
+
+def keys_of_call(call: int, n_layers: int) -> list[str]:
+    """Every key of one model call, in the order of computation; the cache is read when the call is over."""
+    layers = [f"{call}.layers.{i}.{tap}" for i in range(n_layers) for tap in LAYER_TAPS]
+    caches = [f"{call}.layers.{i}.{tap}" for i in range(n_layers) for tap in CACHE_TAPS]
+    return [f"{call}.embeddings", *layers, f"{call}.norm", f"{call}.logits", *caches]
+
+
+def split_key(key: str) -> tuple[int, int | None, str]:
+    """(call, layer or None, tap) of a key."""
+    call, *layer, tap = key.split(".")
+    return int(call), int(layer[1]) if layer else None, tap
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is fed to both sides: token ids (all rows of one length) in calls of `chunks` tokens, one cache throughout.
+
+    lengths: how many tokens of each row count; the rest is padding on the right and is not compared.
+    """
+
+    name: str
+    ids: tuple[tuple[int, ...], ...]
+    chunks: tuple[int, ...]
+    lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def prefill(cls, ids: list[int], name: str = "prefill") -> Run:
+        """One call with every token."""
+        return cls(name, (tuple(ids),), (len(ids),))
+
+    @classmethod
+    def chunked(cls, ids: list[int], size: int, name: str = "chunked") -> Run:
+        """Calls of `size` tokens, the last one with what is left."""
+        rest = len(ids) % size
+        return cls(name, (tuple(ids),), (size,) * (len(ids) // size) + ((rest,) if rest else ()))
+
+    @classmethod
+    def decode(cls, ids: list[int], prompt: int, name: str = "decode") -> Run:
+        """One call with the first `prompt` tokens, then one call for each of the others."""
+        return cls(name, (tuple(ids),), (prompt,) + (1,) * (len(ids) - prompt))
+
+    @classmethod
+    def padded(cls, rows: list[list[int]], pad: int = 0, name: str = "padded") -> Run:
+        """Rows of different lengths in one call, padded on the right."""
+        longest = max(map(len, rows))
+        ids = tuple(tuple(row) + (pad,) * (longest - len(row)) for row in rows)
+        return cls(name, ids, (longest,), tuple(map(len, rows)))
+
+    def calls(self) -> list[list[list[int]]]:
+        """The ids of each model call, (B, chunk)."""
+        at, found = 0, []
+        for size in self.chunks:
+            found.append([list(row[at : at + size]) for row in self.ids])
+            at += size
+        return found
