@@ -1,9 +1,10 @@
 """Times every kernel on this machine's GPU beside the MLX functions it replaces: `python -m benchmarks.kernels`.
 
 Decode is one token, prefill `--tokens`. A measurement evaluates many calls on rotating inputs at once and takes the
-median of several; decode counts building the graph as well, in Python ("eager") and replayed by mx.compile
-("compiled"), because that is what decoding pays; prefill counts evaluation only. Bandwidth counts every input and
-output byte once and is given as a share of a measured copy (the negation of 1 GiB). Exit status 2 without a GPU.
+median of several. Decode counts building the graph as well, in Python ("eager") and replayed by mx.compile
+("compiled"): there the GPU waits for the CPU. "gpu" is the sum of what the GPU's own clock says of each kernel, where
+PyTorch with CUDA is there to read it. Prefill counts evaluation only. Bandwidth counts every input and output byte once
+and is given as a share of a measured copy (negating 256 MiB). Exit status 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ class Subject:
     bytes_moved: int
 
 
-@mx.compile
-def _mlx_swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up  # as mlx-lm 0.32 compiles it
+def _silu_times(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
+
+
+_mlx_lm_swiglu = mx.compile(_silu_times, shapeless=True)  # one kernel
 
 
 def subjects(tokens: int, dtype: mx.Dtype) -> Iterator[Subject]:
@@ -85,18 +88,19 @@ def subjects(tokens: int, dtype: mx.Dtype) -> Iterator[Subject]:
             "swiglu",
             hidden,
             ops.swiglu,
-            _mlx_swiglu,
+            _silu_times,
             ((1, tokens, inner), (1, tokens, inner)),
             3 * mlp,
         )
-        yield Subject(
-            "swiglu_joined",
-            hidden,
-            ops.swiglu_joined,
-            lambda joined: _mlx_swiglu(*mx.split(joined, 2, axis=-1)),
-            ((1, tokens, 2 * inner),),
-            3 * mlp,
-        )
+        for label, peer in (("", _silu_times), (" against mlx-lm's", _mlx_lm_swiglu)):
+            yield Subject(
+                f"swiglu_joined{label}",
+                hidden,
+                ops.swiglu_joined,
+                lambda joined, peer=peer: peer(*mx.split(joined, 2, axis=-1)),
+                ((1, tokens, 2 * inner),),
+                3 * mlp,
+            )
         width = (heads + 2 * kv) * head_dim
         bias = mx.random.normal((width,)).astype(dtype)
         rotary = ops.Rotary.plain(head_dim, 1e6)
@@ -163,10 +167,26 @@ def time_calls(function: Callable[..., object], inputs: Sequence[Arrays], calls:
 
 
 def copy_bandwidth(repeats: int = 7) -> float:
-    """Bytes per second, read plus written, of negating 1 GiB."""
-    x = mx.random.normal((2**28,))
-    mx.eval(x)
-    return 2 * x.nbytes / time_calls(mx.negative, [(x,)], 4, repeats, "evaluation")
+    """Bytes per second, read plus written, of negating 256 MiB."""
+    inputs = inputs_for([(2**26,)], mx.float32, 4)
+    time_calls(mx.negative, inputs, 16, 3, "evaluation")  # allocates what the outputs need
+    return 2 * inputs[0][0].nbytes / time_calls(mx.negative, inputs, 16, repeats, "evaluation")
+
+
+def gpu_time(function: Callable[..., object], inputs: Sequence[Arrays]) -> float | None:
+    """Seconds of GPU time a call, from CUPTI through PyTorch's profiler; None without it."""
+    try:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.init()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        mx.eval([function(*arguments) for arguments in inputs])
+        mx.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / len(inputs) or None
 
 
 def measure(tokens: int, dtype: mx.Dtype, copy: float, repeats: int) -> Iterator[dict[str, object]]:
@@ -184,6 +204,9 @@ def measure(tokens: int, dtype: mx.Dtype, copy: float, repeats: int) -> Iterator
                 time_calls(function, inputs, calls, repeats, mode) for function in (subject.fused, subject.unfused)
             )
             row |= {f"{mode}_us": fused * 1e6, f"{mode}_mlx_us": unfused * 1e6, f"{mode}_ratio": unfused / fused}
+        fused_gpu, unfused_gpu = (gpu_time(function, inputs) for function in (subject.fused, subject.unfused))
+        if fused_gpu and unfused_gpu:
+            row |= {"gpu_us": fused_gpu * 1e6, "gpu_mlx_us": unfused_gpu * 1e6, "gpu_ratio": unfused_gpu / fused_gpu}
         if not decode:
             row["gb_s"] = subject.bytes_moved / fused / 1e9
             row["share_of_copy"] = subject.bytes_moved / fused / copy
@@ -200,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"No kernel to time: {ops.explain()}", file=sys.stderr)
         return 2
     copy = copy_bandwidth()
-    print(f"{describe()}, MLX {mx.__version__}, bfloat16; copy of 1 GiB: {copy / 1e9:.0f} GB/s")
+    print(f"{describe()}, MLX {mx.__version__}, bfloat16; copy: {copy / 1e9:.0f} GB/s")
     rows = []
     with ops.no_grad():
         for tokens in (1, options.tokens):

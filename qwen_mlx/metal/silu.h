@@ -4,6 +4,8 @@ FUNCTION float silu(float x) {
   if (!metal::isfinite(x)) {
     return x > 0.0f ? x : x * 0.0f;
   }
+  // Below -120 the result is -0.
+  x = x < -120.0f ? -120.0f : x;
   const float size = metal::min(metal::abs(x), 120.0f);
   const float n = metal::rint(size * 1.44269504f);
   // ln 2 in two parts: n times the first is exact.
