@@ -224,7 +224,10 @@ def _encode(
             cost.compare(values, rounded)
         return (stored,), cost
     if form.mode == "mxfp4":
-        return tensor.packed(start, stop), cost
+        codes, scales = tensor.packed(start, stop)
+        wide = np.where(scales == 255, np.float32("nan"), np.float32(1))  # the exponent that stands for NaN
+        cost.not_finite += _check_finite(tensor, form, wide, wide, allow_nan)
+        return (codes, scales), cost
     if form.from_source:
         codes, *wide = tensor.packed(start, stop)
         values = None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -83,14 +81,20 @@ def small_tensors() -> dict[str, tuple[list[int], T]]:
     return tensors
 
 
-def assemble(fields: dict[str, tuple[int, bytes]], tensors: dict[str, tuple[list[int], T]], fill: int = 60) -> bytes:
-    """A whole file whose tensor bytes are all `fill` (60 makes finite values in every type)."""
+def layout(fields: dict[str, tuple[int, bytes]], tensors: dict[str, tuple[list[int], T]]) -> tuple[bytes, int]:
+    """A file's header, and the number of tensor bytes that follow it."""
     entries, offset = [], 0
     for name, (dims, kind) in tensors.items():
         block, size = gguf.GGML_QUANT_SIZES[kind]
         entries.append(tensor(name, dims, int(kind), offset))
         offset += -(-int(np.prod(dims)) // block * size // 32) * 32
-    return build([field(name, *value) for name, value in fields.items()], entries, bytes([fill]) * offset)
+    return build([field(name, *value) for name, value in fields.items()], entries), offset
+
+
+def assemble(fields: dict[str, tuple[int, bytes]], tensors: dict[str, tuple[list[int], T]], fill: int = 60) -> bytes:
+    """A whole file whose tensor bytes are all `fill` (60 makes finite values in every type)."""
+    header, size = layout(fields, tensors)
+    return header + bytes([fill]) * size
 
 
 GOOD = assemble(small_fields(), small_tensors())
@@ -157,7 +161,7 @@ def mutate(rng: random.Random) -> bytes:
 def test_mutated_headers_open_or_are_refused_by_name(quarter: int, tmp_path: Path):
     """20,000 mutations in all. What opens has been checked in everything but its tensors' bytes."""
     rng = random.Random(quarter)
-    path, opened, peak = tmp_path / "m.gguf", 0, 0
+    path, opened, unnamed, peak = tmp_path / "m.gguf", 0, 0, 0
     for turn in range(5000):
         path.unlink(missing_ok=True)  # a new file: the last one may still be mapped
         path.write_bytes(mutate(rng) if turn % 2 else mutate_field(rng))
@@ -167,7 +171,7 @@ def test_mutated_headers_open_or_are_refused_by_name(quarter: int, tmp_path: Pat
         try:
             source = open_source(path)
         except GGUFError as error:
-            assert str(error).startswith(str(path)), error
+            unnamed += not str(error).startswith(str(path))
         else:
             opened += 1
             assert all(tensor.nbytes <= len(GOOD) for tensor in source.tensors)
@@ -175,6 +179,7 @@ def test_mutated_headers_open_or_are_refused_by_name(quarter: int, tmp_path: Pat
             if watched:
                 peak = max(peak, tracemalloc.get_traced_memory()[1])
                 tracemalloc.stop()
+    assert unnamed == 0
     assert peak < 2_000_000, peak
     assert 300 < opened < 4500, opened  # neither all refused nor all harmless, or the mutations test nothing
 
@@ -239,13 +244,15 @@ def test_whole_files_convert_or_are_refused(tmp_path: Path, raw: bytes, allow_na
     path, out = tmp_path / "m.gguf", tmp_path / "here" / "out"
     path.unlink(missing_ok=True)
     path.write_bytes(raw)
+    refused = ""
     try:
         report = convert(path, out, allow_nan=allow_nan, requantize=bits, group_size=32, force=True)
     except GGUFError as error:
-        assert str(error).startswith(str(path)), error
-        event("refused")
+        refused = str(error)
+    event("refused" if refused else "converted")
+    if refused:
+        assert refused.startswith(str(path))
     else:
-        event("converted")
         assert allow_nan or not any(row.not_finite for row in report)
         assert {file.name for file in out.iterdir()} <= {
             *("README.md", "config.json", "conversion.json", "generation_config.json", "model.safetensors"),

@@ -165,11 +165,11 @@ def affine(
     return codes.reshape(rows, -1), scales.reshape(rows, -1), biases.reshape(rows, -1)
 
 
-def mxfp4(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mxfp4(raw: np.ndarray, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """MXFP4 bytes as MLX holds them in mode "mxfp4".
 
     raw: uint8 (rows, bytes of a row). Returns codes uint32 (rows, columns / 8) and scales uint8 (rows, columns / 32).
-    Raises GGUFError for the exponent 255: NaN in the OCP specification and in MLX, 2^128 in ggml.
+    Raises GGUFError, if `finite`, for the exponent 255: NaN in the OCP specification and in MLX, 2^128 in ggml.
     """
     kind = BLOCK_TYPES[39]
     blocks, (rows, _) = _blocks(raw, kind)
@@ -181,7 +181,7 @@ def mxfp4(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         codes[part] = pack(bytes_, 4)
 
     _in_chunks(work, len(blocks), kind.block_size)
-    if scales.max(initial=0) == 255:
+    if finite and scales.max(initial=0) == 255:
         raise GGUFError(f"{kind.name}: a scale is NaN (exponent 255); the file is damaged, download it again.")
     return codes.reshape(rows, -1), scales.reshape(rows, -1)
 
