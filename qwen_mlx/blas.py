@@ -96,12 +96,23 @@ def _load(name: str, files: list[str]) -> bool:
         return False
     if not hasattr(library, "cblas_sgemm"):
         return False
-    if hasattr(library, "MKL_Set_Interface_Layer"):
-        # MLX passes 32-bit sizes (LP64); MKL ends the process if the environment asks for layers that are not there.
-        library.MKL_Set_Interface_Layer(0)
-        library.MKL_Set_Threading_Layer(0)
+    if hasattr(library, "MKL_Get_Max_Threads"):
+        _let_mkl_choose(library)
     _report, _library = name, library
     return True
+
+
+def _let_mkl_choose(mkl: ctypes.CDLL) -> None:
+    """Has MKL pick its layers now, without the environment's say: it ends the process for a layer that is not there.
+
+    Its own pick follows the OpenMP that the process has already. Forcing Intel's beside the GNU one that PyTorch brings
+    makes products wrong without an error.
+    """
+    asked = {
+        name: os.environ.pop(name) for name in ("MKL_THREADING_LAYER", "MKL_INTERFACE_LAYER") if name in os.environ
+    }
+    mkl.MKL_Get_Max_Threads()
+    os.environ.update(asked)
 
 
 def _open(file: str) -> ctypes.CDLL:

@@ -4,54 +4,48 @@ from __future__ import annotations
 
 from .backend import mx
 
-STEP = 256  # tokens by which the buffers grow, so that most updates write in place
+STEP = 256  # tokens by which the buffer grows, so that most updates write in place
 
 
 class KVCache:
-    """Keys and values seen so far, (B, n_kv_heads, offset, head_dim) in the model's activation dtype.
+    """Keys and values seen so far, in one buffer (B, 2 n_kv_heads, room, head_dim) so that a step writes once.
 
     `offset` is the number of tokens held, which is also the position of the next one.
     """
 
     def __init__(self) -> None:
         self.offset = 0
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
+        self._buffer: mx.array | None = None
 
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends (B, n_kv_heads, L, head_dim) and returns everything held, newest last."""
-        end = self.offset + keys.shape[2]
-        self._keys = _room(self._keys, keys, self.offset, end)
-        self._values = _room(self._values, values, self.offset, end)
-        self._keys[:, :, self.offset : end] = keys
-        self._values[:, :, self.offset : end] = values
+    def update(self, kv: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends keys and values (B, L, 2, n_kv_heads, head_dim), rotated, and returns all held, newest last."""
+        batch, length, _, n_kv_heads, head_dim = kv.shape
+        new = kv.transpose(0, 2, 3, 1, 4).reshape(batch, 2 * n_kv_heads, length, head_dim)
+        end = self.offset + length
+        if self._buffer is None or end > self._buffer.shape[2]:
+            size = -(-end // STEP) * STEP
+            spare = mx.zeros((batch, 2 * n_kv_heads, size - self.offset, head_dim), kv.dtype)
+            held = [] if self._buffer is None else [self._buffer[:, :, : self.offset]]
+            self._buffer = mx.concatenate([*held, spare], axis=2)
+        self._buffer[:, :, self.offset : end] = new
         self.offset = end
         return self.state
 
     @property
     def state(self) -> tuple[mx.array, mx.array]:
-        """Keys and values held, without the spare room. Raises ValueError while the cache is empty."""
-        if self._keys is None or self._values is None:
+        """Keys and values held, each (B, n_kv_heads, offset, head_dim). Raises ValueError while the cache is empty."""
+        if self._buffer is None:
             raise ValueError("The cache is empty: run the model on a prompt first.")
-        return self._keys[:, :, : self.offset], self._values[:, :, : self.offset]
+        n_kv_heads = self._buffer.shape[1] // 2
+        return self._buffer[:, :n_kv_heads, : self.offset], self._buffer[:, n_kv_heads:, : self.offset]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both buffers, spare room included."""
-        return 0 if self._keys is None or self._values is None else self._keys.nbytes + self._values.nbytes
+        """Bytes of the buffer, spare room included."""
+        return 0 if self._buffer is None else self._buffer.nbytes
 
     def trim(self, n_tokens: int) -> None:
         """Forgets the newest `n_tokens`. Raises ValueError if the cache holds fewer."""
         if not 0 <= n_tokens <= self.offset:
             raise ValueError(f"Cannot trim {n_tokens} tokens from a cache of {self.offset}.")
         self.offset -= n_tokens
-
-
-def _room(buffer: mx.array | None, new: mx.array, offset: int, end: int) -> mx.array:
-    """`buffer` (or an empty one) with room for positions up to `end`."""
-    if buffer is not None and end <= buffer.shape[2]:
-        return buffer
-    batch, heads, _, head_dim = new.shape
-    size = -(-end // STEP) * STEP
-    spare = mx.zeros((batch, heads, size - offset, head_dim), new.dtype)
-    return spare if buffer is None else mx.concatenate([buffer[:, :, :offset], spare], axis=2)

@@ -52,3 +52,14 @@ class QuantizedEmbedding(nn.Module):
             x, self.weight, self.scales, self.biases, transpose=True, group_size=self.group_size, bits=self.bits
         )
         return y.astype(x.dtype)
+
+
+class SideBySide(nn.Module):
+    """Projections of one input whose packings differ, so that they cannot be one matrix: their outputs joined."""
+
+    def __init__(self, parts: list[nn.Module]):
+        super().__init__()
+        self.parts = parts
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([part(x) for part in self.parts], axis=-1)

@@ -7,26 +7,27 @@ scales as wide as exactness needs; on the CPU they become float32, once.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from mlx.utils import tree_flatten
 
 from . import hub
 from .backend import mx, nn
-from .config import ModelConfig, read_json
+from .config import ModelConfig
 from .defaults import folder_defaults, gguf_defaults
 from .errors import GGUFError, QwenMLXError
 from .gguf import blocks, names
 from .gguf.reader import GGUFFile
-from .layers import QuantizedEmbedding, QuantizedLinear
-from .model import Qwen2
+from .layers import QuantizedEmbedding, QuantizedLinear, SideBySide
+from .model import JOINED, JOINED_BIASES, Qwen2
 from .tokenizer import Tokenizer
+from .weights import FolderWeights, GGUFWeights, Weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+Packing = tuple[int, int] | None  # (group_size, bits)
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
 
@@ -50,8 +51,22 @@ def load(
     target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)
     keep_packed = on_gpu if quantized is None else quantized
     if path.is_dir():
-        return _load_folder(path, target, keep_packed, progress or _silent)
-    return _load_gguf(path, target, keep_packed, progress or _silent)
+        config = ModelConfig.from_folder(path)
+        tokenizer, defaults, factors = Tokenizer.from_folder(path), folder_defaults(path), None
+        weights: Weights = FolderWeights(path, config)
+    else:
+        file = GGUFFile(path)
+        config = ModelConfig.from_gguf(file)
+        weights = GGUFWeights(file, config)
+        tokenizer, defaults, factors = (
+            Tokenizer.from_gguf(file.metadata),
+            gguf_defaults(file),
+            _rope_factors(file, config),
+        )
+    qwen = Qwen2(config, factors)
+    _fill(qwen, weights, target, keep_packed, progress or _silent)
+    qwen.generation_defaults = defaults
+    return qwen.eval(), tokenizer
 
 
 def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
@@ -65,45 +80,69 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
-def _load_gguf(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> tuple[Qwen2, Tokenizer]:
-    file = GGUFFile(path)
-    config = ModelConfig.from_gguf(file)
-    tokenizer = Tokenizer.from_gguf(file.metadata)
-    factors = _rope_factors(file, config)
-    model = Qwen2(config, factors)
-    found = names.model_tensors(file, config)
-    done, total = 0, sum(info.nbytes for info in found.values())
+def _fill(model: Qwen2, weights: Weights, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> None:
+    """Gives every parameter of the model its values, joined ones (see model.JOINED) side by side."""
+    targets = [(name, _sources(name), array.size) for name, array in tree_flatten(model.parameters())]
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
-    order = sorted(found.items(), key=lambda item: -math.prod(item[1].shape))
-    packed = {name for name, info in order if keep_packed and info.type.affine is not None and len(info.shape) == 2}
-    rooms = _rooms([info.shape for name, info in order if name not in packed])
-    for name, info in order:
-        if name in packed:
-            # float32 scales even where float16 would do: MLX would widen them again for every product with bfloat16.
-            arrays = [mx.array(array) for array in blocks.affine(file.raw(info.name), info.type, np.float32)]
-            _set_packed(model, name, *arrays, info.type.affine.group_size, info.type.affine.bits, dtype)
+    targets.sort(key=lambda target: -target[2])
+    packings = {
+        name: [weights.packing(source) if keep_packed else None for source in sources] for name, sources, _ in targets
+    }
+    groups = [_alike(sources, packings[name]) for name, sources, _ in targets]
+    weights.expect_dense([names for target in groups for names, packing in target if packing is None])
+    done, total = 0, sum(weights.nbytes(source) for _, sources, _ in targets for source in sources)
+    for (name, sources, _), target in zip(targets, groups):
+        nbytes = sum(weights.nbytes(source) for source in sources)
+        if [packing for _, packing in target] == [None]:
+            _set(model, name, weights.dense(sources).astype(dtype))
         else:
-            room = next(rooms)
-            blocks.dequantize(file.raw(info.name), info.type, np.array(room, copy=False).reshape(-1, info.shape[-1]))
-            _set_dense(model, name, room.astype(dtype))
-        file.release(info.name)
-        done += info.nbytes
+            module = name.removesuffix(".weight")
+            old = _get(model, module)
+            parts = [_module(weights, names, packing, old, dtype) for names, packing in target]
+            _set(model, module, parts[0] if len(parts) == 1 else SideBySide(parts))
+            mx.eval(_get(model, module).parameters())
+        mx.eval(_get(model, name) if _has(model, name) else [])
+        done += nbytes
         progress(done, total)
-    model.generation_defaults = gguf_defaults(file)
-    return model.eval(), tokenizer
 
 
-def _rooms(shapes: list[tuple[int, ...]]) -> Iterator[mx.array]:
-    """Uninitialised float32 arrays to dequantize into. The next one is allocated meanwhile: the system takes longer to
-    hand out fresh memory than a core takes to fill it.
-    """
-    upcoming = None
-    for shape in [*shapes, (1,)]:
-        room, upcoming = upcoming, mx.empty(shape, mx.float32)
-        mx.async_eval(upcoming)
-        if room is not None:
-            mx.eval(room)
-            yield room
+def _sources(name: str) -> list[str]:
+    """Hugging Face's names of what a parameter of the model holds."""
+    path, _, kind = name.rpartition(".")
+    if kind in JOINED_BIASES:
+        return [f"{path}.{part}.bias" for part in JOINED[JOINED_BIASES[kind]]]
+    parent, _, module = path.rpartition(".")
+    return [f"{parent}.{part}.{kind}" for part in JOINED[module]] if module in JOINED else [name]
+
+
+def _alike(sources: list[str], packings: list[Packing]) -> list[tuple[list[str], Packing]]:
+    """Runs of sources with one packing: each run becomes one matrix."""
+    runs: list[tuple[list[str], Packing]] = []
+    for source, packing in zip(sources, packings):
+        if runs and runs[-1][1] == packing:
+            runs[-1][0].append(source)
+        else:
+            runs.append(([source], packing))
+    return runs
+
+
+def _module(weights: Weights, names: list[str], packing: Packing, old: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """One matrix of `names`, dense or packed, in place of the dense module `old`."""
+    if packing is None:
+        array = weights.dense(names).astype(dtype)
+        new: nn.Module = nn.Linear(1, 1, bias=False)
+        new.weight = array
+        return new
+    parts = [weights.packed(name) for name in names]
+    codes, scales, biases = (mx.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts))
+    # Scales of another dtype than the activations' would be converted for every product: float32 keeps them exact.
+    scales, biases = (array if array.dtype == dtype else array.astype(mx.float32) for array in (scales, biases))
+    if isinstance(old, nn.Embedding):
+        return QuantizedEmbedding(codes, scales, biases, *packing, dtype)
+    new = QuantizedLinear(codes, scales, biases, *packing)
+    if "bias" in old:
+        new.bias = old.bias  # filled already, or to be
+    return new
 
 
 def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
@@ -117,124 +156,18 @@ def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
     return blocks.dequantize(file.raw(info.name), info.type)[0]
 
 
-def _load_folder(folder: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> tuple[Qwen2, Tokenizer]:
-    config = ModelConfig.from_folder(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    model = Qwen2(config)
-    weights = {name: array for file in safetensors_files(folder) for name, array in load_safetensors(file).items()}
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some writers store the shared matrix twice
-    quantization = read_json(folder / "config.json").get("quantization") or {}
-    done, total = 0, sum(array.nbytes for array in weights.values())
-    for name, shape in config.parameter_shapes().items():
-        module = name.removesuffix(".weight")
-        weight = _take(weights, name, folder)
-        done += weight.nbytes
-        if f"{module}.scales" in weights:
-            scales, biases = _take(weights, f"{module}.scales", folder), _take(weights, f"{module}.biases", folder)
-            done += scales.nbytes + biases.nbytes
-            group_size, bits = _group_and_bits(quantization, module, folder)
-            found = (weight.shape[0], weight.shape[-1] * 32 // bits)
-            if found != shape or scales.shape != biases.shape or scales.shape != (shape[0], shape[1] // group_size):
-                raise QwenMLXError(
-                    f"{folder}: {name!r} holds {found} codes of {bits} bits with scales {scales.shape}, "
-                    f"expected {shape} in groups of {group_size}."
-                )
-            if keep_packed:
-                _set_packed(model, name, weight, scales.astype(dtype), biases.astype(dtype), group_size, bits, dtype)
-            else:
-                wide = [scales.astype(mx.float32), biases.astype(mx.float32)]
-                _set_dense(model, name, mx.dequantize(weight, *wide, group_size=group_size, bits=bits).astype(dtype))
-        else:
-            if weight.shape != shape:
-                raise QwenMLXError(f"{folder}: tensor {name!r} has shape {weight.shape}, expected {shape}.")
-            _set_dense(model, name, weight.astype(dtype))
-        progress(done, total)
-    extra = sorted(name for name in weights if not name.endswith("rotary_emb.inv_freq"))
-    if extra:
-        raise QwenMLXError(f"{folder}: tensor {extra[0]!r} is not part of this qwen2 model ({len(extra)} such in all).")
-    model.generation_defaults = folder_defaults(folder)
-    return model.eval(), tokenizer
-
-
-def _take(weights: dict[str, mx.array], name: str, folder: Path) -> mx.array:
-    if name not in weights:
-        raise QwenMLXError(
-            f"{folder}: tensor {name!r} is missing from its safetensors files; download the folder again."
-        )
-    return weights.pop(name)
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, by its index if it has one."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({folder / Path(str(name)).name for name in read_json(index).get("weight_map", {}).values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        hint = "; it holds PyTorch .bin files, save it again as safetensors" if list(folder.glob("*.bin")) else ""
-        raise QwenMLXError(f"{folder}: no .safetensors file{hint}.")
-    for file in files:
-        if not file.exists():
-            raise QwenMLXError(
-                f"{folder}: {file.name} is missing, which {index.name} names; download the folder again."
-            )
-    return files
-
-
-def load_safetensors(file: Path) -> dict[str, mx.array]:
-    """A file's tensors, lazily: MLX reads each when it is evaluated."""
-    try:
-        return mx.load(str(file))
-    except (RuntimeError, ValueError) as error:
-        raise QwenMLXError(f"{file}: not a readable safetensors file ({error}); download it again.") from None
-
-
-def _group_and_bits(quantization: dict[str, Any], module: str, folder: Path) -> tuple[int, int]:
-    """From mlx-lm's config: `quantization` holds a default and, per layer, what differs from it."""
-    own = quantization.get(module)
-    settings = own if isinstance(own, dict) else quantization
-    group_size, bits = settings.get("group_size"), settings.get("bits")
-    if settings.get("mode", "affine") != "affine" or not isinstance(group_size, int) or not isinstance(bits, int):
-        raise QwenMLXError(
-            f"{folder}: {module!r} is packed, but config.json's 'quantization' says {settings!r} for it, expected "
-            "'group_size' and 'bits' in affine mode."
-        )
-    return group_size, bits
-
-
-def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
-    *parents, last = path.split(".")
+def _get(model: nn.Module, path: str) -> Any:
     node: Any = model
-    for part in parents:
+    for part in path.split("."):
         node = node[int(part)] if part.isdigit() else getattr(node, part)
-    return node, last
+    return node
 
 
-def _set_dense(model: nn.Module, name: str, array: mx.array) -> None:
-    mx.eval(array)
-    parent, last = _parent(model, name)
-    setattr(parent, last, array)
+def _has(model: nn.Module, path: str) -> bool:
+    parent, _, last = path.rpartition(".")
+    return hasattr(_get(model, parent) if parent else model, last)
 
 
-def _set_packed(
-    model: nn.Module,
-    name: str,
-    codes: mx.array,
-    scales: mx.array,
-    biases: mx.array,
-    group_size: int,
-    bits: int,
-    dtype: mx.Dtype,
-) -> None:
-    mx.eval(codes, scales, biases)
-    parent, last = _parent(model, name.removesuffix(".weight"))
-    old = getattr(parent, last)
-    if isinstance(old, nn.Embedding):
-        setattr(parent, last, QuantizedEmbedding(codes, scales, biases, group_size, bits, dtype))
-    else:
-        new = QuantizedLinear(codes, scales, biases, group_size, bits)
-        if "bias" in old:
-            new.bias = old.bias  # the file's own, or still to come
-        setattr(parent, last, new)
+def _set(model: nn.Module, path: str, value: mx.array | nn.Module) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(_get(model, parent) if parent else model, last, value)

@@ -6,7 +6,8 @@ Notable features:
 - RMSNorm before attention and before the MLP, one more before the head
 - SwiGLU; its projections have biases only where a file carries them
 - the head shares the embedding's weights where the file has no head of its own
-Parameter names are those of Hugging Face's Qwen2ForCausalLM.
+- q, k and v are one matrix, gate and up another: fewer launches, and each reads its input once
+Other parameters have Hugging Face's names; `Qwen2.hf_parameters` gives all of them under those.
 """
 
 from __future__ import annotations
@@ -14,58 +15,76 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from mlx.utils import tree_flatten
 
 from . import ops
 from .backend import mx, nn
 from .cache import KVCache
 from .config import ModelConfig
 
+# What one matrix of the model holds, in the order of its rows, under Hugging Face's names.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+JOINED_BIASES = {"qkv_bias": "qkv_proj", "gate_up_bias": "gate_up_proj"}
+
 
 class RMSNorm(nn.Module):
+    """(h + last, its norm), or (h, its norm) without `last`."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = mx.ones((size,))
         self.eps = eps
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def __call__(self, h: mx.array, last: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        if last is None:
+            return h, ops.rms_norm(h, self.weight, self.eps)
+        return ops.add_rms_norm(last, h, self.weight, self.eps)
 
 
 class Attention(nn.Module):
+    """q, k and v come from one product; their bias is added where q and k are rotated."""
+
     def __init__(self, config: ModelConfig, rotary: ops.Rotary, sliding_window: int | None):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.n_heads * config.head_dim, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, config.n_kv_heads * config.head_dim, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, config.n_kv_heads * config.head_dim, bias=True)
+        rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.qkv_bias = mx.zeros((rows,))
         self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.hidden_size, bias=False)
         self._rotary = rotary
         self._sliding_window = sliding_window
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, self.n_heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
-        q, k = ops.rope(q, cache.offset, self._rotary), ops.rope(k, cache.offset, self._rotary)
-        mask = attention_mask(length, cache.offset, self._sliding_window)
-        keys, values = cache.update(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        offset = cache.offset
+        q, kv = ops.qkv_rope(
+            self.qkv_proj(x), self.qkv_bias, offset, self._rotary, self.n_heads, self.n_kv_heads, join_kv=True
+        )
+        keys, values = cache.update(kv)
+        mask = attention_mask(length, offset, self._sliding_window)
         out = ops.attention(q, keys, values, self.head_dim**-0.5, mask)
         return self.o_proj(out.reshape(batch, length, -1))
 
 
 class MLP(nn.Module):
+    """Gate and up come from one product."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.gate_up_bias = mx.zeros((2 * config.intermediate_size,)) if config.mlp_bias else None
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu_joined(self.gate_up_proj(x), self.gate_up_bias))
 
 
 class TransformerBlock(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h)); the last addition is left to the next norm, which does both.
+
+    Call: h (B, L, hidden_size) without the previous block's output, and that output or None. Returns both for the next.
+    """
+
     def __init__(self, config: ModelConfig, rotary: ops.Rotary, sliding_window: int | None):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -73,13 +92,14 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        h = x + self.self_attn(self.input_layernorm(x), cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
+    def __call__(self, h: mx.array, last: mx.array | None, cache: KVCache) -> tuple[mx.array, mx.array]:
+        h, x = self.input_layernorm(h, last)
+        h, x = self.post_attention_layernorm(h, self.self_attn(x, cache))
+        return h, self.mlp(x)
 
 
 class Qwen2Model(nn.Module):
-    """Everything below the head: token ids (B, L) to normalised hidden states (B, L, hidden_size)."""
+    """Everything below the head: token ids (B, L) to normalised hidden states of the last `keep` positions (0: all)."""
 
     def __init__(self, config: ModelConfig, rotary: ops.Rotary):
         super().__init__()
@@ -90,11 +110,11 @@ class Qwen2Model(nn.Module):
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, input_ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
-        h = self.embed_tokens(input_ids)
+    def __call__(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:
+        h, last = self.embed_tokens(input_ids), None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h = layer(h, layer_cache)
-        return self.norm(h)
+            h, last = layer(h, last, layer_cache)
+        return self.norm(h[:, -keep:], last[:, -keep:])[1]
 
 
 class Qwen2(nn.Module):
@@ -114,8 +134,31 @@ class Qwen2(nn.Module):
     def __call__(
         self, input_ids: mx.array, cache: Sequence[KVCache] | None = None, logits_to_keep: int = 0
     ) -> mx.array:
-        h = self.model(input_ids, self.make_cache() if cache is None else cache)[:, -logits_to_keep:]
+        h = self.model(input_ids, self.make_cache() if cache is None else cache, logits_to_keep)
         return self.model.embed_tokens.as_linear(h) if self.config.tie_word_embeddings else self.lm_head(h)
+
+    def hf_parameters(self) -> dict[str, mx.array]:
+        """All parameters under Hugging Face's names: joined ones as views of their rows."""
+        config = self.config
+        q, kv, mlp = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.intermediate_size
+        rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": mlp, "up_proj": mlp}
+        found: dict[str, mx.array] = {}
+        for name, array in tree_flatten(self.parameters()):
+            path, _, kind = name.rpartition(".")
+            if kind in JOINED_BIASES:
+                path, kind = f"{path}.{JOINED_BIASES[kind]}", "bias"
+            parent, _, module = path.rpartition(".")
+            if path.rpartition(".parts.")[1]:  # projections whose packings differ lie side by side
+                parent, _, part = path.partition(".parts.")
+                parent, _, module = parent.rpartition(".")
+                found[f"{parent}.{JOINED[module][int(part)]}.{kind}"] = array
+                continue
+            start = 0
+            for part in JOINED.get(module, (module,)):
+                size = rows[part] if module in JOINED else array.shape[0]
+                found[f"{parent}.{part}.{kind}" if parent else f"{part}.{kind}"] = array[start : start + size]
+                start += size
+        return found
 
     def make_cache(self) -> list[KVCache]:
         """An empty cache for every layer."""

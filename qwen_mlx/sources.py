@@ -28,7 +28,7 @@ class SourceTensor:
 
     values(a, b): rows a to b as float32 (rows, columns); a vector is one row. packed(a, b): the same rows as MLX holds
     them exactly (codes, scales, biases; no biases in mode mxfp4), where `form` says how; scales are float32, or uint8
-    in mode mxfp4. done(): the bytes are no longer needed.
+    in mode mxfp4; they may be inf or NaN. done(): the bytes are no longer needed.
     """
 
     name: str
@@ -90,8 +90,8 @@ def _gguf_tensor(file: GGUFFile, name: str, info: TensorInfo) -> SourceTensor:
 
     def packed(a: int, b: int) -> tuple[np.ndarray, ...]:
         if kind.affine:
-            return blocks.affine(raw[a:b], kind, np.float32, finite=False)  # the converter names the tensor
-        return blocks.mxfp4(raw[a:b])
+            return blocks.affine(raw[a:b], kind, np.float32, finite=False)
+        return blocks.mxfp4(raw[a:b], finite=False)
 
     return SourceTensor(
         name,
@@ -119,7 +119,7 @@ _TOKENIZER_FILES = (
 
 
 def _open_folder(folder: Path) -> Source:
-    from .loading import safetensors_files
+    from .weights import safetensors_files
 
     if "quantization" in read_json(folder / "config.json"):
         raise QwenMLXError(f"{folder}: is quantized for MLX already; convert the original instead.")
@@ -132,7 +132,7 @@ def _open_folder(folder: Path) -> Source:
 
 def _folder_tensors(folder: Path, files: list[Path], config: ModelConfig) -> list[SourceTensor]:
     from .backend import mx
-    from .loading import load_safetensors
+    from .weights import load_safetensors
 
     found = {name: (file, array) for file in files for name, array in load_safetensors(file).items()}
     if config.tie_word_embeddings:

@@ -18,7 +18,7 @@ LAYERS = [
     {"gguf.reader", "ops", "safetensors_writer", "hub"},
     {"config", "cache", "layers"},
     {"gguf.names", "model", "tokenizer", "sampling"},
-    {"defaults"},
+    {"defaults", "weights"},
     {"loading"},
     {"generation", "sources", "storage"},
     {"conversion"},

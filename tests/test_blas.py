@@ -155,15 +155,17 @@ def test_generating_calls_no_compiler(tmp_path: Path):
     assert not marker.exists()
 
 
+MANY = """
+for _ in range(200):
+    m, n, k = rng.integers(1, 9), rng.integers(64, 600), rng.integers(32, 600)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (n, k)))
+    assert np.abs(np.array(mx.array(a) @ mx.array(b).T) - a.astype(np.float64) @ b.T).max() < 1e-3
+print("right")
+"""
+
+
 def test_right_beside_pytorch_whichever_comes_first():
     """PyTorch brings an OpenMP of its own; two of them in one product make it wrong, in some runs and some shapes."""
-    code = (
-        "rng = np.random.default_rng(0)\n"
-        "for _ in range(200):\n"
-        "    m, n, k = rng.integers(1, 9), rng.integers(64, 600), rng.integers(32, 600)\n"
-        "    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (n, k)))\n"
-        "    assert np.abs(np.array(mx.array(a) @ mx.array(b).T) - a.astype(np.float64) @ b.T).max() < 1e-3\n"
-    )
     for _ in range(3):
-        run("import torch\n" + PRODUCT + code)
-    run(PRODUCT + "import torch\ntorch.ones(99, 99) @ torch.ones(99, 99)\n" + code)
+        run("import torch\n" + PRODUCTS + MANY)
+    run(PRODUCTS + "import torch\ntorch.ones(99, 99) @ torch.ones(99, 99)\n" + MANY)

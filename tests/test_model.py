@@ -92,7 +92,37 @@ def test_every_file_type_gives_the_logits_of_gguf_py_s_values(kind: T, packed: b
     assert distance(model(mx.array(IDS)), torch_logits(theirs)) < tolerance(theirs)
     names = {name for name, _ in tree_flatten(model.parameters())}
     affine = kind not in (T.F16, T.BF16, T.Q6_K)
-    assert ("model.layers.0.mlp.down_proj.scales" in names) == (packed and affine)
+    for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+        assert (f"model.layers.0.{module}.scales" in names) == (packed and affine)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_projections_of_different_types_side_by_side(packed: bool, tmp_path: Path):
+    """As in real Q4_K_M files, where v is finer than q and k."""
+    kinds = {}
+    for i, (q, k, v, gate, up) in enumerate(
+        [
+            (T.Q5_0, T.Q5_0, T.Q8_0, T.Q4_K, T.Q4_K),
+            (T.Q4_K, T.Q6_K, T.Q4_K, T.Q8_0, T.Q6_K),
+            (T.F16, T.Q4_0, T.Q6_K, T.F16, T.Q6_K),
+        ]
+    ):
+        kinds |= {
+            f"model.layers.{i}.self_attn.{name}_proj.weight": kind for name, kind in (("q", q), ("k", k), ("v", v))
+        }
+        kinds |= {f"model.layers.{i}.mlp.{name}_proj.weight": kind for name, kind in (("gate", gate), ("up", up))}
+    theirs = hf_model(hidden_size=256, intermediate_size=512)
+    model, _ = load(write_gguf(tmp_path / "m.gguf", theirs, kinds), dtype="float32", quantized=packed)
+    assert distance(model(mx.array(IDS)), torch_logits(theirs)) < tolerance(theirs)
+
+
+def test_hf_parameters_are_those_of_transformers_by_value(tmp_path: Path):
+    theirs = hf_model()
+    model, _ = load(write_gguf(tmp_path / "m.gguf", theirs), dtype="float32")
+    mine = model.hf_parameters()
+    assert mine.keys() == theirs.state_dict().keys() == model.config.parameter_shapes().keys()
+    for name, value in theirs.state_dict().items():
+        assert np.array_equal(np.array(mine[name]), value.numpy()), name
 
 
 def test_mlp_biases_are_used_when_the_file_has_them(tmp_path: Path):
@@ -216,14 +246,14 @@ def test_dtype_of_every_tap(kind: T, packed: bool, dtype: str, tmp_path: Path, m
 
             def tap(self, *args, _call=call, **kwargs):
                 out = _call(self, *args, **kwargs)
-                seen.append((type(self).__name__, out.dtype))
+                seen.extend((type(self).__name__, array.dtype) for array in (out if isinstance(out, tuple) else (out,)))
                 return out
 
             monkeypatch.setattr(cls, "__call__", tap)
     cache = model.make_cache()
     model(mx.array(IDS), cache)
     seen += [("cache", array.dtype) for array in cache[0].state]
-    assert len(seen) >= 16
+    assert len(seen) >= 15
     assert {found for _, found in seen} == {DTYPES[dtype]}, seen
     for name, array in tree_flatten(model.parameters()):
         assert array.dtype in (DTYPES[dtype], mx.uint32) or name.endswith((".scales", ".biases")), name
