@@ -193,7 +193,8 @@ void use_bytes(Region& region) {
   report_access(address >= image_begin && address < image_end ? kReadOnly : kWild, -1, address, size, write, pc);
 }
 
-void access(void* pointer, size_t size, bool write, bool atomic, void* pc) {
+// needed: whether the access uses what was there before.
+void access(void* pointer, size_t size, bool write, bool atomic, bool needed, void* pc) {
   if (!current) return;
   const uintptr_t place = uintptr_t(pointer) - uintptr_t(arena);
   if (place >= uintptr_t(kSlots) << kSlotBits) return outside(uintptr_t(pointer), size, write, pc);
@@ -214,15 +215,13 @@ void access(void* pointer, size_t size, bool write, bool atomic, void* pc) {
     if (region.threadgroup && cell->writer_stamp < threadgroup_start && cell->reader_stamp < threadgroup_start) {
       *cell = Cell{};  // left from an earlier threadgroup
     }
-    const bool mine = cell->written && cell->writer == current->uid && !(cell->many && cell->writer_stamp > synced[space]);
-    if (cell->written && !mine && !(atomic && cell->atomic) &&
-        (cell->foreign || cell->many ? cell->foreign || cell->writer_stamp > synced[space]
-                                     : !ordered(cell->writer, cell->writer_stamp, space))) {
-      report_race(slot, offset, size, write, pc, cell->writer, true, cell->writer_pc);
+    bool conflict = false;  // with the last writer, or with one of several by atomics
+    if (cell->written && !(atomic && cell->atomic)) {
+      conflict = cell->foreign || (cell->many && cell->writer_stamp > synced[space]) ||
+                 !ordered(cell->writer, cell->writer_stamp, space);
     }
-    if (!write || atomic) {
-      if (!cell->written && !region.initialised) report_access(kUninitialised, slot, offset, size, false, pc);
-    }
+    if (conflict) report_race(slot, offset, size, write, pc, cell->writer, true, cell->writer_pc);
+    if (needed && !cell->written && !region.initialised) report_access(kUninitialised, slot, offset, size, false, pc);
     if (write) {
       if (cell->read && !ordered(cell->reader, cell->reader_stamp, space)) {
         report_race(slot, offset, size, true, pc, cell->reader, false, cell->reader_pc);
@@ -642,28 +641,24 @@ extern "C" void emulator_inactive_lane(uint32_t lane, const char* file, int line
   fail(report);
 }
 
-extern "C" void emulator_atomic(void* pointer, uint32_t size, int write) {
-  access(pointer, size, write != 0, true, __builtin_return_address(0));
+extern "C" void emulator_atomic(void* pointer, uint32_t size, int mode) {
+  enum { kLoad, kChange, kStore };  // the numbers stand in shim/metal_stdlib
+  access(pointer, size, mode != kLoad, true, mode != kStore, __builtin_return_address(0));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What -fsanitize=thread calls
 
-#define ACCESS(suffix, size)                                                                                          \
-  extern "C" void __tsan_read##suffix(void* p) { access(p, size, false, false, __builtin_return_address(0)); }        \
-  extern "C" void __tsan_write##suffix(void* p) { access(p, size, true, false, __builtin_return_address(0)); }        \
-  extern "C" void __tsan_unaligned_read##suffix(void* p) { access(p, size, false, false, __builtin_return_address(0)); } \
-  extern "C" void __tsan_unaligned_write##suffix(void* p) { access(p, size, true, false, __builtin_return_address(0)); } \
-  extern "C" void __tsan_volatile_read##suffix(void* p) { access(p, size, false, false, __builtin_return_address(0)); } \
-  extern "C" void __tsan_volatile_write##suffix(void* p) { access(p, size, true, false, __builtin_return_address(0)); }
-ACCESS(1, 1)
-ACCESS(2, 2)
-ACCESS(4, 4)
-ACCESS(8, 8)
-ACCESS(16, 16)
-
-extern "C" void __tsan_read_range(void* p, size_t size) { access(p, size, false, false, __builtin_return_address(0)); }
-extern "C" void __tsan_write_range(void* p, size_t size) { access(p, size, true, false, __builtin_return_address(0)); }
+#define READ(name, size) \
+  extern "C" void __tsan_##name(void* p) { access(p, size, false, false, true, __builtin_return_address(0)); }
+#define WRITE(name, size) \
+  extern "C" void __tsan_##name(void* p) { access(p, size, true, false, false, __builtin_return_address(0)); }
+#define SIZE(n)                                                        \
+  READ(read##n, n) READ(unaligned_read##n, n) READ(volatile_read##n, n) \
+  WRITE(write##n, n) WRITE(unaligned_write##n, n) WRITE(volatile_write##n, n)
+SIZE(1) SIZE(2) SIZE(4) SIZE(8) SIZE(16)
+extern "C" void __tsan_read_range(void* p, size_t n) { access(p, n, false, false, true, __builtin_return_address(0)); }
+extern "C" void __tsan_write_range(void* p, size_t n) { access(p, n, true, false, false, __builtin_return_address(0)); }
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}

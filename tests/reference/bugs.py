@@ -1,0 +1,352 @@
+"""Deliberate bugs: ways in which ports of Qwen2 have gone wrong. Each is put into a loaded model, or into the operations
+it calls, and says at which tap the harness must see it first and what it must call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qwen_mlx.model as model_module
+from qwen_mlx import ops
+from qwen_mlx.backend import mx
+from qwen_mlx.cache import KVCache
+
+LAYER = 1  # where bugs of one layer sit
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    put: Callable[[Any, pytest.MonkeyPatch], None]
+    first: str  # the first tap that diverges
+    cause: str | None = None  # part of the diagnosis, None where the bug has no signature
+    run: str = "prefill"
+    shape: str = "base"
+    dtype: str = "float32"
+
+
+BUGS: list[Bug] = []
+
+
+def bug(name: str, first: str, cause: str | None = None, **where: str) -> Callable:
+    def keep(put: Callable[[Any, pytest.MonkeyPatch], None]) -> Callable:
+        BUGS.append(Bug(name, put, first, cause, **where))
+        return put
+
+    return keep
+
+
+def joined(array: mx.array, model: Any, part: str, change: Callable[[mx.array], mx.array]) -> mx.array:
+    """`array` (q, k and v, or gate and up, joined) with one part changed."""
+    c = model.config
+    q, kv, f = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.intermediate_size
+    start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), "gate": (0, f), "up": (f, 2 * f)}[part]
+    return mx.concatenate([array[:start], change(array[start:stop]), array[stop:]])
+
+
+def change_part(model: Any, part: str, kind: str, change: Callable[[mx.array], mx.array]) -> None:
+    layer = model.model.layers[LAYER]
+    if kind == "bias":
+        layer.self_attn.qkv_bias = joined(layer.self_attn.qkv_bias, model, part, change)
+    else:
+        module = layer.mlp.gate_up_proj if part in ("gate", "up") else layer.self_attn.qkv_proj
+        module.weight = joined(module.weight, model, part, change)
+
+
+@bug("gate and up swapped", "0.layers.1.gate", "gate and up are swapped")
+def _(model, patch):
+    module = model.model.layers[LAYER].mlp.gate_up_proj
+    module.weight = mx.concatenate(mx.split(module.weight, 2)[::-1])
+
+
+@bug("q_proj transposed", "0.layers.1.q", "square weight is transposed")
+def _(model, patch):
+    change_part(model, "q", "weight", lambda w: w.T)
+
+
+@bug("o_proj transposed", "0.layers.1.o", "square weight is transposed")
+def _(model, patch):
+    module = model.model.layers[LAYER].self_attn.o_proj
+    module.weight = module.weight.T
+
+
+@bug("down_proj in the order of GGUF's dimensions", "0.layers.1.down", "order of the transpose")
+def _(model, patch):
+    module = model.model.layers[LAYER].mlp.down_proj
+    module.weight = module.weight.T.reshape(module.weight.shape)
+
+
+@bug("q rows permuted as for Llama", "0.layers.1.q", "permuted")
+def _(model, patch):
+    def permute(w: mx.array) -> mx.array:
+        heads, size = model.config.n_heads, model.config.head_dim
+        return w.reshape(heads, 2, size // 2, -1).swapaxes(1, 2).reshape(w.shape)
+
+    change_part(model, "q", "weight", permute)
+
+
+for part in "qkv":
+
+    @bug(f"{part} bias dropped", f"0.layers.1.{part}", "bias is missing")
+    def _(model, patch, part=part):
+        def drop(b: mx.array) -> mx.array:
+            return mx.zeros_like(b)
+
+        layer = model.model.layers[LAYER]
+        rest = [p for p in "qkv" if p != part]
+        assert rest
+        layer.self_attn.qkv_bias = joined(layer.self_attn.qkv_bias, model, part, drop)
+
+
+@bug("q bias negated", "0.layers.1.q", "bias is")
+def _(model, patch):
+    change_part(model, "q", "bias", lambda b: -b)
+
+
+@bug("one weight of q off by a thousandth of its size", "0.layers.1.q")
+def _(model, patch):
+    def nudge(w: mx.array) -> mx.array:
+        w = mx.array(w)
+        w[3, 5] = w[3, 5] + 0.001 * mx.abs(w).max()
+        return w
+
+    change_part(model, "q", "weight", nudge)
+
+
+@bug("a row of up is NaN", "0.layers.1.up", "NaN")
+def _(model, patch):
+    change_part(model, "up", "weight", lambda w: mx.where(mx.arange(w.shape[0])[:, None] == 3, mx.nan, w))
+
+
+@bug("everything is NaN", "0.embeddings", "NaN throughout")
+def _(model, patch):
+    model.model.embed_tokens.weight = model.model.embed_tokens.weight * mx.nan
+
+
+def change_rotary(model: Any, make: Callable[[ops.Rotary], ops.Rotary]) -> None:
+    for layer in model.model.layers:
+        layer.self_attn._rotary = make(layer.self_attn._rotary)
+
+
+@bug("theta 1e4", "0.layers.0.q_rope", "theta is 10000")
+def _(model, patch):
+    change_rotary(model, lambda rotary: ops.Rotary.plain(model.config.head_dim, 1e4))
+
+
+@bug("YaRN's factor on cosine and sine missing", "0.layers.0.q_rope", "factor on cosine and sine is missing", shape="yarn")
+def _(model, patch):
+    change_rotary(model, lambda rotary: replace(rotary, attention_factor=1.0))
+
+
+@bug("YaRN not applied", "0.layers.0.q_rope", "scaling is not applied", shape="yarn")
+def _(model, patch):
+    change_rotary(model, lambda rotary: ops.Rotary.plain(model.config.head_dim, model.config.rope_theta))
+
+
+def patch_rope(patch: pytest.MonkeyPatch, turn: Callable[..., mx.array]) -> None:
+    """Replaces how q and k are rotated: turn(x, offset, rotary)."""
+
+    def qkv_rope(qkv, bias, offset, rotary, n_heads, n_kv_heads, join_kv=False):
+        x = (qkv if bias is None else qkv + bias).reshape(*qkv.shape[:2], n_heads + 2 * n_kv_heads, -1)
+        q, k, v = mx.split(x, [n_heads, n_heads + n_kv_heads], axis=2)
+        q, k = turn(q, offset, rotary), turn(k, offset, rotary)
+        return (q, mx.stack([k, v], axis=2)) if join_kv else (q, k, v)
+
+    patch.setattr(ops, "qkv_rope", qkv_rope)
+
+
+@bug("RoPE pairs neighbours", "0.layers.0.q_rope", "pairs neighbours")
+def _(model, patch):
+    def turn(x, offset, rotary):
+        halves = mx.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+        out = ops.rope(halves, offset, rotary)
+        return mx.stack(mx.split(out, 2, axis=-1), axis=-1).reshape(x.shape)
+
+    patch_rope(patch, turn)
+
+
+@bug("RoPE turns the wrong way", "0.layers.0.q_rope", "wrong way")
+def _(model, patch):
+    patch_rope(patch, lambda x, offset, rotary: ops.rope(x, offset, replace(rotary, inv_freq=tuple(-f for f in rotary.inv_freq))))
+
+
+@bug("RoPE left out", "0.layers.0.q_rope", "RoPE was left out")
+def _(model, patch):
+    patch_rope(patch, lambda x, offset, rotary: x)
+
+
+@bug("RoPE starts at 1", "0.layers.0.q_rope", "off by 1")
+def _(model, patch):
+    patch_rope(patch, lambda x, offset, rotary: ops.rope(x, offset + 1, rotary))
+
+
+@bug("RoPE ignores the cache's offset", "1.layers.0.q_rope", "offset is not used", run="decode")
+def _(model, patch):
+    patch_rope(patch, lambda x, offset, rotary: ops.rope(x, 0, rotary))
+
+
+@bug("eps 1e-5 instead of 1e-6", "0.layers.1.input_norm", "eps is 1e-05")
+def _(model, patch):
+    model.model.layers[LAYER].input_layernorm.eps = 1e-5
+
+
+@bug("norm's weight not applied", "0.layers.1.post_norm", "weight is not applied")
+def _(model, patch):
+    norm = model.model.layers[LAYER].post_attention_layernorm
+    norm.weight = mx.ones_like(norm.weight)
+
+
+@bug("norm's weight plus one, as in Gemma", "0.norm", "1 + weight")
+def _(model, patch):
+    model.model.norm.weight = 1 + model.model.norm.weight
+
+
+@bug("norms of a layer swapped", "0.layers.1.input_norm", "are swapped")
+def _(model, patch):
+    layer = model.model.layers[LAYER]
+    one, two = layer.input_layernorm, layer.post_attention_layernorm
+    one.weight, two.weight = two.weight, one.weight
+
+
+@bug("final norm left out", "0.norm", "the norm was left out")
+def _(model, patch):
+    class Nothing(type(model.model.norm)):
+        def __call__(self, h, last=None):
+            return h + last, h + last
+
+    model.model.norm = Nothing(model.config.hidden_size, 1e-6)
+
+
+@bug("no causal mask", "0.layers.0.probs", "no causal mask")
+def _(model, patch):
+    patch.setattr(model_module, "attention_mask", lambda *_: None)
+
+
+@bug("causal mask off by one", "0.layers.0.probs", "each token sees the next")
+def _(model, patch):
+    def mask(length, offset, window):
+        return mx.arange(offset + length)[None] <= mx.arange(offset, offset + length)[:, None] + 1
+
+    patch.setattr(model_module, "attention_mask", mask)
+
+
+@bug("sliding window ignored", "0.layers.1.probs", "sliding window is missing", shape="sliding window")
+def _(model, patch):
+    for layer in model.model.layers:
+        layer.self_attn._sliding_window = None
+
+
+@bug("scores not scaled", "0.layers.1.probs", "not scaled")
+def _(model, patch):
+    model.model.layers[LAYER].self_attn.head_dim = 1
+
+
+@bug("query heads dealt to key heads in turn", "0.layers.0.attn", "dealt to key/value heads in turn")
+def _(model, patch):
+    attention = ops.attention
+
+    def dealt(q, keys, values, scale, mask):
+        groups = q.shape[2] // keys.shape[1]
+        return attention(q, mx.tile(keys, (1, groups, 1, 1)), mx.tile(values, (1, groups, 1, 1)), scale, mask)
+
+    patch.setattr(ops, "attention", dealt)
+
+
+@bug("the fused attention forgets its mask", "0.layers.0.attn", "no causal mask")
+def _(model, patch):
+    attention = ops.attention
+    patch.setattr(ops, "attention", lambda q, k, v, scale, mask: attention(q, k, v, scale, None))
+
+
+@bug("the cache forgets its first key", "0.layers.0.probs", run="decode")
+def _(model, patch):
+    update = KVCache.update
+
+    def forget(self, kv):
+        keys, values = update(self, kv)
+        return mx.concatenate([keys[:, :, :1] * 0, keys[:, :, 1:]], axis=2), values
+
+    patch.setattr(KVCache, "update", forget)
+
+
+def patch_act(patch: pytest.MonkeyPatch, act: Callable[[mx.array, mx.array], mx.array]) -> None:
+    patch.setattr(ops, "swiglu_joined", lambda x, bias=None: act(*mx.split(x, 2, axis=-1)))
+
+
+@bug("gelu for silu", "0.layers.0.act", "gelu stands for silu")
+def _(model, patch):
+    patch_act(patch, lambda gate, up: gate * mx.sigmoid(1.702 * gate) * up)
+
+
+@bug("silu on up", "0.layers.0.act", "applied to up")
+def _(model, patch):
+    patch_act(patch, lambda gate, up: gate * up * mx.sigmoid(up))
+
+
+@bug("silu missing", "0.layers.0.act", "silu is missing")
+def _(model, patch):
+    patch_act(patch, lambda gate, up: gate * up)
+
+
+@bug("residual dropped", "0.layers.0.attn_residual", "what the reference has as o")
+def _(model, patch):
+    patch.setattr(ops, "add_rms_norm", lambda last, h, weight, eps: (h, ops.rms_norm(h, weight, eps)))
+
+
+@bug("embeddings scaled as in Gemma", "0.embeddings", "times 8")
+def _(model, patch):
+    model.model.embed_tokens.weight = model.model.embed_tokens.weight * 8
+
+
+@bug("embeddings of the next id", "0.embeddings")
+def _(model, patch):
+    model.model.embed_tokens.weight = mx.array(np.roll(np.array(model.model.embed_tokens.weight), 1, 0))
+
+
+@bug("layers in the wrong order", "0.layers.1.input_norm")
+def _(model, patch):
+    layers = model.model.layers
+    layers[1], layers[2] = layers[2], layers[1]
+
+
+@bug("last layer skipped", "0.layers.2.input_norm")
+def _(model, patch):
+    model.model.layers = model.model.layers[:2]
+    make = type(model).make_cache
+    patch.setattr(type(model), "make_cache", lambda self: make(self)[:2])
+
+
+@bug("head of zeros", "0.logits", "all zeros")
+def _(model, patch):
+    model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
+
+
+@bug("tied head where the file has its own", "0.logits", "uses the embeddings")
+def _(model, patch):
+    class Tied(type(model.lm_head)):
+        def __call__(self, x):
+            return model_embed(x)
+
+    model_embed = model.model.embed_tokens.as_linear
+    head = Tied(1, 1, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+
+
+@bug("a float32 norm weight in a bfloat16 model", "0.layers.1.post_norm", dtype="bfloat16")
+def _(model, patch):
+    norm = model.model.layers[LAYER].post_attention_layernorm
+    patch.setattr(ops, "add_rms_norm", _promoting(ops.add_rms_norm, norm))
+
+
+def _promoting(add_rms_norm: Callable, norm: Any) -> Callable:
+    def run(last, h, weight, eps):
+        total, out = add_rms_norm(last, h, weight, eps)
+        return total, out.astype(mx.float32) if weight is norm.weight else out
+
+    return run
