@@ -190,6 +190,8 @@ void use_bytes(Region& region) {
   const uintptr_t stack = uintptr_t(current->stack);
   if (address >= stack && address + size <= stack + kStack) return;
   if (address >= image_begin && address + size <= image_end && !write) return;
+  if (address - uintptr_t(fibers.data()) < fibers.size() * sizeof(Fiber) && !write) return;  // the entry's arguments
+  if (address - uintptr_t(launch->buffers) < kSlots * sizeof(void*) && !write) return;
   report_access(address >= image_begin && address < image_end ? kReadOnly : kWild, -1, address, size, write, pc);
 }
 

@@ -111,7 +111,7 @@ def generate(
     values = [_template_value(value) for _, value in template]
     function = f"custom_kernel_{name}"
     if template:
-        function += "_" + "_".join(["", *values])
+        function += "_" + "_".join(["", *values]).replace("-", "_")
     buffers: list[Buffer] = []
 
     def add(name: str, kind: str, index: int, declaration: str) -> None:

@@ -1,0 +1,211 @@
+"""Compiles the runtime once and every kernel text once, with g++, into shared objects named by what they contain."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from .errors import CompileError, Unavailable, UninitialisedRead
+from .source import ATTRIBUTES, Source, preamble
+from .translate import translate
+
+HERE = Path(__file__).parent
+COMMON = [
+    "-std=gnu++20",
+    "-O1",
+    "-march=native",
+    "-fPIC",
+    "-g1",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-stack-protector",
+    "-fno-strict-aliasing",
+    "-fno-math-errno",
+    "-fsingle-precision-constant",
+    "-fexcess-precision=16",
+    "-ftrivial-auto-var-init=pattern",
+    "-fsanitize=shift-exponent,integer-divide-by-zero,signed-integer-overflow,bounds,alignment,float-cast-overflow,"
+    "unreachable,return",
+    "-fsanitize-coverage=trace-pc",
+    "-Wno-attributes",
+    "-Wno-literal-suffix",
+    "-Werror=uninitialized",
+]
+
+# The kernel's arguments that are attributes, from the runtime's Thread.
+_UINT3 = "metal::uint3(t->{0}[0], t->{0}[1], t->{0}[2])"
+_ATTRIBUTE_VALUES = {
+    "dispatch_quadgroups_per_threadgroup": "(t->full_threads_per_threadgroup[0] * t->full_threads_per_threadgroup[1] * "
+    "t->full_threads_per_threadgroup[2] + 3) / 4",
+    "dispatch_simdgroups_per_threadgroup": "(t->full_threads_per_threadgroup[0] * t->full_threads_per_threadgroup[1] * "
+    "t->full_threads_per_threadgroup[2] + 31) / 32",
+    "dispatch_threads_per_threadgroup": _UINT3.format("full_threads_per_threadgroup"),
+    "grid_origin": "metal::uint3(0, 0, 0)",
+    "grid_size": _UINT3.format("threads_per_grid"),
+    "quadgroup_index_in_threadgroup": "t->index_in_threadgroup / 4",
+    "quadgroups_per_threadgroup": "(t->threads_per_threadgroup[0] * t->threads_per_threadgroup[1] * "
+    "t->threads_per_threadgroup[2] + 3) / 4",
+    "simdgroup_index_in_threadgroup": "t->simdgroup",
+    "simdgroups_per_threadgroup": "t->simdgroups",
+    "thread_execution_width": "32",
+    "thread_index_in_quadgroup": "t->index_in_simdgroup % 4",
+    "thread_index_in_simdgroup": "t->index_in_simdgroup",
+    "thread_index_in_threadgroup": "t->index_in_threadgroup",
+    "thread_position_in_grid": _UINT3.format("position_in_grid"),
+    "thread_position_in_threadgroup": _UINT3.format("position_in_threadgroup"),
+    "threadgroup_position_in_grid": _UINT3.format("threadgroup_position"),
+    "threadgroups_per_grid": _UINT3.format("threadgroups_per_grid"),
+    "threads_per_grid": _UINT3.format("threads_per_grid"),
+    "threads_per_simdgroup": "32",
+    "threads_per_threadgroup": _UINT3.format("threads_per_threadgroup"),
+}
+assert list(_ATTRIBUTE_VALUES) == list(ATTRIBUTES)
+
+
+@functools.cache
+def folder() -> Path:
+    """Where compiled objects go: METAL_EMULATOR_CACHE, kept, or a temporary folder that ends with this process."""
+    if cache := os.environ.get("METAL_EMULATOR_CACHE"):
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        return Path(cache)
+    path = tempfile.mkdtemp(prefix="metal-emulator-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
+
+
+@functools.cache
+def compiler() -> str:
+    """The path of g++. Raises Unavailable where the emulator cannot run."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise Unavailable(
+            f"The Metal emulator runs on Linux x86-64, this is {platform.system()} {platform.machine()}: run the kernels "
+            "on the GPU instead."
+        )
+    path = shutil.which(os.environ.get("METAL_EMULATOR_CXX", "g++"))
+    if path is None:
+        raise Unavailable("The Metal emulator needs g++ 12 or newer, and there is none: install it, or set METAL_EMULATOR_CXX.")
+    version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.split(".")[0]) < 12:
+        raise Unavailable(f"The Metal emulator needs g++ 12 or newer, {path} is {version}: set METAL_EMULATOR_CXX.")
+    return path
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """The runtime, loaded."""
+    source = HERE / "runtime.cpp"
+    path = _cached("runtime", source.read_text(), ".so")
+    if not path.exists():
+        _run([compiler(), "-std=gnu++20", "-O2", "-g1", "-fPIC", "-shared", str(source)], path)
+    library = ctypes.CDLL(str(path))
+    library.emulator_place.restype = ctypes.c_void_p
+    library.emulator_place.argtypes = [
+        ctypes.c_int,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+        ctypes.c_uint32,
+        ctypes.c_int,
+        ctypes.c_int,
+    ]
+    library.emulator_unwritten.restype = ctypes.c_int64
+    if library.emulator_init():
+        raise Unavailable("The Metal emulator cannot reserve 4 TB of address space (it uses none of it): raise `ulimit -v`.")
+    return library
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel(source: Source, instance: str, checked: bool, contract: bool) -> tuple[ctypes.CDLL, Path]:
+    """The compiled kernel and its file. instance: the template arguments. Raises CompileError or UninitialisedRead."""
+    runtime()
+    flags = _flags(checked, contract)
+    text = unit(source, instance)
+    path = _cached("kernel", text + " ".join(flags) + _preamble_text(), ".so")
+    if not path.exists():
+        unit_path = path.with_suffix(".cpp")
+        unit_path.write_text(text)
+        include = _precompiled(checked, contract)
+        # No default libraries: the link must not add the sanitizers' own runtimes.
+        command = [compiler(), *flags, "-include", str(include), "-shared", "-nodefaultlibs", str(unit_path)]
+        _run([*command, runtime()._name, "-lm", "-lgcc"], path)
+    return ctypes.CDLL(str(path)), path
+
+
+def unit(source: Source, instance: str) -> str:
+    """The translation unit: the kernel's text, with lines counted by part, and a function that calls it."""
+    text = f'#line 1 "header"\n{source.header}'
+    text += ("" if source.header and not source.header.endswith("\n") else '#line 1 "signature"\n') + source.signature
+    text += f'#line 1 "body"\n{source.body}\n#line 1 "tail"\n{source.tail}'
+    arguments = []
+    for index, buffer in enumerate(source.buffers):
+        kind = buffer.declaration.rsplit(" [[", 1)[0].rsplit(" ", 1)[0].strip()
+        pointer = kind.replace("&", "*")
+        arguments.append(f"{'*' if kind.endswith('&') else ''}({pointer})b[{index}]")
+    arguments += [_ATTRIBUTE_VALUES[name] for name in source.attributes]
+    entry = (
+        '\nextern "C" void emulator_entry(void* const* b, const emulator::Thread* t) {\n'
+        f"  {source.function}{instance}({', '.join(arguments)});\n}}\n"
+    )
+    return translate(text + entry)
+
+
+def line_of(path: Path, address: int) -> tuple[str, int]:
+    """("header" or "body", line) of a code address of a compiled kernel, ("", 0) if it is not the kernel's own text."""
+    command = ["addr2line", "-i", "-e", str(path), hex(address)]
+    for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+        if match := re.search(r"(?:^|/)(header|body|signature):(\d+)", line):
+            return match.group(1), int(match.group(2))
+    return "", 0
+
+
+def _flags(checked: bool, contract: bool) -> list[str]:
+    flags = [*COMMON, f"-ffp-contract={'fast' if contract else 'off'}"]
+    return [*flags, "-fsanitize=thread"] if checked else flags
+
+
+@functools.cache
+def _preamble_text() -> str:
+    shim = (HERE / "shim" / "metal_stdlib").read_text()
+    return shim + "\n" + translate(preamble())
+
+
+@functools.cache
+def _precompiled(checked: bool, contract: bool) -> Path:
+    """The standard library and MLX's preamble, compiled once for each set of options."""
+    flags = _flags(checked, contract)
+    path = _cached("preamble", _preamble_text() + " ".join(flags), ".h")
+    if not Path(f"{path}.gch").exists():
+        path.write_text(_preamble_text())
+        _run([compiler(), *flags, "-x", "c++-header", str(path)], Path(f"{path}.gch"))
+    return path
+
+
+def _cached(stem: str, content: str, suffix: str) -> Path:
+    key = hashlib.sha256((content + compiler()).encode()).hexdigest()[:24]
+    return folder() / f"{stem}-{key}{suffix}"
+
+
+def _run(command: list[str], output: Path) -> None:
+    """Compiles to a temporary name first, so that an interrupted or parallel run leaves no half object."""
+    with tempfile.NamedTemporaryFile(dir=output.parent, suffix=output.suffix, delete=False) as file:
+        temporary = Path(file.name)
+    result = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    if result.returncode:
+        temporary.unlink(missing_ok=True)
+        raise _compile_error(result.stderr)
+    temporary.replace(output)
+
+
+def _compile_error(message: str) -> Exception:
+    lines = [line for line in message.splitlines() if re.search(r"\berror:", line)] or message.splitlines()
+    if match := re.search(r"(\w+):(\d+):\d+: error: ('.*' is used uninitialized)", message):
+        return UninitialisedRead(f"{match.group(1)} line {match.group(2)}: {match.group(3)}.")
+    return CompileError("\n".join(lines[:8]))

@@ -1,0 +1,355 @@
+"""One call of a kernel: arrays into the emulator's memory, the threads, arrays out; the runtime's findings in words."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from . import build, errors
+from .source import Buffer, Source
+
+_LOCK = threading.Lock()  # the runtime's memory is one
+_ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+_MAX_BUFFERS = 31
+
+
+@dataclass(frozen=True)
+class Options:
+    """How kernels run.
+
+    checked: every access is classified, at about a third of the speed; order: of the threads between two barriers,
+    forward, reverse or random; seed: of random; contract: a * b + c may become fma, as Metal's compiler may decide;
+    steps: basic blocks a thread may execute before it is called a runaway.
+    """
+
+    checked: bool = True
+    order: str = "random"
+    seed: int = 0
+    contract: bool = False
+    steps: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        if self.order not in _ORDERS:
+            raise ValueError(f"order is {self.order!r}, expected one of {', '.join(_ORDERS)}.")
+
+
+class _Report(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "slot", "write", "other_write", "line", "other_line")),
+        *((name, ctypes.c_int64) for name in ("offset", "size")),
+        *((name, ctypes.c_uint64) for name in ("pc", "other_pc", "who", "other")),
+        *((name, ctypes.c_char_p) for name in ("file", "other_file", "text")),
+    )
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("entry", ctypes.c_void_p),
+        ("buffers", ctypes.c_void_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threadgroup", ctypes.c_uint32 * 3),
+        ("order", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("steps", ctypes.c_uint64),
+        ("report", _Report),
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What lies in a buffer: bytes, where they start within 16, bytes of an element, and the address of element 0."""
+
+    raw: np.ndarray
+    item: int
+    skew: int = 0
+    origin: int = 0
+    shape: tuple[int, ...] = ()
+
+
+def run(
+    name: str,
+    source: Source,
+    instance: str,
+    inputs: Sequence[mx.array],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    output_shapes: Sequence[tuple[int, ...]],
+    output_dtypes: Sequence[mx.Dtype],
+    init_value: float | None,
+    contiguous: bool,
+    options: Options,
+) -> list[mx.array]:
+    """The outputs of one launch. Raises an EmulatorError for whatever is wrong with it."""
+    _check_launch(name, source, grid, threadgroup)
+    library, path = build.kernel(source, instance, options.checked, options.contract)
+    inputs = [mx.contiguous(x) if contiguous and not _row_contiguous(x) else x for x in inputs]
+    arrays = [_values(x) for x in inputs]
+    outputs = [_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, output_dtypes)]
+    with _LOCK:
+        return _run(name, source, library, path, inputs, arrays, outputs, output_dtypes, grid, threadgroup, init_value, options)
+
+
+def _run(
+    name, source, library, path, inputs, arrays, outputs, output_dtypes, grid, threadgroup, init_value, options
+) -> list[mx.array]:
+    runtime = build.runtime()
+    pointers = (ctypes.c_void_p * len(source.buffers))()
+    data: list[_Data] = []
+    try:
+        for slot, buffer in enumerate(source.buffers):
+            content = _content(buffer, inputs, arrays, outputs)
+            data.append(content)
+            is_output = buffer.kind == "output"
+            place = runtime.emulator_place(
+                slot, content.raw.nbytes, content.skew, content.item, is_output, init_value is not None
+            )
+            if place is None:
+                raise errors.Unavailable(f"kernel {name}: no memory for {buffer.name}, {content.raw.nbytes} bytes.")
+            ctypes.memmove(place, content.raw.ctypes.data, content.raw.nbytes)
+            pointers[slot] = place + content.origin
+        entry = ctypes.cast(library.emulator_entry, ctypes.c_void_p)
+        call = _Launch(
+            entry,
+            ctypes.addressof(pointers),
+            (ctypes.c_uint32 * 3)(*grid),
+            (ctypes.c_uint32 * 3)(*(min(t, g) for t, g in zip(threadgroup, grid))),
+            _ORDERS[options.order],
+            options.seed,
+            options.steps,
+        )
+        runtime.emulator_launch(ctypes.byref(call))
+        if call.report.kind:
+            raise _Words(name, source, data, path, entry.value, library, call).error()
+        results = []
+        for slot, buffer in enumerate(source.buffers):
+            if buffer.kind != "output":
+                continue
+            content = data[slot]
+            if options.checked and init_value is None:
+                _check_written(runtime, name, slot, buffer, content)
+            ctypes.memmove(content.raw.ctypes.data, pointers[slot], content.raw.nbytes)
+            results.append(_to_mlx(content.raw, content.shape, output_dtypes[buffer.source]))
+        return results
+    finally:
+        for slot in range(len(source.buffers)):
+            runtime.emulator_release(slot)
+
+
+def _check_launch(name: str, source: Source, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> None:
+    for what, size in (("grid", grid), ("threadgroup", threadgroup)):
+        if len(size) != 3 or any(not isinstance(n, int) or n < 1 for n in size):
+            raise errors.InvalidLaunch(f"kernel {name}: {what} is {size}, expected three positive integers.")
+    threads = math.prod(min(t, g) for t, g in zip(threadgroup, grid))
+    if math.prod(threadgroup) > 1024:
+        raise errors.InvalidLaunch(
+            f"kernel {name}: threadgroup {threadgroup} has {math.prod(threadgroup)} threads, Metal allows at most 1024."
+        )
+    if math.prod(-(-g // t) for t, g in zip(threadgroup, grid)) * threads >= 2**32:
+        raise errors.InvalidLaunch(f"kernel {name}: grid {grid} has 2^32 threads or more.")
+    if len(source.buffers) > _MAX_BUFFERS:
+        raise errors.InvalidLaunch(f"kernel {name} has {len(source.buffers)} buffers, Metal allows {_MAX_BUFFERS}.")
+
+
+def _check_written(runtime: ctypes.CDLL, name: str, slot: int, buffer: Buffer, content: _Data) -> None:
+    missing = ctypes.c_int64()
+    first = runtime.emulator_unwritten(slot, ctypes.byref(missing))
+    if first >= 0:
+        index = first // content.item
+        raise errors.UnwrittenOutput(
+            f"kernel {name}: no thread wrote {buffer.name}[{index}] ({missing.value} of {content.raw.nbytes // content.item} "
+            f"elements are unwritten, shape {content.shape}); write them all or give init_value."
+        )
+
+
+def _strides(x: mx.array) -> tuple[int, ...]:
+    return memoryview(x).strides if x.ndim else ()
+
+
+def _row_contiguous(x: mx.array) -> bool:
+    expected = x.itemsize
+    for size, stride in zip(reversed(x.shape), reversed(_strides(x))):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _values(x: mx.array) -> np.ndarray:
+    """A view of the array's own memory, of integers where numpy has no such dtype."""
+    try:
+        mx.eval(x)
+    except ValueError as error:
+        raise errors.Unavailable("The emulator needs values: it cannot run within mx.compile or mx.vmap.") from error
+    return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+
+
+@functools.cache
+def _allocator_skew() -> int:
+    return np.asarray(mx.zeros((1,))).ctypes.data % 16
+
+
+def _content(buffer: Buffer, inputs: Sequence[mx.array], arrays: Sequence[np.ndarray], outputs: Sequence[_Data]) -> _Data:
+    if buffer.kind == "output":
+        return outputs[buffer.source]
+    array, x = arrays[buffer.source], inputs[buffer.source]
+    if buffer.kind == "shape":
+        return _Data(np.array(x.shape, np.int32), 4, shape=(x.ndim,))
+    if buffer.kind == "strides":
+        strides = [stride // x.itemsize for stride in _strides(x)]
+        return _Data(np.array(strides, np.int64), 8, shape=(x.ndim,))
+    if buffer.kind == "ndim":
+        return _Data(np.array([x.ndim], np.int32), 4)
+    # From the lowest to the highest byte that the array's own strides reach.
+    reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides)] if array.size else []
+    low = sum(r for r in reach if r < 0)
+    length = sum(abs(r) for r in reach) + x.itemsize if array.size else 0
+    address = array.ctypes.data + low
+    raw = np.frombuffer((ctypes.c_char * length).from_address(address), np.uint8).copy() if length else np.zeros(0, np.uint8)
+    skew = (address - _allocator_skew()) % 16 // x.itemsize * x.itemsize
+    return _Data(raw, x.itemsize, skew, -low, x.shape)
+
+
+def _output(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> _Data:
+    shape = tuple(shape)
+    if init_value is None:
+        raw = np.full(math.prod(shape) * dtype.size, 0xFF, np.uint8)
+    else:
+        filled = mx.full(shape, init_value, dtype)
+        raw = np.frombuffer(bytes(memoryview(mx.contiguous(filled.reshape(-1).view(mx.uint8)))), np.uint8).copy()
+    return _Data(raw, dtype.size, shape=shape)
+
+
+def _to_mlx(raw: np.ndarray, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    if dtype == mx.bool_:
+        return mx.array(raw.astype(bool)).reshape(shape)
+    if not raw.size:
+        return mx.zeros(shape, dtype)
+    return mx.array(raw).view(dtype).reshape(shape)
+
+
+class _Words:
+    """Puts the runtime's report into a sentence."""
+
+    def __init__(self, name, source, data, path: Path, entry: int, library: ctypes.CDLL, call: _Launch):
+        self.name, self.source, self.data, self.path, self.call = name, source, data, path, call
+        self.report = call.report
+        self.base = entry - _symbol_offset(path)
+
+    def error(self) -> errors.EmulatorError:
+        report = self.report
+        kind = report.kind
+        if kind == 1:
+            return errors.OutOfBounds(f"{self.where()}: {self.thread(report.who)} {self.access()}, {self.extent()}.")
+        if kind == 2:
+            how = "wrote" if report.other_write else "read"
+            place = f" at {self.line(report.other_pc)}" if report.other_pc else ""
+            return errors.DataRace(
+                f"{self.where()}: {self.thread(report.who)} {self.access()}, which {self.thread(report.other)} {how}"
+                f"{place} with no barrier for {'threadgroup' if report.slot >= 40 else 'device'} memory between."
+            )
+        if kind == 3:
+            return errors.UninitialisedRead(
+                f"{self.where()}: {self.thread(report.who)} {self.access()}, which nothing has written."
+            )
+        if kind == 4:
+            what = self.access() if report.slot >= 0 else "writes a constant"
+            return errors.ReadOnly(f"{self.where()}: {self.thread(report.who)} {what}, which is read-only.")
+        if kind == 5:
+            return self.divergence()
+        if kind == 6:
+            return errors.ThreadgroupMemory(
+                f"{self.where()}: {report.size} bytes of threadgroup memory, Metal allows 32768."
+            )
+        if kind == 7:
+            text = report.text.decode()
+            error = errors.OutOfBounds if text.startswith("index") else errors.UndefinedBehaviour
+            return error(f"{self.where(self.given())}: {self.thread(report.who)}: {text}.")
+        if kind == 8:
+            return errors.Runaway(
+                f"{self.where()}: {self.thread(report.who)} has run through more basic blocks than `steps` allows."
+            )
+        if kind == 9:
+            return errors.OutOfBounds(
+                f"{self.where()}: {self.thread(report.who)} {'writes' if report.write else 'reads'} address "
+                f"{report.offset & (2**64 - 1):#x}, which is in no buffer."
+            )
+        if kind == 10:
+            error = errors.UndefinedBehaviour if report.text.startswith(b"div") else errors.OutOfBounds
+            return error(f"kernel {self.name}: {self.thread(report.who)} {report.text.decode()}.")
+        return errors.Divergence(
+            f"{self.where(self.given())}: {self.thread(report.who)} reads lane {report.offset} of a simdgroup that has "
+            f"{report.size} threads."
+        )
+
+    def divergence(self) -> errors.EmulatorError:
+        report = self.report
+        states = {1: "waits at a barrier", 2: "waits at a simd operation", 3: "has returned"}
+        sides = []
+        for uid, state, file, line in (
+            (report.who, report.write, report.file, report.line),
+            (report.other, report.other_write, report.other_file, report.other_line),
+        ):
+            place = f" at {self.place((file.decode(), line))}" if state != 3 else ""
+            sides.append(f"{self.thread(uid)} {states[state]}{place}")
+        error = errors.Deadlock if 3 in (report.write, report.other_write) else errors.Divergence
+        return error(f"kernel {self.name}: {sides[0]}, while {sides[1]}; all threads of the group must come to it.")
+
+    def given(self) -> tuple[str, int]:
+        return (self.report.file or b"").decode(), self.report.line
+
+    def where(self, place: tuple[str, int] | None = None) -> str:
+        text = self.place(place) if place else self.line(self.report.pc)
+        return f"kernel {self.name}, {text}"
+
+    def line(self, pc: int) -> str:
+        return self.place(build.line_of(self.path, pc - 1 - self.base)) if pc else "an unknown line"
+
+    def place(self, place: tuple[str, int]) -> str:
+        file, number = place
+        text = {"header": self.source.header, "body": self.source.body}.get(file)
+        if text is None or not 0 < number <= len(text.splitlines()):
+            return file or "a line of the standard library"
+        return f"{file} line {number} (`{text.splitlines()[number - 1].strip()}`)"
+
+    def thread(self, uid: int) -> str:
+        sizes = list(self.call.threadgroup)
+        counts = [-(-g // t) for g, t in zip(self.call.grid, sizes)]
+        group, index = divmod(uid, math.prod(sizes))
+        at = (group % counts[0], group // counts[0] % counts[1], group // (counts[0] * counts[1]))
+        size = [min(t, g - p * t) for t, g, p in zip(sizes, self.call.grid, at)]
+        inside = (index % size[0], index // size[0] % size[1], index // (size[0] * size[1]))
+        return f"thread {inside} of threadgroup {at}"
+
+    def access(self) -> str:
+        report = self.report
+        verb = "writes" if report.write else "reads"
+        if report.slot >= 40:
+            return f"{verb} {report.size} bytes at byte {report.offset} of a threadgroup variable"
+        buffer, content = self.source.buffers[report.slot], self.data[report.slot]
+        offset = report.offset - content.origin
+        part = f" + {offset % content.item} bytes" if offset % content.item else ""
+        return f"{verb} {buffer.name}[{offset // content.item}]{part}"
+
+    def extent(self) -> str:
+        report = self.report
+        if report.slot >= 40:
+            return "outside of it"
+        content = self.data[report.slot]
+        return f"which has {content.raw.nbytes // content.item} elements (shape {content.shape})"
+
+
+@functools.cache
+def _symbol_offset(path: Path) -> int:
+    """The offset of the entry within its file."""
+    import subprocess
+
+    listing = subprocess.run(["nm", "-D", str(path)], capture_output=True, text=True, check=True).stdout
+    return next(int(line.split()[0], 16) for line in listing.splitlines() if line.endswith(" emulator_entry"))

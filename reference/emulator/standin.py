@@ -1,0 +1,150 @@
+"""The stand-in for mx.fast.metal_kernel, and the context in which it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from qwen_mlx import ops
+
+from . import launch
+from .errors import InvalidLaunch
+from .source import Source, Template, generate, preamble
+
+_options = launch.Options()
+
+
+@contextmanager
+def emulate(
+    checked: bool = True, order: str = "random", seed: int = 0, contract: bool = False, steps: int = 50_000_000
+) -> Iterator[None]:
+    """Within it mx.fast.metal_kernel makes emulated kernels, and qwen_mlx.ops chooses them.
+
+    checked, order, seed, contract, steps: see launch.Options. Kernels are evaluated at once, so not within mx.compile.
+    mx.metal.is_available() says yes, as host code asks it before making kernels.
+    """
+    global _options
+    before = _options, mx.fast.metal_kernel, mx.metal.is_available
+    _options = launch.Options(checked, order, seed, contract, steps)
+    mx.fast.metal_kernel, mx.metal.is_available = metal_kernel, lambda: True
+    try:
+        with ops.forced("metal"):
+            yield
+    finally:
+        _options, mx.fast.metal_kernel, mx.metal.is_available = before
+
+
+@dataclass(frozen=True)
+class MetalKernel:
+    """What metal_kernel returns; calling it is as calling MLX's own, and runs in the emulator."""
+
+    name: str
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    source: str
+    header: str = ""
+    ensure_row_contiguous: bool = True
+    atomic_outputs: bool = False
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array | bool | int | float],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: Template | None = None,
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream: object = None,
+    ) -> list[mx.array]:
+        """Runs the kernel with the options of the `emulate` around it; the outputs are evaluated."""
+        arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+        text = self.text(arrays, output_dtypes, template or (), output_shapes)
+        if verbose:
+            print(f"Generated source code for `{self.name}`:\n```\n{text.text}\n```")
+        values = ", ".join(map(_instance, (value for _, value in template or ())))
+        return launch.run(
+            self.name,
+            text,
+            f"<{values}>" if values else "",
+            arrays,
+            tuple(grid),
+            tuple(threadgroup),
+            [tuple(shape) for shape in output_shapes],
+            output_dtypes,
+            init_value,
+            self.ensure_row_contiguous,
+            _options,
+        )
+
+    def text(
+        self,
+        inputs: Sequence[mx.array],
+        output_dtypes: Sequence[mx.Dtype],
+        template: Template = (),
+        output_shapes: Sequence[Sequence[int]] | None = None,
+    ) -> Source:
+        """The text for these arguments. Raises InvalidLaunch if their number is wrong."""
+        for what, given, names in (
+            ("inputs", inputs, self.input_names),
+            ("output_dtypes", output_dtypes, self.output_names),
+            ("output_shapes", self.output_names if output_shapes is None else output_shapes, self.output_names),
+        ):
+            if len(given) != len(names):
+                raise InvalidLaunch(f"kernel {self.name}: {what} has {len(given)} entries, expected {len(names)}.")
+        return generate(
+            self.name,
+            self.input_names,
+            self.output_names,
+            self.header,
+            self.source,
+            self.atomic_outputs,
+            inputs,
+            output_dtypes,
+            template,
+        )
+
+
+def metal_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+    compile_options: object | None = None,
+) -> MetalKernel:
+    """As mx.fast.metal_kernel; compile_options are accepted and change nothing."""
+    for what, text in (("source", source), ("header", header)):
+        if not text.isascii():
+            raise InvalidLaunch(f"kernel {name}: {what} is not ASCII, which Metal's compiler refuses.")
+    if not output_names:
+        raise InvalidLaunch(f"kernel {name}: output_names is empty, expected at least one.")
+    return MetalKernel(
+        name, tuple(input_names), tuple(output_names), source, header, ensure_row_contiguous, atomic_outputs
+    )
+
+
+def metal_source(
+    kernel: MetalKernel,
+    inputs: Sequence[mx.array | bool | int | float],
+    output_dtypes: Sequence[mx.Dtype],
+    template: Template | None = None,
+    with_preamble: bool = False,
+) -> str:
+    """The text that MLX would compile for this call: what it prints with verbose=True, and before it the preamble."""
+    arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+    text = kernel.text(arrays, output_dtypes, template or ()).text
+    return preamble() + text if with_preamble else text
+
+
+def _instance(value: bool | int | mx.Dtype) -> str:
+    from .source import _template_value
+
+    return _template_value(value)
