@@ -16,10 +16,12 @@ for (int p = 0; p < PACKS; ++p) {
   if (i < uint(D)) {
     values[p] = load<N>(x, row + i);
     const Pack<N> more = load<N>(residual, row + i);
+    float part = 0.0f;
     for (int k = 0; k < N; ++k) {
       values[p].v[k] = float(T(values[p].v[k] + more.v[k]));
-      sum = metal::fma(values[p].v[k], values[p].v[k], sum);
+      part = metal::fma(values[p].v[k], values[p].v[k], part);
     }
+    sum += part;
     store<T>(sums, row + i, values[p]);
   }
 }
@@ -29,7 +31,7 @@ if (lane == 0u) {
 }
 metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 sum = metal::simd_sum(lane < uint(SIMDS) ? partial[lane] : 0.0f);
-const Inverse scale = inverse_root(sum / float(D) + float_of_bits(EPS));
+const Inverse scale = inverse_root_mean(sum, float(D), float_of_bits(EPS));
 
 for (int p = 0; p < PACKS; ++p) {
   const uint i = first + uint(p * N * THREADS);

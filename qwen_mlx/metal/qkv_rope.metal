@@ -1,7 +1,7 @@
 // Splits the joined projection into q and k | v, adds its bias, and turns q and k: one threadgroup for TOKENS tokens,
 // whose angles it computes once for all heads. qkv (B, L, WIDTH), bias (WIDTH), q (B, L, HEADS, 2 HALF),
 // kv (B, L, 2, KV, 2 HALF), all T; turns (HALF, 3) uint32, see rotary.h; offset (1) or (B) int32, the first position.
-// Template: T, HEADS, KV, HALF, N elements a pack, TOKENS, THREADS, BIAS, SCALE and SCALE_LOW the attention factor's bits.
+// Template: T, HEADS, KV, HALF, N elements a pack, TOKENS, THREADS, BIAS, SCALE and SCALE_LOW the attention factor.
 constexpr int PACKS = HALF / N;
 constexpr int ALL = HEADS + 2 * KV;
 threadgroup Rotation table[TOKENS * HALF];
@@ -13,8 +13,10 @@ const uint tokens = left < uint(TOKENS) ? left : uint(TOKENS);
 for (uint i = thread_position_in_threadgroup.x; i < tokens * uint(HALF); i += uint(THREADS)) {
   const uint token = first + i / uint(HALF);
   const uint j = 3u * (i % uint(HALF));
-  const int position = offset[token / length % uint(offset_shape[0])] + int(token % length);
-  table[i] = rotation(turns[j], turns[j + 1u], turns[j + 2u], position, float_of_bits(SCALE), float_of_bits(SCALE_LOW));
+  const uint batch = token / length;
+  const int position = offset[uint(offset_shape[0]) == 1u ? 0u : batch] + int(token - batch * length);
+  table[slot<N, HALF>(i)] = rotation(turns[j], turns[j + 1u], turns[j + 2u], position, float_of_bits(SCALE),
+                                      float_of_bits(SCALE_LOW));
 }
 metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 
@@ -35,7 +37,7 @@ for (uint item = thread_position_in_threadgroup.x; item < tokens * uint(ALL * PA
   }
   if (head < uint(HEADS + KV)) {
     for (int k = 0; k < N; ++k) {
-      const Rotation r = table[token * uint(HALF) + column + uint(k)];
+      const Rotation r = table[slot<N, HALF>(token * uint(HALF) + column + uint(k))];
       const float turned = difference(a.v[k], r.cos_high, r.cos_low, b.v[k], r.sin_high, r.sin_low);
       b.v[k] = difference(b.v[k], r.cos_high, r.cos_low, -a.v[k], r.sin_high, r.sin_low);
       a.v[k] = turned;

@@ -11,8 +11,10 @@ const uint tokens = left < uint(TOKENS) ? left : uint(TOKENS);
 for (uint i = thread_position_in_threadgroup.x; i < tokens * uint(HALF); i += uint(THREADS)) {
   const uint token = first + i / uint(HALF);
   const uint j = 3u * (i % uint(HALF));
-  const int position = offset[token / length % uint(offset_shape[0])] + int(token % length);
-  table[i] = rotation(turns[j], turns[j + 1u], turns[j + 2u], position, float_of_bits(SCALE), float_of_bits(SCALE_LOW));
+  const uint batch = token / length;
+  const int position = offset[uint(offset_shape[0]) == 1u ? 0u : batch] + int(token - batch * length);
+  table[slot<N, HALF>(i)] = rotation(turns[j], turns[j + 1u], turns[j + 2u], position, float_of_bits(SCALE),
+                                      float_of_bits(SCALE_LOW));
 }
 metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 
@@ -23,7 +25,7 @@ for (uint item = thread_position_in_threadgroup.x; item < tokens * uint(HEADS * 
   Pack<N> a = load<N>(x, at);
   Pack<N> b = load<N>(x, at + uint(HALF));
   for (int k = 0; k < N; ++k) {
-    const Rotation r = table[angle + uint(k)];
+    const Rotation r = table[slot<N, HALF>(angle + uint(k))];
     const float turned = difference(a.v[k], r.cos_high, r.cos_low, b.v[k], r.sin_high, r.sin_low);
     b.v[k] = difference(b.v[k], r.cos_high, r.cos_low, -a.v[k], r.sin_high, r.sin_low);
     a.v[k] = turned;

@@ -70,3 +70,11 @@ FUNCTION float difference(float a, float c, float c_low, float b, float s, float
   const float more = metal::fma(a, c_low, -(b * s_low));
   return metal::isfinite(y) ? y + (more - lost) : y;
 }
+
+// Where angle i of each HALF lies in a table: neighbouring threads, whose angles are N apart, read neighbouring entries,
+// which keeps them in different banks of threadgroup memory.
+template <int N, int HALF>
+FUNCTION uint slot(uint i) {
+  const uint j = i % uint(HALF);
+  return i - j + j % uint(N) * uint(HALF / N) + j / uint(N);
+}

@@ -293,6 +293,7 @@ def _plan(rotary: Rotary, dtype: mx.Dtype) -> tuple[tuple[tuple[str, int], ...],
     pack = pack_size(half, dtype)
     # Rounded down, so that the rest is positive as well: the sign of a template value would end up in a kernel's name.
     high = np.float32(rotary.attention_factor)
-    high = high if high <= rotary.attention_factor else np.nextafter(high, np.float32(0))
+    if float(high) > rotary.attention_factor:  # float: numpy would round the factor before it compares
+        high = np.nextafter(high, np.float32(0))
     scale = (("SCALE", float_bits(high)), ("SCALE_LOW", float_bits(rotary.attention_factor - float(high))))
     return (("HALF", half), ("N", pack), *scale), pack, max(1, 128 // half)

@@ -44,18 +44,16 @@ def compiled_kernels() -> Iterator[list[str]]:
                 if f"{argument}_shape" in source:
                     arguments.append(f"const __grid_constant__ Shape {argument}_shape")
             arguments += [f"{TYPES[dtype]}* {argument}" for dtype, argument in zip(output_dtypes, output_names)]
+            values = [f"{value}".removeprefix("mlx.core.") for _, value in template]
             constants = "".join(
                 f"  using {key} = {TYPES[value]};\n"
                 if isinstance(value, mx.Dtype)
                 else f"  constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {int(value)};\n"
                 for key, value in template
             )
-            ptx.append(
-                compile_cuda(
-                    f"{PREAMBLE}{header}namespace mlx::core::cu {{\n"
-                    f"__global__ void {name}({', '.join(arguments)}) {{\n{constants}{source}\n}}\n}}\n"
-                )
-            )
+            kernel = f"custom_kernel_{'_'.join([name, *values])}"  # MLX's name: a negative value would not compile
+            text = f"__global__ void {kernel}({', '.join(arguments)}) {{\n{constants}{source}\n}}\n"
+            ptx.append(compile_cuda(f"{PREAMBLE}{header}namespace mlx::core::cu {{\n{text}}}\n"))
             assert all(size % group == 0 for size, group in zip(grid, threadgroup)), "CUDA would launch more threads"
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
 
@@ -74,7 +72,7 @@ def compile_cuda(source: str) -> str:
     root = Path(next(iter(nvidia.cu13.__path__)))
     nvrtc = ctypes.CDLL(str(next(root.glob("lib/libnvrtc.so*"))))
     program = ctypes.c_void_p()
-    assert nvrtcs(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
+    assert _succeeded(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
     options = ["--gpu-architecture=compute_80", "--std=c++17", f"-I{root}/include"]
     status = nvrtc.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
@@ -87,13 +85,13 @@ def compile_cuda(source: str) -> str:
     return ptx
 
 
-def nvrtcs(status: int) -> bool:
+def _succeeded(status: int) -> bool:
     return status == 0
 
 
 def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
     size = ctypes.c_size_t()
-    assert nvrtcs(getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    assert _succeeded(getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
     text = ctypes.create_string_buffer(size.value)
-    assert nvrtcs(getattr(nvrtc, f"nvrtcGet{what}")(program, text))
+    assert _succeeded(getattr(nvrtc, f"nvrtcGet{what}")(program, text))
     return text.value.decode()

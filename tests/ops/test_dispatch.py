@@ -118,12 +118,13 @@ def test_every_kernel_compiles_as_cuda_with_16_byte_accesses():
             assert any(line.strip().startswith(("st.global.v4", "@%p st.global.v4")) for line in ptx[0].splitlines())
 
 
-def test_odd_sizes_compile_as_cuda():
+def test_odd_sizes_and_scaling_compile_as_cuda():
     with compiled_kernels() as ptx, ops.no_grad():
+        ops.rope(x(1, 3, 2, 64), 5, ops.Rotary.yarn(64, 1e6, 4.0, 32768))
         ops.rms_norm(x(3, 897), x(897), 1e-6)
         ops.swiglu(x(3, 7), x(3, 7))
         ops.rope(x(1, 3, 2, 6), 5, ops.Rotary.plain(6, 1e6))
-    assert len(ptx) == 3
+    assert len(ptx) == 4
 
 
 def test_a_kernel_that_does_not_compile_fails_the_test_of_it(tmp_path, monkeypatch):
