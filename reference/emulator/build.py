@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CompileError, Unavailable, UninitialisedRead
@@ -32,13 +33,13 @@ COMMON = [
     "-fno-math-errno",
     "-fsingle-precision-constant",
     "-fexcess-precision=16",
-    "-ftrivial-auto-var-init=pattern",
     "-fsanitize=shift-exponent,integer-divide-by-zero,signed-integer-overflow,bounds,alignment,float-cast-overflow,"
     "unreachable,return",
     "-fsanitize-coverage=trace-pc",
     "-Wno-attributes",
     "-Wno-literal-suffix",
-    "-Werror=uninitialized",
+    "-Wuninitialized",
+    "-Wmaybe-uninitialized",
 ]
 
 # The kernel's arguments that are attributes, from the runtime's Thread.
@@ -92,7 +93,7 @@ def compiler() -> str:
         )
     path = shutil.which(os.environ.get("METAL_EMULATOR_CXX", "g++"))
     if path is None:
-        raise Unavailable("The Metal emulator needs g++ 12 or newer, and there is none: install it, or set METAL_EMULATOR_CXX.")
+        raise Unavailable("The Metal emulator needs g++ 12 or newer, found none: install it or set METAL_EMULATOR_CXX.")
     version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.split(".")[0]) < 12:
         raise Unavailable(f"The Metal emulator needs g++ 12 or newer, {path} is {version}: set METAL_EMULATOR_CXX.")
@@ -118,25 +119,43 @@ def runtime() -> ctypes.CDLL:
     ]
     library.emulator_unwritten.restype = ctypes.c_int64
     if library.emulator_init():
-        raise Unavailable("The Metal emulator cannot reserve 4 TB of address space (it uses none of it): raise `ulimit -v`.")
+        raise Unavailable("The Metal emulator reserves 4 TB of address space, which was refused: raise `ulimit -v`.")
     return library
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel. suspect: the compiler's words on a local variable that may be read before it is set, or ""."""
+
+    library: ctypes.CDLL
+    path: Path
+    suspect: str
+
+
 @functools.lru_cache(maxsize=1024)
-def kernel(source: Source, instance: str, checked: bool, contract: bool) -> tuple[ctypes.CDLL, Path]:
-    """The compiled kernel and its file. instance: the template arguments. Raises CompileError or UninitialisedRead."""
+def kernel(source: Source, instance: str, checked: bool, contract: bool, fill: str = "pattern") -> Kernel:
+    """The compiled kernel. instance: the template arguments; fill: what unset local variables hold, pattern or zero.
+
+    Raises CompileError, or UninitialisedRead for a local variable that is certainly not set.
+    """
     runtime()
-    flags = _flags(checked, contract)
+    flags = [*_flags(checked, contract), f"-ftrivial-auto-var-init={fill}"]
     text = unit(source, instance)
     path = _cached("kernel", text + " ".join(flags) + _preamble_text(), ".so")
+    warnings = path.with_suffix(".txt")
     if not path.exists():
         unit_path = path.with_suffix(".cpp")
         unit_path.write_text(text)
         include = _precompiled(checked, contract)
         # No default libraries: the link must not add the sanitizers' own runtimes.
         command = [compiler(), *flags, "-include", str(include), "-shared", "-nodefaultlibs", str(unit_path)]
-        _run([*command, runtime()._name, "-lm", "-lgcc"], path)
-    return ctypes.CDLL(str(path)), path
+        warnings.write_text(_run([*command, runtime()._name, "-lm", "-lgcc"], path))
+    said = re.findall(r"(body|header):(\d+):\d+: warning: (.*) \[-W(maybe-)?uninitialized\]", warnings.read_text())
+    for part, line, what, maybe in said:
+        if not maybe:
+            raise UninitialisedRead(f"{part} line {line}: {what}.")
+    suspect = f"{said[0][0]} line {said[0][1]}: {said[0][2]}" if said else ""
+    return Kernel(ctypes.CDLL(str(path)), path, suspect)
 
 
 def unit(source: Source, instance: str) -> str:
@@ -184,7 +203,7 @@ def _precompiled(checked: bool, contract: bool) -> Path:
     path = _cached("preamble", _preamble_text() + " ".join(flags), ".h")
     if not Path(f"{path}.gch").exists():
         path.write_text(_preamble_text())
-        _run([compiler(), *flags, "-x", "c++-header", str(path)], Path(f"{path}.gch"))
+        _run([compiler(), *flags, "-ftrivial-auto-var-init=pattern", "-x", "c++-header", str(path)], Path(f"{path}.gch"))
     return path
 
 
@@ -193,19 +212,15 @@ def _cached(stem: str, content: str, suffix: str) -> Path:
     return folder() / f"{stem}-{key}{suffix}"
 
 
-def _run(command: list[str], output: Path) -> None:
-    """Compiles to a temporary name first, so that an interrupted or parallel run leaves no half object."""
+def _run(command: list[str], output: Path) -> str:
+    """Compiles, to a temporary name first: an interrupted or parallel run leaves no half object. Returns the warnings."""
     with tempfile.NamedTemporaryFile(dir=output.parent, suffix=output.suffix, delete=False) as file:
         temporary = Path(file.name)
-    result = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    environment = {**os.environ, "LC_ALL": "C"}
+    result = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True, env=environment)
     if result.returncode:
         temporary.unlink(missing_ok=True)
-        raise _compile_error(result.stderr)
+        lines = [line for line in result.stderr.splitlines() if re.search(r"\berror:", line)]
+        raise CompileError("\n".join(lines[:8]) or result.stderr)
     temporary.replace(output)
-
-
-def _compile_error(message: str) -> Exception:
-    lines = [line for line in message.splitlines() if re.search(r"\berror:", line)] or message.splitlines()
-    if match := re.search(r"(\w+):(\d+):\d+: error: ('.*' is used uninitialized)", message):
-        return UninitialisedRead(f"{match.group(1)} line {match.group(2)}: {match.group(3)}.")
-    return CompileError("\n".join(lines[:8]))
+    return result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import subprocess
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,58 +90,82 @@ def run(
 ) -> list[mx.array]:
     """The outputs of one launch. Raises an EmulatorError for whatever is wrong with it."""
     _check_launch(name, source, grid, threadgroup)
-    library, path = build.kernel(source, instance, options.checked, options.contract)
     inputs = [mx.contiguous(x) if contiguous and not _row_contiguous(x) else x for x in inputs]
-    arrays = [_values(x) for x in inputs]
-    outputs = [_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, output_dtypes)]
-    with _LOCK:
-        return _run(name, source, library, path, inputs, arrays, outputs, output_dtypes, grid, threadgroup, init_value, options)
+    launch = _Call(name, source, inputs, grid, threadgroup, output_shapes, output_dtypes, init_value, options)
+    kernel = build.kernel(source, instance, options.checked, options.contract)
+    outputs = launch.run(kernel)
+    if kernel.suspect and options.checked:
+        # Whether the variable is read shows in the result: it is the same with another value in it, or it is not.
+        zeroed = launch.run(build.kernel(source, instance, options.checked, options.contract, "zero"))
+        if any(a.tobytes() != b.tobytes() for a, b in zip(outputs, zeroed)):
+            raise errors.UninitialisedRead(f"kernel {name}, {kernel.suspect}, and the result depends on it.")
+    return [_to_mlx(raw, tuple(shape), dtype) for raw, shape, dtype in zip(outputs, output_shapes, output_dtypes)]
 
 
-def _run(
-    name, source, library, path, inputs, arrays, outputs, output_dtypes, grid, threadgroup, init_value, options
-) -> list[mx.array]:
-    runtime = build.runtime()
-    pointers = (ctypes.c_void_p * len(source.buffers))()
-    data: list[_Data] = []
-    try:
-        for slot, buffer in enumerate(source.buffers):
-            content = _content(buffer, inputs, arrays, outputs)
-            data.append(content)
-            is_output = buffer.kind == "output"
+@dataclass(frozen=True)
+class _Call:
+    """A launch, to be run on one or another compiled form of the kernel."""
+
+    name: str
+    source: Source
+    inputs: Sequence[mx.array]
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    output_shapes: Sequence[tuple[int, ...]]
+    output_dtypes: Sequence[mx.Dtype]
+    init_value: float | None
+    options: Options
+
+    def run(self, kernel: build.Kernel) -> list[np.ndarray]:
+        """The outputs' bytes."""
+        arrays = [_values(x) for x in self.inputs]
+        outputs = [_output(shape, dtype, self.init_value) for shape, dtype in zip(self.output_shapes, self.output_dtypes)]
+        data = [_content(buffer, self.inputs, arrays, outputs) for buffer in self.source.buffers]
+        with _LOCK:
+            try:
+                return self._run(kernel, data)
+            finally:
+                for slot in range(len(data)):
+                    build.runtime().emulator_release(slot)
+
+    def _run(self, kernel: build.Kernel, data: Sequence[_Data]) -> list[np.ndarray]:
+        runtime = build.runtime()
+        buffers = self.source.buffers
+        pointers = (ctypes.c_void_p * 64)()
+        for slot, (buffer, content) in enumerate(zip(buffers, data)):
             place = runtime.emulator_place(
-                slot, content.raw.nbytes, content.skew, content.item, is_output, init_value is not None
+                slot,
+                content.raw.nbytes,
+                content.skew,
+                content.item,
+                buffer.kind == "output",
+                self.init_value is not None,
             )
             if place is None:
-                raise errors.Unavailable(f"kernel {name}: no memory for {buffer.name}, {content.raw.nbytes} bytes.")
+                raise errors.Unavailable(f"kernel {self.name}: no memory for {buffer.name}, {content.raw.nbytes} bytes.")
             ctypes.memmove(place, content.raw.ctypes.data, content.raw.nbytes)
             pointers[slot] = place + content.origin
-        entry = ctypes.cast(library.emulator_entry, ctypes.c_void_p)
+        entry = ctypes.cast(kernel.library.emulator_entry, ctypes.c_void_p)
         call = _Launch(
             entry,
             ctypes.addressof(pointers),
-            (ctypes.c_uint32 * 3)(*grid),
-            (ctypes.c_uint32 * 3)(*(min(t, g) for t, g in zip(threadgroup, grid))),
-            _ORDERS[options.order],
-            options.seed,
-            options.steps,
+            (ctypes.c_uint32 * 3)(*self.grid),
+            (ctypes.c_uint32 * 3)(*(min(t, g) for t, g in zip(self.threadgroup, self.grid))),
+            _ORDERS[self.options.order],
+            self.options.seed,
+            self.options.steps,
         )
         runtime.emulator_launch(ctypes.byref(call))
         if call.report.kind:
-            raise _Words(name, source, data, path, entry.value, library, call).error()
+            raise _Words(self.name, self.source, data, kernel.path, entry.value, call).error()
         results = []
-        for slot, buffer in enumerate(source.buffers):
-            if buffer.kind != "output":
-                continue
-            content = data[slot]
-            if options.checked and init_value is None:
-                _check_written(runtime, name, slot, buffer, content)
-            ctypes.memmove(content.raw.ctypes.data, pointers[slot], content.raw.nbytes)
-            results.append(_to_mlx(content.raw, content.shape, output_dtypes[buffer.source]))
+        for slot, (buffer, content) in enumerate(zip(buffers, data)):
+            if buffer.kind == "output":
+                if self.options.checked and self.init_value is None:
+                    _check_written(runtime, self.name, slot, buffer, content)
+                ctypes.memmove(content.raw.ctypes.data, pointers[slot], content.raw.nbytes)
+                results.append(content.raw)
         return results
-    finally:
-        for slot in range(len(source.buffers)):
-            runtime.emulator_release(slot)
 
 
 def _check_launch(name: str, source: Source, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> None:
@@ -238,7 +263,7 @@ def _to_mlx(raw: np.ndarray, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.arra
 class _Words:
     """Puts the runtime's report into a sentence."""
 
-    def __init__(self, name, source, data, path: Path, entry: int, library: ctypes.CDLL, call: _Launch):
+    def __init__(self, name: str, source: Source, data: Sequence[_Data], path: Path, entry: int, call: _Launch):
         self.name, self.source, self.data, self.path, self.call = name, source, data, path, call
         self.report = call.report
         self.base = entry - _symbol_offset(path)
@@ -317,7 +342,8 @@ class _Words:
         text = {"header": self.source.header, "body": self.source.body}.get(file)
         if text is None or not 0 < number <= len(text.splitlines()):
             return file or "a line of the standard library"
-        return f"{file} line {number} (`{text.splitlines()[number - 1].strip()}`)"
+        line = text.splitlines()[number - 1].strip()
+        return f"{file} line {number} (`{line if len(line) <= 100 else line[:97] + '...'}`)"
 
     def thread(self, uid: int) -> str:
         sizes = list(self.call.threadgroup)
@@ -349,7 +375,5 @@ class _Words:
 @functools.cache
 def _symbol_offset(path: Path) -> int:
     """The offset of the entry within its file."""
-    import subprocess
-
     listing = subprocess.run(["nm", "-D", str(path)], capture_output=True, text=True, check=True).stdout
     return next(int(line.split()[0], 16) for line in listing.splitlines() if line.endswith(" emulator_entry"))

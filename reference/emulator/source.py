@@ -148,10 +148,15 @@ def generate(
     tail = "\n}\n"
     if template:
         head = f"template <{', '.join(f'{_template_kind(value)} {key}' for key, value in template)}>\n"
-        instance = f"{function}<{', '.join(values)}>"
-        tail += f'\ntemplate [[host_name("{function}")]] [[kernel]] decltype({instance}) {instance};\n'
+        call = function + instance(template)
+        tail += f'\ntemplate [[host_name("{function}")]] [[kernel]] decltype({call}) {call};\n'
     signature = f"{head}[[kernel]] void {function}(\n{''.join(lines)}"
     return Source(header, signature, source, tail, function, tuple(buffers), attributes)
+
+
+def instance(template: Template) -> str:
+    """The template arguments as they follow the function's name, "" if there are none."""
+    return f"<{', '.join(_template_value(value) for _, value in template)}>" if template else ""
 
 
 def _template_kind(value: bool | int | mx.Dtype) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,9 +12,10 @@ from qwen_mlx import ops
 
 from . import launch
 from .errors import InvalidLaunch
-from .source import Source, Template, generate, preamble
+from .source import Source, Template, generate, instance, preamble
 
 _options = launch.Options()
+on_text: Callable[[Source], None] = lambda source: None  # called with the text of every launch  # noqa: E731
 
 
 @contextmanager
@@ -67,11 +68,11 @@ class MetalKernel:
         text = self.text(arrays, output_dtypes, template or (), output_shapes)
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{text.text}\n```")
-        values = ", ".join(map(_instance, (value for _, value in template or ())))
+        on_text(text)
         return launch.run(
             self.name,
             text,
-            f"<{values}>" if values else "",
+            instance(template or ()),
             arrays,
             tuple(grid),
             tuple(threadgroup),
@@ -143,8 +144,3 @@ def metal_source(
     text = kernel.text(arrays, output_dtypes, template or ()).text
     return preamble() + text if with_preamble else text
 
-
-def _instance(value: bool | int | mx.Dtype) -> str:
-    from .source import _template_value
-
-    return _template_value(value)

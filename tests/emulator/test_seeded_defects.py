@@ -1,0 +1,81 @@
+"""The checks are checked: every seeded defect is seen, and every kernel without it passes."""
+
+from __future__ import annotations
+
+import shutil
+
+import mlx.core as mx
+import pytest
+
+from qwen_mlx import ops, selftest
+from qwen_mlx.ops import dispatch
+from reference.emulator import emulate
+
+from .seeded import EDITS, SMALL, Edit, Small, WrongNumbers, case_inputs
+
+CASES = case_inputs()
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """A copy of the shipped kernels that the operations use; returns its folder."""
+    folder = tmp_path / "metal"
+    shutil.copytree(dispatch.SOURCES, folder)
+    monkeypatch.setattr(dispatch, "SOURCES", folder)
+    dispatch._compiled.cache_clear()
+    yield folder
+    dispatch._compiled.cache_clear()
+
+
+def compare(name: str) -> None:
+    """Runs a shipped kernel in the emulator. Raises WrongNumbers unless it is within an ulp of plain MLX."""
+    with emulate(seed=1), ops.no_grad():
+        got = CASES[name]()
+    want = CASES[name]()
+    for a, b in zip(got, want):
+        error = selftest.ulp_error(a, selftest.to_float64(b), b.dtype)
+        different = mx.mean(a != b).item()
+        if error > 1 or different > 0.002:
+            raise WrongNumbers(f"{name}: {error} ulp, {different:.1%} of the elements differ")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shipped_kernels_pass(kernels, name):
+    compare(name)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_defects_of_shipped_kernels_are_seen(kernels, name):
+    edit: Edit = EDITS[name]
+    text = (kernels / edit.file).read_text()
+    assert edit.old in text, "the kernel has changed: adapt the defect"
+    (kernels / edit.file).write_text(text.replace(edit.old, edit.new))
+    kernel = {"rms.h": "rms_norm"}.get(edit.file, edit.file.removesuffix(".metal"))
+    with pytest.raises(edit.caught_by):
+        compare(kernel)
+
+
+def run(case: Small, source: str, **options) -> mx.array:
+    with emulate(**options):
+        kernel = mx.fast.metal_kernel(name="small", input_names=["x"], output_names=["y"], source=source)
+        return kernel(
+            inputs=[mx.arange(case.size, dtype=mx.float32)],
+            grid=(case.grid, 1, 1),
+            threadgroup=(case.threadgroup, 1, 1),
+            output_shapes=[(case.outputs,)],
+            output_dtypes=[mx.float32],
+            **case.options,
+        )[0]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_defects_of_small_kernels_are_seen(name):
+    case: Small = SMALL[name]
+    for order in ("forward", "reverse", "random"):
+        with pytest.raises(case.caught_by, match=case.message):
+            run(case, case.wrong, order=order)
+        run(case, case.right, order=order)
+
+
+def test_there_are_enough():
+    assert len(EDITS) + len(SMALL) >= 25
