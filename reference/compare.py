@@ -78,12 +78,12 @@ def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m reference.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a .gguf file, a folder or a hub id; the default model if not given")
     parser.add_argument("--reference", help="what Hugging Face reads, if not the same: a .gguf file or a folder")
-    parser.add_argument("--dtype", default="float32", choices=list(tolerances.MULTIPLES), help="of our activations")
+    parser.add_argument("--dtype", default="float32", choices=tolerances.DTYPES, help="of our activations")
     parser.add_argument("--quantized", action="store_true", help="keep packed weights packed")
     parser.add_argument("--prompt", help="text to run on; else code and Chinese, repeated to --tokens")
     parser.add_argument("--tokens", type=int, default=64, help="at most so many tokens of the prompt (default 64)")
     parser.add_argument("--runs", nargs="+", default=["prefill"], choices=RUNS, help="default: prefill")
-    parser.add_argument("--noise", action="store_true", help="tolerances from this model's own noise floor, measured now")
+    parser.add_argument("--noise", action="store_true", help="measure this model's own noise floor and use it")
     parser.add_argument("--json", metavar="FILE", help="write every measure")
     parser.add_argument("--report", metavar="FOLDER", help="write an HTML page and pictures")
     parser.add_argument("--cache", metavar="FOLDER", help="where the reference's activations are kept")
@@ -170,7 +170,7 @@ def table(comparison) -> str:
     """One line for each kind of tap: its worst result in all layers and calls."""
     lines = [
         f"{comparison.run}, {comparison.dtype}: {len(comparison.results)} taps",
-        f"{'tap':<14}{'max abs':>10}{'rel L2':>10}{'worst row':>10}{'cosine':>11}{'tolerance':>11}{'floor':>10}  worst at",
+        f"{'tap':<14}{'max abs':>10}{'rel L2':>10}{'worst row':>10}{'cosine':>11}{'tolerance':>11}{'floor':>10}  worst",
     ]
     worst = comparison.worst_by_tap()
     for tap in TAPS:

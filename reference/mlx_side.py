@@ -1,5 +1,5 @@
-"""Taps on this package's model. The model knows nothing of them: for the length of a run the classes and operations that
-it calls are replaced by ones that also report; nothing is left behind and nothing is paid when no run is recorded.
+"""Taps on this package's model. The model knows nothing of them: for the length of a run the classes and operations
+that it calls are replaced by ones that also report; nothing is left behind, nothing is paid when no run is recorded.
 """
 
 from __future__ import annotations

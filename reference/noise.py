@@ -59,7 +59,7 @@ def small_runs() -> list[Run]:
 
 
 def floors_by_key(exact: dict[str, np.ndarray], rough: dict[str, np.ndarray], run: Run) -> dict[str, tuple]:
-    """(l2, row) of each key between two traces of the reference. float16 may overflow there: such floors are infinite."""
+    """(l2, row) of each key between two traces of the reference; infinite where one overflows."""
     found = {}
     for key, array in exact.items():
         result = measure(valid(rough[key], run), valid(array, run))
@@ -84,9 +84,7 @@ def measure_floors(model, runs: list[Run], dtype: str) -> dict[str, tuple[float,
 
     rough_dtype, exact_dtype = (dtype, "float64") if dtype == "float32" else (dtype, "float32")
     rough, exact = torch_side.in_dtype(model, rough_dtype), torch_side.in_dtype(model, exact_dtype)
-    return by_tap(
-        *(floors_by_key(torch_side.record(exact, run), torch_side.record(rough, run), run) for run in runs)
-    )
+    return by_tap(*(floors_by_key(torch_side.record(exact, run), torch_side.record(rough, run), run) for run in runs))
 
 
 def small_floors(dtype: str) -> dict[str, tuple[float, float]]:
@@ -95,7 +93,7 @@ def small_floors(dtype: str) -> dict[str, tuple[float, float]]:
 
     floors = []
     for seed, shape in enumerate(SMALL_SHAPES.values()):
-        # In float64 transformers' own mask gives NaN where padding fills a window; float32 shows the noise of the others.
+        # In float64 transformers' own mask gives NaN where padding fills a window: that run has no floor.
         runs = [run for run in small_runs() if run.lengths is None or "sliding_window" not in shape]
         floors.append(measure_floors(hf_model(seed, **shape), runs, dtype))
     return by_tap(*floors)

@@ -1,4 +1,4 @@
-"""The points of a forward pass that are compared, in the order in which they are computed, and the runs that reach them.
+"""The points of a forward pass that are compared, in the order of computation, and the runs that reach them.
 
 A trace maps keys such as "0.layers.3.gate" (model call, layer, tap) to arrays with the batch on axis 0 and the position
 on axis 1.
@@ -27,7 +27,10 @@ LAYER_TAPS = {
     "down": "down projection",
     "residual": "residual stream after the block",
 }
-CACHE_TAPS = {"cache_k": "keys held after the call, (B, S, K, D)", "cache_v": "values held after the call, (B, S, K, D)"}
+CACHE_TAPS = {
+    "cache_k": "keys held after the call, (B, S, K, D)",
+    "cache_v": "values held after the call, (B, S, K, D)",
+}
 TAPS = {
     "embeddings": "token embeddings",
     **LAYER_TAPS,

@@ -1,5 +1,5 @@
-"""Deliberate bugs: ways in which ports of Qwen2 have gone wrong. Each is put into a loaded model, or into the operations
-it calls, and says at which tap the harness must see it first and what it must call it.
+"""Deliberate bugs: ways in which ports of Qwen2 have gone wrong. Each is put into a loaded model or into what it calls
+and says at which tap the harness must see it first and what it must call it.
 """
 
 from __future__ import annotations
@@ -94,16 +94,10 @@ for part in "qkv":
 
     @bug(f"{part} bias dropped", f"0.layers.1.{part}", "bias is missing")
     def _(model, patch, part=part):
-        def drop(b: mx.array) -> mx.array:
-            return mx.zeros_like(b)
-
-        layer = model.model.layers[LAYER]
-        rest = [p for p in "qkv" if p != part]
-        assert rest
-        layer.self_attn.qkv_bias = joined(layer.self_attn.qkv_bias, model, part, drop)
+        change_part(model, part, "bias", mx.zeros_like)
 
 
-@bug("q bias negated", "0.layers.1.q", "bias is")
+@bug("q bias negated", "0.layers.1.q", "bias has the wrong sign")
 def _(model, patch):
     change_part(model, "q", "bias", lambda b: -b)
 
@@ -138,7 +132,12 @@ def _(model, patch):
     change_rotary(model, lambda rotary: ops.Rotary.plain(model.config.head_dim, 1e4))
 
 
-@bug("YaRN's factor on cosine and sine missing", "0.layers.0.q_rope", "factor on cosine and sine is missing", shape="yarn")
+@bug(
+    "YaRN's factor on cosine and sine missing",
+    "0.layers.0.q_rope",
+    "factor on cosine and sine is missing",
+    shape="yarn",
+)
 def _(model, patch):
     change_rotary(model, lambda rotary: replace(rotary, attention_factor=1.0))
 
@@ -172,7 +171,10 @@ def _(model, patch):
 
 @bug("RoPE turns the wrong way", "0.layers.0.q_rope", "wrong way")
 def _(model, patch):
-    patch_rope(patch, lambda x, offset, rotary: ops.rope(x, offset, replace(rotary, inv_freq=tuple(-f for f in rotary.inv_freq))))
+    patch_rope(
+        patch,
+        lambda x, offset, rotary: ops.rope(x, offset, replace(rotary, inv_freq=tuple(-f for f in rotary.inv_freq))),
+    )
 
 
 @bug("RoPE left out", "0.layers.0.q_rope", "RoPE was left out")
@@ -190,9 +192,10 @@ def _(model, patch):
     patch_rope(patch, lambda x, offset, rotary: ops.rope(x, 0, rotary))
 
 
-@bug("eps 1e-5 instead of 1e-6", "0.layers.1.input_norm", "eps is 1e-05")
+@bug("eps 1e-5 instead of 1e-6", "0.layers.0.input_norm", "eps is 1e-05, expected 1e-06")
 def _(model, patch):
-    model.model.layers[LAYER].input_layernorm.eps = 1e-5
+    for layer in model.model.layers:
+        layer.input_layernorm.eps = layer.post_attention_layernorm.eps = 1e-5
 
 
 @bug("norm's weight not applied", "0.layers.1.post_norm", "weight is not applied")
@@ -295,7 +298,7 @@ def _(model, patch):
 
 @bug("residual dropped", "0.layers.0.attn_residual", "what the reference has as o")
 def _(model, patch):
-    patch.setattr(ops, "add_rms_norm", lambda last, h, weight, eps: (h, ops.rms_norm(h, weight, eps)))
+    patch.setattr(ops, "add_rms_norm", lambda last, h, weight, eps: (last, ops.rms_norm(last, weight, eps)))
 
 
 @bug("embeddings scaled as in Gemma", "0.embeddings", "times 8")
@@ -308,7 +311,7 @@ def _(model, patch):
     model.model.embed_tokens.weight = mx.array(np.roll(np.array(model.model.embed_tokens.weight), 1, 0))
 
 
-@bug("layers in the wrong order", "0.layers.1.input_norm")
+@bug("layers in the wrong order", "0.layers.1.input_norm", "model.layers.2.input_layernorm.weight is what belongs")
 def _(model, patch):
     layers = model.model.layers
     layers[1], layers[2] = layers[2], layers[1]
@@ -338,9 +341,9 @@ def _(model, patch):
     model.lm_head = head
 
 
-@bug("a float32 norm weight in a bfloat16 model", "0.layers.1.post_norm", dtype="bfloat16")
+@bug("a norm that returns float32 in a bfloat16 model", "0.norm", dtype="bfloat16")
 def _(model, patch):
-    norm = model.model.layers[LAYER].post_attention_layernorm
+    norm = model.model.norm
     patch.setattr(ops, "add_rms_norm", _promoting(ops.add_rms_norm, norm))
 
 

@@ -1,4 +1,4 @@
-"""The harness is tested by breaking the model: each bug is seen at the right tap, and named where it has a signature."""
+"""The harness is tested by breaking the model: each bug is seen at its tap, and named where it has a signature."""
 
 from __future__ import annotations
 

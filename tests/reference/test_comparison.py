@@ -1,0 +1,214 @@
+"""The comparison on small random models: every shape, run, source and dtype; the measures; the tolerances' file."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as T
+
+from qwen_mlx import load, ops
+from qwen_mlx.backend import mx
+from qwen_mlx.model import Qwen2
+from reference import mlx_side, tolerances, torch_side
+from reference.comparison import compare
+from reference.measures import measure, measure_logits
+from reference.noise import SMALL_SHAPES, floors_by_key, measure_floors, small_ids, small_runs
+from reference.taps import CACHE_TAPS, LAYER_TAPS, Run, keys_of_call
+from tests.small_models import hf_model, save_folder, write_gguf
+
+RUNS = {run.name: run for run in small_runs()}
+
+
+@pytest.mark.parametrize("dtype", tolerances.DTYPES)
+@pytest.mark.parametrize("shape", SMALL_SHAPES)
+def test_every_tap_is_within_its_tolerance(shape: str, dtype: str, tmp_path: Path):
+    """One pass, chunks, token by token, and padded rows, from safetensors and, in float32, from a GGUF."""
+    theirs = hf_model(list(SMALL_SHAPES).index(shape), **SMALL_SHAPES[shape])
+    limits = tolerances.tolerances("small", dtype)
+    sources = [save_folder(tmp_path / "m", theirs)]
+    if dtype == "float32" and not {"rope_parameters", "use_sliding_window"} & SMALL_SHAPES[shape].keys():
+        sources.append(write_gguf(tmp_path / "m.gguf", theirs))
+    for source in sources:
+        ours, _ = load(source, dtype=dtype)
+        for run in small_runs():
+            result = compare(ours, run, torch_side.record(theirs, run), limits, dtype)
+            assert result.passed, (source.name, run.name, result.first)
+            calls, layers = len(run.chunks), theirs.config.num_hidden_layers
+            assert len(result.results) == calls * (3 + layers * (len(LAYER_TAPS) + len(CACHE_TAPS)))
+
+
+def test_past_1024_tokens(tmp_path: Path):
+    theirs = hf_model(num_hidden_layers=1, max_position_embeddings=2048)
+    ours, _ = load(save_folder(tmp_path / "m", theirs), dtype="float32")
+    for run in (Run.prefill(small_ids(1100)), Run.chunked(small_ids(1100), 512)):
+        limits = tolerances.from_floors(measure_floors(theirs, [run], "float32"), "float32")
+        result = compare(ours, run, torch_side.record(theirs, run), limits, "float32")
+        assert result.passed, result.first
+
+
+def test_mlp_biases_are_compared(tmp_path: Path):
+    theirs, rng = hf_model(), np.random.default_rng(0)
+    biases = {
+        f"model.layers.{i}.mlp.{name}.bias": rng.standard_normal(size).astype(np.float32)
+        for i in range(3)
+        for name, size in (("gate_proj", 160), ("up_proj", 160), ("down_proj", 64))
+    }
+    torch_side.add_mlp_biases(theirs, biases)
+    path = write_gguf(tmp_path / "m.gguf", theirs)
+    ours, _ = load(path, dtype="float32")
+    limits = tolerances.tolerances("small", "float32")
+    assert compare(ours, RUNS["prefill"], torch_side.record(theirs, RUNS["prefill"]), limits, "float32").passed
+    again = torch_side.load(path)  # from the file, where transformers' own reader drops them
+    assert compare(ours, RUNS["prefill"], torch_side.record(again, RUNS["prefill"]), limits, "float32").passed
+
+
+@pytest.mark.parametrize("kind", [T.Q8_0, T.Q5_0, T.Q4_K, T.Q6_K], ids=lambda kind: kind.name)
+def test_a_quantized_gguf_read_by_both_sides(kind: T, tmp_path: Path):
+    """Each side with its own reader; packed weights too."""
+    path = write_gguf(tmp_path / "m.gguf", hf_model(hidden_size=256, intermediate_size=256, num_hidden_layers=2), kind)
+    theirs = torch_side.load(path)
+    trace = torch_side.record(theirs, RUNS["prefill"])
+    limits = tolerances.from_floors(measure_floors(theirs, [RUNS["prefill"]], "float32"), "float32")
+    for packed in (False, True):
+        ours, _ = load(path, dtype="float32", quantized=packed)
+        result = compare(ours, RUNS["prefill"], trace, limits, "float32")
+        assert result.passed, result.first
+
+
+def test_recording_leaves_nothing_behind_and_changes_nothing(tmp_path: Path):
+    ours, _ = load(save_folder(tmp_path / "m", hf_model()), dtype="float32")
+    before = {name: getattr(ops, name) for name in dir(ops)}
+    calls = {type(module): type(module).__call__ for module in ours.modules() if type(module) is not Qwen2}
+    ids = RUNS["prefill"].ids
+    plain = np.array(ours(mx.array(ids)))
+    taps: dict[str, np.ndarray] = {}
+    mlx_side.record(ours, RUNS["prefill"], lambda key, array: taps.__setitem__(key, np.array(array)))
+    assert np.array_equal(taps["0.logits"], plain)
+    assert set(taps) == set(keys_of_call(0, 3))
+    with pytest.raises(ZeroDivisionError), mlx_side.taps(ours, lambda *_: 1 / 0):
+        ours(mx.array(ids))
+    assert before == {name: getattr(ops, name) for name in dir(ops)}
+    assert all(cls.__call__ is call for cls, call in calls.items())
+
+
+def test_the_reference_is_unmodified_by_its_hooks():
+    theirs = hf_model()
+    theirs.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = theirs(torch.tensor(RUNS["prefill"].ids)).logits.numpy()
+    trace = torch_side.record(theirs, RUNS["prefill"])
+    assert np.array_equal(trace["0.logits"], plain)
+    assert set(trace) == set(keys_of_call(0, 3))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in theirs.modules())
+
+
+def test_measures():
+    x = np.array([[3.0, 4.0], [6.0, 8.0]], np.float32)
+    exact = measure(x, x)
+    assert (exact.max_abs, exact.l2, exact.row, exact.problem) == (0, 0, 0, None)
+    assert exact.cosine == pytest.approx(1)
+    off = measure(x + np.array([[0.5, 0], [0, 0]], np.float32), x)
+    assert off.max_abs == pytest.approx(0.5)
+    assert off.l2 == pytest.approx(0.5 / 125**0.5)
+    assert off.row == pytest.approx(0.1)
+    assert off.worst == ((0, 0), 3.5, 3.0)
+    for bad in (np.full_like(x, np.nan), np.where(x == 8, np.nan, x), np.where(x == 8, np.inf, x), x[:1], x.T[None]):
+        found = measure(bad, x)
+        assert found.problem
+        assert found.l2 == found.row == np.inf
+    assert "first, nan, at [1, 1]" in measure(np.where(x == 8, np.nan, x), x).problem
+    assert "reference itself" in measure(x, x * np.nan).problem
+    assert measure(x, 0 * x).l2 == np.inf
+    assert measure(0 * x, 0 * x).l2 == 0
+    assert measure(x[:0], x[:0]).problem
+
+
+def test_a_tolerance_of_zero_means_equal(tmp_path: Path):
+    theirs = hf_model(num_hidden_layers=1)
+    ours, _ = load(save_folder(tmp_path / "m", theirs), dtype="float32")
+    trace = torch_side.record(theirs, RUNS["prefill"])
+    trace["0.embeddings"] = trace["0.embeddings"] * np.float32(1 + 2**-22)
+    result = compare(ours, RUNS["prefill"], trace, tolerances.tolerances("small", "float32"), "float32")
+    assert result.first.key == "0.embeddings"
+    assert result.first.ratio == np.inf
+
+
+def test_logits_measures_equal_torch():
+    rng = np.random.default_rng(0)
+    theirs = rng.standard_normal((5, 300)).astype(np.float32)
+    ours = theirs + 0.1 * rng.standard_normal((5, 300)).astype(np.float32)
+    found = measure_logits(ours, theirs)
+    a, b = (torch.log_softmax(torch.tensor(x).double(), -1) for x in (ours, theirs))
+    expected = torch.nn.functional.kl_div(a, b, log_target=True, reduction="none").sum(-1).max().item()
+    assert found.kl == pytest.approx(expected)
+    assert found.top1 == np.mean(ours.argmax(-1) == theirs.argmax(-1))
+    assert measure_logits(theirs, theirs).top10 == 1
+    assert measure_logits(-theirs, theirs).top10 == 0
+
+
+def test_cached_traces_are_the_same_and_are_never_taken_for_others(tmp_path: Path):
+    path, run, folder = save_folder(tmp_path / "m", hf_model()), RUNS["chunked"], tmp_path / "cache"
+    first, was_there = torch_side.cached_trace(path, run, folder)
+    assert not was_there
+    again, was_there = torch_side.cached_trace(path, run, folder)
+    assert was_there
+    assert first.keys() == again.keys()
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+    assert not torch_side.cached_trace(path, RUNS["prefill"], folder)[1]
+    save_folder(path, hf_model(1))
+    other, was_there = torch_side.cached_trace(path, run, folder)
+    assert not was_there
+    assert not np.array_equal(other["0.logits"], first["0.logits"])
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:100])  # a disk that was full
+    assert not torch_side.cached_trace(path, run, folder)[1]
+
+
+def test_tolerances_are_their_multiples_of_their_floors():
+    assert tolerances.inconsistent(tolerances.read()) == []
+
+
+def test_tolerances_only_tighten():
+    """Against the last commit's file: what is allowed grows with a new measurement only."""
+    file = str(tolerances.FILE.relative_to(Path.cwd())) if tolerances.FILE.is_relative_to(Path.cwd()) else ""
+    shown = subprocess.run(["git", "show", f"HEAD:./{file}"], capture_output=True, text=True, check=False)
+    if shown.returncode == 0:  # a copy without history has nothing to compare with
+        assert tolerances.loosened(tolerances.read(shown.stdout), tolerances.read()) == []
+
+
+def test_a_loosened_tolerance_is_seen():
+    old = tolerances.read()
+    new = copy.deepcopy(old)
+    new["small"]["float32"]["gate"]["l2"] *= 1.5
+    assert "gate.l2 grew" in tolerances.loosened(old, new)[0]
+    assert "gate.l2" in tolerances.inconsistent(new)[0]
+    new["small"]["float32"]["gate"]["l2_floor"] *= 1.5
+    assert len(tolerances.loosened(old, new)) == 1, "a floor typed by hand is no measurement"
+    new["small"]["float32"]["measured"] = "elsewhere"
+    assert tolerances.loosened(old, new) == []
+    assert tolerances.inconsistent(new) == []
+    del new["small"]["float32"]["gate"], new["real"]["bfloat16"]
+    assert len(tolerances.loosened(old, new)) == 2
+    assert tolerances.loosened(new, old) == []
+
+
+def test_floors_in_the_file_are_what_is_measured_here():
+    """A floor written by hand, or by another formula, would not be near what this machine measures."""
+    from reference.noise import small_floors
+
+    measured, written = small_floors("float32"), tolerances.tolerances("small", "float32")
+    for tap, (l2, row) in measured.items():
+        assert l2 <= 2 * written[tap].l2_floor, tap
+        assert row <= 3 * written[tap].row_floor, tap
+        assert written[tap].l2_floor <= 3 * l2, tap
+
+
+def test_floors_need_both_traces():
+    run = RUNS["prefill"]
+    trace = torch_side.record(hf_model(), run)
+    assert set(floors_by_key(trace, trace, run).values()) == {(0.0, 0.0)}
