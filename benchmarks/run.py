@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from mlx.utils import tree_flatten
-
 from qwen_mlx import ModelConfig, Qwen2, SamplingSettings, ops
 from qwen_mlx.backend import describe, mx, nn
 from qwen_mlx.generation import generate_ids
@@ -48,7 +46,7 @@ def random_model(size: str, bits: int | None) -> Qwen2:
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
     if bits:
-        for name, module in model.named_modules():
+        for name, module in model.named_modules():  # a joined matrix is packed as one
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
             packed = mx.quantize(module.weight, group_size=64, bits=bits)
@@ -74,7 +72,8 @@ def mlx_lm_twin(model: Qwen2, bits: int | None):
     twin = qwen2.Model(qwen2.ModelArgs.from_dict(model.config.to_hf()))
     if bits:
         nn.quantize(twin, group_size=64, bits=bits)
-    twin.load_weights(tree_flatten(model.parameters()), strict=True)
+    twin.load_weights(list(model.hf_parameters().items()), strict=True)
+    mx.eval(twin.parameters())
     return twin.eval()
 
 

@@ -103,23 +103,29 @@ def generate_ids(
         if progress:
             progress(done, length)
 
-    def step(ids: mx.array) -> tuple[mx.array, mx.array]:
+    def step(ids: mx.array) -> mx.array:
+        """The next token, -1 if a logit is not finite: checked on the device, because a later question would wait for
+        the step that is under way by then."""
         nonlocal key
         with ops.no_grad():
             logits = model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
-        key, now = mx.random.split(key)
-        token, total = sample(logits, sampling, seen, now), logits.sum()
-        mx.async_eval(token, total)
-        return token, total
+        now = None
+        if sampling.temperature > 0:
+            key, now = mx.random.split(key)
+        choice = sample(logits, sampling, seen, now).astype(mx.int32)
+        token = mx.where(mx.isfinite(logits.sum()), choice, -1)
+        mx.async_eval(token)
+        return token
 
-    token, total = step(prompt[:, done:])
+    token = step(prompt[:, done:])
     while True:
         following = None
         if seen is not None:
             seen = mx.concatenate([seen, token[:, None]], axis=1)
         if done >= length:  # the first token is shown before the second is computed
             following = step(token[:, None])
-        if not mx.isfinite(total).item():
+        made = int(token.item())
+        if made < 0:
             raise QwenMLXError(
                 "The model's logits are not finite; the file is damaged, or the dtype overflows (float16 does for "
                 "Qwen2.5: use bfloat16 or float32)."
@@ -128,8 +134,8 @@ def generate_ids(
             done = length
             if progress:
                 progress(done, length)
-        yield int(token.item())
-        token, total = step(token[:, None]) if following is None else following
+        yield made
+        token = step(token[:, None]) if following is None else following
 
 
 def stream_generate(
