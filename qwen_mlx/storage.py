@@ -17,7 +17,7 @@ from .gguf.unpack import pack
 from .safetensors_writer import ShardedWriter, TensorSpec
 from .sources import SourceTensor
 
-PIECE_WEIGHTS = 1 << 20  # a thread works on whole rows of about this many weights: 4 MB in float32
+PIECE_WEIGHTS = 1 << 19  # a thread works on whole rows of about this many weights: 2 MB in float32, which caches hold
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}  # ours -> safetensors'
 DENSE_TYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")  # of GGUF: not quantized
 FLOATS = ("bfloat16", "float16", "float32")

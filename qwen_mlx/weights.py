@@ -135,6 +135,10 @@ class FolderWeights:
                         f"{(shape[0], shape[-1] // group_size)} for groups of {group_size}."
                     )
                 known |= {f"{module}.scales", f"{module}.biases"}
+            elif scales is not None and quantization.get(module, quantization).get("mode") == "mxfp4":
+                self._arrays[name] = mx.dequantize(array, scales, group_size=32, bits=4, mode="mxfp4")  # lazily
+                found = self._arrays[name].shape
+                known.add(f"{module}.scales")
             if found != shape:
                 raise QwenMLXError(f"{folder}: tensor {name!r} has shape {found}, expected {shape}.")
             known.add(name)

@@ -213,6 +213,19 @@ def test_mixed_types_load_in_qwen_mlx_and_mlx_lm_with_transformers_logits(tied: 
     assert tokenizer.eos_ids == {IM_END, END_OF_TEXT}
 
 
+def test_mxfp4_loads_in_qwen_mlx_and_mlx_lm_alike(tmp_path: Path):
+    expected = file_of_type(tmp_path / "m.gguf", BLOCK_TYPES[39])
+    convert(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
+    model, _ = load(tmp_path / "out", dtype="float32")
+    for name, array in model.hf_parameters().items():
+        assert_same_numbers(np.array(array), expected[name])
+    theirs, _ = mlx_lm.load(str(tmp_path / "out"))
+    layer = theirs.model.layers[0].mlp.down_proj
+    assert layer.mode == "mxfp4"
+    values = mx.dequantize(layer.weight, layer.scales, group_size=32, bits=4, mode="mxfp4").astype(mx.float32)
+    assert_same_numbers(np.array(values), expected["model.layers.0.mlp.down_proj.weight"])
+
+
 def test_split_file_in(tmp_path: Path):
     theirs = hf_model()
     whole = write_gguf(tmp_path / "m.gguf", theirs, T.Q8_0)
@@ -617,18 +630,25 @@ def test_every_tensor_of_the_real_file_is_exact(real_gguf: Path, real_folder: Pa
 
 
 def test_mlx_lm_speaks_the_same_64_tokens_and_transformers_reads_the_same_ids(real_folder: Path):
+    """The tokens as transformers says them. Each model reads them in one pass: greedy decoding gives these if and only
+    if each is the likeliest after those before it. mlx-lm also says the first four by its packed steps, which a CPU
+    does at a token a second.
+    """
+    spoken_text = (
+        '\n    if n <= 0:\n        return "Invalid input"\n    elif n == 1:\n        return 0\n    elif n == 2:\n'
+        "        return 1\n    else:\n        a, b = 0, 1\n        for _ in range(3, n + 1"
+    )
     theirs, mlx_tokenizer = mlx_lm.load(str(real_folder))
     theirs.set_dtype(mx.float32)
-    text = "def fibonacci(n):"
-    ids = AutoTokenizer.from_pretrained(real_folder).encode(text)
+    hf_tokenizer = AutoTokenizer.from_pretrained(real_folder)
     model, tokenizer = load(real_folder, dtype="float32", quantized=False)
-    assert ids == tokenizer.encode(text) == mlx_tokenizer.encode(text)
-    spoken, cache = [], model.make_cache()
-    for _ in range(64):
-        spoken.append(int(mx.argmax(model(mx.array([[*ids, *spoken][-1:] if spoken else ids]), cache, 1)[0, -1])))
+    for text in ("def fibonacci(n):", spoken_text):
+        assert hf_tokenizer.encode(text) == tokenizer.encode(text) == mlx_tokenizer.encode(text)
+    ids, spoken = tokenizer.encode("def fibonacci(n):"), tokenizer.encode(spoken_text)
+    assert len(spoken) == 64
     first = [int(token) for token, _ in generate_step(mx.array(ids), theirs, max_tokens=4)]
     assert first == spoken[:4]
-    # The other 60 by one dense forward, 50 times as fast on a CPU as packed steps: greedy decoding gives `spoken` if
-    # and only if each of its tokens is the likeliest after those before it.
-    logits = mlx_lm.utils.dequantize_model(theirs)(mx.array([ids + spoken[:-1]]))[0, len(ids) - 1 :]
-    assert mx.argmax(logits, axis=-1).tolist() == spoken
+    dense = mlx_lm.utils.dequantize_model(theirs)
+    for reader in (model, dense):
+        logits = reader(mx.array([ids + spoken[:-1]]))[0, len(ids) - 1 :]
+        assert mx.argmax(logits, axis=-1).tolist() == spoken
