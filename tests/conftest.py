@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import qwen_mlx.backend  # noqa: F401  (before any test imports MLX: its fast BLAS must be in the process first)
+
 
 @pytest.fixture(scope="session")
 def real_gguf() -> Path:
