@@ -101,8 +101,8 @@ def _verdict(comparison: Comparison) -> str:
     if comparison.passed:
         logits = max((m.kl for m in comparison.logits), default=0.0)
         return (
-            f'<p><span class="passed">Passed</span>: all {count} activations are within their tolerances; KL divergence of '
-            f"the logits at most {logits:.1e}.</p>"
+            f'<p><span class="passed">Passed</span>: all {count} activations are within their tolerances; KL of the '
+            f"logits at most {logits:.1e}.</p>"
         )
     first = comparison.first
     key = first.key if first else "none"

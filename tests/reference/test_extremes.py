@@ -1,0 +1,82 @@
+"""Extreme values: what torch defines is what we do; the rest is defined, and a NaN in the logits is an error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_mlx import ops
+from qwen_mlx.backend import mx
+
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+def both(values) -> tuple[mx.array, torch.Tensor]:
+    array = np.array(values, np.float32)
+    return mx.array(array), torch.tensor(array)
+
+
+@pytest.mark.parametrize("gate", [1e4, -1e4, 80.0, -80.0, 100.0, -100.0, 0.0, np.inf, 3e38, -3e38])
+def test_silu(gate: float):
+    mine, theirs = both([gate, 1.0])
+    out = np.array(ops.swiglu(mine, mx.ones_like(mine)))
+    assert out == pytest.approx(torch.nn.functional.silu(theirs).numpy(), rel=1e-6)
+    joined = np.array(ops.swiglu_joined(mx.concatenate([mine, mx.ones_like(mine)])))
+    assert np.array_equal(out, joined)
+
+
+def test_silu_of_nan_is_nan():
+    assert np.isnan(np.array(ops.swiglu(mx.array([float("nan")]), mx.array([1.0])))).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-3, 1e18, 1e38, np.nan])
+def test_rms_norm(value: float):
+    """Of zeros it is zero; of 1e38 the square overflows and both give zero; a NaN stays one."""
+    mine, theirs = both([[value] * 64])
+    weight = np.linspace(0.5, 1.5, 64, dtype=np.float32)
+    out = np.array(ops.rms_norm(mine, mx.array(weight), 1e-6))
+    expected = torch.nn.functional.rms_norm(theirs, (64,), torch.tensor(weight), 1e-6).numpy()
+    assert np.allclose(out, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask) -> tuple[np.ndarray, np.ndarray]:
+    """Ours and torch's, (B, L, H, D)."""
+    mine = ops.attention(mx.array(q), mx.array(k), mx.array(v), 0.25, None if mask is None else mx.array(mask))
+    theirs = ATTENTION(
+        torch.tensor(q).transpose(1, 2),
+        *(torch.tensor(x).repeat_interleave(q.shape[2] // k.shape[1], 1) for x in (k, v)),
+        attn_mask=None if mask is None else torch.tensor(mask),
+        scale=0.25,
+    ).transpose(1, 2)
+    return np.array(mine), theirs.numpy()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e15])
+def test_attention_of_large_scores(size: float):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((1, 5, 4, 16), (1, 2, 5, 16), (1, 2, 5, 16)))
+    mine, theirs = attention(q * np.float32(size), k, v, np.tril(np.ones((5, 5), bool)))
+    assert np.isfinite(mine).all()
+    assert np.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_infinite_and_nan_scores_is_nan_there_only():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((1, 5, 2, 16), (1, 2, 5, 16), (1, 2, 5, 16)))
+    for bad in (np.inf, np.nan):
+        broken = q.copy()
+        broken[0, 2, 1, 3] = bad
+        mine, theirs = attention(broken, k, v, np.tril(np.ones((5, 5), bool)))
+        assert np.array_equal(np.isnan(mine), np.isnan(theirs))
+        assert np.isnan(mine[0, 2, 1]).all()
+        assert np.allclose(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_a_fully_masked_row_is_defined():
+    """Never met by the model, whose every query sees itself: NaN, not a number that looks right."""
+    q = np.ones((1, 2, 2, 16), np.float32)
+    k = v = np.ones((1, 1, 2, 16), np.float32)
+    mine, _ = attention(q, k, v, np.array([[True, False], [False, False]]))
+    assert np.array_equal(mine[:, 0], np.ones((1, 2, 16)))
+    assert np.isnan(mine[:, 1]).all() or not mine[:, 1].any()

@@ -1,0 +1,112 @@
+"""The real Qwen2.5-Coder-0.5B-Instruct against Hugging Face, which reads the same GGUF with its own reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_mlx import SamplingSettings, load
+from qwen_mlx.generation import encode_prompt, generate_ids
+from reference import tolerances, torch_side
+from reference.comparison import compare
+from reference.noise import load_tokens, measure_floors
+from reference.taps import Run, split_key
+
+PROMPTS = [
+    "Write a python function that reverses a string.",
+    "Explain in one paragraph how a hash map works.",
+    "用中文解释什么是递归,并举一个例子。",
+    "Implement binary search in Rust with tests.",
+    "What is the capital of France, and why is it famous?",
+    "Write a SQL query that finds the second highest salary.",
+    "请写一个快速排序的 Python 函数。",
+    "Напиши функцию на Python, которая проверяет, является ли число простым.",
+    "اكتب دالة بايثون لحساب مجموع قائمة من الأرقام.",
+    "日本の首都はどこですか。簡単に説明してください。",
+    "Write a haiku about compilers.",
+    "Explain the difference between TCP and UDP.",
+    "Write a C program that counts the words of a file.",
+    "Translate 'good morning' into five languages.",
+    "Write a regular expression for ISO dates and explain it.",
+    "한국어로 간단한 자기소개를 써 주세요.",
+    "Refactor: for i in range(len(a)): print(a[i])",
+    "Write a Dockerfile for a Flask application.",
+    "List the prime numbers below 100.",
+    "Write a bash script that finds the ten largest files.",
+]
+TOKENS = 256
+# Hugging Face's float32 is itself further than 1e-5 from its float64 here: softmax of large scores magnifies rounding.
+NOISY = {"probs": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def ours(real_gguf: Path):
+    return load(real_gguf, dtype="float32")
+
+
+def test_every_tap_in_float32(ours, real_hf, real_gguf: Path):
+    """64 tokens of code and Chinese in one pass: the file's tolerances, and the limits that the README states."""
+    run = Run.prefill(load_tokens(real_gguf, 64))
+    result = compare(ours[0], run, torch_side.record(real_hf, run), tolerances.tolerances("real", "float32"), "float32")
+    assert result.passed, result.first
+    assert len(result.results) == 3 + 24 * 18
+    for tap in result.results:
+        assert tap.measure.l2 <= NOISY.get(split_key(tap.key)[2], 1e-5), tap
+    logits = next(tap for tap in result.results if tap.key == "0.logits")
+    assert logits.measure.max_abs <= 1e-4
+    assert result.logits[0].kl <= 1e-9
+    assert result.logits[0].top1 == result.logits[0].top10 == 1
+
+
+def test_decode_in_float32(ours, real_hf, real_gguf: Path):
+    """Token by token after a chunked prompt, on a cache."""
+    ids = load_tokens(real_gguf, 28)
+    run = Run("chunks and tokens", (tuple(ids),), (16, 8, 1, 1, 1, 1))
+    result = compare(ours[0], run, torch_side.record(real_hf, run), tolerances.tolerances("real", "float32"), "float32")
+    assert result.passed, result.first
+
+
+def check_greedy(ours, real_hf, prompt: str, count: int) -> None:
+    """Hugging Face reads our ids in one pass: if each is its likeliest next token, its own greedy ids are the same."""
+    ids = encode_prompt(ours[1], prompt)
+    loop = generate_ids(ours[0], ids, sampling=SamplingSettings())
+    made = [next(loop) for _ in range(count)]
+    with torch.no_grad():
+        logits = real_hf(torch.tensor([ids + made])).logits[0, len(ids) - 1 : -1]
+    assert made == logits.argmax(-1).tolist()
+
+
+def test_greedy_ids_of_256_tokens(ours, real_hf):
+    check_greedy(ours, real_hf, PROMPTS[0], TOKENS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", PROMPTS[1:], ids=range(1, len(PROMPTS)))
+def test_greedy_ids_of_256_tokens_on_more_prompts(ours, real_hf, prompt: str):
+    check_greedy(ours, real_hf, prompt, TOKENS)
+
+
+@pytest.mark.slow
+def test_long_prompt_in_float32(ours, real_hf, real_gguf: Path):
+    """1,100 tokens in chunks of 512, the floor measured on the same ids with the logits of Hugging Face's float64."""
+    run = Run.chunked(load_tokens(real_gguf, 1100), 512)
+    limits = tolerances.tolerances("real", "float32")
+    trace = torch_side.record(real_hf, run)
+    result = compare(ours[0], run, trace, limits, "float32")
+    assert result.passed, result.first
+
+
+@pytest.mark.slow
+def test_bfloat16_is_no_further_from_float32_than_hugging_face_s(real_hf, real_gguf: Path):
+    """Every kind of tap, all layers together: at most 1.1 times the error of Hugging Face's own bfloat16."""
+    run = Run.prefill(load_tokens(real_gguf, 64))
+    theirs = measure_floors(real_hf, [run], "bfloat16")
+    model, _ = load(real_gguf, dtype="bfloat16")
+    result = compare(model, run, torch_side.record(real_hf, run), tolerances.tolerances("real", "bfloat16"), "bfloat16")
+    assert result.passed, result.first
+    for tap in result.results:
+        assert tap.measure.l2 <= 1.1 * theirs[split_key(tap.key)[2]][0], tap
+    assert np.isfinite(result.logits[0].kl)
