@@ -71,7 +71,7 @@ FUNCTION float difference(float a, float c, float c_low, float b, float s, float
   return metal::isfinite(y) ? y + (more - lost) : y;
 }
 
-// Where angle i of each HALF lies in a table: neighbouring threads, whose angles are N apart, read neighbouring entries,
+// Where angle i of each HALF lies in a table: neighbouring threads, N angles apart, read neighbouring entries,
 // which keeps them in different banks of threadgroup memory.
 template <int N, int HALF>
 FUNCTION uint slot(uint i) {
