@@ -14,8 +14,8 @@ try:
     from mlx import nn
 except ImportError as error:
     raise QwenMLXError(
-        f"MLX cannot be loaded ({error}); on Linux install exactly one of its backends: "
-        "pip install 'qwen_mlx[cpu]', 'qwen_mlx[cuda12]' or 'qwen_mlx[cuda13]'."
+        f"MLX cannot be loaded ({error}); install qwen_mlx with exactly one of its extras cpu, cuda12 and cuda13 on "
+        "Linux (pip install '.[cpu]' in its folder), with none of them on macOS."
     ) from None
 
 __all__ = ["describe", "mx", "nn"]

@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     prompt = read_prompt(arguments)
     if arguments.max_tokens < 1:
         raise QwenMLXError(f"--max-tokens is {arguments.max_tokens}, expected 1 or more.")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
+        raise QwenMLXError(f"--seed is {arguments.seed}, expected an integer from 0 to 2^64 - 1.")
     path = hub.resolve(arguments.model)
 
     from . import backend, blas, ops

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from . import ops
 from .backend import mx
@@ -55,8 +57,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = Non
 
     Raises QwenMLXError for an empty prompt, or for `system` where no template is used.
     """
-    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-        ids, plain = list(prompt), True  # type: ignore[arg-type]
+    if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence | np.ndarray) or isinstance(prompt, bytes):
+        raise QwenMLXError(
+            f"The prompt is {type(prompt).__name__}, expected a string, a list of messages or a list of token ids."
+        )
+    if not isinstance(prompt, str) and all(isinstance(item, int | np.integer) for item in prompt):
+        ids, plain = [int(item) for item in prompt], True
     elif isinstance(prompt, str) and raw:
         ids, plain = tokenizer.encode(prompt, allow_special=True), True
     else:
@@ -163,9 +169,12 @@ def stream_generate(
     that are None keep the model's own defaults (`model.generation_defaults`); temperature 0 is greedy.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
-    if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise QwenMLXError(f"max_tokens is {max_tokens!r}, expected 1 or more.")
-    if isinstance(stop, str) or "" in stop:
+    for name, value in (("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise QwenMLXError(f"{name} is {value!r}, expected 1 or more.")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**64):
+        raise QwenMLXError(f"seed is {seed!r}, expected an integer from 0 to 2^64 - 1.")
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
         raise QwenMLXError(f"stop is {stop!r}, expected a list of strings that are not empty.")
     sampling = model.generation_defaults.override(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty

@@ -71,7 +71,7 @@ def load(
 
 def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if not isinstance(found, mx.Dtype) or found not in DTYPES.values():
         raise QwenMLXError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     return found
 

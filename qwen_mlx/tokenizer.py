@@ -218,6 +218,8 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise QwenMLXError(f"A message is {message!r}, expected a dict with 'role' and 'content'.")
+            if not isinstance(message.get("content"), str | list | None):
+                raise QwenMLXError(f"The content of a message is {message['content']!r}, expected a string.")
         import jinja2
 
         names = {f"{key}_token": self._special_names.get(i, "") for key, i in (("bos", self.bos_id),) if i is not None}
@@ -228,7 +230,9 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise QwenMLXError(f"The chat template cannot be used: {error}.") from None
         except (TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
-            raise QwenMLXError(f"The chat template fails on these messages: {error!r}.") from None
+            raise QwenMLXError(
+                f"The chat template fails on these messages ({error!r}); is every 'content' a string?"
+            ) from None
 
     def apply_chat_template(
         self,

@@ -168,6 +168,8 @@ ARGUMENTS = {
     "no prompt": ([], "--prompt"),
     "max tokens 0": (["--prompt", "x", "--max-tokens", "0"], "--max-tokens is 0"),
     "max tokens text": (["--prompt", "x", "--max-tokens", "many"], "--max-tokens"),
+    "negative seed": (["--prompt", "x", "--seed", "-1"], "--seed is -1"),
+    "huge seed": (["--prompt", "x", "--seed", str(2**64)], "--seed is 18446744073709551616"),
     "negative temperature": (["--prompt", "x", "--temp", "-1"], "temperature is -1"),
     "temperature nan": (["--prompt", "x", "--temp", "nan"], "temperature is nan"),
     "top-p 0": (["--prompt", "x", "--top-p", "0"], "top_p is 0"),
@@ -276,7 +278,18 @@ def test_truncated_and_foreign_files(small: Path, tmp_path: Path):
         refused(run("--model", path, "--prompt", "x"), word, str(path))
 
 
-def test_folder_that_is_no_model(tmp_path: Path):
+def test_standard_output_on_a_full_disk(small: Path):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "--model", small, "--prompt", "x"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert b"standard output cannot be written" in done.stderr
+
+
+def test_folder_that_is_no_model(small: Path, tmp_path: Path):
+    refused(run("--model", small.parent, "--prompt", "x"), "config.json", "m.gguf")
     (tmp_path / "empty").mkdir()
     refused(run("--model", tmp_path / "empty", "--prompt", "x"), "config.json")
     folder = save_folder(tmp_path / "model", hf_model())

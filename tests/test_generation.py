@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as T
@@ -58,7 +59,7 @@ def test_a_prompt_is_a_message_a_list_of_messages_raw_text_or_ids(small):
     assert ids[0] == IM_START
     assert ids == encode_prompt(tokenizer, [{"role": "user", "content": "hello"}])
     assert ids == encode_prompt(tokenizer, "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", raw=True)
-    assert encode_prompt(tokenizer, [1, 2, 3]) == [1, 2, 3]
+    assert encode_prompt(tokenizer, [1, 2, 3]) == encode_prompt(tokenizer, np.array([1, 2, 3])) == [1, 2, 3]
     assert len(encode_prompt(tokenizer, "hello", system="h")) > len(ids)
 
 
@@ -142,6 +143,16 @@ def test_cache_is_continued(small):
         ([], {}, "no tokens"),
         ("x", {"max_tokens": 0}, "max_tokens"),
         ("x", {"max_tokens": 2.5}, "max_tokens"),
+        ("x", {"prefill_chunk": 0}, "prefill_chunk"),
+        ("x", {"seed": -1}, "seed"),
+        ("x", {"seed": 2**64}, "seed"),
+        ("x", {"seed": "a"}, "seed"),
+        ("x", {"stop": [5]}, "stop"),
+        ("x", {"stop": None}, "stop"),
+        (None, {}, "NoneType"),
+        (b"hi", {}, "bytes"),
+        ({"role": "user", "content": "x"}, {}, "dict"),
+        ([{"role": "user", "content": 5}], {}, "content"),
         ("x", {"temperature": -1}, "temperature"),
         ("x", {"top_p": 0}, "top_p"),
         ("x", {"stop": [""]}, "stop"),

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as T
 from mlx.utils import tree_flatten
 from safetensors.torch import save_file
 
-from qwen_mlx import load
+from qwen_mlx import QwenMLXError, load
 from qwen_mlx.backend import mx
 from qwen_mlx.loading import DTYPES
 from tests.small_models import hf_model, save_folder, write_gguf
@@ -257,6 +257,12 @@ def test_dtype_of_every_tap(kind: T, packed: bool, dtype: str, tmp_path: Path, m
     assert {found for _, found in seen} == {DTYPES[dtype]}, seen
     for name, array in tree_flatten(model.parameters()):
         assert array.dtype in (DTYPES[dtype], mx.uint32) or name.endswith((".scales", ".biases")), name
+
+
+@pytest.mark.parametrize("dtype", ["int4", "", 5, mx.int32])
+def test_an_impossible_dtype_is_refused(dtype, tmp_path: Path):
+    with pytest.raises(QwenMLXError, match="float32, bfloat16, float16"):
+        load(write_gguf(tmp_path / "m.gguf", hf_model()), dtype=dtype)
 
 
 def test_default_dtype_is_float32_on_cpu(tmp_path: Path):

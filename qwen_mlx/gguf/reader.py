@@ -136,7 +136,8 @@ class _Header:
         self.path, self.data, self.size, self.position = path, data, len(data), 4
         magic = data[:4]
         if magic != b"GGUF":
-            raise GGUFError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF').")
+            hint = "; for safetensors give their folder" if path.suffix == ".safetensors" else ""
+            raise GGUFError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF'){hint}.")
         self.version = self._scalar("I", "version")
         if self.version not in (2, 3):
             if struct.unpack("<I", struct.pack(">I", self.version))[0] in (1, 2, 3):

@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,15 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MAX_ELEMENTS = 2**31 - 1  # the kernels index with 32 bits
 
 _forced: str | None = None  # "metal", "cuda" or "reference": overrides the choice, for tests and comparisons
-_differentiable = True
+
+
+class _Gradients(threading.local):
+    """Whether kernels get a gradient, for each thread: one may generate while another trains."""
+
+    wanted = True
+
+
+_gradients = _Gradients()
 
 
 def executor() -> str:
@@ -57,12 +66,11 @@ def forced(name: str | None) -> Iterator[None]:
 @contextmanager
 def no_grad() -> Iterator[None]:
     """Within it, kernels have no gradient, which saves about 10 microseconds of Python a call: for generation."""
-    global _differentiable
-    before, _differentiable = _differentiable, False
+    before, _gradients.wanted = _gradients.wanted, False
     try:
         yield
     finally:
-        _differentiable = before
+        _gradients.wanted = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,14 +133,16 @@ def _compiled(factory: Callable[..., Callable], kernel: Kernel) -> Callable[...,
 
 def differentiable(kernel: Callable, twin: Callable, *arrays: mx.array) -> mx.array | tuple[mx.array, ...]:
     """kernel(*arrays), with the gradient of `twin`, the same function in plain MLX."""
-    if not _differentiable:
+    if not _gradients.wanted:
         return kernel(*arrays)
     function = mx.custom_function(kernel)
-    function.vjp(lambda primals, cotangents, _: _gradients(twin, primals, cotangents))
+    function.vjp(lambda primals, cotangents, _: _twin_gradients(twin, primals, cotangents))
     return function(*arrays)
 
 
-def _gradients(twin: Callable, primals: Sequence[mx.array], cotangents: Sequence[mx.array]) -> tuple[mx.array, ...]:
+def _twin_gradients(
+    twin: Callable, primals: Sequence[mx.array], cotangents: Sequence[mx.array]
+) -> tuple[mx.array, ...]:
     as_list = lambda value: list(value) if isinstance(value, list | tuple) else [value]  # noqa: E731
     return tuple(mx.vjp(lambda *x: as_list(twin(*x)), as_list(primals), as_list(cotangents))[1])
 
