@@ -91,7 +91,7 @@ def test_greedy_ids_of_256_tokens_on_more_prompts(ours, real_hf, prompt: str):
 
 @pytest.mark.slow
 def test_long_prompt_in_float32(ours, real_hf, real_gguf: Path):
-    """1,100 tokens in chunks of 512, the floor measured on the same ids with the logits of Hugging Face's float64."""
+    """1,100 tokens in chunks of 512."""
     run = Run.chunked(load_tokens(real_gguf, 1100), 512)
     limits = tolerances.tolerances("real", "float32")
     trace = torch_side.record(real_hf, run)
