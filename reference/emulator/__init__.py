@@ -18,6 +18,7 @@ from .errors import (
     UninitialisedRead,
     UnwrittenOutput,
 )
+from .lint import Finding, lint
 from .standin import MetalKernel, emulate, metal_kernel, metal_source
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Deadlock",
     "Divergence",
     "EmulatorError",
+    "Finding",
     "InvalidLaunch",
     "MetalKernel",
     "OutOfBounds",
@@ -37,6 +39,7 @@ __all__ = [
     "UninitialisedRead",
     "UnwrittenOutput",
     "emulate",
+    "lint",
     "metal_kernel",
     "metal_source",
 ]

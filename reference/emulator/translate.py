@@ -13,7 +13,7 @@ _TOKEN = re.compile(
     |(?P<directive>^[ \t]*\#(?:[^\n\\]|\\.|\\\n)*)
     |(?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
     |(?P<word>[A-Za-z_]\w*)
-    |(?P<other>::|->|[0-9](?:[\w.]|[eEpP][+-])*|.)""",
+    |(?P<other>::|->|\.?[0-9](?:[eEpP][+-]|[\w.])*|.)""",
     re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 

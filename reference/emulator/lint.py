@@ -1,0 +1,277 @@
+"""What Metal's compiler would refuse, found without it: clang parses the text as C++ for OpenCL, whose address spaces and
+restrictions are Metal's and whose errors it words alike; rules on the syntax tree add what the two languages differ in.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InvalidLaunch, Unavailable
+from .source import ATTRIBUTES, preamble
+from .translate import _is_code, _tokens
+
+if TYPE_CHECKING:
+    from clang.cindex import Cursor, Index, TranslationUnit
+
+_PARTS = ("header", "body")
+_TEXT = re.compile(
+    r"\A(?P<header>.*?)(?:template <(?P<template>[^<>]*)>\n)?\[\[kernel\]\] void (?P<name>[^\n]*)\(\n"
+    r"(?P<parameters>.*?)\) \{\n(?P<body>.*)\n\}\n(?:\ntemplate \[\[host_name[^\n]*<(?P<values>[^\n<>]*)>;\n)?\Z",
+    re.DOTALL,
+)
+_ARGUMENTS = (
+    *("-x", "clcpp", "-cl-std=clc++2021", "-target", "x86_64-linux-gnu", "-cl-no-stdinc", "-cl-single-precision-constant"),
+    *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space"),
+    *("-ferror-limit=0", "-Wno-everything", "-fno-exceptions"),
+)
+_SPACES = {"__global": "device", "__local": "threadgroup", "__constant": "constant", "__private": "thread"}
+_UNSUFFIXED = re.compile(r"(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?|0[xX][0-9a-fA-F.]+[pP][+-]?\d+")
+_MACRO = re.compile(r"__[A-Z][A-Z_]*__")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding. rule: language (clang's own), or the name of a rule of this file; part: header or body."""
+
+    rule: str
+    part: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.part} line {self.line}: {self.message} [{self.rule}]"
+
+
+def lint(text: str) -> list[Finding]:
+    """The findings of a kernel's text as metal_source returns it (with or without the preamble), by part and line.
+
+    Raises InvalidLaunch if the text is not of that form and Unavailable without libclang.
+    """
+    match = _TEXT.match(text.removeprefix(preamble()))
+    if not match:
+        raise InvalidLaunch("The text is not one kernel as MLX writes it: header, signature, body. See metal_source.")
+    parts = {"header": match["header"], "body": match["body"]}
+    unit = _parse(_translation_unit(match))
+    found = [*_diagnostics(unit), *_tree_rules(unit)]
+    for part, content in parts.items():
+        found += _token_rules(part, content)
+    return sorted(set(found), key=lambda f: (_PARTS.index(f.part), f.line, f.rule, f.message))
+
+
+# The text for clang
+
+
+def _translation_unit(match: re.Match[str]) -> str:
+    """The kernel without parameters: template values and arguments are local, as OpenCL's kernels cannot have all of them."""
+    prototypes, locals_ = [], []
+    names = [item.split() for item in (match["template"] or "").split(", ") if item]
+    for (kind, name), value in zip(names, (match["values"] or "").split(", ")):
+        locals_.append(f"typedef {value} {name};" if kind == "typename" else f"constexpr {kind} {name} = {value};")
+    for parameter in re.split(r",\n|\) \{\n", match["parameters"]):
+        kind, name = parameter.split(" [[")[0].strip().rsplit(" ", 1)
+        reference = kind.endswith("&")
+        kind = kind.removesuffix("&") + "*" * reference
+        prototypes.append(f"{kind} lint_argument_{name}();")
+        if name in ATTRIBUTES:
+            locals_.append(f"{kind} {name} = lint_argument_{name}();")
+        elif reference:
+            locals_.append(f"{kind.removesuffix('*')}& {name} = *lint_argument_{name}();")
+        else:
+            locals_.append(f"{kind} {name} = lint_argument_{name}();")
+    standard = (Path(__file__).parent / "shim" / "lint.h").read_text()
+    includes = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<metal_\w+>", re.MULTILINE)
+    before = includes.sub("", preamble())
+    return (
+        f'#line 1 "lint.h"\n{standard}\n#line 1 "preamble"\n{before}\n#line 1 "header"\n{includes.sub("", match["header"])}\n'
+        f'#line 1 "arguments"\n{" ".join(prototypes)}\n__kernel void lint_kernel() {{\n{" ".join(locals_)}\n'
+        f'#line 1 "body"\n{match["body"]}\n}}\n'
+    )
+
+
+@functools.cache
+def _index() -> Index:
+    try:
+        from clang.cindex import Index
+    except ImportError as error:
+        raise Unavailable("The lint needs libclang: `pip install libclang`.") from error
+    return Index.create()
+
+
+def _parse(text: str) -> TranslationUnit:
+    # Without detailed preprocessing, which would cost memory for what no rule reads.
+    return _index().parse("kernel.clcpp", list(_ARGUMENTS), unsaved_files=[("kernel.clcpp", text)])
+
+
+# Clang's own errors
+
+
+def _place(location) -> tuple[str, int]:
+    """Part and line as #line says, ("", 0) outside of the kernel's text."""
+    part, line = _presumed(location)
+    return (part, line) if part in _PARTS else ("", 0)
+
+
+def _presumed(location) -> tuple[str, int]:
+    import ctypes
+
+    from clang.cindex import _CXString, conf
+
+    name, line, column = _CXString(), ctypes.c_uint(), ctypes.c_uint()
+    conf.lib.clang_getPresumedLocation(location, ctypes.byref(name), ctypes.byref(line), ctypes.byref(column))
+    return conf.lib.clang_getCString(name) or "", line.value
+
+
+def _in_metal(message: str) -> str:
+    for opencl, metal in _SPACES.items():
+        message = message.replace(opencl, metal)
+    return message.replace("__bf16", "bfloat")
+
+
+def _diagnostics(unit: TranslationUnit) -> Iterator[Finding]:
+    for diagnostic in unit.diagnostics:
+        if diagnostic.severity < 3:
+            continue
+        part, line = _place(diagnostic.location)
+        if not part:  # an error within a macro or template of the preamble, made by a use in the kernel, is at the use
+            continue
+        yield Finding("language", part, line, _in_metal(diagnostic.spelling))
+
+
+# Rules on the syntax tree
+
+
+def _tree_rules(unit: TranslationUnit) -> Iterator[Finding]:
+    from clang.cindex import CursorKind as K
+
+    calls: dict[str, set[str]] = {}
+    places: dict[str, tuple[str, int, str]] = {}
+    for top in _own(unit.cursor):
+        for cursor, parent in _walk(top, None):
+            part, line = _place(cursor.location)
+            if not part:
+                continue
+            if cursor.kind in (K.FUNCTION_DECL, K.FUNCTION_TEMPLATE, K.CXX_METHOD) and cursor.is_definition():
+                calls[cursor.get_usr()] = {
+                    inner.referenced.get_usr()
+                    for inner, _ in _walk(cursor, None)
+                    if inner.kind in (K.CALL_EXPR, K.DECL_REF_EXPR) and inner.referenced is not None
+                } | {
+                    ref.get_usr()
+                    for inner, _ in _walk(cursor, None)
+                    if inner.kind == K.OVERLOADED_DECL_REF
+                    and (ref := _only(inner)) is not None
+                }
+                places[cursor.get_usr()] = (part, line, cursor.spelling)
+            for rule, message in _rules(cursor, parent):
+                yield Finding(rule, part, line, message)
+    for function, (part, line, name) in places.items():
+        if function in _reachable(calls, function):
+            yield Finding("recursion", part, line, f"{name} calls itself; Metal has no recursion")
+
+
+def _rules(cursor: Cursor, parent: Cursor | None) -> Iterator[tuple[str, str]]:
+    from clang.cindex import CursorKind as K
+    from clang.cindex import TypeKind
+
+    kind = cursor.kind
+    if kind == K.LAMBDA_EXPR:
+        yield "lambda", "a lambda; Metal has none"
+    elif kind in (K.GOTO_STMT, K.INDIRECT_GOTO_STMT):
+        yield "goto", "goto; Metal has none"
+    casts = (K.CSTYLE_CAST_EXPR, K.CXX_FUNCTIONAL_CAST_EXPR, K.CXX_STATIC_CAST_EXPR, K.CXX_REINTERPRET_CAST_EXPR)
+    written = (K.VAR_DECL, K.PARM_DECL, K.FIELD_DECL, K.TYPEDEF_DECL, K.TYPE_ALIAS_DECL, K.CXX_CONST_CAST_EXPR, *casts)
+    if kind in written or kind in (K.FUNCTION_DECL, K.FUNCTION_TEMPLATE, K.CXX_METHOD):
+        kind_of = cursor.result_type if kind in (K.FUNCTION_DECL, K.FUNCTION_TEMPLATE, K.CXX_METHOD) else cursor.type
+        pointers = (TypeKind.POINTER, TypeKind.LVALUEREFERENCE, TypeKind.RVALUEREFERENCE)
+        target = kind_of.get_pointee() if kind_of.kind in pointers else None
+        if target is not None and "__generic" in target.spelling:
+            what = "pointer" if kind_of.kind == TypeKind.POINTER else "reference"
+            yield "address-space", f"{what} {_in_metal(kind_of.spelling.replace('__generic ', ''))} names no address space"
+    if kind == K.UNEXPOSED_EXPR and (parent is None or parent.kind not in casts):
+        children = list(cursor.get_children())
+        if len(children) == 1 and _scalar(cursor) == "bfloat" and _scalar(children[0]) in ("float", "half"):
+            yield "bfloat-conversion", f"{_scalar(children[0])} becomes bfloat without a cast"
+    if kind == K.COMPOUND_ASSIGNMENT_OPERATOR:
+        left, right = (_scalar(_bare(c)) for c in list(cursor.get_children())[:2])
+        if left == "bfloat" and right in ("float", "half"):
+            yield "bfloat-conversion", f"{right} becomes bfloat without a cast"
+    if kind == K.BINARY_OPERATOR:
+        operands = {_scalar(_bare(c)) for c in cursor.get_children()}
+        if operands == {"bfloat", "half"}:
+            yield "bfloat-half", "bfloat and half have no common type"
+    if kind == K.CONDITIONAL_OPERATOR:
+        operands = {_scalar(_bare(c)) for c in list(cursor.get_children())[1:]}
+        if "bfloat" in operands and operands & {"float", "half"}:
+            yield "bfloat-conditional", "`? :` between bfloat and another floating type: cast one of them"
+
+
+def _scalar(cursor: Cursor) -> str:
+    """float, half or bfloat for an expression of that type; otherwise another name, which no rule looks for."""
+    spelling = cursor.type.get_canonical().spelling
+    words = [word for word in spelling.split() if word not in ("const", "volatile", *_SPACES)]
+    return {"__bf16": "bfloat", "_Float16": "half"}.get(" ".join(words), " ".join(words))
+
+
+def _bare(cursor: Cursor) -> Cursor:
+    """The expression inside parentheses and conversions that nobody wrote."""
+    from clang.cindex import CursorKind as K
+
+    children = list(cursor.get_children())
+    while cursor.kind in (K.UNEXPOSED_EXPR, K.PAREN_EXPR) and len(children) == 1:
+        cursor = children[0]
+        children = list(cursor.get_children())
+    return cursor
+
+
+def _own(cursor: Cursor) -> Iterator[Cursor]:
+    """The declarations of the kernel's header, and the kernel."""
+    for child in cursor.get_children():
+        if _presumed(child.location)[0] in ("header", "arguments"):
+            yield child
+
+
+def _walk(cursor: Cursor, parent: Cursor | None) -> Iterator[tuple[Cursor, Cursor | None]]:
+    yield cursor, parent
+    for child in cursor.get_children():
+        yield from _walk(child, cursor)
+
+
+def _only(reference: Cursor) -> Cursor | None:
+    """What a name in a template refers to, if there is one candidate."""
+    from clang.cindex import conf
+
+    if conf.lib.clang_getNumOverloadedDecls(reference) != 1:
+        return None
+    return conf.lib.clang_getOverloadedDecl(reference, 0)
+
+
+def _reachable(calls: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    left = list(calls.get(start, ()))
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left += calls.get(name, ())
+    return seen
+
+
+# Rules on the words
+
+
+def _token_rules(part: str, text: str) -> Iterator[Finding]:
+    line = 1
+    for token in _tokens(text):
+        if not token.isascii():
+            yield Finding("ascii", part, line, "a character outside of ASCII")
+        if _is_code(token):
+            if _UNSUFFIXED.fullmatch(token):
+                yield Finding("literal", part, line, f"{token} has no suffix, and is a double in CUDA: write {token}f")
+            if token.startswith("__") and not _MACRO.fullmatch(token):
+                yield Finding("reserved-name", part, line, f"{token}: names that start with __ are the compiler's")
+        line += token.count("\n")

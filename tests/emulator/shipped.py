@@ -1,0 +1,57 @@
+"""A call of every shipped kernel in every dtype, with packs of one and of several elements, and what each compiles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from qwen_mlx import ops, selftest
+from reference.emulator import emulate, standin
+
+Call = tuple[str, Callable[..., object], list[mx.array]]
+
+
+def calls() -> list[Call]:
+    """(kernel, operation, arguments)."""
+    rotary = ops.Rotary.plain(8, 1e4)
+    result: list[Call] = []
+    for dtype in selftest.DTYPES:
+        for width in (6, 64):
+            x, w = mx.zeros((3, width), dtype), mx.zeros((width,), dtype)
+            result += [
+                ("rms_norm", lambda x, w: ops.rms_norm(x, w, 1e-6), [x, w]),
+                ("add_rms_norm", lambda x, y, w: ops.add_rms_norm(x, y, w, 1e-6), [x, x + 1, w]),
+                ("swiglu", ops.swiglu, [x, x + 1]),
+                ("swiglu", ops.swiglu, [x, x + 1, w, w + 1]),
+                ("swiglu", ops.swiglu_joined, [x, w]),
+            ]
+        heads, qkv, bias = mx.zeros((2, 3, 2, 8), dtype), mx.zeros((2, 3, 32), dtype), mx.zeros((32,), dtype)
+        offsets = mx.array([3, 5], mx.int32)
+        result += [
+            ("rope", lambda x: ops.rope(x, 5, rotary), [heads]),
+            ("qkv_rope", lambda x: ops.qkv_rope(x, None, 5, rotary, 2, 1), [qkv]),
+            ("qkv_rope", lambda x, b, o: ops.qkv_rope(x, b, o, rotary, 2, 1), [qkv, bias, offsets]),
+        ]
+    return result
+
+
+def names() -> list[str]:
+    """A name for each call."""
+    return [f"{index}-{name}-{arrays[0].dtype}" for index, (name, _, arrays) in enumerate(calls())]
+
+
+@functools.cache
+def texts() -> list[str]:
+    """What the emulator ran for each call."""
+    ran: list[str] = []
+    before, standin.on_text = standin.on_text, lambda source: ran.append(source.text)
+    try:
+        with emulate(), ops.no_grad():
+            for _, call, arrays in calls():
+                mx.eval(call(*arrays))
+    finally:
+        standin.on_text = before
+    assert len(ran) == len(calls())
+    return ran
