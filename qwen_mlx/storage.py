@@ -197,13 +197,21 @@ class _Cost:
         if self.not_finite:
             finite = np.isfinite(difference)
             difference, flat = difference[finite], flat[finite]
-        self.squares += _squares(difference)
+        largest = _largest(difference)
+        self.squares += _squares(difference) if largest else 0.0
         self.reference += _squares(flat)
-        self.max_abs = max(self.max_abs, float(np.abs(difference).max(initial=0)))
+        self.max_abs = max(self.max_abs, largest)
 
 
 def _squares(x: np.ndarray) -> float:
-    return float(np.einsum("i,i->", x, x, dtype=np.float64, casting="safe"))  # float32 would overflow from 1e19 on
+    """x . x, in float32 where its range is enough."""
+    total = float(np.dot(x, x))
+    return total if 1e-20 < total < 1e38 else float(np.einsum("i,i->", x, x, dtype=np.float64, casting="safe"))
+
+
+def _largest(x: np.ndarray) -> float:
+    """The largest magnitude, NaN if there is one: without a temporary array."""
+    return float(np.maximum(x.max(initial=0), -x.min(initial=0)))
 
 
 def _encode(
@@ -252,7 +260,7 @@ def _encode(
 
 def _check_finite(tensor: SourceTensor, form: Form, array: np.ndarray, rounded: np.ndarray, allow_nan: bool) -> int:
     """The number of elements that are not finite in the source; QwenMLXError unless allow_nan, and for an overflow."""
-    if np.isfinite(np.abs(rounded).max(initial=0)):
+    if math.isfinite(_largest(rounded)):
         return 0
     where = f"tensor {tensor.source_name!r} ({tensor.type_name})"
     finite = np.isfinite(array)
@@ -286,10 +294,9 @@ def encode(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     words += bits  # carries into the exponent as it should
     words &= 0xFFFF0000
     rounded = words.view(np.float32)
-    nan = np.isnan(values)
-    if nan.any():
-        words[nan] = 0x7FC00000
-    return (words >> 16).astype(np.uint16), rounded
+    if np.isnan(values.max(initial=0)):
+        words[np.isnan(values)] = 0x7FC00000
+    return np.ascontiguousarray(words.view("<u2")[..., 1::2]), rounded
 
 
 def affine_range(values: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
