@@ -6,6 +6,7 @@ models and a real file have sections of their own; of all layers and runs the la
 
 from __future__ import annotations
 
+import datetime
 import platform
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     import transformers
 
-    about = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
+    today = datetime.date.today().isoformat()
+    about = f"{today}, torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
     dtypes = ("float32", "bfloat16", "float16")
     inputs = f"{len(SMALL_SHAPES)} small random models, {len(small_runs())} runs each"
     parts = [tolerances.section_text("small", d, small_floors(d), f"{inputs}; {about}") for d in dtypes]
