@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ModelConfig
+    from .conversion import convert
     from .errors import GGUFError, QwenMLXError
     from .generation import GenerationChunk, generate, stream_generate
     from .loading import load
@@ -31,6 +32,7 @@ _MODULES = {
     "QwenMLXError": "errors",
     "SamplingSettings": "sampling",
     "Tokenizer": "tokenizer",
+    "convert": "conversion",
     "generate": "generation",
     "load": "loading",
     "stream_generate": "generation",
@@ -44,6 +46,7 @@ __all__ = [
     "QwenMLXError",
     "SamplingSettings",
     "Tokenizer",
+    "convert",
     "generate",
     "load",
     "stream_generate",
