@@ -29,6 +29,7 @@ COMMON = [
     "-fno-exceptions",
     "-fno-rtti",
     "-fno-stack-protector",
+    "-fstack-clash-protection",
     "-fno-strict-aliasing",
     "-fno-math-errno",
     "-fsingle-precision-constant",
@@ -88,8 +89,8 @@ def compiler() -> str:
     """The path of g++. Raises Unavailable where the emulator cannot run."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise Unavailable(
-            f"The Metal emulator runs on Linux x86-64, this is {platform.system()} {platform.machine()}: run the kernels "
-            "on the GPU instead."
+            f"The Metal emulator runs on Linux x86-64, this is {platform.system()} {platform.machine()}: run the "
+            "kernels on the GPU instead."
         )
     path = shutil.which(os.environ.get("METAL_EMULATOR_CXX", "g++"))
     if path is None:
@@ -186,7 +187,8 @@ def line_of(path: Path, address: int) -> tuple[str, int]:
 
 
 def _flags(checked: bool, contract: bool) -> list[str]:
-    flags = [*COMMON, f"-ffp-contract={'fast' if contract else 'off'}"]
+    # Expensive optimizations are what makes fma at -O1.
+    flags = [*COMMON, *(("-ffp-contract=fast", "-fexpensive-optimizations") if contract else ("-ffp-contract=off",))]
     return [*flags, "-fsanitize=thread"] if checked else flags
 
 
@@ -203,7 +205,9 @@ def _precompiled(checked: bool, contract: bool) -> Path:
     path = _cached("preamble", _preamble_text() + " ".join(flags), ".h")
     if not Path(f"{path}.gch").exists():
         path.write_text(_preamble_text())
-        _run([compiler(), *flags, "-ftrivial-auto-var-init=pattern", "-x", "c++-header", str(path)], Path(f"{path}.gch"))
+        _run(
+            [compiler(), *flags, "-ftrivial-auto-var-init=pattern", "-x", "c++-header", str(path)], Path(f"{path}.gch")
+        )
     return path
 
 
@@ -213,7 +217,7 @@ def _cached(stem: str, content: str, suffix: str) -> Path:
 
 
 def _run(command: list[str], output: Path) -> str:
-    """Compiles, to a temporary name first: an interrupted or parallel run leaves no half object. Returns the warnings."""
+    """Compiles, to a temporary name first: an interrupted run leaves no half object. Returns the warnings."""
     with tempfile.NamedTemporaryFile(dir=output.parent, suffix=output.suffix, delete=False) as file:
         temporary = Path(file.name)
     environment = {**os.environ, "LC_ALL": "C"}

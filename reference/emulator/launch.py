@@ -90,6 +90,10 @@ def run(
 ) -> list[mx.array]:
     """The outputs of one launch. Raises an EmulatorError for whatever is wrong with it."""
     _check_launch(name, source, grid, threadgroup)
+    try:
+        mx.eval(*inputs)
+    except (RuntimeError, ValueError) as error:
+        raise errors.Unavailable("The emulator needs values: it cannot run within mx.compile or mx.vmap.") from error
     inputs = [mx.contiguous(x) if contiguous and not _row_contiguous(x) else x for x in inputs]
     launch = _Call(name, source, inputs, grid, threadgroup, output_shapes, output_dtypes, init_value, options)
     kernel = build.kernel(source, instance, options.checked, options.contract)
@@ -119,7 +123,9 @@ class _Call:
     def run(self, kernel: build.Kernel) -> list[np.ndarray]:
         """The outputs' bytes."""
         arrays = [_values(x) for x in self.inputs]
-        outputs = [_output(shape, dtype, self.init_value) for shape, dtype in zip(self.output_shapes, self.output_dtypes)]
+        outputs = [
+            _output(shape, dtype, self.init_value) for shape, dtype in zip(self.output_shapes, self.output_dtypes)
+        ]
         data = [_content(buffer, self.inputs, arrays, outputs) for buffer in self.source.buffers]
         with _LOCK:
             try:
@@ -142,7 +148,9 @@ class _Call:
                 self.init_value is not None,
             )
             if place is None:
-                raise errors.Unavailable(f"kernel {self.name}: no memory for {buffer.name}, {content.raw.nbytes} bytes.")
+                raise errors.Unavailable(
+                    f"kernel {self.name}: no memory for {buffer.name}, {content.raw.nbytes} bytes."
+                )
             ctypes.memmove(place, content.raw.ctypes.data, content.raw.nbytes)
             pointers[slot] = place + content.origin
         entry = ctypes.cast(kernel.library.emulator_entry, ctypes.c_void_p)
@@ -187,9 +195,9 @@ def _check_written(runtime: ctypes.CDLL, name: str, slot: int, buffer: Buffer, c
     missing = ctypes.c_int64()
     first = runtime.emulator_unwritten(slot, ctypes.byref(missing))
     if first >= 0:
-        index = first // content.item
+        size = content.raw.nbytes // content.item
         raise errors.UnwrittenOutput(
-            f"kernel {name}: no thread wrote {buffer.name}[{index}] ({missing.value} of {content.raw.nbytes // content.item} "
+            f"kernel {name}: no thread wrote {buffer.name}[{first // content.item}] ({missing.value} of {size} "
             f"elements are unwritten, shape {content.shape}); write them all or give init_value."
         )
 
@@ -209,10 +217,6 @@ def _row_contiguous(x: mx.array) -> bool:
 
 def _values(x: mx.array) -> np.ndarray:
     """A view of the array's own memory, of integers where numpy has no such dtype."""
-    try:
-        mx.eval(x)
-    except ValueError as error:
-        raise errors.Unavailable("The emulator needs values: it cannot run within mx.compile or mx.vmap.") from error
     return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
@@ -221,7 +225,9 @@ def _allocator_skew() -> int:
     return np.asarray(mx.zeros((1,))).ctypes.data % 16
 
 
-def _content(buffer: Buffer, inputs: Sequence[mx.array], arrays: Sequence[np.ndarray], outputs: Sequence[_Data]) -> _Data:
+def _content(
+    buffer: Buffer, inputs: Sequence[mx.array], arrays: Sequence[np.ndarray], outputs: Sequence[_Data]
+) -> _Data:
     if buffer.kind == "output":
         return outputs[buffer.source]
     array, x = arrays[buffer.source], inputs[buffer.source]
@@ -237,7 +243,7 @@ def _content(buffer: Buffer, inputs: Sequence[mx.array], arrays: Sequence[np.nda
     low = sum(r for r in reach if r < 0)
     length = sum(abs(r) for r in reach) + x.itemsize if array.size else 0
     address = array.ctypes.data + low
-    raw = np.frombuffer((ctypes.c_char * length).from_address(address), np.uint8).copy() if length else np.zeros(0, np.uint8)
+    raw = np.frombuffer((ctypes.c_char * length).from_address(address), np.uint8) if length else np.zeros(0, np.uint8)
     skew = (address - _allocator_skew()) % 16 // x.itemsize * x.itemsize
     return _Data(raw, x.itemsize, skew, -low, x.shape)
 

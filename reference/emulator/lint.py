@@ -1,5 +1,7 @@
-"""What Metal's compiler would refuse, found without it: clang parses the text as C++ for OpenCL, whose address spaces and
-restrictions are Metal's and whose errors it words alike; rules on the syntax tree add what the two languages differ in.
+"""What Metal's compiler would refuse, found without it.
+
+clang parses the text as C++ for OpenCL, whose address spaces and restrictions are Metal's and whose errors it words
+alike; rules on the syntax tree and on the words add what the two languages differ in.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .errors import InvalidLaunch, Unavailable
 from .source import ATTRIBUTES, preamble
-from .translate import _is_code, _tokens
+from .translate import is_code, tokenize
 
 if TYPE_CHECKING:
     from clang.cindex import Cursor, Index, TranslationUnit
@@ -25,7 +27,15 @@ _TEXT = re.compile(
     re.DOTALL,
 )
 _ARGUMENTS = (
-    *("-x", "clcpp", "-cl-std=clc++2021", "-target", "x86_64-linux-gnu", "-cl-no-stdinc", "-cl-single-precision-constant"),
+    *(
+        "-x",
+        "clcpp",
+        "-cl-std=clc++2021",
+        "-target",
+        "x86_64-linux-gnu",
+        "-cl-no-stdinc",
+        "-cl-single-precision-constant",
+    ),
     *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space"),
     *("-ferror-limit=0", "-Wno-everything", "-fno-exceptions"),
 )
@@ -67,7 +77,7 @@ def lint(text: str) -> list[Finding]:
 
 
 def _translation_unit(match: re.Match[str]) -> str:
-    """The kernel without parameters: template values and arguments are local, as OpenCL's kernels cannot have all of them."""
+    """The kernel without parameters: template values and arguments are local, as OpenCL's kernels take fewer types."""
     prototypes, locals_ = [], []
     names = [item.split() for item in (match["template"] or "").split(", ") if item]
     for (kind, name), value in zip(names, (match["values"] or "").split(", ")):
@@ -86,8 +96,9 @@ def _translation_unit(match: re.Match[str]) -> str:
     standard = (Path(__file__).parent / "shim" / "lint.h").read_text()
     includes = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<metal_\w+>", re.MULTILINE)
     before = includes.sub("", preamble())
+    header = includes.sub("", match["header"])
     return (
-        f'#line 1 "lint.h"\n{standard}\n#line 1 "preamble"\n{before}\n#line 1 "header"\n{includes.sub("", match["header"])}\n'
+        f'#line 1 "lint.h"\n{standard}\n#line 1 "preamble"\n{before}\n#line 1 "header"\n{header}\n'
         f'#line 1 "arguments"\n{" ".join(prototypes)}\n__kernel void lint_kernel() {{\n{" ".join(locals_)}\n'
         f'#line 1 "body"\n{match["body"]}\n}}\n'
     )
@@ -163,8 +174,7 @@ def _tree_rules(unit: TranslationUnit) -> Iterator[Finding]:
                 } | {
                     ref.get_usr()
                     for inner, _ in _walk(cursor, None)
-                    if inner.kind == K.OVERLOADED_DECL_REF
-                    and (ref := _only(inner)) is not None
+                    if inner.kind == K.OVERLOADED_DECL_REF and (ref := _only(inner)) is not None
                 }
                 places[cursor.get_usr()] = (part, line, cursor.spelling)
             for rule, message in _rules(cursor, parent):
@@ -191,7 +201,10 @@ def _rules(cursor: Cursor, parent: Cursor | None) -> Iterator[tuple[str, str]]:
         target = kind_of.get_pointee() if kind_of.kind in pointers else None
         if target is not None and "__generic" in target.spelling:
             what = "pointer" if kind_of.kind == TypeKind.POINTER else "reference"
-            yield "address-space", f"{what} {_in_metal(kind_of.spelling.replace('__generic ', ''))} names no address space"
+            yield (
+                "address-space",
+                f"{what} {_in_metal(kind_of.spelling.replace('__generic ', ''))} names no address space",
+            )
     if kind == K.UNEXPOSED_EXPR and (parent is None or parent.kind not in casts):
         children = list(cursor.get_children())
         if len(children) == 1 and _scalar(cursor) == "bfloat" and _scalar(children[0]) in ("float", "half"):
@@ -266,10 +279,10 @@ def _reachable(calls: dict[str, set[str]], start: str) -> set[str]:
 
 def _token_rules(part: str, text: str) -> Iterator[Finding]:
     line = 1
-    for token in _tokens(text):
+    for token in tokenize(text):
         if not token.isascii():
             yield Finding("ascii", part, line, "a character outside of ASCII")
-        if _is_code(token):
+        if is_code(token):
             if _UNSUFFIXED.fullmatch(token):
                 yield Finding("literal", part, line, f"{token} has no suffix, and is a double in CUDA: write {token}f")
             if token.startswith("__") and not _MACRO.fullmatch(token):

@@ -461,7 +461,7 @@ void on_fault(int signal, siginfo_t* info, void*) {
   Report report = at(kFault, nullptr);
   const uintptr_t address = uintptr_t(info->si_addr), place = address - uintptr_t(arena);
   report.text = signal == SIGFPE ? "divides by zero"
-                : address + kPage >= uintptr_t(current->stack) && address < uintptr_t(current->stack)
+                : address < uintptr_t(current->stack) && uintptr_t(current->stack) - address <= kPage
                     ? "needs more than 256 KiB of stack"
                     : "touches memory that no buffer has";
   if (place < uintptr_t(kSlots) << kSlotBits) {

@@ -1,7 +1,7 @@
 """The text that MLX compiles for a call of a kernel made by mx.fast.metal_kernel.
 
-MLX's own text can be had on Linux too: called with verbose=True while mx.export_function traces it, a kernel prints what
-it would compile. The tests compare the two byte for byte.
+MLX's own text can be had on Linux too: called with verbose=True while mx.export_function traces it, a kernel prints
+what it would compile. The tests compare the two byte for byte.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def generate(
     output_dtypes: Sequence[mx.Dtype],
     template: Template,
 ) -> Source:
-    """The text for one call: it depends on the inputs' dtypes, on which have fewer than 8 elements and which none axis."""
+    """The text for one call: inputs count by dtype, by having an axis and by having fewer than 8 elements."""
     values = [_template_value(value) for _, value in template]
     function = f"custom_kernel_{name}"
     if template:

@@ -143,4 +143,3 @@ def metal_source(
     arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
     text = kernel.text(arrays, output_dtypes, template or ()).text
     return preamble() + text if with_preamble else text
-

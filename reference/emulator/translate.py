@@ -20,14 +20,16 @@ _TOKEN = re.compile(
 
 def translate(text: str) -> str:
     """C++ that means on one thread of the emulator what `text` means on one thread of a GPU."""
-    return "".join(_without_twins(_erase(_tokens(text))))
+    return "".join(_without_twins(_erase(tokenize(text))))
 
 
-def _tokens(text: str) -> list[str]:
+def tokenize(text: str) -> list[str]:
+    """The text in pieces that add up to it: words, numbers, signs, comments, white space, whole directives."""
     return [match.group() for match in _TOKEN.finditer(text)]
 
 
-def _is_code(token: str) -> bool:
+def is_code(token: str) -> bool:
+    """Whether a token is neither white space nor a comment nor a directive."""
     return not (token.isspace() or token.startswith(("//", "/*")) or token.lstrip(" \t").startswith("#"))
 
 
@@ -36,7 +38,7 @@ def _erase(tokens: list[str]) -> list[str]:
     while index < len(tokens):
         token = tokens[index]
         if token == "threadgroup" and (end := _end_of_variables(tokens, index)):
-            declared = [t for t in tokens[index + 1 : end] if _is_code(t)]
+            declared = [t for t in tokens[index + 1 : end] if is_code(t)]
             newlines = "".join(tokens[index:end]).count("\n")
             for part in _declarators(declared):
                 result.append(_variable(*part, variables))
@@ -46,7 +48,7 @@ def _erase(tokens: list[str]) -> list[str]:
             continue
         if token in _SPACES:
             token = ""
-        elif not _is_code(token) and token.lstrip(" \t").startswith("#"):
+        elif not is_code(token) and token.lstrip(" \t").startswith("#"):
             token = _directive(token)
         result.append(token)
         index += 1
@@ -60,7 +62,7 @@ def _directive(text: str) -> str:
 
 
 def _end_of_variables(tokens: list[str], start: int) -> int | None:
-    """The index of the semicolon if `threadgroup` at start declares variables, not a pointer's or reference's target."""
+    """The index of the semicolon if `threadgroup` at start declares variables, None if it is part of a type."""
     depth = 0
     for index in range(start + 1, len(tokens)):
         token = tokens[index]
@@ -120,7 +122,7 @@ def _without_twins(tokens: list[str]) -> list[str]:
     index = 0
     while index < len(tokens):
         token = tokens[index]
-        if not _is_code(token):
+        if not is_code(token):
             if not current:
                 start = index + 1
             index += 1
@@ -134,7 +136,7 @@ def _without_twins(tokens: list[str]) -> list[str]:
             current, start = [], index + 1
         elif token == "{":
             end = _closing(tokens, index)
-            current += [t for t in tokens[index + 1 : end + 1] if t and _is_code(t)]
+            current += [t for t in tokens[index + 1 : end + 1] if t and is_code(t)]
             if not (end + 1 < len(tokens) and _continues(tokens, end)):
                 key = tuple(current)
                 if key in scopes[-1]:
@@ -169,5 +171,5 @@ def _closing(tokens: list[str], start: int) -> int:
 
 def _continues(tokens: list[str], end: int) -> bool:
     """Whether a brace closed an initialiser in the middle of a declaration, as in a constructor's list."""
-    following = next((t for t in tokens[end + 1 :] if t and _is_code(t)), "")
+    following = next((t for t in tokens[end + 1 :] if t and is_code(t)), "")
     return following in (",", "{", ")")

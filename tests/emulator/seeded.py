@@ -22,7 +22,7 @@ from reference.emulator import (
     UnwrittenOutput,
 )
 
-# Where a barrier is missing, a thread reads before another writes, or at the same time: the order decides which is seen.
+# Without a barrier a thread reads before another has written, or at the same time: the order decides which is seen.
 RACE = (DataRace, UninitialisedRead)
 BARRIER = "metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);"
 
@@ -56,20 +56,29 @@ EDITS = {
     "rms_norm without its tail guard": Edit("rms_norm.metal", "if (i < uint(D)) {", "{", OutOfBounds),
     "swiglu without its tail guard": Edit("swiglu.metal", "if (column < uint(F)) {", "{", OutOfBounds),
     "rms_norm: guard off by one": Edit("rms_norm.metal", "if (i < uint(D)) {", "if (i <= uint(D)) {", OutOfBounds),
-    "rms_norm: store off by one": Edit("rms_norm.metal", "store<T>(out, row + i,", "store<T>(out, row + i + 1u,", OutOfBounds),
-    "add_rms_norm: sums not stored": Edit("add_rms_norm.metal", "store<T>(sums, row + i, values[p]);", "", UnwrittenOutput),
+    "rms_norm: store off by one": Edit(
+        "rms_norm.metal", "store<T>(out, row + i,", "store<T>(out, row + i + 1u,", OutOfBounds
+    ),
+    "add_rms_norm: sums not stored": Edit(
+        "add_rms_norm.metal", "store<T>(sums, row + i, values[p]);", "", UnwrittenOutput
+    ),
     "rope: second half not stored": Edit("rope.metal", "store<T>(out, at + uint(HALF), b);", "", UnwrittenOutput),
     "qkv_rope: v stored over k": Edit(
         "qkv_rope.metal", "head - uint(HEADS))", "(head - uint(HEADS)) % uint(KV))", DataRace
     ),
     "rms_norm: sum starts from nothing": Edit("rms_norm.metal", "float sum = 0.0f;", "float sum;", UninitialisedRead),
     "rms_norm: partial sums that nobody wrote": Edit(
-        "rms_norm.metal", "if (lane == 0u) {", "if (lane == 0u && simdgroup_index_in_threadgroup > 0u) {", UninitialisedRead
+        "rms_norm.metal",
+        "if (lane == 0u) {",
+        "if (lane == 0u && simdgroup_index_in_threadgroup > 0u) {",
+        UninitialisedRead,
     ),
     "rms_norm: partial sums of simdgroups that are not there": Edit(
         "rms_norm.metal", "lane < uint(SIMDS) ?", "lane <= uint(SIMDS) ?", OutOfBounds
     ),
-    "rms_norm: barrier on one lane only": Edit("rms_norm.metal", BARRIER, f"if (lane == 0u) {{ {BARRIER} }}", (Divergence, *RACE)),
+    "rms_norm: barrier on one lane only": Edit(
+        "rms_norm.metal", BARRIER, f"if (lane == 0u) {{ {BARRIER} }}", (Divergence, *RACE)
+    ),
     "rms_norm: simd_sum in a divergent branch": Edit(
         "rms_norm.metal", "sum += part;", "sum += part; sum = metal::simd_sum(sum);", Divergence
     ),
@@ -94,7 +103,9 @@ EDITS = {
         "qkv_rope.metal", "load<N>(bias, head * uint(2 * HALF) + column)", "load<N>(bias, column)", WrongNumbers
     ),
     "swiglu: silu not rounded": Edit("swiglu.metal", "float(T(activated))", "activated", WrongNumbers),
-    "swiglu: gate and up swapped": Edit("swiglu.metal", "const float x = g.v[k];", "const float x = u.v[k]; u.v[k] = g.v[k];", WrongNumbers),
+    "swiglu: gate and up swapped": Edit(
+        "swiglu.metal", "const float x = g.v[k];", "const float x = u.v[k]; u.v[k] = g.v[k];", WrongNumbers
+    ),
 }
 
 
@@ -134,7 +145,8 @@ SMALL = {
         I + "y[i * 1000000u] = x[i];", I + "y[i] = x[i];", OutOfBounds, r"writes y\[\d+000000\], which has 64"
     ),
     "edge threadgroup ignored": Small(
-        "uint i = threadgroup_position_in_grid.x * threads_per_threadgroup.x + thread_position_in_threadgroup.x; y[i] = x[i];",
+        "uint i = threadgroup_position_in_grid.x * threads_per_threadgroup.x + thread_position_in_threadgroup.x;"
+        "y[i] = x[i];",
         "uint i = threadgroup_position_in_grid.x * 24u + thread_position_in_threadgroup.x; y[i] = x[i];",
         DataRace,
         r"which thread .* of threadgroup \(\d, 0, 0\) wrote",
@@ -176,9 +188,11 @@ SMALL = {
         threadgroup=1,
     ),
     "threadgroup memory used again without a barrier": Small(
-        I + "threadgroup float s[64]; s[i] = x[i]; threadgroup_barrier(mem_flags::mem_threadgroup); float a = s[63u - i];"
+        I
+        + "threadgroup float s[64]; s[i] = x[i]; threadgroup_barrier(mem_flags::mem_threadgroup); float a = s[63u - i];"
         "s[i] = a; threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[63u - i];",
-        I + "threadgroup float s[64]; s[i] = x[i]; threadgroup_barrier(mem_flags::mem_threadgroup); float a = s[63u - i];"
+        I
+        + "threadgroup float s[64]; s[i] = x[i]; threadgroup_barrier(mem_flags::mem_threadgroup); float a = s[63u - i];"
         "threadgroup_barrier(mem_flags::mem_threadgroup); s[i] = a;"
         "threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[63u - i];",
         DataRace,
@@ -205,17 +219,25 @@ SMALL = {
         r"threadgroup variable",
     ),
     "threadgroup memory of the group before": Small(
-        I + "threadgroup float s[1]; if (i == 0u) s[0] = x[0]; threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[0];",
-        I + "threadgroup float s[1]; if (i % 32u == 0u) s[0] = x[0]; threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[0];",
+        I + "threadgroup float s[1]; if (i == 0u) s[0] = x[0];"
+        "threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[0];",
+        I + "threadgroup float s[1]; if (i % 32u == 0u) s[0] = x[0];"
+        "threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[0];",
         UninitialisedRead,
         r"reads 4 bytes at byte 0 of a threadgroup variable, which nothing has written",
         threadgroup=32,
     ),
     "local variable never set": Small(
-        I + "float a; y[i] = a + x[i];", I + "float a = 0.0f; y[i] = a + x[i];", UninitialisedRead, r"body line 1: 'a' is used"
+        I + "float a; y[i] = a + x[i];",
+        I + "float a = 0.0f; y[i] = a + x[i];",
+        UninitialisedRead,
+        r"body line 1: 'a' is used",
     ),
     "output read before it is written": Small(
-        I + "y[i] += x[i];", I + "y[i] = x[i]; y[i] += x[i];", UninitialisedRead, r"reads y\[\d+\], which nothing has written"
+        I + "y[i] += x[i];",
+        I + "y[i] = x[i]; y[i] += x[i];",
+        UninitialisedRead,
+        r"reads y\[\d+\], which nothing has written",
     ),
     "every other output": Small(
         I + "if (i % 2u == 0u) y[i] = x[i];",

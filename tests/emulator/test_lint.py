@@ -1,4 +1,4 @@
-"""Every rule of the lint: a case that it must reject and one that it must pass; the shipped kernels have no findings."""
+"""Every rule of the lint: a case that it rejects and one that it passes; the shipped kernels have no findings."""
 
 from __future__ import annotations
 
@@ -58,8 +58,16 @@ RULES = {
         "'threadgroup' variable cannot have an initializer",
     ),
     "global that is not constant": ("float g = 1.0f;|", "constant float g = 1.0f;|", "constant address space"),
-    "constant without an initialiser": ("constant float g[2];|", "constant float g[2] = {1.0f, 2.0f};|", "must be initialized"),
-    "write to a constant": ("constant float g[1] = {1.0f};|g[0] = 2.0f;", "constant float g[1] = {1.0f};|y[0] = g[0];", "not assignable"),
+    "constant without an initialiser": (
+        "constant float g[2];|",
+        "constant float g[2] = {1.0f, 2.0f};|",
+        "must be initialized",
+    ),
+    "write to a constant": (
+        "constant float g[1] = {1.0f};|g[0] = 2.0f;",
+        "constant float g[1] = {1.0f};|y[0] = g[0];",
+        "not assignable",
+    ),
     "mutable static": ("static int n = 0; n++;", "int n = 0; n++;", "must reside in constant address space"),
     "double": ("double d = x[0];", "float d = x[0];", "use of type 'double'"),
     "virtual": ("struct S { virtual float f(); };|", "struct S { float f() thread; };|", "virtual functions"),
@@ -71,7 +79,11 @@ RULES = {
     "new": ("thread float* p = new float[2];", "float p[2];", "'default new' is not supported"),
     "throw": ("throw 1;", "return;", "cannot use 'throw'"),
     "try": ("try { y[0] = 1.0f; } catch (...) {}", "y[0] = 1.0f;", "cannot use 'try'"),
-    "array of variable length": ("int n = int(x[0]); float v[n];", "constexpr int n = 3; float v[n];", "constant expression"),
+    "array of variable length": (
+        "int n = int(x[0]); float v[n];",
+        "constexpr int n = 3; float v[n];",
+        "constant expression",
+    ),
     "recursion": (
         "inline int f(int n) { return n > 0 ? f(n - 1) : 0; }|y[0] = float(f(3));",
         "inline int f(int n) { return n; } inline float f(float n) { return float(f(int(n))); }|y[0] = f(3.0f);",
@@ -101,10 +113,18 @@ RULES = {
         "y[0] = 1.0f + 2e3f + .5f + float(3) + 0x1p3f; // 1.0",
         "0x1p3 has no suffix",
     ),
-    "float into bfloat": ("b[0] = x[0];", "b[0] = bfloat(x[0]); b[1] = 3; b[2] = b[0];", "float becomes bfloat without a cast"),
+    "float into bfloat": (
+        "b[0] = x[0];",
+        "b[0] = bfloat(x[0]); b[1] = 3; b[2] = b[0];",
+        "float becomes bfloat without a cast",
+    ),
     "float into bfloat by +=": ("b[0] += x[0];", "b[0] += bfloat(x[0]);", "float becomes bfloat without a cast"),
     "bfloat into half": ("half h = b[0];", "half h = half(float(b[0]));", "cannot initialize"),
-    "bfloat + half": ("half h = 1.0h; y[0] = float(b[0] + h);", "half h = 1.0h; y[0] = float(b[0]) + h;", "no common type"),
+    "bfloat + half": (
+        "half h = 1.0h; y[0] = float(b[0] + h);",
+        "half h = 1.0h; y[0] = float(b[0]) + h;",
+        "no common type",
+    ),
     "bfloat or float": (
         "float f = x[0] > 0.0f ? b[0] : 1.0f;",
         "float f = x[0] > 0.0f ? float(b[0]) : 1.0f;",
@@ -120,7 +140,15 @@ RULES = {
     ),
 }
 # The compiler that executes refuses these too.
-BOTH = ("float into bfloat", "float into bfloat by +=", "bfloat + half", "ambiguous min", "ambiguous exp", "C names", "std")
+BOTH = (
+    "float into bfloat",
+    "float into bfloat by +=",
+    "bfloat + half",
+    "ambiguous min",
+    "ambiguous exp",
+    "C names",
+    "std",
+)
 
 
 def kernel_of(text: str):
@@ -132,7 +160,9 @@ def kernel_of(text: str):
 
 def findings(text: str) -> list[str]:
     arrays = [mx.zeros((9,)), mx.zeros((3,))]
-    source = metal_source(kernel_of(text), arrays, [mx.float32, mx.bfloat16], [("T", mx.float16), ("N", 3), ("B", True)])
+    source = metal_source(
+        kernel_of(text), arrays, [mx.float32, mx.bfloat16], [("T", mx.float16), ("N", 3), ("B", True)]
+    )
     return [str(finding) for finding in lint(source)]
 
 
@@ -150,7 +180,7 @@ def test_the_executing_compiler_refuses_it_too(rule):
         arrays = {"inputs": [mx.zeros((9,)), mx.zeros((3,))], "output_dtypes": [mx.float32, mx.bfloat16]}
         with emulate():
             if refused:
-                with pytest.raises(CompileError, match="(body|header):1:"):
+                with pytest.raises(CompileError, match=r"(body|header):1:"):
                     kernel_of(text)(**call, **arrays)
             else:
                 kernel_of(text)(**call, **arrays)
@@ -163,13 +193,16 @@ def test_lines_are_those_of_the_kernel():
 
 def test_the_preamble_can_be_used_and_given():
     body = (
-        "uint i = thread_position_in_grid.x; complex64_t c = complex64_t(1.0f, 2.0f); y[i] = Limits<float>::max + c.real;"
+        "uint i = thread_position_in_grid.x; complex64_t c = complex64_t(1.0f, 2.0f);"
+        "y[i] = Limits<float>::max + c.real;"
         "y[elem_to_loc(i, x_shape, x_strides, x_ndim)] = as_type<float>(3) + float2(1.0f, 2.0f).x + simd_sum(x[i]);"
         "atomic_fetch_add_explicit((device atomic_uint*)y, 1u, memory_order_relaxed); b[0] = simd_sum(b[0]);"
         "float4 v = *(const device float4*)(x); y[0] = v.w + metal::precise::sqrt(v.x);"
     )
     assert findings(body) == []
-    text = metal_source(kernel_of(body), [mx.zeros((9,)), mx.zeros((3,))], [mx.float32, mx.bfloat16], with_preamble=True)
+    text = metal_source(
+        kernel_of(body), [mx.zeros((9,)), mx.zeros((3,))], [mx.float32, mx.bfloat16], with_preamble=True
+    )
     assert lint(text) == []
 
 

@@ -81,10 +81,11 @@ def test_gated_delta_s_three_kernels_agree_bit_for_bit_as_mlx_lm_says():
 
 def test_a_race_in_a_published_kernel_is_told():
     """Where a mask hides a token all 32 lanes store the same zero: harmless on today's GPUs, and a race."""
-    with emulate(), pytest.raises(DataRace, match=r"`y\[dv_idx\] = static_cast<InT>\(0\);`"):
-        gated_delta = module("gated_delta")
-        mask = mx.array([[True, False, True]])
-        launch_gated_delta(gated_delta._gated_delta_kernel_masked, [*gated_delta_inputs(), mask], 16, (32, 4, 1))
+    mask = mx.array([[True, False, True]])
+    with emulate():
+        kernel = module("gated_delta")._gated_delta_kernel_masked
+        with pytest.raises(DataRace, match=r"`y\[dv_idx\] = static_cast<InT>\(0\);`"):
+            launch_gated_delta(kernel, [*gated_delta_inputs(), mask], 16, (32, 4, 1))
 
 
 def test_bitlinear():

@@ -35,7 +35,9 @@ def printed_by_mlx(call: Callable[..., list[mx.array]], arrays: list[mx.array]) 
     return [part.split("```\n", 1)[1].split("\n```\n", 1)[0] for part in output.split("Generated source code for ")[1:]]
 
 
-def both(arguments: dict, arrays: list[mx.array], scalars: list, dtypes: list[mx.Dtype], template: list) -> tuple[str, str]:
+def both(
+    arguments: dict, arrays: list[mx.array], scalars: list, dtypes: list[mx.Dtype], template: list
+) -> tuple[str, str]:
     """The text of one kernel from MLX and from the emulator."""
     kernel = MLX_KERNEL(**arguments)
 
@@ -58,7 +60,11 @@ def test_synthetic_kernels(seed):
     outputs = [f"y{i}" for i in range(choose.randint(1, 3))]
     words = [f"{name}_{kind}" for name in inputs + outputs for kind in ("shape", "strides", "ndim")] + list(ATTRIBUTES)
     used = choose.sample(words, choose.randint(0, 6))
-    template = [("T", choose.choice(DTYPES)), ("N", choose.choice([0, 7, -3, 2**31 - 1])), ("B", choose.choice([True, False]))]
+    template = [
+        ("T", choose.choice(DTYPES)),
+        ("N", choose.choice([0, 7, -3, 2**31 - 1])),
+        ("B", choose.choice([True, False])),
+    ]
     theirs, ours = both(
         {
             "name": choose.choice(["k", "kernel_2", "a b"]),
@@ -110,7 +116,9 @@ def test_a_changed_text_is_seen():
 def test_the_preamble_is_the_installed_mlx_s():
     kernel = metal_kernel("k", ["x"], ["y"], "y[0] = x[0];")
     text = metal_source(kernel, [mx.zeros((8,))], [mx.float32], with_preamble=True)
-    assert text.index("typedef bfloat bfloat16_t") < text.index("struct complex_t") < text.index("struct LoopedElemToLoc")
+    assert (
+        text.index("typedef bfloat bfloat16_t") < text.index("struct complex_t") < text.index("struct LoopedElemToLoc")
+    )
     assert '#include "mlx' not in text
 
 
