@@ -139,10 +139,9 @@ def kernel(source: Source, instance: str, checked: bool, contract: bool, fill: s
 
     Raises CompileError, or UninitialisedRead for a local variable that is certainly not set.
     """
-    runtime()
     flags = [*_flags(checked, contract), f"-ftrivial-auto-var-init={fill}"]
     text = unit(source, instance)
-    path = _cached("kernel", text + " ".join(flags) + _preamble_text(), ".so")
+    path = _cached("kernel", "\n".join([text, *flags, _preamble_text(), runtime()._name]), ".so")
     warnings = path.with_suffix(".txt")
     if not path.exists():
         unit_path = path.with_suffix(".cpp")

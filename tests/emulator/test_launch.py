@@ -219,7 +219,7 @@ def test_rounding_and_arithmetic_of_small_floats_are_mlx_s(dtype):
     assert mx.all(same).item()
     a, b = expected[: n // 2], expected[n // 2 :]
     body = I + "y[i] = a[i] + b[i]; z[i] = a[i] * b[i]; w[i] = a[i] / b[i]; v[i] = T(metal::sqrt(a[i]));"
-    outputs = {name: (a.shape, dtype) for name in "yzwv"}
+    outputs = dict.fromkeys("yzwv", (a.shape, dtype))
     got = run(body, {"a": a, "b": b}, outputs, (n // 2, 1, 1), (256, 1, 1), [("T", dtype)], checked=False)
     for y, want in zip(got, (a + b, a * b, a / b, mx.sqrt(a))):
         assert mx.all((y == want) | (mx.isnan(y) & mx.isnan(want))).item()
