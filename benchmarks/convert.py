@@ -1,6 +1,6 @@
 """Speed and memory of the converter on a file of Qwen2.5-7B's shape in Q4_K_M, beside gguf2mlx.
 
-    python -m benchmarks.convert [--layers 28] [--folder /tmp] [--json out.json]
+    python -m benchmarks.convert [--layers 28 | --source FILE] [--folder FOLDER] [--json FILE]
 
 The file (4.7 GB) is made in a temporary folder from random blocks with sane scales, and removed afterwards with what
 was converted from it. Each converter runs in a process of its own, under `--cores` cores; memory is the process's
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as T
+
+from qwen_mlx.gguf.reader import GGUFFile
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 3584, 18944, 152064, 28, 4, 128
 
@@ -115,62 +118,65 @@ def small_tokenizer() -> dict[str, object]:
     }
 
 
-def measure(command: list[str], cores: int) -> tuple[float, float, int]:
-    """Seconds, processor seconds and peak resident bytes of a command; raises if it fails."""
+def measure(command: list[str], cores: int) -> dict[str, float]:
+    """Seconds, processor seconds, peak resident bytes and exit code (minus the signal, if one ended it)."""
     available = sorted(os.sched_getaffinity(0))[:cores] if hasattr(os, "sched_getaffinity") else None
     start = time.monotonic()
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         preexec_fn=(lambda: os.sched_setaffinity(0, available)) if available else None,
     )
     _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return (
-        time.monotonic() - start,
-        usage.ru_utime + usage.ru_stime,
-        usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-    )
+    return {
+        "seconds": time.monotonic() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "exit_code": os.waitstatus_to_exitcode(status),
+    }
+
+
+def compare(source: Path, output: Path, largest: int, cores: int) -> list[dict[str, object]]:
+    """Runs every converter on `source` and prints a line for each. largest: weights of its largest tensor."""
+    size, limit = source.stat().st_size, 1.5e9 + 2 * 4 * largest
+    commands = {"qwen_mlx": ["qwen_mlx.convert", str(source), str(output)]}
+    commands["qwen_mlx, Q6_K as 8 bits"] = [*commands["qwen_mlx"], "--requantize", "8"]
+    if importlib.util.find_spec("gguf2mlx"):
+        theirs = ["gguf2mlx", "--input", str(source), "--output", str(output), "--preserve-source-quant"]
+        commands["gguf2mlx, preserve"] = theirs
+    rows: list[dict[str, object]] = []
+    print(f"{size / 1e9:.2f} GB in, {cores} cores; memory allowed: {limit / 1e9:.2f} GB")
+    print(f"{'':26}  seconds  CPU s  MB/s of input  peak GB  GB out")
+    for name, command in commands.items():
+        row = measure([sys.executable, "-m", *command], cores)
+        written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+        shutil.rmtree(output, ignore_errors=True)
+        speed = (
+            f"{size / row['seconds'] / 1e6:13.0f}"
+            if not row["exit_code"]
+            else f"{'exit code':>10}{row['exit_code']:3d}"
+        )
+        figures = f"{row['seconds']:7.1f}  {row['cpu_seconds']:5.1f}  {speed}  {row['peak_bytes'] / 1e9:7.2f}"
+        print(f"{name:26}  {figures}  {written / 1e9:6.2f}", flush=True)
+        rows.append({"name": name, **row, "bytes_in": size, "bytes_out": written, "allowed_bytes": limit})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28, help="of the synthetic model (default 28, which is 4.7 GB)")
+    parser.add_argument("--source", type=Path, help="convert this GGUF file and not a synthetic one")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--folder", help="where to make the files (about 15 GB are needed)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="qwen_mlx_convert.") as folder:
-        source, output = Path(folder, "model.gguf"), Path(folder, "out")
-        write_model(source, arguments.layers, small_tokenizer())
-        size = source.stat().st_size
-        largest = max(int(np.prod(shape)) for _, shape, _ in tensors(arguments.layers)) * 4
-        limit = 1.5e9 + 2 * largest
-        commands = {"qwen_mlx": ["qwen_mlx.convert", str(source), str(output)]}
-        commands["qwen_mlx, Q6_K as 8 bits"] = [*commands["qwen_mlx"], "--requantize", "8"]
-        if importlib.util.find_spec("gguf2mlx"):
-            theirs = ["gguf2mlx", "--input", str(source), "--output", str(output)]
-            commands["gguf2mlx, preserve"] = [*theirs, "--preserve-source-quant"]
-        rows = []
-        print(f"{size / 1e9:.2f} GB in, {arguments.cores} cores; memory allowed: {limit / 1e9:.2f} GB")
-        print(f"{'':26}  seconds  CPU s  MB/s of input  peak GB  GB out")
-        for name, command in commands.items():
-            seconds, cpu, peak = measure([sys.executable, "-m", *command], arguments.cores)
-            written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-            shutil.rmtree(output)
-            rows.append(
-                {
-                    "name": name,
-                    "seconds": seconds,
-                    "cpu_seconds": cpu,
-                    "bytes_per_second": size / seconds,
-                    "peak_bytes": peak,
-                }
-            )
-            rows[-1] |= {"bytes_in": size, "bytes_out": written, "allowed_bytes": limit}
-            speed = f"{seconds:7.1f}  {cpu:5.1f}  {size / seconds / 1e6:13.0f}  {peak / 1e9:7.2f}  {written / 1e9:6.2f}"
-            print(f"{name:26}  {speed}", flush=True)
+        source = arguments.source or Path(folder, "model.gguf")
+        if arguments.source is None:
+            write_model(source, arguments.layers, small_tokenizer())
+        largest = max(math.prod(info.shape) for info in GGUFFile(source).tensors.values())
+        rows = compare(source, Path(folder, "out"), largest, arguments.cores)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
