@@ -22,6 +22,9 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command and exits: 0, 2 for a mistake of the user's (one sentence, no traceback), 130 for Ctrl-C."""
     code: int | None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the rest of the process)
     try:
         code = main()
         sys.stdout.flush()

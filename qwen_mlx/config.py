@@ -13,6 +13,8 @@ from typing import Any
 from .errors import GGUFError, QwenMLXError
 from .gguf.reader import GGUFFile
 
+MAX_LAYERS = 1000  # the largest Qwen2 has 80
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -63,6 +65,15 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise QwenMLXError(f"{name} is {value!r}, expected a positive integer.")
+        if self.n_layers > MAX_LAYERS:
+            raise QwenMLXError(f"n_layers is {self.n_layers}, expected at most {MAX_LAYERS}.")
+        if self.sliding_window is not None and (not isinstance(self.sliding_window, int) or self.sliding_window < 1):
+            raise QwenMLXError(f"sliding_window is {self.sliding_window!r}, expected a positive integer.")
+        if not isinstance(self.max_window_layers, int):
+            raise QwenMLXError(f"max_window_layers is {self.max_window_layers!r}, expected an integer.")
+        for name in ("tie_word_embeddings", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise QwenMLXError(f"{name} is {getattr(self, name)!r}, expected true or false.")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not _is_number(value) or value <= 0:
@@ -71,6 +82,14 @@ class ModelConfig:
             raise QwenMLXError(f"n_heads is {self.n_heads}, expected a multiple of n_kv_heads, {self.n_kv_heads}.")
         if self.head_dim % 2:
             raise QwenMLXError(f"head_dim is {self.head_dim}, expected an even number (RoPE rotates pairs).")
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can attend to: with rope scaling its factor times the original, as Qwen documents YaRN."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        extended = int(self.rope_scaling.original_max_position_embeddings * self.rope_scaling.factor)
+        return max(self.max_position_embeddings, extended)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face's parameter names and shapes, (out, in) for matrices, in the order of the forward pass."""
@@ -175,11 +194,16 @@ class ModelConfig:
             )
         try:
             if scaling_type != "none":
+                factor = get("rope.scaling.factor", float)
+                own = get("rope.scaling.attn_factor", float, required=False)
                 scaling = RopeScaling(
                     type=scaling_type,
-                    factor=get("rope.scaling.factor", float),
+                    factor=factor,
                     original_max_position_embeddings=get("rope.scaling.original_context_length", int, context_length),
-                    attention_factor=get("rope.scaling.attn_factor", float, required=False),
+                    # ggml multiplies YaRN's own factor by the file's; transformers' replaces it.
+                    attention_factor=own * (0.1 * math.log(factor) + 1) if own and factor > 1 else own,
+                    beta_fast=get("rope.scaling.yarn_beta_fast", float, 32.0),
+                    beta_slow=get("rope.scaling.yarn_beta_slow", float, 1.0),
                 )
             return cls(
                 hidden_size=hidden_size,
@@ -225,13 +249,17 @@ class ModelConfig:
         if raw.get("hidden_act", "silu") != "silu":
             raise QwenMLXError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'.")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise QwenMLXError(f"{path}: the rope parameters are {rope!r}, expected an object.")
+        if not isinstance(raw.get("use_sliding_window", False), bool):
+            raise QwenMLXError(f"{path}: use_sliding_window is {raw['use_sliding_window']!r}, expected true or false.")
         rope_theta = rope.get("rope_theta", raw.get("rope_theta"))
         if rope_theta is None:
             raise QwenMLXError(f"{path}: 'rope_theta' is missing; this is not a complete Qwen2 configuration.")
         context_length = get("max_position_embeddings")
         try:
             n_heads, hidden_size = get("num_attention_heads"), get("hidden_size")
-            return cls(
+            config = cls(
                 hidden_size=hidden_size,
                 intermediate_size=get("intermediate_size"),
                 n_layers=get("num_hidden_layers"),
@@ -246,9 +274,11 @@ class ModelConfig:
                 rope_scaling=_rope_scaling(rope, context_length, path),
                 mlp_bias=raw.get("mlp_bias", False),
                 sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window") else None,
-                max_window_layers=raw.get("max_window_layers", 0),
+                max_window_layers=raw.get("max_window_layers", 28),  # transformers' default
             )
-        except (QwenMLXError, TypeError, ZeroDivisionError) as error:
+            _check_layer_types(raw.get("layer_types"), config)
+            return config
+        except (QwenMLXError, TypeError, ZeroDivisionError, OverflowError) as error:
             message = str(error)
             raise QwenMLXError(message if str(path) in message else f"{path}: {message}") from None
 
@@ -259,6 +289,9 @@ def _rope_scaling(rope: Mapping[str, Any], context_length: int, path: Path) -> R
         return None
     if kind not in ("linear", "yarn"):
         raise QwenMLXError(f"{path}: rope type is {kind!r}, expected 'default', 'linear' or 'yarn'.")
+    for key, default in (("truncate", True), ("mscale", None), ("mscale_all_dim", None)):
+        if rope.get(key, default) != default:
+            raise QwenMLXError(f"{path}: rope scaling sets {key!r} to {rope[key]!r}, which Qwen2.5 models do not use.")
     if "factor" not in rope:
         raise QwenMLXError(f"{path}: rope scaling of type {kind!r} has no 'factor'.")
     optional = {key: rope[key] for key in ("attention_factor", "beta_fast", "beta_slow") if rope.get(key) is not None}
@@ -270,13 +303,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _check_layer_types(layer_types: Any, config: ModelConfig) -> None:
+    """transformers writes each layer's kind of attention: it must be what sliding_window and max_window_layers say."""
+    slides = config.sliding_window is not None
+    said = [
+        "sliding_attention" if slides and i >= config.max_window_layers else "full_attention"
+        for i in range(config.n_layers)
+    ]
+    if layer_types is not None and layer_types != said:
+        raise QwenMLXError("layer_types contradicts sliding_window and max_window_layers; only their pattern is known.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; QwenMLXError, naming the file, for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise QwenMLXError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QwenMLXError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise QwenMLXError(f"{path}: holds {type(value).__name__}, expected a JSON object.")

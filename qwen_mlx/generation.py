@@ -91,7 +91,8 @@ def generate_ids(
 ) -> Iterator[int]:
     """Yields token ids without end. The next step is launched before the last one is read.
 
-    sampling: None is the model's own defaults. seed: None draws one. cache: continues it (`prompt_ids` are new tokens).
+    sampling: None is the model's own defaults. seed: None draws one. cache: continues it (`prompt_ids` are new tokens);
+    afterwards it holds the prompt and every token yielded but the last.
     progress: called with (prompt tokens done, prompt tokens in all). Raises QwenMLXError if the logits are not finite.
     """
     sampling = model.generation_defaults if sampling is None else sampling
@@ -99,6 +100,7 @@ def generate_ids(
     key = mx.random.key(secrets.randbits(63) if seed is None else seed)
     prompt = mx.array(prompt_ids, mx.int32)[None]
     length = prompt.shape[1]
+    start, yielded = cache[0].offset, 0
     seen = prompt if sampling.repetition_penalty != 1 else None
     done = 0
     while length - done > prefill_chunk:
@@ -123,25 +125,30 @@ def generate_ids(
         mx.async_eval(token)
         return token
 
-    token = step(prompt[:, done:])
-    while True:
-        following = None
-        if seen is not None:
-            seen = mx.concatenate([seen, token[:, None]], axis=1)
-        if done >= length:  # the first token is shown before the second is computed
-            following = step(token[:, None])
-        made = int(token.item())
-        if made < 0:
-            raise QwenMLXError(
-                "The model's logits are not finite; the file is damaged, or the dtype overflows (float16 does for "
-                "Qwen2.5: use bfloat16 or float32)."
-            )
-        if done < length:
-            done = length
-            if progress:
-                progress(done, length)
-        yield made
-        token = step(token[:, None]) if following is None else following
+    try:
+        token = step(prompt[:, done:])
+        while True:
+            following = None
+            if seen is not None:
+                seen = mx.concatenate([seen, token[:, None]], axis=1)
+            if done >= length:  # the first token is shown before the second is computed
+                following = step(token[:, None])
+            made = int(token.item())
+            if made < 0:
+                raise QwenMLXError(
+                    "The model's logits are not finite; the file is damaged, or the dtype overflows (float16 does for "
+                    "Qwen2.5: use bfloat16 or float32)."
+                )
+            if done < length:
+                done = length
+                if progress:
+                    progress(done, length)
+            yielded += 1
+            yield made
+            token = step(token[:, None]) if following is None else following
+    finally:
+        for layer in cache:  # a step may be under way
+            layer.trim(max(0, layer.offset - start - length - max(yielded - 1, 0)))
 
 
 def stream_generate(
@@ -184,7 +191,7 @@ def stream_generate(
     if bad is not None:
         raise QwenMLXError(f"The prompt holds token id {bad}, expected 0 to {model.config.vocab_size - 1}.")
     used = len(ids) + (cache[0].offset if cache else 0)
-    context = model.config.max_position_embeddings
+    context = model.config.context_length
     if used >= context:
         raise QwenMLXError(f"The prompt has {used} tokens and the model's context {context}: shorten it.")
     return _stream(

@@ -147,7 +147,7 @@ def cached_models() -> list[CachedModel]:
     default = _verified() or (own if own.is_file() else None)
     models = [CachedModel(DEFAULT.name, default, DEFAULT.size)]
     for path in sorted(cache_folder().glob("*.gguf")):
-        if path.name != DEFAULT.file:
+        if path.name != DEFAULT.file and path.is_file():  # not a link to what is gone
             models.append(CachedModel(str(path), path, path.stat().st_size))
     for repo, snapshot in _snapshots():
         if "qwen2.5" not in repo.lower():

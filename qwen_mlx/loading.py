@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,16 @@ def load(
     on_gpu = mx.default_device() != mx.cpu
     target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)
     keep_packed = on_gpu if quantized is None else quantized
+    try:
+        return _load(path, target, keep_packed, progress or _silent)
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError) as error:
+        # What no check above this foresaw in files that anyone may have written.
+        raise QwenMLXError(
+            f"{path}: cannot be loaded; a file of it is damaged or holds nonsense ({error!r})."
+        ) from error
+
+
+def _load(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> tuple[Qwen2, Tokenizer]:
     if path.is_dir():
         config = ModelConfig.from_folder(path)
         tokenizer, defaults, factors = Tokenizer.from_folder(path), folder_defaults(path), None
@@ -64,7 +75,7 @@ def load(
             _rope_factors(file, config),
         )
     qwen = Qwen2(config, factors)
-    _fill(qwen, weights, target, keep_packed, progress or _silent)
+    _fill(qwen, weights, dtype, keep_packed, progress)
     qwen.generation_defaults = defaults
     return qwen.eval(), tokenizer
 

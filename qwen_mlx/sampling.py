@@ -33,14 +33,14 @@ class SamplingSettings:
             ("top_k", 0, math.inf, "0 (off) or more"),
             ("top_p", 0, 1, "more than 0 and at most 1 (off)"),
             ("min_p", 0, 1, "from 0 (off) to 1"),
-            ("repetition_penalty", 0, math.inf, "more than 0; 1 is off"),
+            ("repetition_penalty", 0.01, 100, "from 0.01 to 100; 1 is off"),
         ):
             value = getattr(self, name)
             kinds = (int,) if name == "top_k" else (int, float)
             bad = (
                 not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high or value == math.inf
             )
-            if bad or (value == 0 and name in ("top_p", "repetition_penalty")):
+            if bad or (value == 0 and name == "top_p"):
                 raise QwenMLXError(f"{name} is {value!r}, expected {why}.")
 
     def override(self, **given: Any) -> SamplingSettings:
@@ -98,7 +98,7 @@ def sample(
     logits = logits.astype(mx.float32)
     if settings.repetition_penalty != 1 and seen is not None and seen.size:
         logits = repetition_penalty(logits, seen, settings.repetition_penalty)
-    if settings.temperature == 0:
+    if settings.temperature < 1e-30:  # nothing but the likeliest token is left, and float32 would divide by zero
         return mx.argmax(logits, axis=-1)
     # Shifted first, so that no temperature, however small, makes inf - inf.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / settings.temperature

@@ -52,8 +52,11 @@ class Tokenizer:
         self.eos_ids = frozenset(eos_ids)
         self.bos_id = bos_id
         self.chat_template = chat_template
+        # A user's text is guarded where a control token could begin: at its first two characters.
+        self._starts = {name[:2] for name in control}
         longest_first = sorted(self.special, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        names_pattern = "|".join(map(re.escape, longest_first))
+        self._split = re.compile(f"((?:{names_pattern})(?!{GUARD}))") if longest_first else None
 
     @property
     def vocab_size(self) -> int:
@@ -133,9 +136,10 @@ class Tokenizer:
         try:
             added = data.pop("added_tokens") or []
             vocab = data["model"]["vocab"]
-            special = {token["content"]: token["id"] for token in added}
+            special = {token["content"]: token["id"] for token in added if token["content"]}
             control = [token["content"] for token in added if token["special"]]
-            bpe = Library.from_str(json.dumps(data | {"added_tokens": []}))
+            # Settings of a training run that some folders carry: obeyed, they would cut or pad every prompt.
+            bpe = Library.from_str(json.dumps(data | {"added_tokens": [], "truncation": None, "padding": None}))
             names = [""] * (1 + max([*vocab.values(), *special.values()]))
             for name, i in (vocab | special).items():
                 names[i] = name
@@ -197,7 +201,10 @@ class Tokenizer:
         if i in self._special_names:
             return b"" if skip_special and i in self._control else self._names[i].encode()
         table = _byte_of_letter()
-        return bytes(table[letter] for letter in self._names[i])
+        try:
+            return bytes(table[letter] for letter in self._names[i])
+        except KeyError:  # a token that is not in the byte alphabet stands for itself
+            return self._names[i].encode()
 
     def detokenizer(self) -> StreamingDetokenizer:
         """A new stream of text; see StreamingDetokenizer."""
@@ -222,14 +229,16 @@ class Tokenizer:
                 raise QwenMLXError(f"The content of a message is {message['content']!r}, expected a string.")
         import jinja2
 
+        template = _compiled_checked(self.chat_template)
+        template.environment.steps = 0
         names = {f"{key}_token": self._special_names.get(i, "") for key, i in (("bos", self.bos_id),) if i is not None}
         try:
-            return _compiled(self.chat_template).render(
+            return template.render(
                 messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **names, **variables
             )
         except jinja2.TemplateError as error:
             raise QwenMLXError(f"The chat template cannot be used: {error}.") from None
-        except (TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+        except Exception as error:  # a template is a program of the file's author: it can raise anything
             raise QwenMLXError(
                 f"The chat template fails on these messages ({error!r}); is every 'content' a string?"
             ) from None
@@ -253,15 +262,16 @@ class Tokenizer:
         return ids
 
     def _guard(self, value: Any) -> Any:
-        """`value` with the name of every control token in its strings broken up by GUARD."""
+        """`value` with every beginning of a control token's name in its strings broken up by GUARD."""
         if isinstance(value, str):
             value = value.replace(GUARD, "")
-            for name, i in self.special.items():
-                if i in self._control and name in value:
-                    value = value.replace(name, name[0] + GUARD + name[1:])
+            for start in self._starts:
+                value = value.replace(start, start[0] + GUARD + start[1:])
+                if value.endswith(start[0]):  # a template may put two strings together
+                    value += GUARD
             return value
         if isinstance(value, Mapping):
-            return {key: self._guard(item) for key, item in value.items()}
+            return {self._guard(key): self._guard(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._guard(item) for item in value]
         return value
@@ -342,6 +352,15 @@ def _byte_of_letter() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
+def _compiled_checked(source: str) -> Any:
+    import jinja2
+
+    try:
+        return _compiled(source)
+    except jinja2.TemplateError as error:
+        raise QwenMLXError(f"The chat template cannot be used: {error}.") from None
+
+
 @functools.lru_cache(maxsize=4)
 def _compiled(source: str) -> Any:
     """The template in a sandbox with the names that transformers gives it. Loops and products are bounded."""
@@ -351,6 +370,7 @@ def _compiled(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
+        steps = 0  # of all ranges since the last rendering began
         intercepted_binops = frozenset(["*", "**"])
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -363,8 +383,9 @@ def _compiled(source: str) -> Any:
 
     def bounded_range(*limits: int) -> range:
         steps = range(*limits)
-        if len(steps) > 1000:
-            raise jinja2.exceptions.SecurityError(f"a loop of {len(steps)} steps is not allowed")
+        sandbox.steps += len(steps)
+        if sandbox.steps > 100_000:
+            raise jinja2.exceptions.SecurityError("loops of more than 100,000 steps are not allowed")
         return steps
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

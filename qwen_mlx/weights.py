@@ -14,7 +14,7 @@ import numpy as np
 
 from .backend import mx
 from .config import ModelConfig, read_json
-from .errors import QwenMLXError
+from .errors import GGUFError, QwenMLXError
 from .gguf import blocks
 from .gguf.names import model_tensors
 from .gguf.reader import GGUFFile
@@ -48,6 +48,9 @@ class GGUFWeights:
     def __init__(self, file: GGUFFile, config: ModelConfig):
         self._file = file
         self._infos = model_tensors(file, config)
+        for info in self._infos.values():
+            if info.type.name in ("I8", "I16", "I32", "I64"):
+                raise GGUFError(f"{file.path}: tensor {info.name!r} has type {info.type.name}, which holds no weights.")
         self._rooms: Iterator[mx.array] = iter(())
 
     def nbytes(self, name: str) -> int:
@@ -126,7 +129,7 @@ class FolderWeights:
                 raise QwenMLXError(f"{folder}: tensor {name!r} is missing from its safetensors; download it again.")
             found, module = array.shape, name.removesuffix(".weight")
             scales, biases = (self._arrays.get(f"{module}.{kind}") for kind in ("scales", "biases"))
-            if scales is not None and biases is not None:
+            if scales is not None and biases is not None and len(found) == 2:
                 group_size, bits = self._packings[name] = _packing(quantization, module, folder)
                 found = (found[0], found[-1] * 32 // bits)
                 if not scales.shape == biases.shape == (shape[0], shape[-1] // group_size):
@@ -139,6 +142,10 @@ class FolderWeights:
                 self._arrays[name] = mx.dequantize(array, scales, group_size=32, bits=4, mode="mxfp4")  # lazily
                 found = self._arrays[name].shape
                 known.add(f"{module}.scales")
+            expected = (mx.uint32,) if name in self._packings else (mx.float32, mx.float16, mx.bfloat16)
+            if array.dtype not in expected:
+                kinds = " or ".join(str(dtype).removeprefix("mlx.core.") for dtype in expected)
+                raise QwenMLXError(f"{folder}: tensor {name!r} is {array.dtype}, expected {kinds}.")
             if found != shape:
                 raise QwenMLXError(f"{folder}: tensor {name!r} has shape {found}, expected {shape}.")
             known.add(name)
@@ -203,6 +210,8 @@ def load_safetensors(file: Path) -> dict[str, mx.array]:
 
 def _packing(quantization: dict[str, Any], module: str, folder: Path) -> tuple[int, int]:
     """From mlx-lm's config: `quantization` holds a default and, per layer, what differs from it."""
+    if not isinstance(quantization, dict):
+        raise QwenMLXError(f"{folder}: config.json's 'quantization' is {quantization!r}, expected an object.")
     own = quantization.get(module)
     settings = own if isinstance(own, dict) else quantization
     group_size, bits = settings.get("group_size"), settings.get("bits")

@@ -88,6 +88,8 @@ class GGUFFile:
         return sum(len(part) for part in self._maps)
 
     def _open(self, path: Path) -> _Header:
+        if path.exists() and not path.is_file():
+            raise GGUFError(f"{path}: cannot be read: it is not a file.")
         try:
             with open(path, "rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:

@@ -1,0 +1,144 @@
+"""Folders of safetensors that anyone may have written: refused in a sentence, or right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_mlx import QwenMLXError, SamplingSettings, load
+from qwen_mlx.backend import mx
+from qwen_mlx.generation import generate_ids
+from qwen_mlx.sampling import sample
+from qwen_mlx.tokenizer import Tokenizer
+from tests.small_models import IM_END, IM_START, hf_model, save_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_folder(tmp_path / "m", hf_model())
+
+
+def edit(path: Path, **changes: object) -> None:
+    value = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: item for key, item in value.items() if item is not ...}))
+
+
+def test_truncation_and_padding_of_a_training_run_are_not_obeyed(folder: Path):
+    edit(
+        folder / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 8},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        },
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    assert len(tokenizer.encode("x" * 50)) == 50
+    assert len(tokenizer.encode("x")) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_weights(folder: Path, dtype: torch.dtype):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors")
+    with pytest.raises(QwenMLXError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 4},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "truncate": False}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "mscale": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
+        {"rope_parameters": "x"},
+        {"rms_norm_eps": 10**400},
+        {"tie_word_embeddings": "false"},
+        {"use_sliding_window": "false"},
+        {"use_sliding_window": True, "sliding_window": "4"},
+        {"max_window_layers": "x"},
+        {"num_hidden_layers": 100_000_000},
+        {"eos_token_id": [[1]]},
+        {"quantization": [1]},
+        {"model_type": "llama"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be_honoured(folder: Path, changes: dict):
+    edit(folder / "config.json", **changes)
+    if "quantization" in changes:
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {f"lm_head.{kind}": torch.ones(263, 2) for kind in ("scales", "biases")}
+        save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(QwenMLXError, match=str(folder)):
+        load(folder)
+
+
+def test_missing_max_window_layers_is_transformers_default(folder: Path):
+    edit(folder / "config.json", use_sliding_window=True, sliding_window=4, max_window_layers=..., layer_types=...)
+    model, _ = load(folder)
+    ids = [[int(i) for i in np.random.default_rng(0).integers(0, 260, 40)]]
+    with torch.no_grad():
+        theirs = hf_model()(torch.tensor(ids)).logits.numpy()
+    assert np.abs(np.array(model(mx.array(ids))) - theirs).max() < 1e-4
+
+
+def test_yarn_extends_the_context(tmp_path: Path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    model, _ = load(save_folder(tmp_path / "m", hf_model(rope_parameters=yarn, max_position_embeddings=64)))
+    assert model.config.context_length == 256
+
+
+def test_names_of_control_tokens_stay_text_wherever_they_stand(folder: Path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}{{ m.more }}{{ m.args | tojson }}<|im_end|>"
+        "{{ m.content | lower }}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.from_folder(folder)
+    for message in (
+        {"role": "user", "content": "<|im_end|>", "more": "", "args": {}},
+        {"role": "user", "content": "<|im_", "more": "end|>", "args": {}},
+        {"role": "user", "content": "<", "more": "|im_end|>", "args": {}},
+        {"role": "user", "content": "<|IM_END|>", "more": "", "args": {}},
+        {"role": "user", "content": "", "more": "", "args": {"<|im_end|>": ["<|im_start|>"]}},
+    ):
+        ids = tokenizer.apply_chat_template([message])
+        assert (ids.count(IM_START), ids.count(IM_END)) == (1, 1), message
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-31])
+def test_a_temperature_that_float32_cannot_hold_is_greedy(temperature: float):
+    logits = mx.array(np.random.default_rng(0).standard_normal((3, 99)).astype(np.float32))
+    drawn = sample(logits, SamplingSettings(temperature=temperature, top_k=20), key=mx.random.key(1))
+    assert (np.array(drawn) == np.array(logits).argmax(-1)).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_a_cache_holds_all_but_the_last_token_afterwards(folder: Path, count: int):
+    model, _ = load(folder)
+    cache = model.make_cache()
+    loop = generate_ids(model, [1, 2, 3], sampling=SamplingSettings(), cache=cache)
+    for _ in range(count):
+        next(loop)
+    loop.close()
+    assert {layer.offset for layer in cache} == {3 + count - 1}
+
+
+def test_a_token_outside_the_byte_alphabet_is_shown_as_it_is(folder: Path):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["model"]["vocab"]["日1"] = data["model"]["vocab"].pop("hello")
+    data["model"]["merges"] = data["model"]["merges"][:-1]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    assert Tokenizer.from_folder(folder).decode([259]) == "日1"
