@@ -1,4 +1,26 @@
-"""Runs Metal kernels of mx.fast.metal_kernel on a CPU, and checks them while they run."""
+"""Runs Metal kernels of mx.fast.metal_kernel on a CPU, and checks them while they run. Needs Linux x86-64 and g++ 12.
+
+    from reference.emulator import emulate
+
+    with emulate(order="random", seed=1):
+        y = function_that_makes_and_calls_metal_kernels(x)
+
+What runs is the text that MLX would hand to Metal's compiler: its preamble from the installed mlx, the header, the
+signature it generates and the body; metal_source returns that text. Threads are fibers of one CPU thread: a
+threadgroup at a time, each thread until its next barrier or simd operation. Grid, threadgroup, template and array
+shapes are those of the call, so the host code is tested with the kernel.
+
+Every access to memory is classified before it happens. Errors are Python exceptions with kernel, line and thread:
+OutOfBounds, ReadOnly, DataRace (whatever the order the threads ran in), UninitialisedRead, UnwrittenOutput, Divergence
+and Deadlock at barriers and simd operations, ThreadgroupMemory above 32 KiB, UndefinedBehaviour, Runaway, CompileError,
+InvalidLaunch. lint(metal_source(...)) finds what Metal's compiler refuses and g++ does not, above all wrong address
+spaces. `python -m reference.emulator --help` does all of it for a file.
+
+Stricter than Metal: a simd operation must be reached by all threads of its simdgroup; two threads that store the same
+value to one place race. Not modelled: the accuracy of Apple's functions (these are rounded from double), its choice
+where to contract (contract=True contracts everywhere), flushing of subnormal numbers, memory order between
+threadgroups, simdgroup_matrix, textures, and the limit on threads that a kernel's registers set.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import math
 import subprocess
@@ -20,13 +21,34 @@ from .source import Buffer, Source
 _LOCK = threading.Lock()  # the runtime's memory is one
 _ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 _MAX_BUFFERS = 31
+_FIRST_THREADGROUP_SLOT = 40  # runtime.cpp's kFirstThreadgroupSlot
+
+
+class _Kind(enum.IntEnum):
+    """runtime.cpp's Kind."""
+
+    OUT_OF_BOUNDS = 1
+    RACE = 2
+    UNINITIALISED = 3
+    READ_ONLY = 4
+    DIVERGENCE = 5
+    MEMORY_LIMIT = 6
+    UNDEFINED = 7
+    RUNAWAY = 8
+    WILD = 9
+    FAULT = 10
+    INACTIVE_LANE = 11
+
+
+_RETURNED = 3  # runtime.cpp's kDone
+_STATES = {1: "waits at a barrier", 2: "waits at a simd operation", _RETURNED: "has returned"}
 
 
 @dataclass(frozen=True)
 class Options:
     """How kernels run.
 
-    checked: every access is classified, at about a third of the speed; order: of the threads between two barriers,
+    checked: every access is classified, at a fifth of the speed or more; order: of the threads between two barriers,
     forward, reverse or random; seed: of random; contract: a * b + c may become fma, as Metal's compiler may decide;
     steps: basic blocks a thread may execute before it is called a runaway.
     """
@@ -276,62 +298,61 @@ class _Words:
 
     def error(self) -> errors.EmulatorError:
         report = self.report
-        kind = report.kind
-        if kind == 1:
-            return errors.OutOfBounds(f"{self.where()}: {self.thread(report.who)} {self.access()}, {self.extent()}.")
-        if kind == 2:
+        kind = _Kind(report.kind)
+        who = self.thread(report.who)
+        if kind == _Kind.OUT_OF_BOUNDS:
+            return errors.OutOfBounds(f"{self.where()}: {who} {self.access()}, {self.extent()}.")
+        if kind == _Kind.RACE:
             how = "wrote" if report.other_write else "read"
             place = f" at {self.line(report.other_pc)}" if report.other_pc else ""
+            memory = "threadgroup" if self.in_threadgroup_memory() else "device"
             return errors.DataRace(
-                f"{self.where()}: {self.thread(report.who)} {self.access()}, which {self.thread(report.other)} {how}"
-                f"{place} with no barrier for {'threadgroup' if report.slot >= 40 else 'device'} memory between."
+                f"{self.where()}: {who} {self.access()}, which {self.thread(report.other)} {how}{place} with no "
+                f"barrier for {memory} memory between."
             )
-        if kind == 3:
-            return errors.UninitialisedRead(
-                f"{self.where()}: {self.thread(report.who)} {self.access()}, which nothing has written."
-            )
-        if kind == 4:
+        if kind == _Kind.UNINITIALISED:
+            return errors.UninitialisedRead(f"{self.where()}: {who} {self.access()}, which nothing has written.")
+        if kind == _Kind.READ_ONLY:
             what = self.access() if report.slot >= 0 else "writes a constant"
-            return errors.ReadOnly(f"{self.where()}: {self.thread(report.who)} {what}, which is read-only.")
-        if kind == 5:
+            return errors.ReadOnly(f"{self.where()}: {who} {what}, which is read-only.")
+        if kind == _Kind.DIVERGENCE:
             return self.divergence()
-        if kind == 6:
+        if kind == _Kind.MEMORY_LIMIT:
             return errors.ThreadgroupMemory(
                 f"{self.where()}: {report.size} bytes of threadgroup memory, Metal allows 32768."
             )
-        if kind == 7:
+        if kind == _Kind.UNDEFINED:
             text = report.text.decode()
             error = errors.OutOfBounds if text.startswith("index") else errors.UndefinedBehaviour
-            return error(f"{self.where(self.given())}: {self.thread(report.who)}: {text}.")
-        if kind == 8:
-            return errors.Runaway(
-                f"{self.where()}: {self.thread(report.who)} has run through more basic blocks than `steps` allows."
-            )
-        if kind == 9:
-            return errors.OutOfBounds(
-                f"{self.where()}: {self.thread(report.who)} {'writes' if report.write else 'reads'} address "
-                f"{report.offset & (2**64 - 1):#x}, which is in no buffer."
-            )
-        if kind == 10:
-            error = errors.UndefinedBehaviour if report.text.startswith(b"div") else errors.OutOfBounds
-            return error(f"kernel {self.name}: {self.thread(report.who)} {report.text.decode()}.")
+            return error(f"{self.where(self.given())}: {who}: {text}.")
+        if kind == _Kind.RUNAWAY:
+            return errors.Runaway(f"{self.where()}: {who} has run through more basic blocks than `steps` allows.")
+        if kind == _Kind.WILD:
+            verb = "writes" if report.write else "reads"
+            address = report.offset & (2**64 - 1)
+            return errors.OutOfBounds(f"{self.where()}: {who} {verb} address {address:#x}, which is in no buffer.")
+        if kind == _Kind.FAULT:
+            error = errors.UndefinedBehaviour if report.text.startswith(b"divides") else errors.OutOfBounds
+            return error(f"kernel {self.name}: {who} {report.text.decode()}.")
         return errors.Divergence(
-            f"{self.where(self.given())}: {self.thread(report.who)} reads lane {report.offset} of a simdgroup that has "
-            f"{report.size} threads."
+            f"{self.where(self.given())}: {who} reads lane {report.offset} of a simdgroup that has {report.size} "
+            "threads."
         )
 
     def divergence(self) -> errors.EmulatorError:
         report = self.report
-        states = {1: "waits at a barrier", 2: "waits at a simd operation", 3: "has returned"}
         sides = []
         for uid, state, file, line in (
             (report.who, report.write, report.file, report.line),
             (report.other, report.other_write, report.other_file, report.other_line),
         ):
-            place = f" at {self.place((file.decode(), line))}" if state != 3 else ""
-            sides.append(f"{self.thread(uid)} {states[state]}{place}")
-        error = errors.Deadlock if 3 in (report.write, report.other_write) else errors.Divergence
+            place = "" if state == _RETURNED else f" at {self.place((file.decode(), line))}"
+            sides.append(f"{self.thread(uid)} {_STATES[state]}{place}")
+        error = errors.Deadlock if _RETURNED in (report.write, report.other_write) else errors.Divergence
         return error(f"kernel {self.name}: {sides[0]}, while {sides[1]}; all threads of the group must come to it.")
+
+    def in_threadgroup_memory(self) -> bool:
+        return self.report.slot >= _FIRST_THREADGROUP_SLOT
 
     def given(self) -> tuple[str, int]:
         return (self.report.file or b"").decode(), self.report.line
@@ -363,7 +384,7 @@ class _Words:
     def access(self) -> str:
         report = self.report
         verb = "writes" if report.write else "reads"
-        if report.slot >= 40:
+        if self.in_threadgroup_memory():
             return f"{verb} {report.size} bytes at byte {report.offset} of a threadgroup variable"
         buffer, content = self.source.buffers[report.slot], self.data[report.slot]
         offset = report.offset - content.origin
@@ -372,7 +393,7 @@ class _Words:
 
     def extent(self) -> str:
         report = self.report
-        if report.slot >= 40:
+        if self.in_threadgroup_memory():
             return "outside of it"
         content = self.data[report.slot]
         return f"which has {content.raw.nbytes // content.item} elements (shape {content.shape})"

@@ -39,9 +39,9 @@ struct Region {
   std::vector<Cell> cells;
 };
 
-enum Kind : int32_t {
+enum Kind : int32_t {  // launch.py's _Kind
   kNone, kOutOfBounds, kRace, kUninitialised, kReadOnly, kDivergence, kMemoryLimit, kUndefined, kRunaway, kWild, kFault,
-  kUnwritten, kInactiveLane,
+  kInactiveLane,
 };
 
 enum Space { kDevice, kThreadgroup };

@@ -141,6 +141,15 @@ SMALL = {
         OutOfBounds,
         r"reads x\[-1\]",
     ),
+    "vector across the end": Small(
+        I + "float4 v = *(const device float4*)(x + i / 4u * 4u); y[i] = v[i % 4u];",
+        I + "y[i] = x[i];",
+        OutOfBounds,
+        r"reads x\[60\], which has 62 elements",
+        grid=62,
+        size=62,
+        outputs=62,
+    ),
     "write far past the end": Small(
         I + "y[i * 1000000u] = x[i];", I + "y[i] = x[i];", OutOfBounds, r"writes y\[\d+000000\], which has 64"
     ),

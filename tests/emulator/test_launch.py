@@ -11,6 +11,7 @@ import pytest
 from qwen_mlx import ops
 from reference.emulator import (
     CompileError,
+    DataRace,
     EmulatorError,
     InvalidLaunch,
     OutOfBounds,
@@ -302,6 +303,44 @@ def test_a_plain_read_beside_atomics_is_a_race():
         run(I + atomic + read, *call, (64, 1, 1), **options)
     with pytest.raises(EmulatorError, match="no barrier for device memory"):
         run(I + atomic + barrier + read, *call, (32, 1, 1), **options)  # another threadgroup's share is not waited for
+
+
+WRITE_AFTER_READ = {
+    "the latest reader": (
+        "threadgroup float s[65]; s[i] = x[i]; if (i == 0u) { s[64] = 0.0f; } threadgroup_barrier(mem_flags::mem_threadgroup);"
+        "float a = s[i + 1u]; s[i] = a; threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[i];",
+        64,
+        r"thread \(1, 0, 0\) .* writes 4 bytes at byte 4 of a threadgroup variable, which thread \(0, 0, 0\) .* read at body",
+    ),
+    "the reader before the writer itself": (
+        "threadgroup float s[65]; s[i] = x[i]; if (i == 0u) { s[64] = 0.0f; } threadgroup_barrier(mem_flags::mem_threadgroup);"
+        "float a = s[i + 1u] + s[i]; s[i] = a; threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[i];",
+        64,
+        r"thread \(1, 0, 0\) .* writes 4 bytes at byte 4 of a threadgroup variable, which thread \(0, 0, 0\) .* read at body",
+    ),
+    "a reader of an earlier threadgroup": (
+        "float a = y[40]; threadgroup_barrier(mem_flags::mem_device); if (i == 40u) { y[40] = x[i] + a; }",
+        32,
+        r"thread \(8, 0, 0\) of threadgroup \(1, 0, 0\) writes y\[40\], which .* of threadgroup \(0, 0, 0\) read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITE_AFTER_READ)
+def test_a_write_after_a_read(name):
+    """In forward order no thread reads what another wrote too late: these writes are all there is to see."""
+    body, threadgroup, message = WRITE_AFTER_READ[name]
+    body = I + body
+    with pytest.raises(DataRace, match=message):
+        run(
+            body,
+            {"x": mx.ones((64,))},
+            {"y": ((64,), mx.float32)},
+            (64, 1, 1),
+            (threadgroup, 1, 1),
+            order="forward",
+            init_value=0,
+        )
 
 
 def test_contraction_changes_results_only_when_asked():
