@@ -205,7 +205,8 @@ class _Cost:
 
 def _squares(x: np.ndarray) -> float:
     """x . x, in float32 where its range is enough."""
-    total = float(np.dot(x, x))
+    with np.errstate(over="ignore"):
+        total = float(np.dot(x, x))
     return total if 1e-20 < total < 1e38 else float(np.einsum("i,i->", x, x, dtype=np.float64, casting="safe"))
 
 

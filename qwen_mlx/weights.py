@@ -138,10 +138,10 @@ class FolderWeights:
                         f"{(shape[0], shape[-1] // group_size)} for groups of {group_size}."
                     )
                 known |= {f"{module}.scales", f"{module}.biases"}
-            elif scales is not None and quantization.get(module, quantization).get("mode") == "mxfp4":
-                self._arrays[name] = mx.dequantize(array, scales, group_size=32, bits=4, mode="mxfp4")  # lazily
-                found = self._arrays[name].shape
-                known.add(f"{module}.scales")
+            elif _is_mxfp4(quantization, module, array, scales):
+                array = mx.dequantize(array, scales, group_size=32, bits=4, mode="mxfp4")  # lazily
+                self._arrays[name], found = array, array.shape
+                del self._arrays[f"{module}.scales"]
             expected = (mx.uint32,) if name in self._packings else (mx.float32, mx.float16, mx.bfloat16)
             if array.dtype not in expected:
                 kinds = " or ".join(str(dtype).removeprefix("mlx.core.") for dtype in expected)
@@ -206,6 +206,14 @@ def load_safetensors(file: Path) -> dict[str, mx.array]:
         return mx.load(str(file))
     except (RuntimeError, ValueError) as error:
         raise QwenMLXError(f"{file}: not a readable safetensors file ({error}); download it again.") from None
+
+
+def _is_mxfp4(quantization: dict[str, Any], module: str, codes: mx.array, scales: mx.array | None) -> bool:
+    own = quantization.get(module, quantization)
+    if scales is None or not isinstance(own, dict) or own.get("mode") != "mxfp4":
+        return False
+    fit = codes.ndim == 2 and scales.shape == (codes.shape[0], codes.shape[1] // 4)
+    return fit and codes.dtype == mx.uint32 and scales.dtype == mx.uint8
 
 
 def _packing(quantization: dict[str, Any], module: str, folder: Path) -> tuple[int, int]:
