@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -98,8 +99,8 @@ def add_mlp_biases(model: Qwen2ForCausalLM, biases: dict[str, np.ndarray]) -> No
 
 
 def in_dtype(model: Qwen2ForCausalLM, dtype: str) -> Qwen2ForCausalLM:
-    """A float32 model in another dtype: the same one for float32, else a copy. In float64 the rotary angles are too;
-    transformers forms those in float32 always.
+    """A float32 model in another dtype: the same one for float32, else a copy. In float64 the rotary angles and the
+    norms are too; transformers forms those in float32 always.
     """
     if dtype == "float32":
         return model
@@ -114,7 +115,15 @@ def in_dtype(model: Qwen2ForCausalLM, dtype: str) -> Qwen2ForCausalLM:
             return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
         rotary.forward = forward
+        for module in other.modules():
+            if isinstance(module, modeling_qwen2.Qwen2RMSNorm):
+                module.forward = functools.partial(_norm, module)
     return other
+
+
+def _norm(module: modeling_qwen2.Qwen2RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Qwen2RMSNorm without its detour through float32."""
+    return module.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon))
 
 
 def record(model: Qwen2ForCausalLM, run: Run) -> Trace:
