@@ -267,6 +267,18 @@ SMALL = {
         Deadlock,
         r"has returned",
     ),
+    "two simd operations at once": Small(
+        I + "if (i % 2u == 0u) {\ny[i] = simd_sum(x[i]);\n} else {\ny[i] = simd_max(x[i]);\n}",
+        I + "y[i] = simd_sum(x[i]);",
+        Divergence,
+        r"waits at a simd operation at body line [24] .*waits at a simd operation at body line [24]",
+    ),
+    "input written": Small(
+        I + "const_cast<device float*>(x)[i] = 0.0f; y[i] = x[i];",
+        I + "y[i] = x[i];",
+        ReadOnly,
+        r"writes x\[\d+\], which is read-only",
+    ),
     "shuffle from a lane that is not there": Small(
         I + "y[i] = simd_shuffle(x[i], 31);",
         I + "y[i] = simd_shuffle(x[i], 7);",

@@ -12,7 +12,6 @@ from qwen_mlx import ops
 from reference.emulator import (
     CompileError,
     DataRace,
-    EmulatorError,
     InvalidLaunch,
     OutOfBounds,
     Unavailable,
@@ -293,31 +292,32 @@ def test_atomics():
 
 def test_a_plain_read_beside_atomics_is_a_race():
     atomic = "atomic_fetch_add_explicit(&y[0], 1, memory_order_relaxed); "
-    read = "y[1u + i].value = y[0].value;"
-    call = ({"x": mx.zeros((1,))}, {"y": ((65,), mx.int32)}, (64, 1, 1))
-    options = {"atomic_outputs": True, "init_value": 0}
+    read = "if (i >= 32u) { y[i].value = y[0].value; }"
     barrier = "threadgroup_barrier(mem_flags::mem_device);"
-    y = run(I + atomic + barrier + read, *call, (64, 1, 1), **options)
-    assert y.tolist() == [64] * 65
-    with pytest.raises(EmulatorError, match="no barrier for device memory"):
-        run(I + atomic + read, *call, (64, 1, 1), **options)
-    with pytest.raises(EmulatorError, match="no barrier for device memory"):
-        run(I + atomic + barrier + read, *call, (32, 1, 1), **options)  # another threadgroup's share is not waited for
+    call = ({"x": mx.zeros((1,))}, {"y": ((64,), mx.int32)}, (64, 1, 1))
+    options = {"atomic_outputs": True, "init_value": 0, "order": "forward"}
+    assert run(I + atomic + barrier + read, *call, (64, 1, 1), **options)[32:].tolist() == [64] * 32
+    message = "reads y\\[0\\], which thread .* wrote .* no barrier for device memory"
+    # The last of the threads reads right after its own addition: the others' are not ordered before it.
+    alone = read.replace("i >= 32u", "i == 63u")
+    with pytest.raises(DataRace, match=message):
+        run(I + atomic + alone, *call, (64, 1, 1), **options)
+    # A barrier waits for one's own threadgroup only.
+    with pytest.raises(DataRace, match=message):
+        run(I + atomic + barrier + read, *call, (32, 1, 1), **options)
 
 
+SHIFT = (
+    "threadgroup float s[65]; s[i] = x[i]; if (i == 0u) { s[64] = 0.0f; }"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); float a = NEXT; s[i] = a;"
+    "threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[i];"
+)
+SHIFTED = (
+    r"thread \(1, 0, 0\) .* writes 4 bytes at byte 4 of a threadgroup variable, which thread \(0, 0, 0\) .* read at"
+)
 WRITE_AFTER_READ = {
-    "the latest reader": (
-        "threadgroup float s[65]; s[i] = x[i]; if (i == 0u) { s[64] = 0.0f; } threadgroup_barrier(mem_flags::mem_threadgroup);"
-        "float a = s[i + 1u]; s[i] = a; threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[i];",
-        64,
-        r"thread \(1, 0, 0\) .* writes 4 bytes at byte 4 of a threadgroup variable, which thread \(0, 0, 0\) .* read at body",
-    ),
-    "the reader before the writer itself": (
-        "threadgroup float s[65]; s[i] = x[i]; if (i == 0u) { s[64] = 0.0f; } threadgroup_barrier(mem_flags::mem_threadgroup);"
-        "float a = s[i + 1u] + s[i]; s[i] = a; threadgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[i];",
-        64,
-        r"thread \(1, 0, 0\) .* writes 4 bytes at byte 4 of a threadgroup variable, which thread \(0, 0, 0\) .* read at body",
-    ),
+    "the latest reader": (SHIFT.replace("NEXT", "s[i + 1u]"), 64, SHIFTED),
+    "the reader before the writer itself": (SHIFT.replace("NEXT", "s[i + 1u] + s[i]"), 64, SHIFTED),
     "a reader of an earlier threadgroup": (
         "float a = y[40]; threadgroup_barrier(mem_flags::mem_device); if (i == 40u) { y[40] = x[i] + a; }",
         32,
@@ -350,6 +350,20 @@ def test_contraction_changes_results_only_when_asked():
     launch = ({"x": x}, {"y": ((2,), mx.float32)}, (2, 1, 1), (2, 1, 1))
     assert run(body, *launch).tolist() == [0, 0]
     assert run(body, *launch, contract=True).tolist() == [2**-24, 0]
+
+
+def test_orders_are_what_they_say():
+    """Threads note when they ran, by an atomic counter."""
+    body = I + "y[i + 1u].value = atomic_fetch_add_explicit(&y[0], 1, memory_order_relaxed);"
+    call = ({"x": mx.zeros((1,))}, {"y": ((13,), mx.int32)}, (12, 1, 1), (4, 1, 1))
+    turns = {
+        (order, seed): run(body, *call, atomic_outputs=True, init_value=0, order=order, seed=seed)[1:].tolist()
+        for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
+    }
+    assert turns["forward", 0] == list(range(12))
+    assert turns["reverse", 0] == list(range(12))[::-1]
+    assert sorted(turns["random", 1]) == list(range(12))
+    assert len({tuple(turn) for turn in turns.values()}) == 4
 
 
 def test_results_do_not_depend_on_order_and_seed():
