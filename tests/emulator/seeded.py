@@ -221,6 +221,13 @@ SMALL = {
         RACE,
         r"bytes at byte \d+ of a threadgroup variable",
     ),
+    "bytes of one element": Small(
+        I + "((device uchar*)y)[i ^ (i & 1u)] = uchar(i);",
+        I + "((device uchar*)y)[i] = uchar(i);",
+        DataRace,
+        r"writes y\[\d+\]( \+ 2 bytes)?, which thread .* wrote",
+        grid=256,
+    ),
     "simdgroup_barrier across simdgroups": Small(
         I + "threadgroup float s[64]; s[i] = x[i]; simdgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[63u - i];",
         I + "threadgroup float s[64]; s[i] = x[i]; simdgroup_barrier(mem_flags::mem_threadgroup); y[i] = s[i ^ 31u];",

@@ -15,6 +15,7 @@ from reference.emulator import (
     InvalidLaunch,
     OutOfBounds,
     Unavailable,
+    UninitialisedRead,
     emulate,
     metal_kernel,
     source,
@@ -350,6 +351,20 @@ def test_contraction_changes_results_only_when_asked():
     launch = ({"x": x}, {"y": ((2,), mx.float32)}, (2, 1, 1), (2, 1, 1))
     assert run(body, *launch).tolist() == [0, 0]
     assert run(body, *launch, contract=True).tolist() == [2**-24, 0]
+
+
+def test_a_variable_that_may_be_unset_is_an_error_where_it_is():
+    """The compiler cannot tell: running with another value in the variable does."""
+    body = I + "float a; for (int k = 0; k < n; ++k) { a = x[i] + float(k); } y[i] = m > 0 ? a : 0.0f;"
+
+    def call(n: int, m: int) -> mx.array:
+        inputs = {"x": mx.ones((64,)), "n": mx.array(n), "m": mx.array(m)}
+        return run(body, inputs, {"y": ((64,), mx.float32)}, (64, 1, 1), (32, 1, 1))
+
+    assert call(3, 1).tolist() == [3] * 64
+    assert call(0, 0).tolist() == [0] * 64
+    with pytest.raises(UninitialisedRead, match="body line 1: 'a' may be used uninitialized, and the result depends"):
+        call(0, 1)
 
 
 def test_orders_are_what_they_say():
