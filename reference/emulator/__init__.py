@@ -24,6 +24,7 @@ threadgroups, simdgroup_matrix, textures, and the limit on threads that a kernel
 
 from __future__ import annotations
 
+from .build import unavailable
 from .errors import (
     CompileError,
     DataRace,
@@ -64,4 +65,5 @@ __all__ = [
     "lint",
     "metal_kernel",
     "metal_source",
+    "unavailable",
 ]

@@ -101,6 +101,15 @@ def compiler() -> str:
     return path
 
 
+def unavailable() -> str:
+    """Why the emulator cannot run on this machine, "" if it can."""
+    try:
+        compiler()
+    except Unavailable as error:
+        return str(error)
+    return ""
+
+
 @functools.cache
 def runtime() -> ctypes.CDLL:
     """The runtime, loaded."""

@@ -48,7 +48,7 @@ _STATES = {1: "waits at a barrier", 2: "waits at a simd operation", _RETURNED: "
 class Options:
     """How kernels run.
 
-    checked: every access is classified, at a fifth of the speed or more; order: of the threads between two barriers,
+    checked: every access is classified, at a quarter of the speed or more; order: of the threads between two barriers,
     forward, reverse or random; seed: of random; contract: a * b + c may become fma, as Metal's compiler may decide;
     steps: basic blocks a thread may execute before it is called a runaway.
     """
