@@ -60,6 +60,49 @@ FUNCTION Pack<N> load(const T* from, uint index) {
   return pack;
 }
 
+template <int N, bool ALIGNED, typename T>
+FUNCTION Pack<N> load_aligned(const T* from, uint index) {
+  if (!ALIGNED || N * sizeof(T) != 16) {
+    return load<N>(from, index);
+  }
+  const uint4 raw = *reinterpret_cast<const uint4*>(from + index);
+  const T* elements = reinterpret_cast<const T*>(&raw);
+  Pack<N> pack;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    pack.v[k] = float(elements[k % (16 / sizeof(T))]);
+  }
+  return pack;
+}
+
+template <typename T>
+FUNCTION bool is_aligned(const T* pointer) {
+  return reinterpret_cast<size_t>(pointer) % 16 == 0;
+}
+
+template <int N>
+struct Words {
+  uint v[N];
+};
+
+template <int N, bool ALIGNED>
+FUNCTION Words<N> load_words(const uint* from, uint index) {
+  Words<N> words;
+  if (ALIGNED && N == 4) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from + index);
+    words.v[0] = raw.x;
+    words.v[1 % N] = raw.y;
+    words.v[2 % N] = raw.z;
+    words.v[3 % N] = raw.w;
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      words.v[k] = from[index + k];
+    }
+  }
+  return words;
+}
+
 template <typename T, int N>
 FUNCTION void store(T* to, uint index, Pack<N> pack) {
   T* first = to + index;
@@ -81,4 +124,8 @@ FUNCTION void store(T* to, uint index, Pack<N> pack) {
 
 FUNCTION float float_of_bits(int bits) {
   return __int_as_float(bits);
+}
+
+FUNCTION float float_of_half(uint bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }

@@ -18,6 +18,32 @@ FUNCTION Pack<N> load(Pointer from, uint index) {
   return pack;
 }
 
+// The same where `from` and index are known to lie at multiples of 16 bytes.
+template <int N, bool ALIGNED, typename Pointer>
+FUNCTION Pack<N> load_aligned(Pointer from, uint index) {
+  return load<N>(from, index);
+}
+
+template <typename Pointer>
+FUNCTION bool is_aligned(Pointer) {
+  return true;
+}
+
+// N neighbouring 32-bit words.
+template <int N>
+struct Words {
+  uint v[N];
+};
+
+template <int N, bool ALIGNED, typename Pointer>
+FUNCTION Words<N> load_words(Pointer from, uint index) {
+  Words<N> words;
+  for (int k = 0; k < N; ++k) {
+    words.v[k] = from[index + uint(k)];
+  }
+  return words;
+}
+
 // Rounds each element to T, to nearest even.
 template <typename T, int N, typename Pointer>
 FUNCTION void store(Pointer to, uint index, Pack<N> pack) {
@@ -28,4 +54,9 @@ FUNCTION void store(Pointer to, uint index, Pack<N> pack) {
 
 FUNCTION float float_of_bits(int bits) {
   return as_type<float>(bits);
+}
+
+// The float16 in the lower 16 bits.
+FUNCTION float float_of_half(uint bits) {
+  return float(as_type<half>(ushort(bits & 0xffffu)));
 }

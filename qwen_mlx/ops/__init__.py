@@ -2,21 +2,31 @@
 
 from .attention import attention
 from .dispatch import executor, explain, forced, no_grad
+from .matvec import matvec, matvec_qkv, matvec_swiglu, rotation_table
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import Rotary, qkv_rope, rope
 from .swiglu import swiglu, swiglu_joined
+from .unpack import Format, Matrix, raw_matrix, unpack
 
 __all__ = [
+    "Format",
+    "Matrix",
     "Rotary",
     "add_rms_norm",
     "attention",
     "executor",
     "explain",
     "forced",
+    "matvec",
+    "matvec_qkv",
+    "matvec_swiglu",
     "no_grad",
     "qkv_rope",
+    "raw_matrix",
     "rms_norm",
     "rope",
+    "rotation_table",
     "swiglu",
     "swiglu_joined",
+    "unpack",
 ]

@@ -75,12 +75,16 @@ def no_grad() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One file of qwen_mlx/metal with the names of its inputs and outputs and the helper headers it needs."""
+    """One file of qwen_mlx/metal with the names of its inputs and outputs and the helper headers it needs.
+
+    variant: tells kernels of one file apart that differ in a header.
+    """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     headers: tuple[str, ...] = ()
+    variant: str = ""
 
     def __call__(
         self,
@@ -89,9 +93,10 @@ class Kernel:
         grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
         shapes: Sequence[tuple[int, ...]],
+        dtype: mx.Dtype | None = None,
     ) -> list[mx.array]:
         """Launches a thread for each grid element; outputs have the first input's dtype. An empty grid gives zeros."""
-        dtype = inputs[0].dtype
+        dtype = dtype or inputs[0].dtype
         if 0 in grid:
             return [mx.zeros(shape, dtype) for shape in shapes]
         factory = mx.fast.metal_kernel if executor() == "metal" else mx.fast.cuda_kernel
@@ -123,7 +128,7 @@ def _without_comments(file: str) -> str:
 def _compiled(factory: Callable[..., Callable], kernel: Kernel) -> Callable[..., list[mx.array]]:
     dialect = "metal" if factory is mx.fast.metal_kernel else "cuda"
     return factory(
-        name=f"qwen_{kernel.name}",
+        name=f"qwen_{kernel.name}{kernel.variant and '_'}{kernel.variant}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         header=kernel.header(dialect),

@@ -58,11 +58,11 @@ class Rotary:
         Source: Peng et al. 2023, arXiv:2309.00071, section 3.2 and eq. 22; bounds rounded as in transformers.
         """
 
-        def pair_that_turns(times: float) -> float:
+        def pair_thatturns_of(times: float) -> float:
             return head_dim * math.log(original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = max(math.floor(pair_that_turns(beta_fast)), 0)
-        high = min(math.ceil(pair_that_turns(beta_slow)), head_dim - 1)
+        low = max(math.floor(pair_thatturns_of(beta_fast)), 0)
+        high = min(math.ceil(pair_thatturns_of(beta_slow)), head_dim - 1)
         slow = np.clip((np.arange(head_dim // 2) - low) / (max(high - low, 0) or 0.001), 0, 1)
         fast = _frequencies(head_dim, theta)
         scale = 0.1 * math.log(factor) + 1 if attention_factor is None and factor > 1 else attention_factor or 1.0
@@ -107,7 +107,7 @@ def rope(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
     def kernel(x: mx.array) -> mx.array:
         batch, length, heads, _ = x.shape
         return _launch(
-            _ROPE, (x, _turns(rotary), position), rotary, (("HEADS", heads),), batch * length, heads, [x.shape]
+            _ROPE, (x, turns_of(rotary), position), rotary, (("HEADS", heads),), batch * length, heads, [x.shape]
         )[0]
 
     return differentiable(kernel, lambda x: rope_reference(x, offset, rotary), x)
@@ -154,7 +154,7 @@ def qkv_rope(
         def kernel(qkv: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
             batch, length, _ = qkv.shape
             head_dim = 2 * len(rotary.inv_freq)
-            inputs = (qkv, *(bias or (qkv,)), _turns(rotary), position)
+            inputs = (qkv, *(bias or (qkv,)), turns_of(rotary), position)
             template = (("HEADS", n_heads), ("KV", n_kv_heads), ("BIAS", bool(bias)))
             shapes = [(batch, length, n_heads, head_dim), (batch, length, 2, n_kv_heads, head_dim)]
             heads = n_heads + 2 * n_kv_heads
@@ -221,7 +221,7 @@ def _traced_tables(rotary: Rotary, offset: mx.array, length: int, dtype: mx.Dtyp
     """As _tables, (B or 1, length, 1, 2, head_dim / 2), for offsets that are known only when evaluated."""
     with mx.stream(mx.cpu):
         # Products of 64-bit integers wrap at whole turns: MLX's own cosine is wrong for large angles, in float64 too.
-        words = _turns(rotary).astype(mx.int64)
+        words = turns_of(rotary).astype(mx.int64)
         turns = words[:, 0] * 2**32 + words[:, 1]
         positions = (offset[:, None] + mx.arange(length)).astype(mx.int64)
         angles = (positions[:, :, None, None, None] * turns).astype(mx.float64) * (2 * math.pi / 2**64)
@@ -230,7 +230,7 @@ def _traced_tables(rotary: Rotary, offset: mx.array, length: int, dtype: mx.Dtyp
 
 
 @functools.lru_cache(maxsize=8)
-def _turns(rotary: Rotary) -> mx.array:
+def turns_of(rotary: Rotary) -> mx.array:
     """Turns a position makes in units of 2^-96, uint32 (head_dim / 2, 3), highest word first; rounded down."""
     # Machin's formula in units of 2^-256: pi / 4 = 4 arctan(1/5) - arctan(1/239).
     pi = 4 * (4 * _arctan_of_inverse(5) - _arctan_of_inverse(239))
@@ -291,9 +291,13 @@ def _plan(rotary: Rotary, dtype: mx.Dtype) -> tuple[tuple[tuple[str, int], ...],
     """Template values, elements a pack, and the tokens whose angles keep 128 threads busy."""
     half = len(rotary.inv_freq)
     pack = pack_size(half, dtype)
+    return (("HALF", half), ("N", pack), *scale_template(rotary)), pack, max(1, 128 // half)
+
+
+def scale_template(rotary: Rotary) -> tuple[tuple[str, int], ...]:
+    """The attention factor as the kernels' template values."""
     # Rounded down, so that the rest is positive as well: the sign of a template value would end up in a kernel's name.
     high = np.float32(rotary.attention_factor)
     if float(high) > rotary.attention_factor:  # float: numpy would round the factor before it compares
         high = np.nextafter(high, np.float32(0))
-    scale = (("SCALE", float_bits(high)), ("SCALE_LOW", float_bits(rotary.attention_factor - float(high))))
-    return (("HALF", half), ("N", pack), *scale), pack, max(1, 128 // half)
+    return (("SCALE", float_bits(high)), ("SCALE_LOW", float_bits(rotary.attention_factor - float(high))))

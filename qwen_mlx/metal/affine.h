@@ -1,0 +1,56 @@
+// MLX's affine packing: w (rows, K BITS / 32) words of codes, scales and biases (rows, K / GROUP); BITS 4 or 8.
+// An element is scale * code + bias. Chunk: 16 bytes of codes, which never cross a group.
+template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename W, typename S,
+          typename B, typename E, typename X>
+FUNCTION Pack<R> row_dots(W w, S scales, B biases, E, X x, Rows<R> rows, uint first) {
+  constexpr int CODES = 32 / BITS;   // in a word
+  constexpr int N = 4 * CODES;       // in a chunk
+  constexpr int CHUNKS = K / N;
+  constexpr int LOAD = 16 / sizeof(T);
+  constexpr uint MASK = (1u << BITS) - 1u;
+  Pack<R> sums;
+  for (int r = 0; r < R; ++r) {
+    sums.v[r] = 0.0f;
+  }
+  for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
+    Words<4> codes[R * DEPTH];
+    float scale[R * DEPTH];
+    float bias[R * DEPTH];
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = first + uint(start + d * STEP);
+      if (chunk < uint(CHUNKS)) {
+        for (int r = 0; r < R; ++r) {
+          const uint group = rows.v[r] * uint(K / GROUP) + chunk * uint(N) / uint(GROUP);
+          codes[d * R + r] = load_words<4, ALIGNED>(w, (rows.v[r] * uint(CHUNKS) + chunk) * 4u);
+          scale[d * R + r] = float(scales[group]);
+          bias[d * R + r] = float(biases[group]);
+        }
+      }
+    }
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = first + uint(start + d * STEP);
+      if (chunk < uint(CHUNKS)) {
+        Pack<R> dots;
+        for (int r = 0; r < R; ++r) {
+          dots.v[r] = 0.0f;
+        }
+        float total = 0.0f;
+        for (int part = 0; part < N / LOAD; ++part) {
+          const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, chunk * uint(N) + uint(part * LOAD));
+          for (int k = 0; k < LOAD; ++k) {
+            const int i = part * LOAD + k;
+            total += xs.v[k];
+            for (int r = 0; r < R; ++r) {
+              const uint code = (codes[d * R + r].v[i / CODES] >> uint(i % CODES * BITS)) & MASK;
+              dots.v[r] = metal::fma(small_float(code), xs.v[k], dots.v[r]);
+            }
+          }
+        }
+        for (int r = 0; r < R; ++r) {
+          sums.v[r] = metal::fma(scale[d * R + r], dots.v[r], metal::fma(bias[d * R + r], total, sums.v[r]));
+        }
+      }
+    }
+  }
+  return sums;
+}

@@ -1,0 +1,42 @@
+// q | k | v = T(T(W norm(x)) + bias) for one vector x (K), q and k turned; w, w2, w3, w4: the matrix ((HEADS + 2 KV) 2 HALF, K),
+// see its format's header; weight (K) and EPS, the bits of eps, of the norm; table (HALF, 4) of rotation.metal; q and kv T.
+// A unit is R / 2 pairs of elements HALF apart. Template: T, K, HEADS, KV, HALF, R, SPLIT, DEPTH, THREADS, EPS, BITS, GROUP.
+constexpr int PAIRS = (HEADS + 2 * KV) * HALF;
+constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
+threadgroup float partial[THREADS / SIMD_WIDTH * R];
+threadgroup Staged<T> normed[K * sizeof(T) / 16];
+
+const uint id = thread_position_in_threadgroup.x;
+const uint lane = thread_index_in_simdgroup;
+const uint simd = simdgroup_index_in_threadgroup;
+const uint first_unit = threadgroup_position_in_grid.x * uint(UNITS);
+const uint unit = first_unit + simd / uint(SPLIT);
+norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
+if (unit * uint(R / 2) < uint(PAIRS)) {
+  partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(w, w2, w3, w4, &normed[0].v[0], rows_of<R, HALF, PAIRS>(unit), partial, lane, simd);
+}
+metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+const uint pair = first_unit * uint(R / 2) + id;
+if (id < uint(UNITS * R / 2) && pair < uint(PAIRS)) {
+  const uint owner = id / uint(R / 2);
+  const uint r = id % uint(R / 2);
+  const uint head = pair / uint(HALF);
+  const uint i = pair % uint(HALF);
+  uint at = head * uint(2 * HALF) + i;
+  float a = float(T(float(T(whole_sum<R, SPLIT>(partial, owner, r))) + float(bias[at])));
+  float b = float(T(float(T(whole_sum<R, SPLIT>(partial, owner, r + uint(R / 2)))) + float(bias[at + uint(HALF)])));
+  if (head < uint(HEADS + KV)) {
+    const uint t = 4u * i;
+    const float turned = difference(a, table[t], table[t + 1u], b, table[t + 2u], table[t + 3u]);
+    b = difference(b, table[t], table[t + 1u], -a, table[t + 2u], table[t + 3u]);
+    a = turned;
+  }
+  if (head < uint(HEADS)) {
+    q[at] = T(a);
+    q[at + uint(HALF)] = T(b);
+  } else {
+    at -= uint(HEADS * 2 * HALF);
+    kv[at] = T(a);
+    kv[at + uint(HALF)] = T(b);
+  }
+}

@@ -1,0 +1,97 @@
+// GGUF's Q4_K as in the file: w (rows, K / 256, 36) words a block: d and dmin (float16), 8 scales and 8 minima of 6 bits in
+// 12 bytes, 128 bytes of codes; of each 32 bytes the low halves are one group of 32, the high halves the next.
+// An element is d * scale * code - dmin * minimum. Chunk: 16 bytes of codes.
+struct Q4KGroup {
+  float scale, minimum;
+};
+
+// Scale and minimum of group `group` (0 to 7), times d and dmin, from a block's first four words.
+FUNCTION Q4KGroup q4_k_group(Words<4> head, uint group) {
+  const uint shift = group % 4u * 8u;
+  const uint low = (head.v[1] >> shift) & 0xffu;
+  const uint middle = (head.v[2] >> shift) & 0xffu;
+  const uint high = (head.v[3] >> shift) & 0xffu;
+  const uint scale = group < 4u ? low & 63u : (high & 15u) | ((low >> 6) << 4);
+  const uint minimum = group < 4u ? middle & 63u : (high >> 4) | ((middle >> 6) << 4);
+  Q4KGroup result;
+  result.scale = float_of_half(head.v[0]) * float(scale);
+  result.minimum = float_of_half(head.v[0] >> 16) * float(minimum);
+  return result;
+}
+
+template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename W, typename S,
+          typename B, typename E, typename X>
+FUNCTION Pack<R> row_dots(W w, S, B, E, X x, Rows<R> rows, uint first) {
+  constexpr int CHUNKS = K / 32;
+  constexpr int LOAD = 16 / sizeof(T);
+  Pack<R> sums;
+  for (int r = 0; r < R; ++r) {
+    sums.v[r] = 0.0f;
+  }
+  for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
+    Words<4> heads[R * DEPTH];
+    Words<4> codes[R * DEPTH];
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = first + uint(start + d * STEP);
+      if (chunk < uint(CHUNKS)) {
+        for (int r = 0; r < R; ++r) {
+          const uint block = (rows.v[r] * uint(K / 256) + chunk / 8u) * 36u;
+          heads[d * R + r] = load_words<4, ALIGNED>(w, block);
+          codes[d * R + r] = load_words<4, ALIGNED>(w, block + 4u + chunk % 8u * 4u);
+        }
+      }
+    }
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = first + uint(start + d * STEP);
+      if (chunk < uint(CHUNKS)) {
+        const uint group = chunk % 8u / 2u * 2u;
+        const uint from = chunk / 8u * 256u + group * 32u + chunk % 2u * 16u;
+        Pack<R> low;
+        Pack<R> high;
+        for (int r = 0; r < R; ++r) {
+          low.v[r] = 0.0f;
+          high.v[r] = 0.0f;
+        }
+        float low_total = 0.0f;
+        float high_total = 0.0f;
+        for (int part = 0; part < 16 / LOAD; ++part) {
+          const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, from + uint(part * LOAD));
+          const Pack<LOAD> ys = load_aligned<LOAD, ALIGNED>(x, from + 32u + uint(part * LOAD));
+          for (int k = 0; k < LOAD; ++k) {
+            const int i = part * LOAD + k;
+            low_total += xs.v[k];
+            high_total += ys.v[k];
+            for (int r = 0; r < R; ++r) {
+              const uint word = codes[d * R + r].v[i / 4] >> uint(i % 4 * 8);
+              low.v[r] = metal::fma(small_float(word & 15u), xs.v[k], low.v[r]);
+              high.v[r] = metal::fma(small_float((word >> 4) & 15u), ys.v[k], high.v[r]);
+            }
+          }
+        }
+        for (int r = 0; r < R; ++r) {
+          const Q4KGroup a = q4_k_group(heads[d * R + r], group);
+          const Q4KGroup b = q4_k_group(heads[d * R + r], group + 1u);
+          sums.v[r] += metal::fma(a.scale, low.v[r], -a.minimum * low_total) +
+                       metal::fma(b.scale, high.v[r], -b.minimum * high_total);
+        }
+      }
+    }
+  }
+  return sums;
+}
+
+// Elements column to column + 7 of a row; column is a multiple of 8.
+template <int K, typename W, typename S, typename B, typename E>
+FUNCTION Pack<8> eight_elements(W w, S, B, E, uint row, uint column) {
+  const uint block = (row * uint(K / 256) + column / 256u) * 36u;
+  const uint group = column / 32u % 8u;
+  const Words<4> head = load_words<4, true>(w, block);
+  const Words<2> codes = load_words<2, true>(w, block + 4u + group / 2u * 8u + column % 32u / 4u);
+  const Q4KGroup values = q4_k_group(head, group);
+  Pack<8> result;
+  for (int k = 0; k < 8; ++k) {
+    const uint code = (codes.v[k / 4] >> (uint(k % 4 * 8) + group % 2u * 4u)) & 15u;
+    result.v[k] = values.scale * small_float(code) - values.minimum;
+  }
+  return result;
+}

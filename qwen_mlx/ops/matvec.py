@@ -1,0 +1,206 @@
+"""Products of a matrix, dense or packed, with one vector, together with what stands before and after them in a layer.
+
+One token's decoding is four such launches a layer. Each reads the matrix as it is stored, once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..backend import mx
+from .dispatch import Kernel, executor, float_bits, require, require_float, require_like
+from .rms_norm import rms_norm_reference
+from .rope import Rotary, scale_template, turns_of
+from .swiglu import swiglu_joined_reference
+from .unpack import Format, Matrix, unpack_reference
+
+MAX_STAGED = 16384  # bytes of a normed vector in threadgroup memory
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is cut: `rows` a unit, `split` simdgroups a unit, `depth` chunks a lane has under way, `threads`."""
+
+    rows: int
+    split: int
+    depth: int
+    threads: int = 256
+
+
+_ROTATION = Kernel("rotation", ("turns", "offset"), ("out",), ("rotary.h",))
+
+
+@functools.cache
+def _kernel(name: str, kind: str) -> Kernel:
+    first, last, outputs, headers = {
+        "matvec": (("x", "weight"), ("residual",), ("out",), ()),
+        "matvec_swiglu": (("x", "weight"), (), ("out",), ("silu.h",)),
+        "matvec_qkv": (("x", "weight"), ("bias", "table"), ("q", "kv"), ("rotary.h",)),
+    }[name]
+    inputs = (*first, "w", "w2", "w3", "w4", *last)
+    return Kernel(name, inputs, outputs, ("rms.h", "rows.h", f"{kind}.h", "matvec.h", *headers), kind)
+
+
+def matvec(
+    x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None = None, residual: mx.array | None = None
+) -> mx.array:
+    """matrix @ norm(x) + residual for one vector.
+
+    x: (..., columns) with one row; norm: weight (columns,) and eps of an RMSNorm before, or None; residual: (..., rows)
+    or None. Returns (1, 1, rows). Rounding: as rms_norm's, the product is summed in float32 and rounded to x.dtype, the
+    sum with the residual is rounded. Raises ValueError if shapes or dtypes do not agree.
+    """
+    _check(x, matrix, norm)
+    rows = matrix.format.rows
+    if residual is not None:
+        require(
+            residual.size == rows and residual.dtype == x.dtype,
+            lambda: (
+                f"residual has shape {residual.shape} and dtype {residual.dtype}, expected {(rows,)} and {x.dtype}."
+            ),
+        )
+    if not _on_kernel(x, matrix, norm):
+        y = matvec_reference(x, matrix, norm)
+        return y if residual is None else y + residual.reshape(y.shape)
+    tuning = _tuning("matvec", matrix.format)
+    template = (("ROWS", rows), ("NORM", norm is not None), ("ADD", residual is not None))
+    extra = (x if residual is None else residual,)
+    units = -(-rows // tuning.rows)
+    return _launch("matvec", x, matrix, norm, extra, template, tuning, units, [(1, 1, rows)])[0]
+
+
+def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> mx.array:
+    """swiglu_joined(matrix @ norm(x)) for one vector: matrix (2 F, columns), gate's rows first; returns (1, 1, F).
+
+    Rounding and errors as matvec's and swiglu's.
+    """
+    _check(x, matrix, norm)
+    require(matrix.format.rows % 2 == 0, lambda: f"matrix has {matrix.format.rows} rows, expected gate's and up's.")
+    if not _on_kernel(x, matrix, norm):
+        return swiglu_joined_reference(matvec_reference(x, matrix, norm))
+    tuning = _tuning("matvec_swiglu", matrix.format)
+    width = matrix.format.rows // 2
+    units = -(-width // (tuning.rows // 2))
+    return _launch("matvec_swiglu", x, matrix, norm, (), (("F", width),), tuning, units, [(1, 1, width)])[0]
+
+
+def matvec_qkv(
+    x: mx.array,
+    matrix: Matrix,
+    bias: mx.array,
+    norm: tuple[mx.array, float],
+    table: mx.array,
+    n_heads: int,
+    n_kv_heads: int,
+) -> tuple[mx.array, mx.array]:
+    """qkv_rope(matrix @ norm(x), bias) for one vector.
+
+    matrix: ((n_heads + 2 n_kv_heads) head_dim, columns); bias: its rows; table: rotation_table(...). Returns
+    q (1, n_heads, 1, head_dim) and kv (1, 2 n_kv_heads, 1, head_dim), keys first. Rounding and errors as matvec's and
+    qkv_rope's.
+    """
+    _check(x, matrix, norm)
+    rows, half = matrix.format.rows, table.shape[0]
+    require(
+        rows == (n_heads + 2 * n_kv_heads) * 2 * half,
+        lambda: f"matrix has {rows} rows, expected {n_heads} + 2 * {n_kv_heads} heads of {2 * half}.",
+    )
+    require_like("bias", bias, (rows,), x.dtype)
+    shapes = [(1, n_heads, 1, 2 * half), (1, 2 * n_kv_heads, 1, 2 * half)]
+    if not _on_kernel(x, matrix, norm):
+        y = (matvec_reference(x, matrix, norm) + bias).reshape(1, -1, 1, 2, half)
+        wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
+        cos, sin = (table[:, i].astype(wide) + table[:, i + 1].astype(wide) for i in (0, 2))
+        a, b = y[:, : n_heads + n_kv_heads, :, 0].astype(wide), y[:, : n_heads + n_kv_heads, :, 1].astype(wide)
+        turned = mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).astype(x.dtype)
+        both = mx.concatenate([turned, y[:, n_heads + n_kv_heads :]], axis=1).reshape(1, -1, 1, 2 * half)
+        return both[:, :n_heads], both[:, n_heads:]
+    tuning = _tuning("matvec_qkv", matrix.format)
+    units = -(-rows // tuning.rows)
+    template = (("HEADS", n_heads), ("KV", n_kv_heads), ("HALF", half))
+    return tuple(_launch("matvec_qkv", x, matrix, norm, (bias, table), template, tuning, units, shapes))
+
+
+def matvec_reference(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None = None) -> mx.array:
+    """matvec in plain MLX, without the residual."""
+    y = x.reshape(1, 1, -1)
+    if norm is not None:
+        y = rms_norm_reference(y, *norm)
+    return (y.astype(mx.float32) @ unpack_reference(matrix, mx.float32).T).astype(x.dtype)
+
+
+def rotation_table(offset: mx.array, rotary: Rotary) -> mx.array:
+    """Cosine and sine of every pair's angle at position `offset`, each as a sum of two floats.
+
+    offset: (1,) int32. Returns (head_dim / 2, 4) float32: cosine, its rest, sine, its rest. Exact to 2^-48; YaRN's
+    attention factor is included. All layers of a step share it.
+    """
+    half = len(rotary.inv_freq)
+    if executor() == "reference":
+        return _rotation_table_reference(offset, rotary)
+    scale = scale_template(rotary)
+    inputs, size = (turns_of(rotary), offset), -(-half // 32) * 32
+    return _ROTATION(inputs, [("HALF", half), *scale], (size, 1, 1), (size, 1, 1), [(half, 4)], mx.float32)[0]
+
+
+def _rotation_table_reference(offset: mx.array, rotary: Rotary) -> mx.array:
+    angles = float(offset.item()) * np.array(rotary.inv_freq)
+    wide = [table(angles) * rotary.attention_factor for table in (np.cos, np.sin)]
+    high = [values.astype(np.float32) for values in wide]
+    low = [(values - rounded).astype(np.float32) for values, rounded in zip(wide, high)]
+    return mx.array(np.stack([high[0], low[0], high[1], low[1]], axis=-1))
+
+
+def _check(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> None:
+    require_float("x", x)
+    columns = matrix.format.columns
+    require(x.size == columns, lambda: f"x has shape {x.shape}, expected one vector of {columns}.")
+    if norm is not None:
+        require_like("norm's weight", norm[0], (columns,), x.dtype)
+
+
+def _on_kernel(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> bool:
+    if executor() == "reference" or not matrix.format.served:
+        return False
+    dense = matrix.format.kind != "dense" or matrix.arrays[0].dtype == x.dtype
+    return dense and (norm is None or x.nbytes <= MAX_STAGED)
+
+
+def _tuning(name: str, form: Format) -> Tuning:
+    paired = name != "matvec"
+    if form.kind == "dense":
+        return Tuning(2 if paired else 1, 1 if form.columns < 4096 else 2, 4)
+    return Tuning(2, 1, 1 if form.columns < 4096 else 2)
+
+
+def _launch(
+    name: str,
+    x: mx.array,
+    matrix: Matrix,
+    norm: tuple[mx.array, float] | None,
+    extra: tuple[mx.array, ...],
+    template: tuple[tuple[str, object], ...],
+    tuning: Tuning,
+    units: int,
+    shapes: Sequence[tuple[int, ...]],
+) -> list[mx.array]:
+    form = matrix.format
+    weight, eps = (x, 0.0) if norm is None else norm
+    arrays = (*matrix.arrays, *(matrix.arrays[0],) * (4 - len(matrix.arrays)))
+    group = tuning.threads // 32 // tuning.split  # units of a threadgroup
+    template = (
+        *template,
+        *(("K", form.columns), ("R", tuning.rows), ("SPLIT", tuning.split), ("DEPTH", tuning.depth)),
+        *(
+            ("THREADS", tuning.threads),
+            ("EPS", float_bits(eps)),
+            ("BITS", form.bits or 4),
+            ("GROUP", form.group_size or 32),
+        ),
+    )
+    grid = (-(-units // group) * tuning.threads, 1, 1)
+    return _kernel(name, form.kind)((x, weight, *arrays, *extra), template, grid, (tuning.threads, 1, 1), shapes)

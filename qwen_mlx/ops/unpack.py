@@ -1,0 +1,126 @@
+"""GGUF's Q4_K and Q6_K blocks, kept in memory as they are in the file: how they lie, and their values."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..backend import mx
+from .dispatch import Kernel, executor, require, threads
+
+RAW = ("q4_k", "q6_k")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix (rows, columns) is stored.
+
+    dense: (w,); affine: (codes, scales, biases) as mx.quantize makes them, with `bits` and `group_size`; q4_k:
+    (blocks,), GGUF's bytes as uint32 (rows, columns / 256, 36); q6_k: (low, high, scales, d), the parts of GGUF's
+    blocks each in an array of its own, uint32 (rows, columns / 8), (rows, columns / 16) and (rows, columns / 64),
+    float16 (rows, columns / 256).
+    """
+
+    kind: str
+    rows: int
+    columns: int
+    bits: int = 0
+    group_size: int = 0
+
+    @property
+    def served(self) -> bool:
+        """Whether the matrix-vector kernels read it."""
+        if self.kind == "affine":
+            return self.bits in (4, 8) and self.columns % max(self.group_size, 128 // self.bits) == 0
+        return self.columns % (256 if self.kind in RAW else 16) == 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix and its format."""
+
+    format: Format
+    arrays: tuple[mx.array, ...]
+
+
+@functools.cache
+def _kernel(kind: str) -> Kernel:
+    return Kernel("unpack", ("w", "w2", "w3", "w4", "ids"), ("out",), ("rows.h", f"{kind}.h"), kind)
+
+
+def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
+    """The values of a q4_k or q6_k matrix, or of its rows `ids` (...): (rows, columns) or (..., columns) in dtype.
+
+    Rounding: formed in float32 as gguf-py does, then rounded. Raises ValueError for another format.
+    """
+    form = matrix.format
+    require(form.kind in RAW, lambda: f"matrix is {form.kind}, expected one of {', '.join(RAW)}.")
+    if executor() == "reference":
+        return unpack_reference(matrix, dtype, ids)
+    arrays = (*matrix.arrays, *(matrix.arrays[0],) * (4 - len(matrix.arrays)))
+    rows = form.rows if ids is None else ids.size
+    shape = (form.rows,) if ids is None else ids.shape
+    packs = form.columns // 8
+    n_threads = threads(packs, 128)
+    grid = (-(-packs // n_threads) * n_threads, rows, 1)
+    template = [("K", form.columns), ("IDS", ids is not None)]
+    inputs = (*arrays, arrays[0] if ids is None else ids)
+    return _kernel(form.kind)(inputs, template, grid, (n_threads, 1, 1), [(*shape, form.columns)], dtype)[0]
+
+
+def unpack_reference(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
+    """unpack in plain MLX, for dense and affine matrices too."""
+    form = matrix.format
+    arrays = matrix.arrays if ids is None else tuple(array[ids] for array in matrix.arrays)
+    shape = (*((form.rows,) if ids is None else ids.shape), form.columns)
+    if form.kind == "dense":
+        return arrays[0].astype(dtype)
+    if form.kind == "affine":
+        wide = (array.astype(mx.float32) for array in arrays[1:])
+        return mx.dequantize(arrays[0], *wide, group_size=form.group_size, bits=form.bits).astype(dtype)
+    return (_q4_k if form.kind == "q4_k" else _q6_k)(*arrays).reshape(shape).astype(dtype)
+
+
+def _bytes(words: mx.array, shape: tuple[int, ...]) -> mx.array:
+    return words.view(mx.uint8).reshape(shape)
+
+
+def _q4_k(blocks: mx.array) -> mx.array:
+    raw = _bytes(blocks, (-1, 144))
+    d, dmin = (raw[:, i : i + 2].view(mx.float16).astype(mx.float32) for i in (0, 2))
+    low, middle, high = (raw[:, i : i + 4] for i in (4, 8, 12))
+    scales = mx.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=-1)
+    minima = mx.concatenate([middle & 63, (high >> 4) | ((middle >> 6) << 4)], axis=-1)
+    codes = raw[:, 16:].reshape(-1, 4, 1, 32)
+    codes = mx.concatenate([codes & 15, codes >> 4], axis=2).reshape(-1, 8, 32).astype(mx.float32)
+    scale, minimum = ((f * s.astype(mx.float32))[..., None] for f, s in ((d, scales), (dmin, minima)))
+    return scale * codes - minimum
+
+
+def _q6_k(low: mx.array, high: mx.array, scales: mx.array, d: mx.array) -> mx.array:
+    low, high = _bytes(low, (-1, 2, 1, 64)), _bytes(high, (-1, 2, 1, 32))
+    bottom = mx.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
+    top = mx.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2)
+    codes = (bottom | (top << 4)).astype(mx.float32) - 32
+    signed = scales.view(mx.int8).reshape(-1, 16).astype(mx.float32)
+    scale = d.reshape(-1, 1).astype(mx.float32) * signed
+    return scale[..., None] * codes.reshape(-1, 16, 16)
+
+
+def raw_matrix(raw: np.ndarray, kind: str) -> Matrix:
+    """A GGUF tensor's bytes, uint8 (rows, bytes of a row), in format "q4_k" or "q6_k"."""
+    rows = raw.shape[0]
+    size = {"q4_k": 144, "q6_k": 210}[kind]
+    columns = raw.shape[1] // size * 256
+    blocks = raw.reshape(rows, -1, size)
+    if kind == "q4_k":
+        arrays: tuple[mx.array, ...] = (mx.array(blocks.view(np.uint32)),)
+    else:
+        parts = [
+            np.ascontiguousarray(blocks[..., a:b]).reshape(rows, -1) for a, b in ((0, 128), (128, 192), (192, 208))
+        ]
+        d = np.ascontiguousarray(blocks[..., 208:]).view(np.float16).reshape(rows, -1)
+        arrays = (*(mx.array(part.view(np.uint32)) for part in parts), mx.array(d))
+    return Matrix(Format(kind, rows, columns), arrays)

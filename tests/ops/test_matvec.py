@@ -1,0 +1,125 @@
+"""Matrix-vector products on every format, against float64 on gguf-py's own values."""
+
+from __future__ import annotations
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen_mlx import ops
+from qwen_mlx.ops import Format, Matrix
+
+FORMATS = ["dense", "affine4", "affine8", "q4_k", "q6_k"]
+ULP = {mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}
+
+
+def raw_blocks(rows: int, columns: int, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random blocks with sane scales as bytes (rows, row bytes), and gguf-py's values."""
+    rng = np.random.default_rng(seed)
+    size = {"q4_k": 144, "q6_k": 210}[kind]
+    blocks = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
+    scale = rng.uniform(-1e-3, 1e-3, (rows, columns // 256, 2)).astype(np.float16).view(np.uint8)
+    if kind == "q4_k":
+        blocks[..., :4] = scale
+    else:
+        blocks[..., 208:] = scale[..., :2]
+    raw = blocks.reshape(rows, -1)
+    return raw, gguf.dequantize(raw, gguf.GGMLQuantizationType[kind.upper()])
+
+
+def matrix_of(form: str, rows: int, columns: int, dtype: mx.Dtype, seed: int = 0) -> tuple[Matrix, np.ndarray]:
+    """A matrix in the format and its values in float64."""
+    if form in ("q4_k", "q6_k"):
+        raw, values = raw_blocks(rows, columns, form, seed)
+        return ops.raw_matrix(raw, form), values.astype(np.float64)
+    w = mx.random.normal((rows, columns), key=mx.random.key(seed)) * 0.05
+    if form == "dense":
+        w = w.astype(dtype)
+        return Matrix(Format("dense", rows, columns), (w,)), np.array(w.astype(mx.float32), np.float64)
+    bits = int(form[-1])
+    arrays = mx.quantize(w.astype(dtype), group_size=32, bits=bits)
+    values = mx.dequantize(arrays[0], *(a.astype(mx.float32) for a in arrays[1:]), group_size=32, bits=bits)
+    return Matrix(Format("affine", rows, columns, bits, 32), arrays), np.array(values, np.float64)
+
+
+def vector(columns: int, dtype: mx.Dtype, seed: int = 1) -> mx.array:
+    return mx.random.normal((1, 1, columns), key=mx.random.key(seed)).astype(dtype)
+
+
+def wide(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32), np.float64).reshape(-1)
+
+
+def limit(values: np.ndarray, x: np.ndarray, y: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """Half an ulp for the last rounding, and float32's error of the sum (Higham 2002, section 3.1, with 64 terms)."""
+    return np.abs(y) * ULP[dtype] + 64 * 2**-24 * (np.abs(values) @ np.abs(x))
+
+
+@pytest.mark.parametrize("dtype", ULP, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("rows", [1, 37])
+def test_matvec(executor: str, form: str, dtype: mx.Dtype, rows: int):
+    matrix, values = matrix_of(form, rows, 768, dtype)
+    x = vector(768, dtype)
+    with ops.no_grad():
+        y = ops.matvec(x, matrix)
+    assert y.shape == (1, 1, rows)
+    assert y.dtype == dtype
+    exact = values @ wide(x)
+    assert (np.abs(wide(y) - exact) <= limit(values, wide(x), exact, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", ULP, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_norm_before_and_residual_after(executor: str, form: str, dtype: mx.Dtype):
+    matrix, values = matrix_of(form, 40, 512, dtype)
+    x, weight, residual = vector(512, dtype), vector(512, dtype, 2).reshape(-1), vector(40, dtype, 3)
+    with ops.no_grad():
+        y = ops.matvec(x, matrix, (weight, 1e-6), residual)
+    normed = ops.rms_norm(x, weight, 1e-6)
+    product = mx.array(values @ wide(normed)).astype(dtype)
+    expected = wide(product + residual.reshape(-1))
+    # The norm may differ by an ulp where its sum is formed in another order.
+    slack = np.abs(values) @ np.abs(wide(normed)) * ULP[dtype] / 8 + limit(values, wide(normed), wide(product), dtype)
+    assert (np.abs(wide(y) - expected) <= slack + np.abs(expected) * ULP[dtype]).all()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_swiglu_is_what_the_separate_operations_give(executor: str, form: str):
+    matrix, _ = matrix_of(form, 2 * 19, 512, mx.float32)
+    x, weight = vector(512, mx.float32), vector(512, mx.float32, 2).reshape(-1)
+    with ops.no_grad():
+        y = ops.matvec_swiglu(x, matrix, (weight, 1e-6))
+        expected = ops.swiglu_joined(ops.matvec(x, matrix, (weight, 1e-6)))
+    assert y.shape == (1, 1, 19)
+    np.testing.assert_allclose(wide(y), wide(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("factor", [1.0, 1.1386])
+def test_qkv_is_what_the_separate_operations_give(executor: str, form: str, factor: float):
+    heads, kv_heads, head_dim = 3, 1, 16
+    rows = (heads + 2 * kv_heads) * head_dim
+    matrix, _ = matrix_of(form, rows, 256, mx.float32)
+    x, weight, bias = vector(256, mx.float32), vector(256, mx.float32, 2).reshape(-1), vector(rows, mx.float32, 3)
+    plain = ops.Rotary.plain(head_dim, 1e6)
+    rotary = ops.Rotary(plain.inv_freq, factor)
+    with ops.no_grad():
+        table = ops.rotation_table(mx.array([100_000], mx.int32), rotary)
+        q, kv = ops.matvec_qkv(x, matrix, bias.reshape(-1), (weight, 1e-6), table, heads, kv_heads)
+        joined = ops.matvec(x, matrix, (weight, 1e-6))
+        q2, kv2 = ops.qkv_rope(joined, bias.reshape(-1), 100_000, rotary, heads, kv_heads, join_kv=True)
+    assert q.shape == (1, heads, 1, head_dim)
+    assert kv.shape == (1, 2 * kv_heads, 1, head_dim)
+    np.testing.assert_allclose(wide(q), wide(q2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(wide(kv), wide(kv2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_unpack_equals_gguf_py_bit_for_bit(executor: str, kind: str):
+    raw, values = raw_blocks(7, 768, kind, 5)
+    matrix = ops.raw_matrix(raw, kind)
+    np.testing.assert_array_equal(np.array(ops.unpack(matrix, mx.float32)), values)
+    ids = mx.array([[6, 0], [3, 3]])
+    np.testing.assert_array_equal(np.array(ops.unpack(matrix, mx.float32, ids)), values[np.array(ids)])
