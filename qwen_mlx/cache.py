@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import ops
 from .backend import mx
 
 STEP = 256  # tokens by which the buffer grows, so that most updates write in place
@@ -16,6 +17,14 @@ class KVCache:
     def __init__(self) -> None:
         self.offset = 0
         self._buffer: mx.array | None = None
+
+    def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
+        """Appends kv (B, L, 2, n_kv_heads, head_dim), rotated, and returns the attention of q (B, L, H, head_dim) on
+        all that is held: query i sees keys up to its own, within a sliding window only the last `sliding_window`.
+        """
+        mask = attention_mask(q.shape[1], self.offset, sliding_window)
+        keys, values = self.update(kv)
+        return ops.attention(q, keys, values, scale, mask)
 
     def update(self, kv: mx.array) -> tuple[mx.array, mx.array]:
         """Appends keys and values (B, L, 2, n_kv_heads, head_dim), rotated, and returns all held, newest last."""
@@ -49,3 +58,14 @@ class KVCache:
         if not 0 <= n_tokens <= self.offset:
             raise ValueError(f"Cannot trim {n_tokens} tokens from a cache of {self.offset}.")
         self.offset -= n_tokens
+
+
+def attention_mask(length: int, offset: int, sliding_window: int | None) -> mx.array | str | None:
+    """The mask of `length` queries whose first position is `offset`: query i sees keys j <= i, and within a sliding
+    window only j > i - sliding_window. None where every key is seen, "causal" where MLX's own mask serves.
+    """
+    if sliding_window is None or offset + length <= sliding_window:
+        return "causal" if length > 1 else None
+    queries = mx.arange(offset, offset + length)[:, None]
+    keys = mx.arange(offset + length)[None, :]
+    return (keys <= queries) & (keys > queries - sliding_window)

@@ -56,13 +56,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         batch, length, _ = x.shape
-        offset = cache.offset
         q, kv = ops.qkv_rope(
-            self.qkv_proj(x), self.qkv_bias, offset, self._rotary, self.n_heads, self.n_kv_heads, join_kv=True
+            self.qkv_proj(x), self.qkv_bias, cache.offset, self._rotary, self.n_heads, self.n_kv_heads, join_kv=True
         )
-        keys, values = cache.update(kv)
-        mask = attention_mask(length, offset, self._sliding_window)
-        out = ops.attention(q, keys, values, self.head_dim**-0.5, mask)
+        out = cache.attend(q, kv, self.head_dim**-0.5, self._sliding_window)
         return self.o_proj(out.reshape(batch, length, -1))
 
 
@@ -183,14 +180,3 @@ def rotary_of(config: ModelConfig, rope_factors: np.ndarray | None = None) -> op
             scaling.beta_slow,
         )
     return rotary if rope_factors is None else rotary.divided(rope_factors)
-
-
-def attention_mask(length: int, offset: int, sliding_window: int | None) -> mx.array | str | None:
-    """The mask of `length` queries whose first position is `offset`: query i sees keys j <= i, and within a sliding
-    window only j > i - sliding_window. None where every key is seen, "causal" where MLX's own mask serves.
-    """
-    if sliding_window is None or offset + length <= sliding_window:
-        return "causal" if length > 1 else None
-    queries = mx.arange(offset, offset + length)[:, None]
-    keys = mx.arange(offset + length)[None, :]
-    return (keys <= queries) & (keys > queries - sliding_window)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import qwen_mlx.model as model_module
+import qwen_mlx.cache as cache_module
 from qwen_mlx import ops
 from qwen_mlx.backend import mx
 from qwen_mlx.cache import KVCache
@@ -227,7 +227,7 @@ def _(model, patch):
 
 @bug("no causal mask", "0.layers.0.probs", "no causal mask")
 def _(model, patch):
-    patch.setattr(model_module, "attention_mask", lambda *_: None)
+    patch.setattr(cache_module, "attention_mask", lambda *_: None)
 
 
 @bug("causal mask off by one", "0.layers.0.probs", "each token sees the next")
@@ -235,7 +235,7 @@ def _(model, patch):
     def mask(length, offset, window):
         return mx.arange(offset + length)[None] <= mx.arange(offset, offset + length)[:, None] + 1
 
-    patch.setattr(model_module, "attention_mask", mask)
+    patch.setattr(cache_module, "attention_mask", mask)
 
 
 @bug("sliding window ignored", "0.layers.1.probs", "sliding window is missing", shape="sliding window")
