@@ -7,8 +7,8 @@ FUNCTION Pack<R> row_dots(W w, S scales, B biases, E, X x, Rows<R> rows, uint fi
   constexpr int N = 4 * CODES;       // in a chunk
   constexpr int CHUNKS = K / N;
   constexpr int LOAD = 16 / sizeof(T);
-  constexpr uint MASK = (1u << BITS) - 1u;
   Pack<R> sums;
+  UNROLL
   for (int r = 0; r < R; ++r) {
     sums.v[r] = 0.0f;
   }
@@ -16,9 +16,11 @@ FUNCTION Pack<R> row_dots(W w, S scales, B biases, E, X x, Rows<R> rows, uint fi
     Words<4> codes[R * DEPTH];
     float scale[R * DEPTH];
     float bias[R * DEPTH];
+    UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
+        UNROLL
         for (int r = 0; r < R; ++r) {
           const uint group = rows.v[r] * uint(K / GROUP) + chunk * uint(N) / uint(GROUP);
           codes[d * R + r] = load_words<4, ALIGNED>(w, (rows.v[r] * uint(CHUNKS) + chunk) * 4u);
@@ -27,27 +29,34 @@ FUNCTION Pack<R> row_dots(W w, S scales, B biases, E, X x, Rows<R> rows, uint fi
         }
       }
     }
+    UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
         Pack<R> dots;
+        UNROLL
         for (int r = 0; r < R; ++r) {
           dots.v[r] = 0.0f;
         }
         float total = 0.0f;
+        UNROLL
         for (int part = 0; part < N / LOAD; ++part) {
           const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, chunk * uint(N) + uint(part * LOAD));
+          UNROLL
           for (int k = 0; k < LOAD; ++k) {
             const int i = part * LOAD + k;
             total += xs.v[k];
+            UNROLL
             for (int r = 0; r < R; ++r) {
-              const uint code = (codes[d * R + r].v[i / CODES] >> uint(i % CODES * BITS)) & MASK;
-              dots.v[r] = metal::fma(small_float(code), xs.v[k], dots.v[r]);
+              const float code = mantissa<BITS>(codes[d * R + r].v[i / CODES], i % CODES * BITS);
+              dots.v[r] = metal::fma(code, xs.v[k], dots.v[r]);
             }
           }
         }
+        UNROLL
         for (int r = 0; r < R; ++r) {
-          sums.v[r] = metal::fma(scale[d * R + r], dots.v[r], metal::fma(bias[d * R + r], total, sums.v[r]));
+          const float dot = (dots.v[r] - total) * float(1 << BITS);
+          sums.v[r] = metal::fma(scale[d * R + r], dot, metal::fma(bias[d * R + r], total, sums.v[r]));
         }
       }
     }

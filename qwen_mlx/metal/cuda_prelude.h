@@ -1,6 +1,7 @@
 // Metal's names in CUDA, so that NVRTC compiles the same kernel bodies; metal_prelude.h is its twin.
 #define FUNCTION __device__ __forceinline__
 #define SIMD_WIDTH 32
+#define UNROLL _Pragma("unroll")
 #define threadgroup __shared__
 #define thread_position_in_threadgroup threadIdx
 #define threadgroup_position_in_grid blockIdx

@@ -1,6 +1,7 @@
 // The vocabulary of the kernels in Metal; cuda_prelude.h says the same in CUDA.
 #define FUNCTION inline
 #define SIMD_WIDTH 32
+#define UNROLL _Pragma("clang loop unroll(full)")
 
 // N neighbouring elements, widened to float.
 template <int N>

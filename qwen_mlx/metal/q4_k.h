@@ -25,15 +25,18 @@ FUNCTION Pack<R> row_dots(W w, S, B, E, X x, Rows<R> rows, uint first) {
   constexpr int CHUNKS = K / 32;
   constexpr int LOAD = 16 / sizeof(T);
   Pack<R> sums;
+  UNROLL
   for (int r = 0; r < R; ++r) {
     sums.v[r] = 0.0f;
   }
   for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
     Words<4> heads[R * DEPTH];
     Words<4> codes[R * DEPTH];
+    UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
+        UNROLL
         for (int r = 0; r < R; ++r) {
           const uint block = (rows.v[r] * uint(K / 256) + chunk / 8u) * 36u;
           heads[d * R + r] = load_words<4, ALIGNED>(w, block);
@@ -41,6 +44,7 @@ FUNCTION Pack<R> row_dots(W w, S, B, E, X x, Rows<R> rows, uint first) {
         }
       }
     }
+    UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
@@ -48,31 +52,36 @@ FUNCTION Pack<R> row_dots(W w, S, B, E, X x, Rows<R> rows, uint first) {
         const uint from = chunk / 8u * 256u + group * 32u + chunk % 2u * 16u;
         Pack<R> low;
         Pack<R> high;
+        UNROLL
         for (int r = 0; r < R; ++r) {
           low.v[r] = 0.0f;
           high.v[r] = 0.0f;
         }
         float low_total = 0.0f;
         float high_total = 0.0f;
+        UNROLL
         for (int part = 0; part < 16 / LOAD; ++part) {
           const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, from + uint(part * LOAD));
           const Pack<LOAD> ys = load_aligned<LOAD, ALIGNED>(x, from + 32u + uint(part * LOAD));
+          UNROLL
           for (int k = 0; k < LOAD; ++k) {
             const int i = part * LOAD + k;
             low_total += xs.v[k];
             high_total += ys.v[k];
+            UNROLL
             for (int r = 0; r < R; ++r) {
-              const uint word = codes[d * R + r].v[i / 4] >> uint(i % 4 * 8);
-              low.v[r] = metal::fma(small_float(word & 15u), xs.v[k], low.v[r]);
-              high.v[r] = metal::fma(small_float((word >> 4) & 15u), ys.v[k], high.v[r]);
+              const uint word = codes[d * R + r].v[i / 4];
+              low.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8), xs.v[k], low.v[r]);
+              high.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8 + 4), ys.v[k], high.v[r]);
             }
           }
         }
+        UNROLL
         for (int r = 0; r < R; ++r) {
           const Q4KGroup a = q4_k_group(heads[d * R + r], group);
           const Q4KGroup b = q4_k_group(heads[d * R + r], group + 1u);
-          sums.v[r] += metal::fma(a.scale, low.v[r], -a.minimum * low_total) +
-                       metal::fma(b.scale, high.v[r], -b.minimum * high_total);
+          sums.v[r] += metal::fma(a.scale, (low.v[r] - low_total) * 16.0f, -a.minimum * low_total) +
+                       metal::fma(b.scale, (high.v[r] - high_total) * 16.0f, -b.minimum * high_total);
         }
       }
     }
@@ -91,7 +100,7 @@ FUNCTION Pack<8> eight_elements(W w, S, B, E, uint row, uint column) {
   Pack<8> result;
   for (int k = 0; k < 8; ++k) {
     const uint code = (codes.v[k / 4] >> (uint(k % 4 * 8) + group % 2u * 4u)) & 15u;
-    result.v[k] = values.scale * small_float(code) - values.minimum;
+    result.v[k] = values.scale * float(code) - values.minimum;
   }
   return result;
 }

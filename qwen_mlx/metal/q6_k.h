@@ -2,12 +2,20 @@
 // codes' low 4 bits, scales (rows, K / 16) words of their high 2 bits, biases (rows, K / 64) words of one int8 scale for 16
 // elements, d (rows, K / 256) float16 factors. An element is d * scale * (code - 32). Chunk: 64 elements of a block's
 // half, at 0, 32, 64 and 96 from its start and the same 16 further on.
+// As `mantissa<6>` of a code whose low 4 and high 2 bits lie in two words.
+FUNCTION float mantissa6(uint low, int low_shift, uint high, int high_shift) {
+  const uint bottom = low_shift > 17 ? low >> uint(low_shift - 17) : low << uint(17 - low_shift);
+  const uint top = high_shift > 21 ? high >> uint(high_shift - 21) : high << uint(21 - high_shift);
+  return float_of_bits(int((bottom & 0x001e0000u) | (top & 0x00600000u) | 0x3f800000u));
+}
+
 template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename W, typename S,
           typename B, typename E, typename X>
 FUNCTION Pack<R> row_dots(W w, S high_bits, B scales, E d_of, X x, Rows<R> rows, uint first) {
   constexpr int CHUNKS = K / 64;
   constexpr int LOAD = 16 / sizeof(T);
   Pack<R> sums;
+  UNROLL
   for (int r = 0; r < R; ++r) {
     sums.v[r] = 0.0f;
   }
@@ -17,11 +25,13 @@ FUNCTION Pack<R> row_dots(W w, S high_bits, B scales, E d_of, X x, Rows<R> rows,
     Words<4> high[R * DEPTH];
     Words<2> scale[R * DEPTH];
     float factor[R * DEPTH];
+    UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
         const uint part = chunk / 2u;     // 128 elements
         const uint second = chunk % 2u;  // their second 16 of 32
+        UNROLL
         for (int r = 0; r < R; ++r) {
           const uint half_block = rows.v[r] * uint(K / 128) + part;
           near[d * R + r] = load_words<4, ALIGNED>(w, half_block * 16u + second * 4u);
@@ -32,34 +42,41 @@ FUNCTION Pack<R> row_dots(W w, S high_bits, B scales, E d_of, X x, Rows<R> rows,
         }
       }
     }
+    UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
         const uint second = chunk % 2u;
+        UNROLL
         for (int quarter = 0; quarter < 4; ++quarter) {
           const uint from = chunk / 2u * 128u + second * 16u + uint(quarter * 32);
           Pack<R> dots;
+          UNROLL
           for (int r = 0; r < R; ++r) {
             dots.v[r] = 0.0f;
           }
           float total = 0.0f;
+          UNROLL
           for (int part = 0; part < 16 / LOAD; ++part) {
             const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, from + uint(part * LOAD));
+            UNROLL
             for (int k = 0; k < LOAD; ++k) {
               const int i = part * LOAD + k;
               total += xs.v[k];
+              UNROLL
               for (int r = 0; r < R; ++r) {
                 const uint low_word = quarter % 2 == 0 ? near[d * R + r].v[i / 4] : far[d * R + r].v[i / 4];
-                const uint low = (low_word >> uint(i % 4 * 8 + quarter / 2 * 4)) & 15u;
-                const uint top = (high[d * R + r].v[i / 4] >> uint(i % 4 * 8 + quarter * 2)) & 3u;
-                dots.v[r] = metal::fma(small_float(low | (top << 4)), xs.v[k], dots.v[r]);
+                const float code = mantissa6(low_word, i % 4 * 8 + quarter / 2 * 4, high[d * R + r].v[i / 4],
+                                             i % 4 * 8 + quarter * 2);
+                dots.v[r] = metal::fma(code, xs.v[k], dots.v[r]);
               }
             }
           }
+          UNROLL
           for (int r = 0; r < R; ++r) {
             const uint bits = scale[d * R + r].v[quarter / 2] >> (uint(quarter % 2 * 16) + second * 8u);
             const float wide = factor[d * R + r] * float(int(bits << 24) >> 24);
-            sums.v[r] = metal::fma(wide, metal::fma(-32.0f, total, dots.v[r]), sums.v[r]);
+            sums.v[r] = metal::fma(wide, metal::fma(64.0f, dots.v[r], -96.0f * total), sums.v[r]);
           }
         }
       }
@@ -83,7 +100,7 @@ FUNCTION Pack<8> eight_elements(W w, S high_bits, B scales, E d_of, uint row, ui
   for (int k = 0; k < 8; ++k) {
     const uint bottom = (low.v[k / 4] >> (uint(k % 4 * 8) + quarter / 2u * 4u)) & 15u;
     const uint top = (high.v[k / 4] >> (uint(k % 4 * 8) + quarter * 2u)) & 3u;
-    result.v[k] = scale * (small_float(bottom | (top << 4)) - 32.0f);
+    result.v[k] = scale * (float(bottom | (top << 4)) - 32.0f);
   }
   return result;
 }

@@ -7,9 +7,13 @@ struct alignas(16) Staged {
   T v[16 / sizeof(T)];
 };
 
-// float(code) for codes below 2^23 without the conversion, which NVIDIA does at a quarter of the speed of an addition.
-FUNCTION float small_float(uint code) {
-  return float_of_bits(int(code | 0x4b000000u)) - 8388608.0f;
+// 1 + code / 2^BITS: the code, `shift` bits up in its word, becomes the upper bits of a mantissa. That
+// is two instructions less than a conversion, and the sum of the vector's elements takes the 1 away again.
+template <int BITS>
+FUNCTION float mantissa(uint word, int shift) {
+  const int up = 23 - BITS - shift;
+  const uint moved = up >= 0 ? word << uint(up >= 0 ? up : 0) : word >> uint(up >= 0 ? 0 : -up);
+  return float_of_bits(int((moved & (((1u << BITS) - 1u) << (23 - BITS))) | 0x3f800000u));
 }
 
 template <int R>
