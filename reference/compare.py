@@ -7,10 +7,16 @@ is named, with its likeliest cause where one can be shown. 2: nothing could be c
 
 from __future__ import annotations
 
+import datetime
+import functools
 import gc
 import json
+import os
+import platform
 import sys
+import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 from qwen_mlx import cli, hub
@@ -20,14 +26,17 @@ from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.tokenizer import Tokenizer
 
 from . import tolerances
+from .comparison import Comparison, compare, logits_line
 from .taps import TAPS, Run
 
 PROMPT = "def fibonacci(n):\n    # 返回第 n 个斐波那契数\n"
+HEAD = ("max abs", "rel L2", "worst row", "1 - cos", "tolerance", "floor")
 RUNS = ("prefill", "chunked", "decode", "padded")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    _check_outputs(options)
     start = time.monotonic()
     path = hub.resolve(options.model)
     reference = hub.resolve(options.reference) if options.reference else path
@@ -35,16 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
     ids = _ids(options, config, tokenizer)
     _check_same_vocabulary(path, reference, config, tokenizer, ids)
     runs = [run for name, run in runs_of(ids).items() if name in options.runs]
+    _check_memory(sum(trace_bytes(config, run) for run in runs), len(ids))
 
     from . import torch_side  # a sentence if torch is missing, after what can be said without it
 
+    if not sys.stderr.isatty():
+        torch_side.transformers.utils.logging.disable_progress_bar()
     folder = Path(options.cache) if options.cache else hub.cache_folder() / "reference"
-    traces, floors, times = _reference_traces(torch_side, reference, runs, folder, options)
-    times["reference"] = time.monotonic() - start
+    digest = torch_side.content_hash(reference)
+    traces, floors = _reference(torch_side, reference, digest, runs, folder, options)
+    times = {"reference": time.monotonic() - start}
 
     from qwen_mlx import load
-
-    from .comparison import compare
 
     start = time.monotonic()
     model, _ = load(path, dtype=options.dtype, quantized=options.quantized)
@@ -62,16 +73,50 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(comparison))
     times["comparison"] = time.monotonic() - start
     print("; ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()))
-    about = {"model": str(options.model or path.name), "dtype": options.dtype, "tokens": len(ids), "seconds": times}
-    if options.json:
-        document = {**about, "comparisons": [comparison.json() for comparison in comparisons]}
-        Path(options.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
-    if options.report:
-        from .report import write_report
+    about = {
+        "model": path.name,
+        "reference": reference.name,
+        "reference_sha256": digest,
+        "dtype": options.dtype,
+        "limits": "this model's own noise" if floors else f"reference/{tolerances.FILE.name}",
+        "ids": ids,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {name: metadata.version(name) for name in ("mlx", "torch", "transformers")},
+        "seconds": times,
+    }
+    try:
+        if options.json:
+            document = {**about, "comparisons": [comparison.json() for comparison in comparisons]}
+            Path(options.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        if options.report:
+            from .report import write_report
 
-        print(f"report: {write_report(Path(options.report), comparisons, about)}")
+            print(f"report: {write_report(Path(options.report), comparisons, about)}")
+    except OSError as error:
+        raise QwenMLXError(f"{error.filename or options.report}: cannot be written ({error.strerror}).") from None
     print(verdict(comparisons))
-    return 0 if all(comparison.passed for comparison in comparisons) else 1
+    if any(not comparison.passed for comparison in comparisons):
+        if not floors:
+            print("The limits are those of the 0.5B model on 64 tokens; --noise measures this model's own.")
+        return 1
+    return 0
+
+
+def _check_outputs(options) -> None:
+    """What is asked for at the end can be written: said before minutes of work."""
+    if options.report:
+        from . import report  # noqa: F401  (a sentence if matplotlib is missing)
+    for place, folder in ((options.report, options.report), (options.json, options.json and Path(options.json).parent)):
+        try:
+            if place:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+        except OSError as error:
+            raise QwenMLXError(f"{place}: cannot be written ({error.strerror}); name another place.") from None
+    if options.json and Path(options.json).is_dir():
+        raise QwenMLXError(f"{options.json}: is a folder, expected the name of a file for --json.")
 
 
 def _parser() -> cli.Parser:
@@ -144,52 +189,69 @@ def runs_of(ids: list[int]) -> dict[str, Run]:
     }
 
 
-def _reference_traces(torch_side, path: Path, runs: list[Run], folder: Path, options):
+def trace_bytes(config: ModelConfig, run: Run) -> int:
+    """Size of a float32 trace of a run."""
+    hidden, wide = config.hidden_size, 3 * config.intermediate_size
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    values = seen = 0
+    for size in run.chunks:
+        seen += size
+        layer = size * (6 * hidden + 3 * q + 3 * kv + wide + config.n_heads * seen) + 2 * kv * seen
+        values += config.n_layers * layer + size * (2 * hidden + config.vocab_size)
+    return 4 * len(run.ids) * values
+
+
+def _check_memory(needed: int, tokens: int) -> None:
+    """Probabilities grow with the square of the prompt: a sentence instead of a process killed for its memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise QwenMLXError(
+            f"The activations of {tokens} tokens take {needed / 1e9:.1f} GB and this machine has {memory / 1e9:.1f}; "
+            "give fewer --tokens, or fewer --runs."
+        )
+
+
+def _reference(torch_side, path: Path, digest: str, runs: list[Run], folder: Path, options):
     """The reference's traces and, on request, its noise floor. The reference is loaded once, if at all, and freed."""
-    loaded = []
 
+    @functools.cache
     def model():
-        if not loaded:
-            print(f"loading {path.name} with transformers ...", file=sys.stderr)
-            loaded.append(torch_side.load(path))
-        return loaded[0]
+        print(f"loading {path.name} with transformers ...", file=sys.stderr)
+        return torch_side.load(path)
 
-    digest = torch_side.content_hash(path)
-    found = [torch_side.cached_trace(path, run, folder, model, digest) for run in runs]
+    traces = [torch_side.cached_trace(path, run, folder, model, digest)[0] for run in runs]
     floors = None
     if options.noise:
         from .noise import measure_floors
 
         floors = measure_floors(model(), runs, options.dtype)
-    loaded.clear()
+    model.cache_clear()
     gc.collect()
-    return [trace for trace, _ in found], floors, {}
+    return traces, floors
 
 
-def table(comparison) -> str:
+def table(comparison: Comparison) -> str:
     """One line for each kind of tap: its worst result in all layers and calls."""
     lines = [
         f"{comparison.run}, {comparison.dtype}: {len(comparison.results)} taps",
-        f"{'tap':<14}{'max abs':>10}{'rel L2':>10}{'worst row':>10}{'cosine':>11}{'tolerance':>11}{'floor':>10}  worst",
+        f"{'tap':<14}" + "".join(f"{name:>10}" for name in HEAD) + "  worst",
     ]
     worst = comparison.worst_by_tap()
     for tap in TAPS:
         if tap not in worst:
             continue
         result, m = worst[tap], worst[tap].measure
-        numbers = f"{m.max_abs:>10.1e}{m.l2:>10.1e}{m.row:>10.1e}{m.cosine:>11.8f}"
-        limits = f"{result.tolerance.l2:>11.1e}{result.tolerance.l2_floor:>10.1e}"
+        numbers = f"{m.max_abs:>10.1e}{m.l2:>10.1e}{m.row:>10.1e}{abs(1 - m.cosine):>10.1e}"
+        limits = f"{result.tolerance.l2:>10.1e}{result.tolerance.l2_floor:>10.1e}"
         at = m.problem or (f"{list(m.worst[0])} ours {m.worst[1]:.6g}, theirs {m.worst[2]:.6g}" if m.worst else "")
         mark = "" if result.passed else "  FAILED"
         lines.append(f"{tap:<14}{numbers}{limits}  {result.key} {at}{mark}")
     if comparison.logits:
-        kl = max(logits.kl for logits in comparison.logits)
-        top1, top10 = (min(getattr(m, name) for m in comparison.logits) for name in ("top1", "top10"))
-        lines.append(f"logits: KL divergence at most {kl:.1e}, same top token {top1:.1%}, same top ten {top10:.1%}")
+        lines.append(logits_line(comparison))
     return "\n".join(lines)
 
 
-def verdict(comparisons) -> str:
+def verdict(comparisons: list[Comparison]) -> str:
     failed = [comparison for comparison in comparisons if not comparison.passed]
     if not failed:
         return f"PASSED: all {sum(len(c.results) for c in comparisons)} taps are within their tolerances"

@@ -126,6 +126,13 @@ def compare(
     return comparison
 
 
+def logits_line(comparison: Comparison) -> str:
+    """The logits' own measures over all calls, in words."""
+    kl = max(logits.kl for logits in comparison.logits)
+    top1, top10 = (min(getattr(m, name) for m in comparison.logits) for name in ("top1", "top10"))
+    return f"logits: KL divergence at most {kl:.1e}, same top token {top1:.1%}, same top ten {top10:.1%}"
+
+
 def to_numpy(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_mlx import cli
+from qwen_mlx.errors import QwenMLXError
 
 from . import tolerances
 from .comparison import valid
@@ -59,15 +60,6 @@ def small_runs() -> list[Run]:
     ]
 
 
-def floors_by_key(exact: dict[str, np.ndarray], rough: dict[str, np.ndarray], run: Run) -> dict[str, tuple]:
-    """(l2, row) of each key between two traces of the reference; infinite where one overflows."""
-    found = {}
-    for key, array in exact.items():
-        result = measure(valid(rough[key], run), valid(array, run))
-        found[key] = (result.l2, result.row)
-    return found
-
-
 def by_tap(*floors: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """The largest of each kind of tap."""
     largest: dict[str, tuple[float, float]] = {}
@@ -79,25 +71,32 @@ def by_tap(*floors: dict[str, tuple[float, float]]) -> dict[str, tuple[float, fl
     return largest
 
 
-def measure_floors(model, runs: list[Run], dtype: str) -> dict[str, tuple[float, float]]:
-    """Floors by tap of a float32 transformers model in `dtype`."""
+def floors_of_run(model, run: Run, dtype: str) -> dict[str, tuple[float, float]]:
+    """(l2, row) by key of a float32 transformers model in `dtype`. Raises QwenMLXError where that overflows."""
     from . import torch_side
 
     rough_dtype, exact_dtype = (dtype, "float64") if dtype == "float32" else (dtype, "float32")
-    rough, exact = torch_side.in_dtype(model, rough_dtype), torch_side.in_dtype(model, exact_dtype)
-    return by_tap(*(floors_by_key(torch_side.record(exact, run), torch_side.record(rough, run), run) for run in runs))
+    exact, rough = (torch_side.record(torch_side.in_dtype(model, each), run) for each in (exact_dtype, rough_dtype))
+    found = {}
+    for key, array in exact.items():
+        result = measure(valid(rough[key], run), valid(array, run))
+        if result.problem:
+            raise QwenMLXError(f"Hugging Face's own {dtype} has no noise floor at {key} ({result.problem}).")
+        found[key] = (result.l2, result.row)
+    return found
+
+
+def measure_floors(model, runs: list[Run], dtype: str) -> dict[str, tuple[float, float]]:
+    """Floors by tap of a float32 transformers model in `dtype`: the largest of all layers, calls and runs."""
+    return by_tap(*(floors_of_run(model, run, dtype) for run in runs))
 
 
 def small_floors(dtype: str) -> dict[str, tuple[float, float]]:
     """Floors over the sweep of small random models, which the tests' own maker makes."""
     from tests.small_models import hf_model
 
-    floors = []
-    for seed, shape in enumerate(SMALL_SHAPES.values()):
-        # In float64 transformers' own mask gives NaN where padding fills a window: that run has no floor.
-        runs = [run for run in small_runs() if run.lengths is None or "sliding_window" not in shape]
-        floors.append(measure_floors(hf_model(seed, **shape), runs, dtype))
-    return by_tap(*floors)
+    models = (hf_model(seed, **shape) for seed, shape in enumerate(SMALL_SHAPES.values()))
+    return by_tap(*(measure_floors(model, small_runs(), dtype) for model in models))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,11 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", help="the real file of the section 'real'; the default model if not given")
     parser.add_argument("--small-only", action="store_true", help="keep the section 'real' as it is")
     options = parser.parse_args(arguments)
-    import torch
-    import transformers
+    from . import torch_side  # a sentence if torch is missing
 
-    today = datetime.date.today().isoformat()
-    about = f"{today}, torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
+    now = datetime.datetime.now().isoformat(" ", "minutes")  # two measurements of one day differ in it
+    versions = f"torch {torch_side.torch.__version__}, transformers {torch_side.transformers.__version__}"
+    about = f"{now}, {versions}, {platform.machine()}"
     dtypes = ("float32", "bfloat16", "float16")
     inputs = f"{len(SMALL_SHAPES)} small random models, {len(small_runs())} runs each"
     parts = [tolerances.section_text("small", d, small_floors(d), f"{inputs}; {about}") for d in dtypes]
@@ -120,8 +119,6 @@ def main(arguments: list[str] | None = None) -> int:
             parts.append(tolerances.section_text("real", dtype, floors, section["measured"]))
     else:
         from qwen_mlx import hub
-
-        from . import torch_side
 
         path = hub.resolve(options.model)
         ids = load_tokens(path, 64)

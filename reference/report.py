@@ -12,13 +12,13 @@ import numpy as np
 
 from qwen_mlx.errors import QwenMLXError
 
-from .comparison import Comparison, TapResult
+from .comparison import Comparison, TapResult, logits_line
 from .taps import CACHE_TAPS, LAYER_TAPS, TAPS, split_key
 
 try:
     import matplotlib
 except ImportError:
-    raise QwenMLXError("--report needs matplotlib; install it: pip install 'qwen_mlx[reference]'.") from None
+    raise QwenMLXError("--report needs matplotlib; in this repository: pip install -e '.[reference]'.") from None
 matplotlib.use("Agg")
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -82,13 +82,14 @@ def write_report(folder: Path, comparisons: list[Comparison], about: dict[str, A
             for theme, image in images.items():
                 (folder / f"{comparison.run}-{name}-{theme}.png").write_bytes(image)
             parts.append(_picture(images, caption))
+        if comparison.logits:
+            parts.append(f"<p>{html.escape(logits_line(comparison))}</p>")
         parts.append(_table(comparison))
         sections.append("\n".join(parts))
     text = f"{about['model']}: every activation against Hugging Face"
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in about.get("seconds", {}).items())
     page = PAGE.format(
         title=html.escape(text),
-        about=html.escape(f"{about['tokens']} tokens, {about['dtype']}; {seconds}"),
+        about=html.escape(_about(about)),
         sections="\n".join(sections),
     )
     path = folder / "report.html"
@@ -96,14 +97,20 @@ def write_report(folder: Path, comparisons: list[Comparison], about: dict[str, A
     return path
 
 
+def _about(about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in about["seconds"].items())
+    return (
+        f"{len(about['ids'])} tokens, {about['dtype']}; reference {about['reference']} in float32, SHA-256 "
+        f"{about['reference_sha256'][:16]}; limits from {about['limits']}; {versions}; {about['machine']}, "
+        f"{about['date']}; {seconds}"
+    )
+
+
 def _verdict(comparison: Comparison) -> str:
     count = len(comparison.results)
     if comparison.passed:
-        logits = max((m.kl for m in comparison.logits), default=0.0)
-        return (
-            f'<p><span class="passed">Passed</span>: all {count} activations are within their tolerances; KL of the '
-            f"logits at most {logits:.1e}.</p>"
-        )
+        return f'<p><span class="passed">Passed</span>: all {count} activations are within their tolerances.</p>'
     first = comparison.first
     key = first.key if first else "none"
     cause = f" Likeliest cause: {html.escape(comparison.diagnosis)}." if comparison.diagnosis else ""
@@ -130,13 +137,22 @@ def _table(comparison: Comparison) -> str:
         cells = [
             tap,
             *(f"{value:.1e}" for value in (m.max_abs, m.l2, m.row)),
-            f"{m.cosine:.8f}",
+            f"{abs(1 - m.cosine):.1e}",
             *(f"{value:.1e}" for value in (result.tolerance.l2, result.tolerance.l2_floor)),
             at,
         ]
         kind = "" if result.passed else ' class="failed"'
         rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = ("tap", "max abs", "rel. L2", "worst row", "cosine", "tolerance", "noise floor", "worst value: ours, theirs")
+    head = (
+        "tap",
+        "max abs",
+        "rel. L2",
+        "worst row",
+        "1 - cosine",
+        "tolerance",
+        "noise floor",
+        "worst value: ours, theirs",
+    )
     header = "".join(f"<th>{cell}</th>" for cell in head)
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 

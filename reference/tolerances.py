@@ -84,11 +84,14 @@ def _product(multiple: float, floor: float) -> float:
 
 
 def inconsistent(found: dict[str, Any]) -> list[str]:
-    """Lines whose tolerance is not the multiple of the floor beside it, and sections that lack a tap."""
+    """Lines whose tolerance is not the multiple of the floor beside it, sections that lack a tap or have multiples of
+    their own."""
     problems = []
     for model, dtypes in found.items():
         for dtype, section in dtypes.items():
             where = f"[{model}.{dtype}]"
+            if section["multiples"] != list(MULTIPLES[model][dtype]):
+                problems.append(f"{where} has multiples that are not those of reference/tolerances.py")
             if set(TAPS) != {tap for tap, _ in lines(section)}:
                 problems.append(f"{where} does not have exactly the taps of reference/taps.py")
             for tap, line in lines(section):
@@ -100,7 +103,8 @@ def inconsistent(found: dict[str, Any]) -> list[str]:
 
 
 def loosened(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines of `new` that allow more than in `old` though the floor beside them is the same, and sections removed."""
+    """Lines of `new` that allow more than in `old` though the floor beside them is the same; multiples that grew, and
+    what was removed."""
     problems = []
     for model, dtypes in old.items():
         for dtype, section in dtypes.items():
@@ -108,6 +112,8 @@ def loosened(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if other is None:
                 problems.append(f"[{model}.{dtype}] was removed")
                 continue
+            if any(now > before for now, before in zip(other["multiples"], section["multiples"])):
+                problems.append(f"[{model}.{dtype}] multiples grew; take the change back")
             for tap, line in lines(section):
                 now = other.get(tap)
                 if now is None:

@@ -8,11 +8,15 @@ import functools
 import hashlib
 import json
 import os
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from qwen_mlx.errors import QwenMLXError
 
@@ -25,12 +29,12 @@ try:
     from transformers.models.qwen2 import modeling_qwen2
 except ImportError as error:
     raise QwenMLXError(
-        f"The reference needs PyTorch and transformers ({error}); install them: pip install 'qwen_mlx[reference]'."
+        f"The reference needs PyTorch and transformers ({error}); in this repository: pip install -e '.[reference]'."
     ) from None
 
 Trace = dict[str, np.ndarray]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMAT = 1  # of the cached traces; raise it when taps change
+FORMAT = 2  # of the cached traces; raise it when taps change
 
 LAYER_MODULES = {
     "input_layernorm": (None, "input_norm"),
@@ -52,7 +56,9 @@ def load(path: Path, dtype: str = "float32") -> Qwen2ForCausalLM:
     where = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **where)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True, **where
+        )
     except Exception as error:
         raise QwenMLXError(
             f"{path}: transformers {transformers.__version__} cannot load it ({_first_line(error)}); give a model that "
@@ -60,6 +66,12 @@ def load(path: Path, dtype: str = "float32") -> Qwen2ForCausalLM:
         ) from None
     if not isinstance(model, Qwen2ForCausalLM):
         raise QwenMLXError(f"{path}: holds a {type(model).__name__}, expected a Qwen2ForCausalLM.")
+    # transformers fills these with random numbers and goes on: it reads only the first part of a split GGUF
+    if absent := sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}):
+        raise QwenMLXError(
+            f"{path}: transformers {transformers.__version__} finds no {absent[0]} in it ({len(absent)} tensors are "
+            "missing or of another shape); give a model that it reads whole with --reference."
+        )
     add_mlp_biases(model, _mlp_biases(path))
     return in_dtype(model.eval(), dtype)
 
@@ -81,8 +93,6 @@ def _mlp_biases(path: Path) -> dict[str, np.ndarray]:
             if module and rest.endswith(".bias"):
                 found[f"model.layers.{block}.mlp.{module}.bias"] = dequantize(tensor.data, tensor.tensor_type)
         return found
-    from safetensors import safe_open
-
     found = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -99,8 +109,8 @@ def add_mlp_biases(model: Qwen2ForCausalLM, biases: dict[str, np.ndarray]) -> No
 
 
 def in_dtype(model: Qwen2ForCausalLM, dtype: str) -> Qwen2ForCausalLM:
-    """A float32 model in another dtype: the same one for float32, else a copy. In float64 the rotary angles and the
-    norms are too; transformers forms those in float32 always.
+    """A float32 model in another dtype: the same one for float32, else a copy. In float64 the rotary frequencies and
+    angles and the norms are too, and `taps` sees to the softmax; transformers forms those in float32 always.
     """
     if dtype == "float32":
         return model
@@ -108,9 +118,14 @@ def in_dtype(model: Qwen2ForCausalLM, dtype: str) -> Qwen2ForCausalLM:
     rotary, old = other.model.rotary_emb, model.model.rotary_emb
     rotary.inv_freq = old.inv_freq.clone()  # float32 in every dtype, as from_pretrained leaves it
     if dtype == "float64":
+        inv_freq = rotary.inv_freq.double()
+        if rotary.rope_type == "default":  # YaRN's stay as transformers rounds them
+            half = len(inv_freq)
+            theta = model.config.rope_parameters["rope_theta"]
+            inv_freq = theta ** -(torch.arange(half, dtype=torch.float64) / half)
 
         def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            angles = position_ids[..., None].double() * rotary.inv_freq.double()
+            angles = position_ids[..., None].double() * inv_freq
             angles = torch.cat((angles, angles), dim=-1)
             return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
@@ -124,6 +139,22 @@ def in_dtype(model: Qwen2ForCausalLM, dtype: str) -> Qwen2ForCausalLM:
 def _norm(module: modeling_qwen2.Qwen2RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """Qwen2RMSNorm without its detour through float32."""
     return module.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon))
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """eager_attention_forward with its softmax in the dtype of the scores."""
+    key, value = (modeling_qwen2.repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    probs = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+    return (probs @ value).transpose(1, 2).contiguous(), probs
 
 
 def record(model: Qwen2ForCausalLM, run: Run) -> Trace:
@@ -176,7 +207,8 @@ def taps(model: Qwen2ForCausalLM, report: Any) -> Iterator[None]:
         prefix, length = f"layers.{module.layer_idx}.", query.shape[2]
         report(prefix + "q_rope", query.transpose(1, 2))
         report(prefix + "k_rope", key[:, :, -length:].transpose(1, 2))
-        out, probs = eager(module, query, key, *args, **kwargs)
+        attend = _attention if query.dtype == torch.float64 else eager
+        out, probs = attend(module, query, key, *args, **kwargs)
         report(prefix + "probs", probs.transpose(1, 2))
         return out, probs
 
@@ -190,8 +222,10 @@ def taps(model: Qwen2ForCausalLM, report: Any) -> Iterator[None]:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's configuration and safetensors."""
-    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    """SHA-256 of a file, or of a folder's configuration, index and safetensors."""
+    names = ("config.json", "model.safetensors.index.json")
+    files = [path] if path.is_file() else [path / name for name in names if (path / name).exists()]
+    files += sorted(path.glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as source:
@@ -209,9 +243,6 @@ def cached_trace(
     trace is never taken for another's. model: a function that returns the loaded model, to load it once for many runs;
     digest: its content_hash, if known.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
-
     identity = {
         "model": digest or content_hash(path),
         "run": [run.ids, run.chunks, run.lengths],
@@ -219,14 +250,43 @@ def cached_trace(
     }
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     file = folder / f"{name}.safetensors"
-    if file.exists():
-        try:
-            return load_file(file), True
-        except (SafetensorError, OSError):
-            file.unlink()  # half written by a machine that stopped; it is made again
+    if (trace := _read_trace(file)) is not None:
+        return trace, True
     trace = record(model() if model else load(path), run)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    save_file(trace, partial, {"source": str(path.name), "run": run.name})
-    partial.replace(file)
+    try:
+        _keep_trace(trace, file)
+    except (SafetensorError, OSError) as error:
+        print(
+            f"warning: {folder}: the reference's activations cannot be kept there ({_first_line(error)}); the next run "
+            "makes them again. --cache names another folder.",
+            file=sys.stderr,
+        )
     return trace, False
+
+
+def _checksum(trace: Trace) -> str:
+    crc = 0
+    for key in sorted(trace):
+        crc = zlib.crc32(trace[key], zlib.crc32(key.encode(), crc))
+    return f"{crc:08x}"
+
+
+def _keep_trace(trace: Trace, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs at once write two files; the last one stays
+    try:
+        save_file(trace, partial, {"crc32": _checksum(trace)})
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_trace(file: Path) -> Trace | None:
+    """The trace in a file; None if there is none, or if it is not whole: it is made again and replaced."""
+    try:
+        with safe_open(file, "np") as tensors:
+            trace = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+            metadata = tensors.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    return trace if metadata.get("crc32") == _checksum(trace) else None

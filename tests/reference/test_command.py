@@ -117,4 +117,4 @@ def test_without_torch_one_sentence_says_what_to_install(folder: Path, tmp_path:
     found = run("--model", folder, *PROMPT, env={"PYTHONPATH": paths})
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
-    assert "qwen_mlx[reference]" in found.stderr
+    assert "pip install -e '.[reference]'" in found.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 import subprocess
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from gguf import GGMLQuantizationType as T
 
 from qwen_mlx import load, ops
 from qwen_mlx.backend import mx
+from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model import Qwen2
 from reference import mlx_side, tolerances, torch_side
+from reference.compare import config_of, trace_bytes
 from reference.comparison import compare
 from reference.measures import measure, measure_logits
-from reference.noise import SMALL_SHAPES, floors_by_key, measure_floors, small_ids, small_runs
+from reference.noise import SMALL_SHAPES, measure_floors, small_ids, small_runs
 from reference.taps import CACHE_TAPS, LAYER_TAPS, Run, keys_of_call
 from tests.small_models import hf_model, save_folder, write_gguf
 
@@ -164,9 +167,72 @@ def test_cached_traces_are_the_same_and_are_never_taken_for_others(tmp_path: Pat
     other, was_there = torch_side.cached_trace(path, run, folder)
     assert not was_there
     assert not np.array_equal(other["0.logits"], first["0.logits"])
-    for file in folder.iterdir():
-        file.write_bytes(file.read_bytes()[:100])  # a disk that was full
-    assert not torch_side.cached_trace(path, run, folder)[1]
+    for damage in (lambda whole: whole[:100], lambda whole: whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:]):
+        for file in folder.iterdir():
+            file.write_bytes(damage(file.read_bytes()))
+        assert not torch_side.cached_trace(path, run, folder)[1]
+        assert torch_side.cached_trace(path, run, folder)[1]
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, capsys):
+    path, run = save_folder(tmp_path / "m", hf_model(num_hidden_layers=1)), RUNS["prefill"]
+    (tmp_path / "file").write_text("in the way")
+    trace, was_there = torch_side.cached_trace(path, run, tmp_path / "file" / "cache")
+    assert "0.logits" in trace
+    assert not was_there
+    assert "cannot be kept" in capsys.readouterr().err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))  # as a disk that is full
+    try:
+        torch_side.cached_trace(path, run, tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be kept" in capsys.readouterr().err
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_memory_is_known_before(tmp_path: Path):
+    theirs = hf_model(**SMALL_SHAPES["gqa 7, tied"])
+    path = save_folder(tmp_path / "m", theirs)
+    for run in small_runs():
+        held = sum(array.nbytes for array in torch_side.record(theirs, run).values())
+        assert trace_bytes(config_of(path), run) == held
+
+
+def test_every_value_of_every_layer_and_call_is_compared(tmp_path: Path):
+    """One element of each tap of the reference is off by a thousandth: all of them fail, and nothing else."""
+    theirs = hf_model()
+    ours, _ = load(save_folder(tmp_path / "m", theirs), dtype="float32")
+    limits = tolerances.tolerances("small", "float32")
+    for run, longest in ((Run.decode(small_ids(10), 8), 0), (RUNS["padded"], 1)):
+        trace = torch_side.record(theirs, run)
+        keys = [key for call in range(len(run.chunks)) for key in keys_of_call(call, 3)]
+        assert sorted(trace) == sorted(keys)
+        for array in trace.values():
+            row = array[longest, -1].reshape(-1, array.shape[-1])[-1]
+            row[np.abs(row).argmax()] *= 1.001
+        result = compare(ours, run, trace, limits, "float32")
+        assert [tap.key for tap in result.failures] == keys
+
+
+def test_padding_is_not_compared(tmp_path: Path):
+    theirs, run = hf_model(num_hidden_layers=1), RUNS["padded"]
+    ours, _ = load(save_folder(tmp_path / "m", theirs), dtype="float32")
+    trace = torch_side.record(theirs, run)
+    for array in trace.values():
+        array[2, run.lengths[2] :] = np.nan
+    assert compare(ours, run, trace, tolerances.tolerances("small", "float32"), "float32").passed
+
+
+def test_float64_is_float64_throughout():
+    """Its noise floor would hide in float32 otherwise: of the norms, the angles and the softmax."""
+    exact = torch_side.in_dtype(hf_model(**SMALL_SHAPES["sliding window"]), "float64")
+    run = RUNS["padded"]  # where the window holds padding only, transformers' own softmax gives NaN
+    for key, array in torch_side.record(exact, run).items():
+        assert array.dtype == np.float64
+        assert np.isfinite(array).all()
+        if not key.endswith("embeddings"):
+            assert (array != array.astype(np.float32)).any(), key
 
 
 def test_tolerances_are_their_multiples_of_their_floors():
@@ -198,6 +264,10 @@ def test_a_loosened_tolerance_is_seen():
     new["small"]["float32"]["measured"] = "elsewhere"
     assert tolerances.loosened(old, new) == []
     assert tolerances.inconsistent(new) == []
+    new["small"]["float32"]["multiples"] = [9.0, 9.0]
+    assert "multiples grew" in tolerances.loosened(old, new)[0]
+    assert "multiples" in tolerances.inconsistent(new)[0]
+    new = copy.deepcopy(old)
     del new["small"]["float32"]["gate"], new["real"]["bfloat16"]
     assert len(tolerances.loosened(old, new)) == 2
     assert tolerances.loosened(new, old) == []
@@ -214,7 +284,9 @@ def test_floors_in_the_file_are_what_is_measured_here():
         assert written[tap].l2_floor <= 3 * l2, tap
 
 
-def test_floors_need_both_traces():
-    run = RUNS["prefill"]
-    trace = torch_side.record(hf_model(), run)
-    assert set(floors_by_key(trace, trace, run).values()) == {(0.0, 0.0)}
+def test_a_dtype_in_which_the_reference_overflows_has_no_floor():
+    theirs = hf_model(num_hidden_layers=1)
+    with torch.no_grad():
+        theirs.model.layers[0].mlp.down_proj.weight.mul_(1e6)
+    with pytest.raises(QwenMLXError, match=r"own float16 has no noise floor at 0\.layers\.0\.down \(holds \d+ values"):
+        measure_floors(theirs, [RUNS["prefill"]], "float16")
