@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,18 +18,23 @@ from .model import Qwen2
 from .sampling import SamplingSettings, sample
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from .prompt_cache import PromptCache
+
 PREFILL_CHUNK = 512  # tokens: bounds the memory of a long prompt's activations
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 
 @dataclass
 class GenerationStats:
-    """What a generation cost so far; times in seconds. The first token's time belongs to the prompt."""
+    """What a generation cost so far; times in seconds. The first token's time belongs to the prompt, whose tokens were
+    computed (prompt_tokens) or already in a prompt cache (reused_tokens)."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     generation_seconds: float = 0.0
+    reused_tokens: int = 0
 
     @property
     def prompt_per_second(self) -> float:
@@ -86,13 +91,14 @@ def generate_ids(
     sampling: SamplingSettings | None = None,
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
+    cached_ids: Sequence[int] = (),
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[int]:
     """Yields token ids without end. The next step is launched before the last one is read.
 
     sampling: None is the model's own defaults. seed: None draws one. cache: continues it (`prompt_ids` are new tokens);
-    afterwards it holds the prompt and every token yielded but the last.
+    afterwards it holds the prompt and every token yielded but the last. cached_ids: what it holds, for the penalties.
     progress: called with (prompt tokens done, prompt tokens in all). Raises QwenMLXError if the logits are not finite.
     """
     sampling = model.generation_defaults if sampling is None else sampling
@@ -101,7 +107,7 @@ def generate_ids(
     prompt = mx.array(prompt_ids, mx.int32)[None]
     length = prompt.shape[1]
     start, yielded = cache[0].offset, 0
-    seen = prompt if sampling.repetition_penalty != 1 else None
+    seen = mx.array([*cached_ids, *prompt_ids], mx.int32)[None] if sampling.repetition_penalty != 1 else None
     done = 0
     while length - done > prefill_chunk:
         with ops.no_grad():
@@ -167,6 +173,7 @@ def stream_generate(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
+    prompt_cache: PromptCache | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[GenerationChunk]:
@@ -174,6 +181,8 @@ def stream_generate(
 
     prompt, system, raw: see encode_prompt. stop: strings that end the text and are left out of it. Sampling arguments
     that are None keep the model's own defaults (`model.generation_defaults`); temperature 0 is greedy.
+    cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and what the cache
+    shares with its beginning is not computed again; afterwards it holds the prompt and the answer.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
     for name, value in (("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
@@ -183,6 +192,8 @@ def stream_generate(
         raise QwenMLXError(f"seed is {seed!r}, expected an integer from 0 to 2^64 - 1.")
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
         raise QwenMLXError(f"stop is {stop!r}, expected a list of strings that are not empty.")
+    if cache is not None and prompt_cache is not None:
+        raise QwenMLXError("Both cache and prompt_cache are given; a prompt cache has its own.")
     sampling = model.generation_defaults.override(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -200,18 +211,44 @@ def stream_generate(
         ids,
         min(max_tokens, context - used),
         tuple(stop),
+        prompt_cache,
         {"sampling": sampling, "seed": seed, "cache": cache, "prefill_chunk": prefill_chunk, "progress": progress},
     )
 
 
+def _tokens(
+    model: Qwen2, ids: list[int], prompt_cache: PromptCache | None, stats: GenerationStats, loop: dict[str, Any]
+) -> Iterator[int]:
+    """generate_ids without what a prompt cache holds already; the cache learns what it holds, whatever ends this."""
+    if prompt_cache is None:
+        yield from generate_ids(model, ids, **loop)
+        return
+    stats.reused_tokens = prompt_cache.keep(ids)
+    stats.prompt_tokens -= stats.reused_tokens
+    held, rest = ids[: stats.reused_tokens], ids[stats.reused_tokens :]
+    made: list[int] = []
+    try:
+        for token in generate_ids(model, rest, **(loop | {"cache": prompt_cache.layers, "cached_ids": held})):
+            made.append(token)
+            yield token
+    finally:
+        prompt_cache.record([*ids, *made])
+
+
 def _stream(
-    model: Qwen2, tokenizer: Tokenizer, ids: list[int], max_tokens: int, stop: tuple[str, ...], loop: dict[str, Any]
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_tokens: int,
+    stop: tuple[str, ...],
+    prompt_cache: PromptCache | None,
+    loop: dict[str, Any],
 ) -> Iterator[GenerationChunk]:
     stats = GenerationStats(prompt_tokens=len(ids))
     detokenizer = tokenizer.detokenizer()
     pending = ""  # text that may be the beginning of a stop string
     start = time.perf_counter()
-    for token in generate_ids(model, ids, **loop):
+    for token in _tokens(model, ids, prompt_cache, stats, loop):
         now = time.perf_counter()
         stats.generated_tokens += 1
         if stats.generated_tokens == 1:

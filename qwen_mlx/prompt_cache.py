@@ -1,0 +1,220 @@
+"""Keys and values of a prompt, kept from one generation to the next and from one process to the next.
+
+What two prompts have in common is computed once: the longest common prefix of their token ids stays in the cache.
+On disk it is a safetensors file with the token ids and the fingerprint of the model that computed them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from .backend import mx
+from .cache import KVCache
+from .errors import QwenMLXError
+from .model import Qwen2
+
+FORMAT, VERSION = "qwen_mlx prompt cache", "1"
+SAMPLES = 64  # elements of each parameter that the fingerprint sees
+MAX_HEADER = 1 << 20  # bytes; a real one has some 100 a layer
+DTYPES = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
+
+
+class PromptCache:
+    """A model's caches together with the ids they hold: `ids` are the tokens whose keys and values are in `layers`.
+
+    Give it to `stream_generate(..., prompt_cache=...)`: tokens that it shares with the prompt are not computed again,
+    and afterwards it holds the prompt and the answer. It belongs to one model and to one generation at a time.
+    """
+
+    def __init__(self, model: Qwen2, make: Callable[[], Sequence[KVCache]] | None = None):
+        """make: what makes an empty cache, `model.make_cache` by default."""
+        self.model = model
+        self._make = make or model.make_cache
+        self.layers: Sequence[KVCache] = self._make()
+        self.ids: list[int] = []
+
+    def keep(self, prompt: Sequence[int]) -> int:
+        """Forgets what differs from `prompt` and returns how many of its tokens are held: all but one at most, because
+        the model must compute something to go on from."""
+        held = min(common_prefix(self.ids, prompt), len(prompt) - 1)
+        if held < len(self.ids):
+            try:
+                self._cut(held)
+            except (ValueError, NotImplementedError):  # a cache that has let go of old tokens cannot go back
+                self.layers, self.ids, held = self._make(), [], 0
+        return held
+
+    def record(self, ids: Sequence[int]) -> None:
+        """Says what was computed: `ids` from the first position on. The caches may hold fewer (the last token of an
+        answer, or what an interrupt left out), and layers that got further than others are cut back."""
+        held = min(len(ids), *(layer.offset for layer in self.layers))
+        self.ids = list(ids[:held])
+        self._cut(held)
+
+    def _cut(self, held: int) -> None:
+        for layer in self.layers:
+            if layer.offset > held:
+                layer.trim(layer.offset - held)
+        self.ids = self.ids[:held]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache; see `save`."""
+        save(path, self.layers, self.ids, self.model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Qwen2) -> PromptCache:
+        """Reads a cache; see `load`."""
+        found = cls(model)
+        found.layers, found.ids = load(path, model)
+        return found
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that two lists of ids share."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def fingerprint(model: Qwen2) -> str:
+    """A digest of what a model computes, without reading all of it: its configuration, its rotary frequencies, and of
+    every parameter the name, the dtype, the shape and 64 elements spread over it. 64 hexadecimal digits, SHA-256.
+
+    Two models that agree in all of these, though they differ elsewhere, have the same fingerprint.
+    """
+    found = getattr(model, "_fingerprint", None)
+    if found is None:
+        rotary = model.model.layers[0].self_attn._rotary
+        digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(rotary)], sort_keys=True).encode())
+        names, samples = [], []
+        for name, array in sorted(tree_flatten(model.parameters())):
+            names.append(f"{name} {array.dtype} {array.shape}")
+            flat = array.reshape(-1)
+            at = [i * (flat.size - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
+            bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
+            samples.append(flat[mx.array(at)].view(bits).astype(mx.uint32))
+        digest.update("\n".join(names).encode())
+        digest.update(bytes(memoryview(mx.concatenate(samples))))
+        found = digest.hexdigest()
+        object.__setattr__(model, "_fingerprint", found)
+    return found
+
+
+def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[int], model: Qwen2) -> None:
+    """Writes `cache`, which holds `ids`, as safetensors: `ids` (tokens,) int32 and for each layer `layers.N`
+    (tokens, 2, n_kv_heads, head_dim), keys then values, in the cache's dtype.
+
+    The file appears whole or not at all. Raises QwenMLXError if there is nothing to save, if the caches are not plain
+    ones, or if the file cannot be written.
+    """
+    where, config = Path(path), model.config
+    other = next((type(layer).__name__ for layer in cache if type(layer) is not KVCache), None)
+    if other:
+        raise QwenMLXError(f"{where}: a {other} cannot be saved; only the plain cache, without size or bits, can.")
+    if not ids or any(layer.offset != len(ids) for layer in cache):
+        raise QwenMLXError(f"{where}: nothing to save; the cache holds {cache[0].offset} tokens for {len(ids)} ids.")
+    arrays = {"ids": mx.array(list(ids), mx.int32)}
+    for i, layer in enumerate(cache):
+        arrays[f"layers.{i}"] = mx.contiguous(mx.concatenate(layer.state, axis=0).transpose(2, 0, 1, 3))
+    metadata = {"format": FORMAT, "version": VERSION, "model": fingerprint(model), "shape": _describe(config)}
+    try:
+        folder, name = tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent), "cache.safetensors"
+    except OSError as error:
+        raise QwenMLXError(f"{where}: cannot be written ({error.strerror}).") from None
+    try:
+        mx.save_safetensors(f"{folder}/{name}", arrays, metadata)
+        os.replace(f"{folder}/{name}", where)
+    except (OSError, RuntimeError) as error:
+        raise QwenMLXError(f"{where}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
+    finally:
+        for left in Path(folder).iterdir():
+            left.unlink()
+        os.rmdir(folder)
+
+
+def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], list[int]]:
+    """Reads what `save` wrote: a cache for every layer, and the ids that they hold.
+
+    Raises QwenMLXError for a file that is damaged or of another format, version, model or dtype, naming which.
+    """
+    where, config = Path(path), model.config
+    header, metadata = check(where)
+    if metadata["shape"] != _describe(config) or metadata["model"] != fingerprint(model):
+        raise QwenMLXError(
+            f"{where}: a prompt cache of another model ({metadata['shape']}, {metadata['model'][:12]}), expected "
+            f"{_describe(config)}, {fingerprint(model)[:12]}; use that model, or delete the file."
+        )
+    count = header["ids"]["shape"][0]
+    expected = {f"layers.{i}": [count, 2, config.n_kv_heads, config.head_dim] for i in range(config.n_layers)}
+    kind = model.model.norm.weight.dtype
+    for name, shape in expected.items():
+        if header.get(name, {}).get("shape") != shape:
+            raise QwenMLXError(f"{where}: damaged; {name!r} is {header.get(name)}, expected shape {shape}.")
+        if DTYPES.get(header[name]["dtype"]) != kind:
+            raise QwenMLXError(f"{where}: a prompt cache in {header[name]['dtype']}, expected {kind}; delete the file.")
+    arrays = mx.load(str(where), format="safetensors")
+    ids = arrays["ids"].tolist()
+    if count >= config.context_length or not all(0 <= i < config.vocab_size for i in ids):
+        raise QwenMLXError(f"{where}: damaged; token ids or their number are beyond the model's.")
+    cache = model.make_cache()
+    for i, layer in enumerate(cache):
+        layer.update(arrays[f"layers.{i}"][None])
+    mx.eval([layer.state for layer in cache])
+    return cache, ids
+
+
+def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The header and the metadata of a prompt cache, without its tensors or a model. Raises QwenMLXError for a file
+    that cannot be one."""
+    where = Path(path)
+    try:
+        with open(where, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise ValueError("not a safetensors file")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        if metadata.get("format") != FORMAT:
+            raise QwenMLXError(f"{where}: not a prompt cache of qwen_mlx; give a file that --prompt-cache wrote.")
+        if metadata.get("version") != VERSION:
+            raise QwenMLXError(
+                f"{where}: a prompt cache of version {metadata.get('version')!r}, expected {VERSION!r}; delete it."
+            )
+        if not all(isinstance(metadata[key], str) for key in ("model", "shape")):
+            raise ValueError("its metadata is not text")
+        at = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            items = functools.reduce(lambda a, b: a * b, entry["shape"], 1)
+            width = 4 if entry["dtype"] == "I32" else DTYPES[entry["dtype"]].size
+            if any(not isinstance(n, int) or n < 1 for n in entry["shape"]):
+                raise ValueError(f"{name!r} has shape {entry['shape']}")
+            if entry["data_offsets"] != [at, at + items * width]:
+                raise ValueError(f"{name!r} does not lie where it should")
+            at += items * width
+        if at != size - 8 - length:
+            raise ValueError(f"it has {size} bytes, expected {8 + length + at}")
+        if len(header["ids"]["shape"]) != 1 or header["ids"]["dtype"] != "I32":
+            raise ValueError("its ids are not a list of int32")
+    except QwenMLXError:
+        raise
+    except OSError as error:
+        raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise QwenMLXError(f"{where}: damaged or not a prompt cache ({error}); delete the file.") from None
+    return header, metadata
+
+
+def _describe(config: Any) -> str:
+    return f"{config.n_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"
