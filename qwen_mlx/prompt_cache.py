@@ -95,7 +95,7 @@ def fingerprint(model: Qwen2) -> str:
     """
     found = getattr(model, "_fingerprint", None)
     if found is None:
-        rotary = model.model.layers[0].self_attn._rotary
+        rotary = model.model.layers[0].self_attn.rotary
         digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(rotary)], sort_keys=True).encode())
         names, samples = [], []
         for name, array in sorted(tree_flatten(model.parameters())):
