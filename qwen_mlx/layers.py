@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+from . import ops
 from .backend import mx, nn
+from .ops import Format, Matrix
 
 
 class QuantizedLinear(nn.Module):
@@ -63,3 +68,75 @@ class SideBySide(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
+
+
+class RawLinear(nn.Module):
+    """y = x W^T + b with W (out, in) as GGUF's Q4_K or Q6_K blocks, which stay in memory as they are in the file.
+
+    One vector is multiplied by the blocks; more are multiplied by values unpacked, `TILE` rows of W at a time.
+    """
+
+    TILE = 16384
+
+    def __init__(self, matrix: Matrix):
+        super().__init__()
+        self._format = matrix.format
+        self.weight, *self.more = matrix.arrays
+        self.freeze()
+
+    @property
+    def matrix(self) -> Matrix:
+        """The blocks."""
+        return Matrix(self._format, (self.weight, *self.more))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size == self._format.columns:
+            y = ops.matvec(x, self.matrix).reshape(*x.shape[:-1], self._format.rows)
+        else:
+            y = _product(x, self.matrix, self.TILE)
+        return y + self.bias if "bias" in self else y
+
+    def _extra_repr(self) -> str:
+        return f"{self._format.columns} -> {self._format.rows}, {self._format.kind.upper()}"
+
+
+class RawEmbedding(RawLinear):
+    """Rows of such a matrix in `dtype`; `as_linear` multiplies by it for a tied head."""
+
+    def __init__(self, matrix: Matrix, dtype: mx.Dtype):
+        super().__init__(matrix)
+        self.dtype = dtype
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return ops.unpack(self.matrix, self.dtype, ids)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return RawLinear.__call__(self, x)
+
+
+def _product(x: mx.array, matrix: Matrix, tile: int) -> mx.array:
+    parts = []
+    for start in range(0, matrix.format.rows, tile):
+        rows = tuple(array[start : start + tile] for array in matrix.arrays)
+        form = Format(matrix.format.kind, rows[0].shape[0], matrix.format.columns)
+        parts.append(x @ ops.unpack(Matrix(form, rows), x.dtype).T)
+    return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _format(kind: str, rows: int, columns: int, bits: int = 0, group_size: int = 0) -> Format:
+    return Format(kind, rows, columns, bits, group_size)
+
+
+def matrices(module: nn.Module) -> Sequence[Matrix]:
+    """The matrices of a projection or an embedding, one above the other: more than one where packings differ."""
+    if isinstance(module, SideBySide):
+        return [matrix for part in module["parts"] for matrix in matrices(part)]
+    if isinstance(module, RawLinear):
+        return [module.matrix]
+    weight = module["weight"]
+    if "scales" in module:
+        bits = module.bits
+        form = _format("affine", weight.shape[0], weight.shape[1] * 32 // bits, bits, module.group_size)
+        return [Matrix(form, (weight, module["scales"], module["biases"]))]
+    return [Matrix(_format("dense", *weight.shape), (weight,))]

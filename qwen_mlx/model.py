@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import ops
+from . import ops, step
 from .backend import mx, nn
-from .cache import KVCache
+from .cache import KVCache, make_caches
 from .config import ModelConfig
 
 # What one matrix of the model holds, in the order of its rows, under Hugging Face's names.
@@ -51,15 +51,15 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.qkv_bias = mx.zeros((rows,))
         self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.hidden_size, bias=False)
-        self._rotary = rotary
-        self._sliding_window = sliding_window
+        self.rotary = rotary
+        self.sliding_window = sliding_window
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         batch, length, _ = x.shape
         q, kv = ops.qkv_rope(
-            self.qkv_proj(x), self.qkv_bias, cache.offset, self._rotary, self.n_heads, self.n_kv_heads, join_kv=True
+            self.qkv_proj(x), self.qkv_bias, cache.offset, self.rotary, self.n_heads, self.n_kv_heads, join_kv=True
         )
-        out = cache.attend(q, kv, self.head_dim**-0.5, self._sliding_window)
+        out = cache.attend(q, kv, self.head_dim**-0.5, self.sliding_window)
         return self.o_proj(out.reshape(batch, length, -1))
 
 
@@ -131,7 +131,10 @@ class Qwen2(nn.Module):
     def __call__(
         self, input_ids: mx.array, cache: Sequence[KVCache] | None = None, logits_to_keep: int = 0
     ) -> mx.array:
-        h = self.model(input_ids, self.make_cache() if cache is None else cache, logits_to_keep)
+        cache = self.make_cache() if cache is None else cache
+        if step.serves(self, input_ids, cache):
+            return step.logits(self, input_ids, cache)
+        h = self.model(input_ids, cache, logits_to_keep)
         return self.model.embed_tokens.as_linear(h) if self.config.tie_word_embeddings else self.lm_head(h)
 
     def hf_parameters(self) -> dict[str, mx.array]:
@@ -157,9 +160,13 @@ class Qwen2(nn.Module):
                 start += size
         return found
 
-    def make_cache(self) -> list[KVCache]:
-        """An empty cache for every layer."""
-        return [KVCache() for _ in range(self.config.n_layers)]
+    def make_cache(
+        self, *, bits: int | None = None, max_size: int | None = None, n_sinks: int = 4, group_size: int = 64
+    ) -> list[KVCache]:
+        """An empty cache for every layer: see cache.make_caches."""
+        config = self.config
+        packing = {"bits": bits, "max_size": max_size, "n_sinks": n_sinks, "group_size": group_size}
+        return make_caches(config.n_layers, config.head_dim, **packing)
 
 
 def rotary_of(config: ModelConfig, rope_factors: np.ndarray | None = None) -> ops.Rotary:

@@ -225,7 +225,7 @@ def _norm(
 
 
 def _rope(model: Qwen2, x: np.ndarray, past: int, found: np.ndarray) -> Iterator[Hypothesis]:
-    rotary = model.model.layers[0].self_attn._rotary
+    rotary = model.model.layers[0].self_attn.rotary
     half = x.shape[-1] // 2
     inv_freq = np.array(rotary.inv_freq)
     positions = np.arange(past, past + x.shape[1])

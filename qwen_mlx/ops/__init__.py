@@ -1,7 +1,7 @@
 """The model's operations: what each computes and how it rounds stands in its docstring."""
 
 from .attention import attention
-from .dispatch import executor, explain, forced, no_grad
+from .dispatch import compiled, executor, explain, forced, no_grad, recording
 from .matvec import matvec, matvec_qkv, matvec_swiglu, rotation_table
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import Rotary, qkv_rope, rope
@@ -14,6 +14,7 @@ __all__ = [
     "Rotary",
     "add_rms_norm",
     "attention",
+    "compiled",
     "executor",
     "explain",
     "forced",
@@ -23,6 +24,7 @@ __all__ = [
     "no_grad",
     "qkv_rope",
     "raw_matrix",
+    "recording",
     "rms_norm",
     "rope",
     "rotation_table",

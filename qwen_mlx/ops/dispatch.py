@@ -73,6 +73,18 @@ def no_grad() -> Iterator[None]:
         _gradients.wanted = before
 
 
+def recording() -> bool:
+    """Whether operations keep what a gradient needs (see no_grad)."""
+    return _gradients.wanted
+
+
+def compiled(function: Callable) -> Callable:
+    """mx.compile(function), whose graph is built once. Where an executor is forced the function itself: a stand-in for
+    MLX's kernels has to be called each time."""
+    fast = mx.compile(function)
+    return lambda *arrays: (fast if _forced is None else function)(*arrays)
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """One file of qwen_mlx/metal with the names of its inputs and outputs and the helper headers it needs.

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..backend import mx
 from .dispatch import Kernel, executor, float_bits, require, require_float, require_like
-from .rms_norm import rms_norm_reference
+from .rms_norm import rms_norm
 from .rope import Rotary, scale_template, turns_of
 from .swiglu import swiglu_joined_reference
 from .unpack import Format, Matrix, unpack_reference
@@ -126,10 +126,15 @@ def matvec_qkv(
 
 
 def matvec_reference(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None = None) -> mx.array:
-    """matvec in plain MLX, without the residual."""
+    """matvec in MLX's own operations, without the residual."""
     y = x.reshape(1, 1, -1)
     if norm is not None:
-        y = rms_norm_reference(y, *norm)
+        y = rms_norm(y, *norm)
+    form = matrix.format
+    if form.kind == "affine":
+        wide = (array.astype(mx.float32) for array in matrix.arrays[1:])
+        packing = {"group_size": form.group_size, "bits": form.bits}
+        return mx.quantized_matmul(y.astype(mx.float32), matrix.arrays[0], *wide, **packing).astype(x.dtype)
     return (y.astype(mx.float32) @ unpack_reference(matrix, mx.float32).T).astype(x.dtype)
 
 

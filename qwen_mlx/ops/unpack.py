@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from .dispatch import Kernel, executor, require, threads
 RAW = ("q4_k", "q6_k")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, which is fast; made once by the layers
 class Format:
     """How a matrix (rows, columns) is stored.
 
@@ -30,6 +31,11 @@ class Format:
     group_size: int = 0
 
     @property
+    def n_arrays(self) -> int:
+        """Arrays that hold a matrix."""
+        return {"dense": 1, "affine": 3, "q4_k": 1, "q6_k": 4}[self.kind]
+
+    @property
     def served(self) -> bool:
         """Whether the matrix-vector kernels read it."""
         if self.kind == "affine":
@@ -37,9 +43,8 @@ class Format:
         return self.columns % (256 if self.kind in RAW else 16) == 0
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix and its format."""
+class Matrix(NamedTuple):
+    """A matrix: how it is stored, and the arrays that hold it."""
 
     format: Format
     arrays: tuple[mx.array, ...]

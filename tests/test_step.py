@@ -1,0 +1,87 @@
+"""One token at a time through the fused launches, in the emulator, against the model's own equations."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from qwen_mlx import ModelConfig, Qwen2, ops, step
+from qwen_mlx.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from reference.emulator import emulate
+
+from .ops.test_matvec import raw_blocks
+
+
+def model_of(form: str, tied: bool) -> Qwen2:
+    """A small random model whose matrices are stored in one format, or in two side by side."""
+    config = ModelConfig(256, 512, 2, 4, 2, 64, 300, 1e-6, 1e6, 512, tied)
+    model = Qwen2(config)
+    keys = iter(mx.random.split(mx.random.key(3), 100))
+    weights = [
+        (name, mx.random.normal(array.shape, key=next(keys)) * 0.05) for name, array in tree_flatten(model.parameters())
+    ]
+    model.load_weights([(name, array + ("norm" in name)) for name, array in weights])
+    embeddings = {"model.embed_tokens"}
+    for name, module in model.named_modules():
+        if form == "dense" or not hasattr(module, "weight") or module.weight.ndim != 2:
+            continue
+        new = packed(form, module.weight, name in embeddings)
+        *path, last = name.split(".")
+        parent = model
+        for part in path:
+            parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+        setattr(parent, last, new)
+    return model
+
+
+def packed(form: str, weight: mx.array, embedding: bool) -> nn.Module:
+    rows, columns = weight.shape
+    if form == "affine":
+        arrays = mx.quantize(weight, group_size=32, bits=4)
+        return QuantizedEmbedding(*arrays, 32, 4, mx.float32) if embedding else QuantizedLinear(*arrays, 32, 4)
+    kinds = {"mixed": ("q4_k", "q6_k")}.get(form, (form,))
+    if embedding:
+        return RawEmbedding(ops.raw_matrix(raw_blocks(rows, columns, kinds[-1], 7)[0], kinds[-1]), mx.float32)
+    # Cut where v begins, and between gate and up; o_proj and down_proj stay whole.
+    cut = {512: 384, 1024: 512}.get(rows, rows) if len(kinds) > 1 else rows
+    parts = [
+        RawLinear(ops.raw_matrix(raw_blocks(size, columns, kind, 7)[0], kind))
+        for kind, size in zip(kinds, (cut, rows - cut))
+        if size
+    ]
+    return parts[0] if len(parts) == 1 else SideBySide(parts)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", ["dense", "affine", "q4_k", "q6_k", "mixed"])
+def test_a_token_gets_the_logits_of_the_plain_equations(form: str, tied: bool):
+    model = model_of(form, tied)
+    prompt, more = mx.array([[5, 17, 200, 3]]), [9, 250]
+    plain, fused = model.make_cache(), model.make_cache()
+    with ops.no_grad():
+        model(prompt, plain)
+        model(prompt, fused)
+        expected = [model(mx.array([[token]]), plain) for token in more]
+        with emulate():
+            assert step.serves(model, mx.array([[9]]), fused)
+            found = [model(mx.array([[token]]), fused) for token in more]
+    for a, b in zip(found, expected):
+        assert a.shape == b.shape == (1, 1, 300)
+        scale = float(mx.abs(b).max())
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=0, atol=2e-5 * scale)
+    assert fused[0].offset == 6
+
+
+def test_what_one_token_at_a_time_does_not_serve():
+    model = model_of("dense", True)
+    one, two = mx.array([[1]]), mx.array([[1, 2]])
+    with emulate():
+        assert not step.serves(model, one, model.make_cache()), "gradients are wanted"
+        with ops.no_grad():
+            assert step.serves(model, one, model.make_cache())
+            assert not step.serves(model, two, model.make_cache())
+    with ops.no_grad():
+        assert not step.serves(model, one, model.make_cache()), "the CPU computes in plain MLX"
