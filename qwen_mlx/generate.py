@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cli, hub
 from .errors import QwenMLXError
+
+if TYPE_CHECKING:
+    from .model import Qwen2
+    from .prompt_cache import PromptCache
+    from .tokenizer import Tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,11 +26,17 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads standard input")
     source.add_argument("--prompt-file", "-f", metavar="FILE", help="read the prompt from a UTF-8 file")
     source.add_argument("--list-models", action="store_true", help="show the models that are on this machine")
+    p.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
+    add_arguments(p)
+    return p
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The arguments that every command that generates has: model, sampling, limits."""
     p.add_argument(
         "--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id (org/repo[:quant])"
     )
     p.add_argument("--system", metavar="TEXT", help="system message")
-    p.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
     p.add_argument("--max-tokens", "-n", type=int, default=512, metavar="N", help="tokens at most (default 512)")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (can be repeated)")
     p.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable on one backend")
@@ -39,8 +51,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on CPU, bfloat16 on GPU"
     )
+    p.add_argument(
+        "--prompt-cache",
+        metavar="FILE",
+        help="keep the computed prompt in this file, and start from what it has",
+    )
     p.add_argument("--verbose", "-v", action="store_true", help="say what is used: model, dtype, sampling, libraries")
-    return p
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -72,13 +88,9 @@ def list_models() -> None:
         print(f"no models yet in {hub.cache_folder()}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
-    arguments = parser().parse_args(argv)
-    if arguments.list_models:
-        list_models()
-        return 0
-    prompt = read_prompt(arguments)
+def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[str, Any], PromptCache | None]:
+    """(model, tokenizer, arguments for stream_generate, prompt cache) as the command line says. Raises QwenMLXError,
+    for what can be known without the weights before they are read."""
     if arguments.max_tokens < 1:
         raise QwenMLXError(f"--max-tokens is {arguments.max_tokens}, expected 1 or more.")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
@@ -86,13 +98,16 @@ def main(argv: list[str] | None = None) -> int:
     path = hub.resolve(arguments.model)
 
     from . import backend, blas, ops
-    from .generation import GenerationStats, stream_generate
     from .loading import load
+    from .prompt_cache import PromptCache, check
     from .sampling import SamplingSettings
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     SamplingSettings().override(**sampling)  # refuses an impossible value before the model is loaded
+    kept = arguments.prompt_cache is not None and os.path.exists(arguments.prompt_cache)
+    if kept:
+        check(arguments.prompt_cache)
     line = cli.ProgressLine("Loading")
     try:
         model, tokenizer = load(path, dtype=arguments.dtype, progress=line)
@@ -106,6 +121,25 @@ def main(argv: list[str] | None = None) -> int:
         print(ops.explain(), file=sys.stderr)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of failing
+    settings = {"max_tokens": arguments.max_tokens, "stop": arguments.stop, "seed": arguments.seed, **sampling}
+    cache = None
+    if arguments.prompt_cache is not None:
+        cache = PromptCache.load(arguments.prompt_cache, model) if kept else PromptCache(model)
+    return model, tokenizer, settings, cache
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
+    arguments = parser().parse_args(argv)
+    if arguments.list_models:
+        list_models()
+        return 0
+    prompt = read_prompt(arguments)
+    model, tokenizer, settings, cache = open_model(arguments)
+
+    from . import backend
+    from .generation import GenerationStats, stream_generate
+
     stats = GenerationStats()
     interrupted = False
     line = cli.ProgressLine("Reading the prompt")
@@ -114,13 +148,11 @@ def main(argv: list[str] | None = None) -> int:
             model,
             tokenizer,
             prompt,
-            max_tokens=arguments.max_tokens,
             system=arguments.system,
             raw=arguments.raw,
-            stop=arguments.stop,
-            seed=arguments.seed,
+            prompt_cache=cache,
             progress=line,
-            **sampling,
+            **settings,
         ):
             stats = chunk.stats
             print(chunk.text, end="", flush=True)
@@ -129,12 +161,15 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         line.clear()
     print(flush=True)
+    reused = f" ({stats.reused_tokens} more from the cache)" if stats.reused_tokens else ""
     print(
-        f"prompt: {stats.prompt_tokens} tokens, {stats.prompt_per_second:.1f} tok/s; "
+        f"prompt: {stats.prompt_tokens} tokens{reused}, {stats.prompt_per_second:.1f} tok/s; "
         f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; "
         f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}",
         file=sys.stderr,
     )
+    if cache is not None and cache.ids:
+        cache.save(arguments.prompt_cache)
     return 130 if interrupted else 0
 
 
