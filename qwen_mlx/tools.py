@@ -1,0 +1,336 @@
+"""Tools that a model can call: their JSON schemas, Qwen2.5's `<tool_call>`, and running what was called.
+
+A call is what Qwen2.5's chat template asks for: `<tool_call>`, one JSON object of exactly a name and arguments, and
+`</tool_call>`. Nothing else is taken for one, and what is almost one is reported to the model with the reason.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import json
+import os
+import re
+import runpy
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from .errors import QwenMLXError
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+JSON_TYPES: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "string",
+    bool: "boolean",
+    type(None): "null",
+    list: "array",
+    tuple: "array",
+    dict: "object",
+}
+SECTIONS = ("Args", "Returns", "Raises")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """schema: {"type": "function", "function": {"name", "description", "parameters"}}, as in OpenAI's API.
+    function: what runs, with the arguments by name; None where only the schema is known."""
+
+    schema: dict[str, Any]
+    function: Callable[..., Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.schema["function"]["name"]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return self.schema["function"].get("parameters") or {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """What the model asked for. error: why it is not a call that can run, or None; then `name` may be empty."""
+
+    name: str
+    arguments: dict[str, Any]
+    error: str | None = None
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in self.arguments.items())
+        return f"{self.name or '?'}({given})"
+
+
+def tool(source: Callable[..., Any] | Mapping[str, Any] | Tool) -> Tool:
+    """A tool from a Python function with type hints and a Google-style docstring, or from a JSON schema (that of the
+    function alone is enough). Raises QwenMLXError naming what is missing."""
+    if isinstance(source, Tool):
+        return source
+    if callable(source):
+        return Tool(function_schema(source), source)
+    inner = source.get("function", source) if isinstance(source, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise QwenMLXError(f"A tool is {_short(source)}, expected a function or a JSON schema with a 'name'.")
+    parameters = inner.get("parameters")
+    if parameters is not None and (
+        not isinstance(parameters, Mapping)
+        or not isinstance(parameters.get("properties", {}), Mapping)
+        or not all(isinstance(entry, Mapping) for entry in parameters.get("properties", {}).values())
+        or not isinstance(parameters.get("required", []), list)
+    ):
+        raise QwenMLXError(
+            f"The tool {inner['name']!r} has parameters {_short(parameters)}, expected a JSON schema of an object: "
+            '{"type": "object", "properties": {...}, "required": [...]}.'
+        )
+    return Tool({"type": "function", "function": dict(inner)})
+
+
+def tools_by_name(sources: Sequence[Callable[..., Any] | Mapping[str, Any] | Tool]) -> dict[str, Tool]:
+    """The tools under their names. Raises QwenMLXError if two have the same."""
+    found: dict[str, Tool] = {}
+    for one in map(tool, sources):
+        if one.name in found:
+            raise QwenMLXError(f"Two tools are named {one.name!r}; rename one.")
+        found[one.name] = one
+    return found
+
+
+def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
+    """Tools of a file: a .json with a list of schemas, or a .py, **which is run**, whose public functions they are
+    (those it defines itself). Raises QwenMLXError for a file that cannot be read or run, or holds no tool."""
+    where = Path(path)
+    try:
+        if where.suffix == ".json":
+            data = json.loads(where.read_text(encoding="utf-8"))
+            sources = data if isinstance(data, list) else [data]
+        elif where.suffix == ".py":
+            names = runpy.run_path(str(where), run_name=where.stem)
+            sources = [
+                value
+                for name, value in names.items()
+                if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == where.stem
+            ]
+        else:
+            raise QwenMLXError(f"{where}: not a .py or .json file; tools are Python functions or JSON schemas.")
+        found = list(tools_by_name(sources).values())
+    except OSError as error:
+        raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
+    except QwenMLXError as error:
+        raise QwenMLXError(str(error) if str(error).startswith(str(where)) else f"{where}: {error}") from None
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
+    except Exception as error:  # the file's own code can raise anything
+        raise QwenMLXError(f"{where}: fails when it is run ({error!r}).") from None
+    if not found:
+        raise QwenMLXError(f"{where}: holds no tool; define a function, or write a list of JSON schemas.")
+    return found
+
+
+def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """The JSON schema of a function from its type hints and its Google-style docstring, as transformers'
+    get_json_schema writes it. Raises QwenMLXError for a parameter without type or description, or a type that JSON has
+    no word for.
+    """
+    name = getattr(function, "__name__", "tool")
+    doc = inspect.getdoc(function)
+    if not doc:
+        raise QwenMLXError(f"The tool {name!r} has no docstring; say what it does and describe its arguments.")
+    main, descriptions, returns = _docstring(doc)
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception as error:  # an annotation is an expression of the file's author
+        raise QwenMLXError(f"The tool {name!r} has a type hint that cannot be evaluated ({error}).") from None
+    properties: dict[str, Any] = {}
+    required = []
+    for key, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise QwenMLXError(f"The tool {name!r} has the argument {parameter}, expected ones that have a name.")
+        for what, there in (("type hint", key in hints), ("description in the docstring's Args", key in descriptions)):
+            if not there:
+                raise QwenMLXError(f"The argument {key!r} of the tool {name!r} has no {what}; add one.")
+        schema, text = _type_schema(hints[key], f"The argument {key!r} of the tool {name!r}"), descriptions[key]
+        choices = re.search(r"\(choices:\s*(.*?)\)\s*$", text, re.IGNORECASE)
+        if choices:
+            try:
+                schema["enum"] = [c.strip() if isinstance(c, str) else c for c in json.loads(choices[1])]
+            except ValueError:
+                raise QwenMLXError(
+                    f"The argument {key!r} of the tool {name!r} has choices {choices[1]}, expected a JSON list."
+                ) from None
+            text = text[: choices.start()].strip()
+        properties[key] = schema | {"description": text}
+        if parameter.default is parameter.empty:
+            required.append(key)
+    parameters: dict[str, Any] = {"type": "object", "properties": properties}
+    if required:
+        parameters["required"] = required
+    inner: dict[str, Any] = {"name": name, "description": main, "parameters": parameters}
+    if "return" in hints:
+        try:
+            inner["return"] = _type_schema(hints["return"], "")
+        except QwenMLXError:
+            pass  # what a tool returns is text in the end
+        else:
+            inner["return"] |= {} if returns is None else {"description": returns}
+    return {"type": "function", "function": inner}
+
+
+def _docstring(doc: str) -> tuple[str, dict[str, str], str | None]:
+    """(description, descriptions of arguments, description of what is returned) of a Google-style docstring."""
+    parts: dict[str, list[str]] = {"": []}
+    section = ""
+    for line in doc.strip().splitlines():
+        if line.strip().rstrip(":") in SECTIONS and line.strip().endswith(":"):
+            section = line.strip()[:-1]
+        parts.setdefault(section, []).append(line)
+    arguments: dict[str, str] = {}
+    indent, key = None, None
+    for line in parts.get("Args", [])[1:]:
+        match = re.match(r"([ \t]*)(\w+):(.*)", line)
+        if match and (indent is None or len(match[1]) <= indent):
+            indent, key = len(match[1]), match[2]
+            arguments[key] = match[3].strip()
+        elif key is not None and line.strip():
+            arguments[key] = f"{arguments[key]} {line.strip()}".strip()
+    returns = "\n".join(parts.get("Returns", [])[1:]).strip()
+    return "\n".join(parts[""]).strip(), arguments, returns or None
+
+
+def _type_schema(hint: Any, what: str) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return {}
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return _enum_schema([member.value for member in hint], what)
+    if origin is None and hint in JSON_TYPES:
+        return {"type": JSON_TYPES[hint]}
+    if origin in (Union, types.UnionType):
+        inner = [_type_schema(kind, what) for kind in arguments if kind is not type(None)]
+        names = sorted({kind.get("type", "") for kind in inner if isinstance(kind.get("type", ""), str)})
+        if len(inner) == 1:
+            schema = inner[0]
+        elif all(kind.keys() == {"type"} and isinstance(kind["type"], str) for kind in inner):
+            schema = {"type": names[0] if len(names) == 1 else names}
+        else:
+            schema = {"anyOf": inner}
+        return schema | ({"nullable": True} if type(None) in arguments else {})
+    if origin is Literal:
+        return _enum_schema(list(arguments), what)
+    if origin is list:
+        return {"type": "array", "items": _type_schema(arguments[0], what)}
+    if origin is tuple and len(arguments) > 1 and ... not in arguments:
+        return {"type": "array", "prefixItems": [_type_schema(kind, what) for kind in arguments]}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _type_schema(arguments[1], what)}
+    raise QwenMLXError(
+        f"{what} has the type {hint!r}, expected int, float, str, bool, list, dict, Literal, Enum or a union."
+    )
+
+
+def _enum_schema(values: list[Any], what: str) -> dict[str, Any]:
+    if not values or any(type(value) not in JSON_TYPES or isinstance(value, list | tuple | dict) for value in values):
+        raise QwenMLXError(f"{what} has the choices {values}, expected numbers, strings, booleans or None.")
+    names = list(dict.fromkeys(JSON_TYPES[type(value)] for value in values))
+    return {"type": names[0] if len(names) == 1 else names, "enum": values}
+
+
+def parse_tool_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
+    """The calls in an answer, in order; one that cannot run has `error` set. No `<tool_call>`, no calls."""
+    calls = []
+    for piece in text.split(OPEN)[1:]:
+        body, close, _ = piece.partition(CLOSE)
+        calls.append(_parse(body, tools) if close else ToolCall("", {}, f"{OPEN} is not closed by {CLOSE}"))
+    return calls
+
+
+def _parse(body: str, tools: Mapping[str, Tool]) -> ToolCall:
+    try:
+        data = json.loads(body, object_pairs_hook=_no_twins, parse_constant=_no_constant)
+    except (RecursionError, ValueError) as error:
+        return ToolCall("", {}, f"not valid JSON ({error})")
+    if not isinstance(data, dict):
+        return ToolCall("", {}, f"{_short(data)} is not a JSON object with 'name' and 'arguments'")
+    name, arguments = data.get("name"), data.get("arguments")
+    if not isinstance(name, str) or not isinstance(arguments, dict) or len(data) != 2:
+        known = name if isinstance(name, str) else ""
+        return ToolCall(known, {}, f"its keys are {sorted(data)}, expected a string 'name' and an object 'arguments'")
+    if name not in tools:
+        return ToolCall(name, arguments, f"there is no tool {name!r}; there are {', '.join(sorted(tools))}")
+    try:
+        error = mismatch(tools[name].parameters, arguments, "arguments")
+    except (AttributeError, LookupError, RecursionError, TypeError):
+        error = "the parameters of the tool are not a JSON schema that can be checked"
+    return ToolCall(name, arguments, error)
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def mismatch(schema: Mapping[str, Any], value: Any, where: str) -> str | None:
+    """How `value` fails a JSON schema's type, enum, anyOf, nullable, items, properties and required, or None.
+
+    Other keywords are not looked at; an object may have only the properties that its schema lists, if it lists any.
+    """
+    if value is None and schema.get("nullable"):
+        return None
+    if "anyOf" in schema and all(mismatch(option, value, where) for option in schema["anyOf"]):
+        return f"{where} is {_short(value)}, which none of its types allows"
+    names = schema.get("type", [])
+    names = [names] if isinstance(names, str) else names
+    if names and not any(_is(value, name) for name in names):
+        return f"{where} is {_short(value)}, expected {' or '.join(names)}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{where} is {_short(value)}, expected one of {json.dumps(schema['enum'], ensure_ascii=False)}"
+    if isinstance(value, list) and isinstance(schema.get("items"), Mapping):
+        return next(filter(None, (mismatch(schema["items"], v, f"{where}[{i}]") for i, v in enumerate(value))), None)
+    if isinstance(value, dict):
+        properties = schema.get("properties")
+        missing = [key for key in schema.get("required", []) if key not in value]
+        if missing:
+            return f"{where} lacks {missing[0]!r}"
+        if properties is not None:
+            unknown = [key for key in value if key not in properties]
+            if unknown and not schema.get("additionalProperties"):
+                return f"{where} has {unknown[0]!r}, expected only {', '.join(properties) or 'nothing'}"
+            for key in value.keys() & properties.keys():
+                if found := mismatch(properties[key], value[key], key if where == "arguments" else f"{where}.{key}"):
+                    return found
+    return None
+
+
+def _is(value: Any, name: str) -> bool:
+    kinds: dict[str, Any] = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "array": list}
+    kind = (kinds | {"object": dict, "null": type(None)}).get(name, object)
+    return isinstance(value, kind) and (not isinstance(value, bool) or name not in ("integer", "number"))
+
+
+def run(call: ToolCall, tools: Mapping[str, Tool]) -> str:
+    """What the tool answers, as text for the model: a string as it is, anything else as JSON. A call that cannot run,
+    or that fails, answers `error: ` and the reason; only a KeyboardInterrupt goes through."""
+    if call.error is not None:
+        return f"error: {call.error}"
+    function = tools[call.name].function
+    if function is None:
+        return f"error: the tool {call.name!r} is only described here, and cannot run"
+    try:
+        result = function(**call.arguments)
+        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+    except Exception as error:  # a tool is anyone's code, and its failure is the model's to read
+        return f"error: {call.name} failed ({type(error).__name__}: {error})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
