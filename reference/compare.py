@@ -46,8 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [run for name, run in runs_of(ids).items() if name in options.runs]
     _check_memory(sum(trace_bytes(config, run) for run in runs), len(ids))
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF reader has a bar of its own
     from . import torch_side  # a sentence if torch is missing, after what can be said without it
 
+    torch_side.transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         torch_side.transformers.utils.logging.disable_progress_bar()
     folder = Path(options.cache) if options.cache else hub.cache_folder() / "reference"
@@ -94,13 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(f"report: {write_report(Path(options.report), comparisons, about)}")
     except OSError as error:
+        print(verdict(comparisons))
         raise QwenMLXError(f"{error.filename or options.report}: cannot be written ({error.strerror}).") from None
+    passed = all(comparison.passed for comparison in comparisons)
+    if not passed and not floors:
+        print("The limits are those of the 0.5B model on 64 tokens; --noise measures this model's own.")
     print(verdict(comparisons))
-    if any(not comparison.passed for comparison in comparisons):
-        if not floors:
-            print("The limits are those of the 0.5B model on 64 tokens; --noise measures this model's own.")
-        return 1
-    return 0
+    return 0 if passed else 1
 
 
 def _check_outputs(options) -> None:

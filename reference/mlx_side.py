@@ -28,13 +28,18 @@ OPERATIONS = ("qkv_rope", "attention", "swiglu_joined")  # q, k, v, q_rope, k_ro
 
 
 def record(model: Qwen2, run: Run, sink: Sink) -> None:
-    """Runs the model on `run` and hands every tap to `sink`, positions on axis 1."""
-    cache = model.make_cache()
+    """Runs the model on `run` and hands every tap to `sink`, positions on axis 1.
+
+    Logits and caches are those of a second run that nobody watches, the way generation goes: what is fused there, and
+    has no taps inside, is compared too.
+    """
+    watched, unwatched = model.make_cache(), model.make_cache()
     for call, ids in enumerate(run.calls()):
         with taps(model, lambda name, array, call=call: sink(f"{call}.{name}", array)):
-            logits = model(mx.array(ids), cache)
-        sink(f"{call}.logits", logits)
-        for i, layer in enumerate(cache):
+            model(mx.array(ids), watched)
+        with ops.no_grad():
+            sink(f"{call}.logits", model(mx.array(ids), unwatched))
+        for i, layer in enumerate(unwatched):
             for tap, array in zip(("cache_k", "cache_v"), layer.state):
                 sink(f"{call}.layers.{i}.{tap}", array.swapaxes(1, 2))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import qwen_mlx.cache as cache_module
-from qwen_mlx import ops
+from qwen_mlx import ops, step
 from qwen_mlx.backend import mx
 from qwen_mlx.cache import KVCache
 
@@ -124,7 +124,7 @@ def _(model, patch):
 
 def change_rotary(model: Any, make: Callable[[ops.Rotary], ops.Rotary]) -> None:
     for layer in model.model.layers:
-        layer.self_attn._rotary = make(layer.self_attn._rotary)
+        layer.self_attn.rotary = make(layer.self_attn.rotary)
 
 
 @bug("theta 1e4", "0.layers.0.q_rope", "theta is 10000")
@@ -241,7 +241,7 @@ def _(model, patch):
 @bug("sliding window ignored", "0.layers.1.probs", "sliding window is missing", shape="sliding window")
 def _(model, patch):
     for layer in model.model.layers:
-        layer.self_attn._sliding_window = None
+        layer.self_attn.sliding_window = None
 
 
 @bug("scores not scaled", "0.layers.1.probs", "not scaled")
@@ -339,6 +339,13 @@ def _(model, patch):
     head = Tied(1, 1, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
+
+
+@bug("a fused step of its own goes wrong", "1.logits", "times 1.01", run="decode")
+def _(model, patch):
+    """What the taps cannot look into, because it runs only when nobody looks."""
+    patch.setattr(step, "serves", lambda model, ids, cache: ids.size == 1 and not ops.recording())
+    patch.setattr(step, "logits", lambda model, ids, cache: 1.01 * model.lm_head(model.model(ids, cache)))
 
 
 @bug("a norm that returns float32 in a bfloat16 model", "0.norm", dtype="bfloat16")

@@ -13,7 +13,7 @@ from qwen_mlx import SamplingSettings, load
 from qwen_mlx.generation import encode_prompt, generate_ids
 from reference import tolerances, torch_side
 from reference.comparison import compare
-from reference.noise import load_tokens, measure_floors
+from reference.noise import by_tap, floors_of_run, load_tokens, measure_floors
 from reference.taps import Run, split_key
 
 PROMPTS = [
@@ -112,12 +112,18 @@ def test_long_prompt_in_float32(real_hf, real_gguf: Path):
 
 @pytest.mark.slow
 def test_bfloat16_is_no_further_from_float32_than_hugging_face_s(real_hf, real_gguf: Path):
-    """Every kind of tap, all layers together: at most 1.1 times the error of Hugging Face's own bfloat16."""
+    """Beside Hugging Face's own bfloat16, both against its float32: closer on the whole, at most 1.1 times as far at
+    every kind of tap, and beyond that at one in a hundred of the 435 taps at most, as rounding has it.
+    """
     run = Run.prefill(load_tokens(real_gguf, 64))
-    theirs = measure_floors(real_hf, [run], "bfloat16")
+    theirs = floors_of_run(real_hf, run, "bfloat16")
     model, _ = load(real_gguf, dtype="bfloat16")
     result = compare(model, run, torch_side.record(real_hf, run), tolerances.tolerances("real", "bfloat16"), "bfloat16")
     assert result.passed, result.first
+    kinds = by_tap(theirs)
     for tap in result.results:
-        assert tap.measure.l2 <= 1.1 * theirs[split_key(tap.key)[2]][0], tap
+        assert tap.measure.l2 <= 1.1 * kinds[split_key(tap.key)[2]][0], tap
+    ratios = np.array([tap.measure.l2 / theirs[tap.key][0] for tap in result.results])
+    assert np.exp(np.log(ratios).mean()) <= 1
+    assert (ratios > 1.1).mean() <= 0.01
     assert np.isfinite(result.logits[0].kl)
