@@ -1,8 +1,8 @@
 """load(): from a name to (model, tokenizer). The dtype policy lives here and nowhere else.
 
 Policy: activations, norms and biases are float32 on the CPU (MLX's fast path there) and bfloat16 on a GPU; float16
-only when asked for, because Qwen2's activations overflow it. On a GPU the packed weights of a file stay packed, with
-scales as wide as exactness needs; on the CPU they become float32, once.
+only when asked for, because Qwen2's activations overflow it. On a GPU the packed weights of a file stay packed: Q4_K
+and Q6_K byte for byte, others with scales as wide as exactness needs; on the CPU they become float32, once.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import hub
+from . import hub, ops
 from .backend import mx, nn
 from .config import ModelConfig
 from .defaults import folder_defaults, gguf_defaults
 from .errors import GGUFError, QwenMLXError
 from .gguf import blocks, names
 from .gguf.reader import GGUFFile
-from .layers import QuantizedEmbedding, QuantizedLinear, SideBySide
+from .layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
 from .model import JOINED, JOINED_BIASES, Qwen2
 from .tokenizer import Tokenizer
-from .weights import FolderWeights, GGUFWeights, Weights
+from .weights import FolderWeights, GGUFWeights, Packing, Weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-Packing = tuple[int, int] | None  # (group_size, bits)
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
 
@@ -143,6 +142,14 @@ def _module(weights: Weights, names: list[str], packing: Packing, old: nn.Module
         array = weights.dense(names).astype(dtype)
         new: nn.Module = nn.Linear(1, 1, bias=False)
         new.weight = array
+        return new
+    if isinstance(packing, str):
+        matrix = ops.raw_matrix(weights.raw(names), packing)
+        if isinstance(old, nn.Embedding):
+            return RawEmbedding(matrix, dtype)
+        new = RawLinear(matrix)
+        if "bias" in old:
+            new.bias = old.bias
         return new
     parts = [weights.packed(name) for name in names]
     codes, scales, biases = (mx.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts))

@@ -19,15 +19,22 @@ from .gguf import blocks
 from .gguf.names import model_tensors
 from .gguf.reader import GGUFFile
 
+# (group_size, bits) of MLX's affine mode, "q4_k" or "q6_k" for GGUF's blocks as they are, None for dense.
+Packing = tuple[int, int] | str | None
+RAW = {"Q4_K": "q4_k", "Q6_K": "q6_k"}
+
 
 class Weights(Protocol):
-    """What the loader needs of a source. Packings are (group_size, bits) of MLX's affine mode."""
+    """What the loader needs of a source."""
 
     def nbytes(self, name: str) -> int:
         """Bytes in the file."""
 
-    def packing(self, name: str) -> tuple[int, int] | None:
-        """How the parameter is packed, None if it is dense or its format has no affine form."""
+    def packing(self, name: str) -> Packing:
+        """How the parameter can be kept in memory without dequantizing it."""
+
+    def raw(self, names: Sequence[str]) -> np.ndarray:
+        """GGUF's bytes, stacked by rows: uint8 (rows, bytes of a row)."""
 
     def packed(self, name: str) -> tuple[mx.array, mx.array, mx.array]:
         """Codes, scales and biases."""
@@ -56,9 +63,19 @@ class GGUFWeights:
     def nbytes(self, name: str) -> int:
         return self._infos[name].nbytes
 
-    def packing(self, name: str) -> tuple[int, int] | None:
-        affine = self._infos[name].type.affine
-        return (affine.group_size, affine.bits) if affine and len(self._infos[name].shape) == 2 else None
+    def packing(self, name: str) -> Packing:
+        info = self._infos[name]
+        if len(info.shape) != 2:
+            return None
+        affine = info.type.affine
+        return RAW.get(info.type.name) or ((affine.group_size, affine.bits) if affine else None)
+
+    def raw(self, names: Sequence[str]) -> np.ndarray:
+        parts = [self._file.raw(self._infos[name].name) for name in names]
+        rows = np.concatenate(parts)
+        for name in names:
+            self._file.release(self._infos[name].name)
+        return rows
 
     def packed(self, name: str) -> tuple[mx.array, mx.array, mx.array]:
         """Scales are float32 even where float16 would do: MLX would widen them for every product with bfloat16."""
@@ -156,8 +173,11 @@ class FolderWeights:
     def nbytes(self, name: str) -> int:
         return self._arrays[name].nbytes
 
-    def packing(self, name: str) -> tuple[int, int] | None:
+    def packing(self, name: str) -> Packing:
         return self._packings.get(name)
+
+    def raw(self, names: Sequence[str]) -> np.ndarray:
+        raise NotImplementedError("safetensors hold no blocks of GGUF")
 
     def packed(self, name: str) -> tuple[mx.array, mx.array, mx.array]:
         module = name.removesuffix(".weight")

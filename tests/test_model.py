@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from qwen_mlx import QwenMLXError, load
 from qwen_mlx.backend import mx
+from qwen_mlx.gguf.reader import GGUFFile
+from qwen_mlx.layers import RawLinear
 from qwen_mlx.loading import DTYPES
 from tests.small_models import hf_model, save_folder, write_gguf
 
@@ -91,9 +93,16 @@ def test_every_file_type_gives_the_logits_of_gguf_py_s_values(kind: T, packed: b
     model, _ = load(path, dtype="float32", quantized=packed)
     assert distance(model(mx.array(IDS)), torch_logits(theirs)) < tolerance(theirs)
     names = {name for name, _ in tree_flatten(model.parameters())}
-    affine = kind not in (T.F16, T.BF16, T.Q6_K)
+    affine = kind not in (T.F16, T.BF16, T.Q4_K, T.Q6_K)
+    raw = kind in (T.Q4_K, T.Q6_K)
+    modules = dict(model.named_modules())
     for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
         assert (f"model.layers.0.{module}.scales" in names) == (packed and affine)
+        assert isinstance(modules[f"model.layers.0.{module}"], RawLinear) == (packed and raw)
+    if packed and raw:
+        matrix = modules["model.layers.0.mlp.down_proj"].matrix
+        kept = sum(array.nbytes for array in matrix.arrays)
+        assert kept == GGUFFile(path).tensors["blk.0.ffn_down.weight"].nbytes, "the file's bytes, and no more"
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -256,7 +265,7 @@ def test_dtype_of_every_tap(kind: T, packed: bool, dtype: str, tmp_path: Path, m
     assert len(seen) >= 15
     assert {found for _, found in seen} == {DTYPES[dtype]}, seen
     for name, array in tree_flatten(model.parameters()):
-        assert array.dtype in (DTYPES[dtype], mx.uint32) or name.endswith((".scales", ".biases")), name
+        assert array.dtype in (DTYPES[dtype], mx.uint32) or name.endswith((".scales", ".biases", ".more.2")), name
 
 
 @pytest.mark.parametrize("dtype", ["int4", "", 5, mx.int32])
