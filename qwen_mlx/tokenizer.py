@@ -25,6 +25,7 @@ SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen")  # tokenizer.ggml.pre of the files t
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type; the rest pads the vocabulary
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 GUARD = "\ufdd0"  # a noncharacter: marks user text in a rendered template, and is removed from it before
+MARK = "\ufdd1"  # another: stands on both sides of the number of a message whose ids are known
 
 
 class Tokenizer:
@@ -250,9 +251,30 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
-        """Token ids of render_chat's text; a control token's name inside a message or a tool stays text."""
-        guarded = self._guard(messages), self._guard(tools)
-        text = self.render_chat(*guarded, add_generation_prompt, **{k: self._guard(v) for k, v in variables.items()})
+        """Token ids of render_chat's text; a control token's name inside a message or a tool stays text.
+
+        A message may have "ids", the tokens that its content was generated as: they are kept, so that a prompt cache
+        that holds them serves, unless the template changes a content (as DeepSeek-R1's drops thoughts).
+        """
+        guarded, rest = self._guard(messages), (self._guard(tools), add_generation_prompt)
+        variables = {key: self._guard(value) for key, value in variables.items()}
+        text = self.render_chat(guarded, *rest, **variables)
+        pieces = [text]
+        known = {f"{MARK}{i}{MARK}": i for i, message in enumerate(messages) if message.get("ids") is not None}
+        if known:
+            marked = [
+                {**m, "content": f"{MARK}{i}{MARK}"} if m.get("ids") is not None else m for i, m in enumerate(guarded)
+            ]
+            split = re.split(f"({MARK}\\d+{MARK})", self.render_chat(marked, *rest, **variables))
+            if "".join(guarded[known[piece]]["content"] if piece in known else piece for piece in split) == text:
+                pieces = split
+        ids: list[int] = []
+        for piece in pieces:
+            ids += messages[known[piece]]["ids"] if piece in known else self._encode_guarded(piece)
+        return ids
+
+    def _encode_guarded(self, text: str) -> list[int]:
+        """Token ids of a rendered template, in which what a user wrote is guarded."""
         ids: list[int] = []
         for piece in self._split.split(text) if self._split else [text]:
             if piece in self.special:
@@ -264,7 +286,7 @@ class Tokenizer:
     def _guard(self, value: Any) -> Any:
         """`value` with every beginning of a control token's name in its strings broken up by GUARD."""
         if isinstance(value, str):
-            value = value.replace(GUARD, "")
+            value = value.replace(GUARD, "").replace(MARK, "")
             for start in self._starts:
                 value = value.replace(start, start[0] + GUARD + start[1:])
                 if value.endswith(start[0]):  # a template may put two strings together
