@@ -23,7 +23,11 @@ class Measure:
     problem: str | None = None
 
     def json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON knows no infinity and no NaN: null stands for both, and `problem` says why."""
+        return {
+            name: None if isinstance(value, float) and not np.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def failed(problem: str) -> Measure:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qwen_mlx.errors import QwenMLXError
 from reference.compare import main
 from tests.small_models import hf_model, save_folder, write_gguf
 
@@ -27,9 +28,11 @@ def quick(tmp_path: Path) -> list[str]:
     return [*PROMPT, "--cache", str(tmp_path / "cache"), "--noise"]
 
 
-def run(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str | Path, module: str = "reference.compare", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "reference.compare", *map(str, arguments)],
+        [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **(env or {})},
@@ -37,10 +40,9 @@ def run(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess
     )
 
 
-def test_a_right_port_passes_with_table_json_and_page(folder: Path, quick: list[str], tmp_path: Path, capsys):
-    out = ["--json", str(tmp_path / "c.json"), "--report", str(tmp_path / "page")]
+def test_a_right_port_passes_with_table_and_json(folder: Path, quick: list[str], tmp_path: Path, capsys):
     runs = ["--runs", "prefill", "chunked", "decode", "padded"]
-    assert main(["--model", str(folder), *quick, *out, *runs]) == 0
+    assert main(["--model", str(folder), *quick, "--json", str(tmp_path / "c.json"), *runs]) == 0
     text = capsys.readouterr().out
     assert text.splitlines()[-1].startswith("PASSED: all ")
     for line in ("q_rope", "attn_residual", "KL divergence", "padded, float32"):
@@ -48,11 +50,20 @@ def test_a_right_port_passes_with_table_json_and_page(folder: Path, quick: list[
     document = json.loads((tmp_path / "c.json").read_text())
     assert [c["passed"] for c in document["comparisons"]] == [True] * 4
     assert document["comparisons"][0]["taps"]["0.layers.2.gate"]["l2"] < 1e-5
+    assert len(document["ids"]) == 36
+    assert document["versions"].keys() == {"mlx", "torch", "transformers"}
+
+
+def test_the_page_holds_everything(folder: Path, quick: list[str], tmp_path: Path):
+    assert main(["--model", str(folder), *quick, "--report", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "report.html").read_text()
-    assert page.count("<picture>") == 12
-    assert page.count("data:image/png;base64,iVBOR") == 24
+    assert page.count("<picture>") == 3
+    assert page.count("data:image/png;base64,iVBOR") == 6  # light and dark
     assert "://" not in page  # nothing is fetched
-    assert len(list((tmp_path / "page").glob("*.png"))) == 24
+    names = {f"prefill-{name}-{theme}.png" for name in ("errors", "map", "logits") for theme in ("light", "dark")}
+    assert {file.name for file in (tmp_path / "page").glob("*.png")} == names
+    for words in ("Passed", "this model's own noise", "KL divergence", "attn_residual", "SHA-256"):
+        assert words in page
 
 
 def test_a_wrong_port_fails_and_names_tap_and_cause(folder: Path, quick: list[str], tmp_path: Path, capsys):
@@ -67,6 +78,24 @@ def test_a_wrong_port_fails_and_names_tap_and_cause(folder: Path, quick: list[st
     assert "first diverging tap is 0.layers.1.gate" in last
     assert "likeliest cause: gate and up are swapped" in last
     assert "gate and up are swapped" in (page / "report.html").read_text()
+
+
+def test_nan_is_a_failure_and_the_json_stays_json(folder: Path, quick: list[str], tmp_path: Path, capsys):
+    right = write_gguf(tmp_path / "right.gguf", hf_model())
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    out = ["--json", str(tmp_path / "c.json"), "--report", str(tmp_path / "page")]
+    assert main(["--model", str(folder), "--reference", str(right), *quick, *out]) == 1
+    assert "first diverging tap is 0.layers.1.up (holds" in capsys.readouterr().out
+    text = (tmp_path / "c.json").read_text()
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    tap = document["comparisons"][0]["taps"]["0.layers.1.up"]
+    assert tap["l2"] is None
+    assert "NaN" in tap["problem"]
+    # The reference with the NaN: no less a failure.
+    assert main(["--model", str(right), "--reference", str(folder), *quick[:-1]]) == 1
+    assert "the reference itself holds" in capsys.readouterr().out
 
 
 def test_the_second_run_takes_the_reference_from_disk(folder: Path, tmp_path: Path, capsys, monkeypatch):
@@ -89,10 +118,13 @@ def test_other_dtypes_are_compared_with_the_reference_s_float32(folder: Path, qu
 
 
 def test_mistakes_are_one_sentence_and_exit_code_2(folder: Path, tmp_path: Path, capsys):
-    from qwen_mlx.errors import QwenMLXError
-
     other = save_folder(tmp_path / "other", hf_model(vocab_size=300))
-    broken = save_folder(tmp_path / "broken", hf_model())
+    broken, incomplete, pickled = (save_folder(tmp_path / name, hf_model()) for name in "bip")
+    weights = load_file(incomplete / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, incomplete / "model.safetensors", {"format": "pt"})
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    (tmp_path / "file").write_text("in the way")
     (broken / "model.safetensors").write_bytes(b"nothing")
     for arguments, words in (
         (["--model", folder, "--reference", other], ("vocabulary of 263", "300")),
@@ -100,6 +132,11 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder: Path, tmp_path: Path,
         (["--model", folder, "--tokens", "1"], ("--tokens is 1",)),
         (["--model", folder, "--prompt", ""], ("--prompt is empty",)),
         (["--model", broken, *PROMPT], ("transformers", "cannot load it", "--reference")),
+        (["--model", folder, "--reference", pickled], ("transformers", "cannot load it", "--reference")),
+        (["--model", folder, "--reference", incomplete], ("finds no model.layers.1.mlp.up_proj.weight", "--reference")),
+        (["--model", folder, "--json", tmp_path], ("is a folder", "--json")),
+        (["--model", folder, "--json", tmp_path / "file" / "c.json"], ("cannot be written",)),
+        (["--model", folder, "--report", tmp_path / "file"], ("cannot be written",)),
     ):
         with pytest.raises(QwenMLXError) as error:
             main([*map(str, arguments), "--cache", str(tmp_path / "cache")])
@@ -111,10 +148,17 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder: Path, tmp_path: Path,
         assert found.stderr.count("\n") == 1
 
 
+def test_a_prompt_whose_activations_exceed_the_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 10)  # a megabyte
+    with pytest.raises(QwenMLXError, match=r"activations of 64 tokens take .* GB and this machine has 0.0"):
+        main(["--model", str(folder)])
+
+
 def test_without_torch_one_sentence_says_what_to_install(folder: Path, tmp_path: Path):
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), "."])
-    found = run("--model", folder, *PROMPT, env={"PYTHONPATH": paths})
-    assert found.returncode == 2
-    assert found.stderr.count("\n") == 1
-    assert "pip install -e '.[reference]'" in found.stderr
+    for module, *arguments in (("reference.compare", "--model", folder, *PROMPT), ("reference.noise",)):
+        found = run(*arguments, module=module, env={"PYTHONPATH": paths})
+        assert found.returncode == 2
+        assert found.stderr.count("\n") == 1
+        assert "pip install -e '.[reference]'" in found.stderr
