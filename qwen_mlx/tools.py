@@ -15,13 +15,14 @@ import runpy
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union
 
 from .errors import QwenMLXError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+UNTAGGED = f"a call must stand between {OPEN} and {CLOSE}"
 JSON_TYPES: dict[Any, str] = {
     int: "integer",
     float: "number",
@@ -239,8 +240,15 @@ def _enum_schema(values: list[Any], what: str) -> dict[str, Any]:
 
 
 def parse_tool_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
-    """The calls in an answer, in order; one that cannot run has `error` set. No `<tool_call>`, no calls."""
+    """The calls in an answer, in order; one that cannot run has `error` set. No `<tool_call>`, no calls; but an answer
+    that is nothing else than a call of one of the tools without its tags, as small models write it, is an error too.
+    """
     calls = []
+    bare = re.fullmatch(r"\s*(?:```(?:json)?\s)?\s*(\{.*\})\s*(?:```)?\s*", text, re.DOTALL)
+    if bare and OPEN not in text:
+        call = _parse(bare[1], tools)
+        if call.name in tools:
+            calls.append(replace(call, error=call.error or UNTAGGED))
     for piece in text.split(OPEN)[1:]:
         body, close, _ = piece.partition(CLOSE)
         calls.append(_parse(body, tools) if close else ToolCall("", {}, f"{OPEN} is not closed by {CLOSE}"))

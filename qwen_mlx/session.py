@@ -1,0 +1,225 @@
+"""A conversation with a model: its messages, what of them is computed already, and the tools that may be called."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import QwenMLXError
+from .generation import GenerationChunk, GenerationStats, stream_generate
+from .model import Qwen2
+from .prompt_cache import PromptCache
+from .tokenizer import Tokenizer
+from .tools import Tool, ToolCall, parse_tool_calls, run, tools_by_name
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """A tool call of the model and the text that it got for an answer."""
+
+    call: ToolCall
+    text: str
+
+
+class Chat:
+    """A conversation. Every token of it is computed once: answers stay the ids that the model made, and each turn
+    continues the prompt cache.
+
+    messages: {"role", "content"} in order, the system message first if there is one; an assistant's has "ids" too.
+    turn: statistics of the last turn's generations, one more than it had rounds of tool calls.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any] | Tool] = (),
+        max_tool_rounds: int = 5,
+        prompt_cache: PromptCache | None = None,
+        seed: int | None = None,
+        **arguments: Any,
+    ):
+        """tools: Python functions with type hints and Google docstrings, or JSON schemas. max_tool_rounds: answers of
+        a turn whose calls are run. seed: of the first answer; the next takes seed + 1. arguments: of stream_generate.
+
+        Raises QwenMLXError for a tool that cannot be described, or tools that the model's chat template ignores.
+        """
+        if not isinstance(max_tool_rounds, int) or max_tool_rounds < 1:
+            raise QwenMLXError(f"max_tool_rounds is {max_tool_rounds!r}, expected 1 or more.")
+        self.model, self.tokenizer = model, tokenizer
+        self.tools = tools_by_name(tools)
+        self.max_tool_rounds = max_tool_rounds
+        self.prompt_cache = PromptCache(model) if prompt_cache is None else prompt_cache
+        self.seed = seed
+        self.arguments = arguments
+        self.messages: list[dict[str, Any]] = []
+        self.turn: list[GenerationStats] = []
+        self.system = system
+        if self.tools and self._render([{"role": "user", "content": ""}]) == tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}]
+        ):
+            raise QwenMLXError("The model's chat template knows no tools; leave them out, or take an Instruct model.")
+
+    @property
+    def system(self) -> str | None:
+        """The system message; None is the chat template's own. Setting it keeps the rest of the conversation."""
+        return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        rest = self.messages[1:] if self.system is not None else self.messages
+        self.messages = ([] if text is None else [{"role": "system", "content": text}]) + rest
+
+    def send(self, text: str) -> Iterator[GenerationChunk | ToolResult]:
+        """Adds the user's message and yields the answer as stream_generate does, and a ToolResult for every tool call.
+
+        Closed or interrupted, what was answered so far stays in the conversation; a message without any answer is
+        taken out again. Raises QwenMLXError as stream_generate.
+        """
+        if not text:
+            raise QwenMLXError("The message is empty; give at least one character.")
+        self.messages.append({"role": "user", "content": text})
+        yield from self._answer()
+
+    def retry(self) -> Iterator[GenerationChunk | ToolResult]:
+        """Answers the last user's message again. Raises QwenMLXError if there is none."""
+        yield from self.send(self.undo())
+
+    def undo(self) -> str:
+        """Takes the last user's message and what came after it out, and returns it. Raises QwenMLXError if there is
+        none."""
+        return self.edit(len(self.questions))
+
+    def edit(self, number: int) -> str:
+        """Takes the user's message `number`, from 1, and what came after it out, and returns it, to be sent again."""
+        questions = self.questions
+        if not 1 <= number <= len(questions):
+            has = f"{len(questions)} of yours" if questions else "no message of yours yet"
+            raise QwenMLXError(f"There is no message {number}; the conversation has {has}.")
+        at = questions[number - 1]
+        text = self.messages[at]["content"]
+        del self.messages[at:]
+        return text
+
+    @property
+    def questions(self) -> list[int]:
+        """Where in `messages` the user's are."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+
+    def clear(self) -> None:
+        """Forgets everything but the system message."""
+        del self.messages[0 if self.system is None else 1 :]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the messages as a JSON list; the file appears whole or not at all. Raises QwenMLXError if it cannot be
+        written."""
+        where = Path(path)
+        try:
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=where.parent, delete=False) as file:
+                try:
+                    json.dump(self.messages, file, ensure_ascii=False, indent=1)
+                    file.close()
+                    os.replace(file.name, where)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
+        except OSError as error:
+            raise QwenMLXError(f"{where}: cannot be written ({error.strerror}).") from None
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Takes the messages of a file that `save` wrote, or any JSON list of {"role", "content"}, in place of these.
+
+        Ids that are not what the tokenizer reads the content from are left out. Raises QwenMLXError, and changes
+        nothing, for a file that is something else."""
+        where = Path(path)
+        try:
+            messages = json.loads(where.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
+        except (RecursionError, ValueError) as error:
+            raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
+        if not isinstance(messages, list):
+            raise QwenMLXError(f"{where}: not a conversation, which is a list of messages.")
+        self.messages = [self._checked(message, f"{where}: message {i}", i) for i, message in enumerate(messages)]
+
+    def _checked(self, message: Any, what: str, index: int) -> dict[str, Any]:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str) or (role == "system") > (index == 0):
+            raise QwenMLXError(
+                f"{what} is {str(message)[:80]}, expected a 'role' among {', '.join(ROLES)} (system only first) and a "
+                "'content' that is text."
+            )
+        try:
+            content.encode()
+        except UnicodeEncodeError:
+            raise QwenMLXError(f"{what} holds a lone surrogate, which is not a character.") from None
+        ids = message.get("ids")
+        vocabulary = range(min(self.tokenizer.vocab_size, self.model.config.vocab_size))
+        good = isinstance(ids, list) and role == "assistant" and all(type(i) is int and i in vocabulary for i in ids)
+        kept = {"ids": ids} if good and self.tokenizer.decode(ids) == content else {}
+        return {"role": role, "content": content} | kept
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return self.tokenizer.apply_chat_template(messages, [tool.schema for tool in self.tools.values()] or None)
+
+    def _answer(self) -> Iterator[GenerationChunk | ToolResult]:
+        """Answers the last message, and the results of its tool calls, until there are none."""
+        self.turn, before = [], None
+        for rounds in range(self.max_tool_rounds + 1):
+            answer: dict[str, Any] = {"role": "assistant", "content": "", "ids": []}
+            try:
+                with contextlib.closing(self._generate()) as chunks:
+                    for chunk in chunks:
+                        self.turn[rounds:] = [chunk.stats]
+                        answer["content"] += chunk.text
+                        answer["ids"] += [] if chunk.token in self.tokenizer.eos_ids else [chunk.token]
+                        yield chunk
+            finally:
+                if len(self.turn) > rounds:
+                    if (
+                        self.tokenizer.decode(answer["ids"]) != answer["content"]
+                    ):  # cut at a stop string, or by a Ctrl-C
+                        del answer["ids"]
+                    self.messages.append(answer)
+                elif rounds == 0:
+                    self.messages.pop()
+            calls = parse_tool_calls(answer["content"], self.tools) if self.tools else []
+            if not calls:
+                return
+            refused = None
+            if rounds == self.max_tool_rounds:
+                refused = f"error: not run, the limit of {rounds} rounds of tool calls is reached"
+            elif answer["content"] == before and any(call.error for call in calls):
+                refused = "error: not run, the same answer was wrong before"
+            before = answer["content"]
+            for call in calls:
+                result = "error: interrupted"
+                try:
+                    result = refused or run(call, self.tools)
+                finally:
+                    self.messages.append({"role": "tool", "content": result})
+                yield ToolResult(call, result)
+            if refused:
+                return
+
+    def _generate(self) -> Iterator[GenerationChunk]:
+        seed = self.seed
+        self.seed = None if seed is None else (seed + 1) % 2**64
+        return stream_generate(
+            self.model,
+            self.tokenizer,
+            self._render(self.messages),
+            prompt_cache=self.prompt_cache,
+            seed=seed,
+            **self.arguments,
+        )
