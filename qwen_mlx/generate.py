@@ -37,7 +37,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id (org/repo[:quant])"
     )
     p.add_argument("--system", metavar="TEXT", help="system message")
-    p.add_argument("--max-tokens", "-n", type=int, default=512, metavar="N", help="tokens at most (default 512)")
+    p.add_argument(
+        "--max-tokens", "-n", type=int, default=512, metavar="N", help="tokens at most (default %(default)s)"
+    )
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (can be repeated)")
     p.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable on one backend")
     sampling = p.add_argument_group("sampling (default: what the model's file or family says)")
@@ -108,6 +110,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     kept = arguments.prompt_cache is not None and os.path.exists(arguments.prompt_cache)
     if kept:
         check(arguments.prompt_cache)
+    elif arguments.prompt_cache and not os.access(os.path.dirname(arguments.prompt_cache) or ".", os.W_OK):
+        raise QwenMLXError(f"--prompt-cache {arguments.prompt_cache}: its folder does not exist, or is read-only.")
     line = cli.ProgressLine("Loading")
     try:
         model, tokenizer = load(path, dtype=arguments.dtype, progress=line)

@@ -264,14 +264,14 @@ def _stream(
         if cut >= 0:
             yield GenerationChunk(pending[:cut], token, "stop", stats)
             return
-        held = 0 if last else _overlap(pending, stop)
+        held = 0 if last else overlap(pending, stop)
         text, pending = pending[: len(pending) - held], pending[len(pending) - held :]
         yield GenerationChunk(text, token, "stop" if ended else "length" if last else None, stats)
         if last:
             return
 
 
-def _overlap(text: str, stop: Sequence[str]) -> int:
+def overlap(text: str, stop: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins a stop string."""
     longest = max((len(s) - 1 for s in stop), default=0)
     for size in range(min(longest, len(text)), 0, -1):

@@ -21,6 +21,36 @@ from .tools import Tool, ToolCall, parse_tool_calls, run, tools_by_name
 ROLES = ("system", "user", "assistant", "tool")
 
 
+def read_messages(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The messages of a file that `Chat.save` wrote, or of any JSON list of {"role", "content"}; an assistant's may
+    have "ids". Raises QwenMLXError naming the message that is something else."""
+    where = Path(path)
+    try:
+        data = json.loads(where.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
+    except (RecursionError, ValueError) as error:
+        raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
+    if not isinstance(data, list):
+        raise QwenMLXError(f"{where}: not a conversation, which is a list of messages.")
+    messages = []
+    for i, entry in enumerate(data):
+        role, content = (entry.get("role"), entry.get("content")) if isinstance(entry, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str) or (role == "system" and i > 0):
+            raise QwenMLXError(
+                f"{where}: message {i} is {str(entry)[:80]!r}, expected a 'role' among {', '.join(ROLES)} (system only "
+                "first) and a 'content' that is text."
+            )
+        try:
+            content.encode()
+        except UnicodeEncodeError:
+            raise QwenMLXError(f"{where}: message {i} holds a lone surrogate, which is not a character.") from None
+        ids = entry.get("ids")
+        kept = role == "assistant" and isinstance(ids, list) and all(type(token) is int for token in ids)
+        messages.append({"role": role, "content": content} | ({"ids": ids} if kept else {}))
+    return messages
+
+
 @dataclass(frozen=True)
 class ToolResult:
     """A tool call of the model and the text that it got for an answer."""
@@ -88,12 +118,20 @@ class Chat:
         """
         if not text:
             raise QwenMLXError("The message is empty; give at least one character.")
+        self.turn = []
         self.messages.append({"role": "user", "content": text})
         yield from self._answer()
 
     def retry(self) -> Iterator[GenerationChunk | ToolResult]:
-        """Answers the last user's message again. Raises QwenMLXError if there is none."""
-        yield from self.send(self.undo())
+        """Answers the last user's message again; interrupted before a token is made, the old answer stays. Raises
+        QwenMLXError if there is none."""
+        before = list(self.messages)
+        question = self.undo()
+        try:
+            yield from self.send(question)
+        finally:
+            if not self.turn:
+                self.messages = before
 
     def undo(self) -> str:
         """Takes the last user's message and what came after it out, and returns it. Raises QwenMLXError if there is
@@ -141,40 +179,20 @@ class Chat:
 
         Ids that are not what the tokenizer reads the content from are left out. Raises QwenMLXError, and changes
         nothing, for a file that is something else."""
-        where = Path(path)
-        try:
-            messages = json.loads(where.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
-        except (RecursionError, ValueError) as error:
-            raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
-        if not isinstance(messages, list):
-            raise QwenMLXError(f"{where}: not a conversation, which is a list of messages.")
-        self.messages = [self._checked(message, f"{where}: message {i}", i) for i, message in enumerate(messages)]
-
-    def _checked(self, message: Any, what: str, index: int) -> dict[str, Any]:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in ROLES or not isinstance(content, str) or (role == "system") > (index == 0):
-            raise QwenMLXError(
-                f"{what} is {str(message)[:80]}, expected a 'role' among {', '.join(ROLES)} (system only first) and a "
-                "'content' that is text."
-            )
-        try:
-            content.encode()
-        except UnicodeEncodeError:
-            raise QwenMLXError(f"{what} holds a lone surrogate, which is not a character.") from None
-        ids = message.get("ids")
+        messages = read_messages(path)
         vocabulary = range(min(self.tokenizer.vocab_size, self.model.config.vocab_size))
-        good = isinstance(ids, list) and role == "assistant" and all(type(i) is int and i in vocabulary for i in ids)
-        kept = {"ids": ids} if good and self.tokenizer.decode(ids) == content else {}
-        return {"role": role, "content": content} | kept
+        for message in messages:
+            ids = message.get("ids", [])
+            if any(i not in vocabulary for i in ids) or self.tokenizer.decode(ids) != message["content"]:
+                message.pop("ids", None)
+        self.messages = messages
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, [tool.schema for tool in self.tools.values()] or None)
 
     def _answer(self) -> Iterator[GenerationChunk | ToolResult]:
         """Answers the last message, and the results of its tool calls, until there are none."""
-        self.turn, before = [], None
+        before = None
         for rounds in range(self.max_tool_rounds + 1):
             answer: dict[str, Any] = {"role": "assistant", "content": "", "ids": []}
             try:

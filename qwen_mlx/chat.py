@@ -1,0 +1,244 @@
+"""`python -m qwen_mlx.chat`: a conversation in the terminal, or line by line through a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from . import cli
+from .errors import QwenMLXError
+from .generate import add_arguments, open_model
+from .terminal import Pipe, Terminal
+
+if TYPE_CHECKING:
+    from .session import Chat, GenerationChunk, ToolResult
+    from .tools import Tool
+
+HELP = '''/retry             answer my last message again
+/undo              take my last message and its answer back
+/edit [N] [TEXT]   change my message N (default: the last) and go on from there
+/history           show the conversation
+/system [TEXT]     show, or set, the system message
+/clear             forget all but the system message
+/save FILE         write the conversation as JSON
+/load FILE         go on with a saved conversation
+/help              show this
+/exit              end, as Ctrl-D does
+
+Ctrl-C stops an answer; what was written of it stays in the conversation. A paste of several lines is one message, and
+so is everything between two lines of """. A message that begins with / is written with two of them.'''
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    p = cli.Parser(
+        prog="python -m qwen_mlx.chat",
+        description="Talk to Qwen2.5. In a pipe each line of standard input is a message. /help lists the commands.",
+    )
+    add_arguments(p)
+    p.set_defaults(max_tokens=2048)
+    p.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    p.add_argument(
+        "--tools",
+        metavar="FILE",
+        help="tools the model may call: the functions of a .py file, WHICH IS RUN, or a .json list of schemas, whose "
+        "results you type",
+    )
+    p.add_argument(
+        "--max-tool-rounds", type=int, default=5, metavar="N", help="rounds of tool calls in a turn (default 5)"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
+    arguments = parser().parse_args(argv)
+    if arguments.max_tool_rounds < 1:
+        raise QwenMLXError(f"--max-tool-rounds is {arguments.max_tool_rounds}, expected 1 or more.")
+    from .tools import load_tools
+
+    tools = load_tools(arguments.tools) if arguments.tools else []
+    if arguments.load:
+        from .session import read_messages
+
+        read_messages(arguments.load)
+    model, tokenizer, settings, cache = open_model(arguments)
+
+    from .session import Chat
+
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    window: Pipe | Terminal = Terminal() if interactive else Pipe()
+    chat = Chat(
+        model,
+        tokenizer,
+        system=arguments.system,
+        tools=[one if one.function else replace(one, function=_asks(one, window)) for one in tools],
+        max_tool_rounds=arguments.max_tool_rounds,
+        prompt_cache=cache,
+        **settings,
+    )
+    if arguments.load:
+        chat.load(arguments.load)
+    if interactive:
+        window.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.")
+    try:
+        with contextlib.suppress(EOFError):
+            while turn(chat, window):
+                pass
+    finally:
+        if arguments.prompt_cache and chat.prompt_cache.ids:
+            chat.prompt_cache.save(arguments.prompt_cache)
+    return 0
+
+
+def turn(chat: Chat, window: Pipe | Terminal) -> bool:
+    """One message or command. False if it was /exit; raises EOFError at the end of the input.
+
+    On a terminal a mistake is told and Ctrl-C ends the answer; in a pipe both end the program.
+    """
+    try:
+        text = window.read()
+        if not text.strip():
+            return True
+        if text.startswith("/") and not text.startswith("//") and "\n" not in text:
+            name, _, rest = text.partition(" ")
+            if name in ("/exit", "/quit"):
+                return False
+            command = COMMANDS.get(name)
+            if command is None:
+                raise QwenMLXError(f"There is no command {name}; /help lists them, and // begins a message with /.")
+            command(chat, window, rest.strip())
+        else:
+            answer(chat, window, chat.send(text[1:] if text.startswith("//") else text))
+    except QwenMLXError as error:
+        if not window.interactive:
+            raise
+        window.note(f"error: {error}")
+    except KeyboardInterrupt:
+        if not window.interactive:
+            raise
+    return True
+
+
+def answer(chat: Chat, window: Pipe | Terminal, stream: Iterator[GenerationChunk | ToolResult]) -> None:
+    """Shows an answer while it is made, then what it cost."""
+    from .generation import GenerationChunk, overlap
+    from .tools import OPEN
+
+    hidden = (OPEN,) if chat.tools else ()
+    written = shown = ""
+    progress = chat.arguments["progress"] = cli.ProgressLine("Reading the prompt")
+    try:
+        with contextlib.closing(stream):
+            for event in stream:
+                progress.clear()
+                if isinstance(event, GenerationChunk):
+                    written += event.text
+                    call = written.find(OPEN) if hidden else -1
+                    last = len(written) - (0 if event.finish_reason else overlap(written, hidden))
+                    visible = written[: last if call < 0 else call]
+                    window.show(visible[len(shown) :])
+                    shown = visible
+                else:
+                    if written:
+                        window.finish()
+                    written = shown = ""
+                    window.note(f"{event.call}: {event.text}")
+    except KeyboardInterrupt:
+        if not window.interactive:
+            raise
+    finally:
+        progress.clear()
+        if written:
+            window.finish()
+        window.note(summary(chat))
+
+
+def summary(chat: Chat) -> str:
+    """What the last turn cost, in a line."""
+    turn = chat.turn
+    if not turn:
+        return "nothing was answered; the message is not part of the conversation"
+    seconds = sum(stats.generation_seconds for stats in turn)
+    steps = sum(stats.generated_tokens - 1 for stats in turn)
+    return (
+        f"{turn[0].reused_tokens} tokens reused, {sum(stats.prompt_tokens for stats in turn)} read, "
+        f"{sum(stats.generated_tokens for stats in turn)} written, {steps / seconds if seconds else 0:.1f} tok/s"
+    )
+
+
+def _asks(tool: Tool, window: Pipe | Terminal) -> Callable[..., str]:
+    """A function that lets the user give the tool's result."""
+
+    def ask(**arguments: object) -> str:
+        window.finish()
+        window.note(f"The model calls {tool.name} with {arguments}; what is the result?")
+        return window.read()
+
+    return ask
+
+
+def _edit(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
+    number, _, text = rest.partition(" ")
+    if not number.isdecimal():
+        number, text = str(len(chat.questions)), rest
+    before = list(chat.messages)
+    old = chat.edit(int(number))
+    try:
+        text = text or window.read(default=old)
+        answer(chat, window, chat.send(text))
+    finally:
+        if not chat.turn or not text:
+            chat.messages = before
+
+
+def _history(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
+    number = 0
+    for message in chat.messages:
+        number += message["role"] == "user"
+        label = f"{number}" if message["role"] == "user" else message["role"]
+        window.note(f"{label}: {message['content']}")
+
+
+def _system(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
+    if rest:
+        chat.system = rest
+    window.note(chat.system or "The chat template's own system message, if it has one.")
+
+
+def _undo(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
+    window.note(f"taken back: {chat.undo()}")
+
+
+def _save(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
+    if not rest:
+        raise QwenMLXError("There is no file name; write /save FILE.")
+    chat.save(rest)
+
+
+def _load(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
+    if not rest:
+        raise QwenMLXError("There is no file name; write /load FILE.")
+    chat.load(rest)
+    window.note(f"{len(chat.messages)} messages; /history shows them")
+
+
+COMMANDS: dict[str, Callable[[Chat, Pipe | Terminal, str], None]] = {
+    "/retry": lambda chat, window, rest: answer(chat, window, chat.retry()),
+    "/undo": _undo,
+    "/edit": _edit,
+    "/history": _history,
+    "/system": _system,
+    "/clear": lambda chat, window, rest: chat.clear(),
+    "/save": _save,
+    "/load": _load,
+    "/help": lambda chat, window, rest: window.note(HELP),
+}
+
+
+if __name__ == "__main__":
+    cli.run(main)

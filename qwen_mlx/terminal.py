@@ -1,0 +1,167 @@
+"""A chat's two ends: a terminal, with line editing and Markdown, or a pipe, with plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .errors import QwenMLXError
+
+PAUSE = 0.08  # seconds between two drawings, so that drawing takes little of the time that answering has
+BLOCK = '"""'
+FIRST = "> "
+# What a model writes is text: it must not move the cursor, or more.
+CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+class Pipe:
+    """Each line of standard input is a message; text goes out as it is made, nothing else does."""
+
+    interactive = False
+
+    def read(self, default: str = "") -> str:
+        """The next message. Raises EOFError at the end of the input."""
+        return read_block(self._line)
+
+    @staticmethod
+    def _line(prompt: str) -> str:
+        data = sys.stdin.buffer.readline()
+        if not data:
+            raise EOFError
+        try:
+            return data.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise QwenMLXError(f"standard input: not valid UTF-8 (byte {data[error.start]:#04x} in a line).") from None
+
+    def show(self, text: str) -> None:
+        print(text, end="", flush=True)
+
+    def finish(self) -> None:
+        print(flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def read_block(line: Callable[[str], str]) -> str:
+    """One message from a function that reads lines: a line, or everything between two lines that are three quotes.
+
+    Raises EOFError at the end of the input.
+    """
+    text = line(FIRST)
+    if not text.startswith(BLOCK):
+        return text
+    lines = [text[len(BLOCK) :]]
+    while not lines[-1].rstrip().endswith(BLOCK):
+        try:
+            lines.append(line("... "))
+        except EOFError:
+            break
+    lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
+    return "\n".join(lines).strip("\n")
+
+
+class Terminal:
+    """prompt_toolkit reads (a paste of several lines is one message), rich shows Markdown while it comes."""
+
+    interactive = True
+
+    def __init__(self) -> None:
+        from prompt_toolkit import PromptSession
+        from rich.console import Console
+
+        self._session: PromptSession[str] = PromptSession()
+        self._console = Console()
+        self._answer: StreamedMarkdown | None = None
+
+    def read(self, default: str = "") -> str:
+        """The next message, `default` being there already for editing. Raises EOFError at Ctrl-D, KeyboardInterrupt at
+        Ctrl-C."""
+        return read_block(lambda prompt: self._session.prompt(prompt, default=default if prompt == FIRST else ""))
+
+    def show(self, text: str) -> None:
+        if self._answer is None:
+            self._answer = StreamedMarkdown(self._console)
+        self._answer.add(text.translate(CONTROLS))
+
+    def finish(self) -> None:
+        if self._answer is not None:
+            answer, self._answer = self._answer, None
+            answer.finish()
+
+    def note(self, text: str) -> None:
+        self._console.print(text.translate(CONTROLS), style="dim", markup=False, highlight=False)
+
+
+class StreamedMarkdown:
+    """Markdown that grows: blocks that are complete are printed once, the last one is drawn again as text comes.
+
+    A block taller than the terminal scrolls: the lines above its last screen are printed for good.
+    """
+
+    def __init__(self, console: Any):
+        from markdown_it import MarkdownIt
+        from rich.live import Live
+
+        self._console = console
+        self._parser = MarkdownIt().enable("table")
+        self._text = ""  # of the block that is not complete
+        self._printed = 0  # lines of it that are printed for good
+        self._drawn = 0.0
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible", transient=True)
+        self._live.start()
+
+    def add(self, text: str) -> None:
+        self._text += text
+        if time.monotonic() - self._drawn >= PAUSE:
+            self._draw()
+
+    def finish(self) -> None:
+        """Prints what is left and gives the terminal back."""
+        self._live.stop()
+        self._print(self._lines(self._text))
+
+    def _draw(self) -> None:
+        blocks = [token.map[0] for token in self._parser.parse(self._text) if token.level == 0 and token.map]
+        if blocks and blocks[-1] > blocks[0]:
+            lines = self._text.splitlines(keepends=True)
+            self._print([*self._lines("".join(lines[: blocks[-1]])), []])
+            self._text, self._printed = "".join(lines[blocks[-1] :]), 0
+        lines = self._lines(self._text)
+        room = max(self._console.height - 2, 1)
+        if len(lines) - self._printed > room:
+            self._print(lines[:-room])
+            self._printed = len(lines) - room
+        self._live.update(_Lines(lines[self._printed :]), refresh=True)
+        self._drawn = time.monotonic()
+
+    def _lines(self, text: str) -> list[Any]:
+        from rich.markdown import Markdown
+
+        options = self._console.options.update(width=min(self._console.width, 100))
+        lines = self._console.render_lines(Markdown(text), options, pad=False) if text.strip() else []
+        while lines and not "".join(segment.text for segment in lines[-1]).strip():
+            lines.pop()
+        return lines
+
+    def _print(self, lines: list[Any]) -> None:
+        """Prints above what is live, less the lines that were printed before."""
+        rest = lines[self._printed :]
+        if rest:
+            self._console.print(_Lines(rest))
+
+
+class _Lines:
+    """Rendered lines, as rich wants them."""
+
+    def __init__(self, lines: list[Any]):
+        self._lines = lines
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.segment import Segment
+
+        for line in self._lines:
+            yield from line
+            yield Segment.line()
