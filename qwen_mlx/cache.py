@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
 from . import ops
@@ -11,6 +9,7 @@ from .backend import mx
 from .errors import QwenMLXError
 
 STEP = 256  # tokens: room is a multiple of it
+BLOCK = 64  # tokens whose quantized keys share a scale
 GROWTH = 16  # a full buffer grows by a sixteenth: at 128k tokens it is copied 16 times a doubling, not every STEP
 
 
@@ -22,10 +21,11 @@ class KVCache:
 
     trimmable = True  # any number of the newest tokens can be taken back
     max_size: int | None = None  # tokens held at most
+    _step = STEP
 
     def __init__(self) -> None:
         self.offset = 0
-        self._parts: tuple[mx.array, ...] = ()  # what `_pack` makes of keys and values: tokens on axis 2
+        self._parts: tuple[mx.array, ...] = ()  # the buffers, tokens on axis 2
         self._reserved = 0
 
     def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
@@ -52,7 +52,7 @@ class KVCache:
     def update(self, kv: mx.array) -> tuple[mx.array, mx.array]:
         """Appends keys and values (B, L, 2, n_kv_heads, head_dim), rotated, and returns all held, newest last."""
         end = self.offset + kv.shape[1]
-        self._write(self._pack(heads_first(kv)), self.offset, end)
+        self._write((heads_first(kv),), self.offset, end)
         self.offset = end
         return self.state
 
@@ -66,8 +66,7 @@ class KVCache:
         if not self._parts:
             raise ValueError("The cache is empty: run the model on a prompt first.")
         n_kv_heads, held = self._parts[0].shape[1] // 2, self.held
-        kv = self._unpack(tuple(part[:, :, :held] for part in self._parts))
-        return kv[:, :n_kv_heads], kv[:, n_kv_heads:]
+        return self._parts[0][:, :n_kv_heads, :held], self._parts[0][:, n_kv_heads:, :held]
 
     @property
     def held(self) -> int:
@@ -99,44 +98,101 @@ class KVCache:
         room = self._parts[0].shape[2] if self._parts else 0
         if end > room:
             room = max(end, self._reserved, room + room // GROWTH)
-            room = -(-room // STEP) * STEP
+            room = -(-room // self._step) * self._step
             room = room if self.max_size is None else min(room, self.max_size)
-            spares = [mx.zeros((*new.shape[:2], room - start, new.shape[3]), new.dtype) for new in parts]
-            held = [part[:, :, :start] for part in self._parts]
+            spares = [mx.zeros((*new.shape[:2], room - start, *new.shape[3:]), new.dtype) for new in parts]
+            # After `parts`, so that not all layers are copied at once: nothing else orders them.
+            held = mx.depends([part[:, :, :start] for part in self._parts], list(parts)) if self._parts else []
             self._parts = tuple(
                 mx.concatenate(pair, axis=2) for pair in (zip(held, spares) if held else ((s,) for s in spares))
             )
         for part, new in zip(self._parts, parts):
             part[:, :, start:end] = new
 
-    def _pack(self, kv: mx.array) -> tuple[mx.array, ...]:
-        """What is stored for keys and values (B, 2 n_kv_heads, L, head_dim)."""
-        return (kv,)
-
-    def _unpack(self, parts: tuple[mx.array, ...]) -> mx.array:
-        return parts[0]
-
 
 class QuantizedKVCache(KVCache):
-    """Keys and values in 8 or 4 bits, each run of `group_size` elements of a head with a scale and a bias of its own
-    (mx.quantize). Attention dequantizes one layer at a time, so no more than one layer is ever held as floats.
+    """Keys and values in 8 or 4 bits, the newest BLOCK to 2 BLOCK - 1 tokens as floats.
 
-    Raises QwenMLXError for other bits or group sizes.
+    Each channel of the keys has a scale and a bias for every BLOCK tokens, each token's values one for every group of
+    channels (mx.quantize's affine form): a few channels of Qwen's keys, whose bias is large, would spoil the others'.
+    Attention dequantizes one layer at a time, so no more than one layer is ever held as floats.
+    Source: Liu et al. 2024, KIVI, arXiv:2402.02750. Raises QwenMLXError for other bits.
     """
 
-    def __init__(self, bits: int = 8, group_size: int = 64) -> None:
+    _step = STEP // BLOCK  # its buffers' unit is a block of tokens
+
+    def __init__(self, bits: int = 8) -> None:
         super().__init__()
         if bits not in (8, 4) or isinstance(bits, bool):
             raise QwenMLXError(f"The cache's bits are {bits!r}, expected 8 or 4.")
-        if group_size not in (32, 64, 128):
-            raise QwenMLXError(f"The cache's group size is {group_size!r}, expected 32, 64 or 128.")
-        self.bits, self.group_size = bits, group_size
+        self.bits = bits
+        self._blocks = 0
+        self._tail: mx.array | None = None  # (B, 2 n_kv_heads, tokens, head_dim)
 
-    def _pack(self, kv: mx.array) -> tuple[mx.array, ...]:
-        return tuple(mx.quantize(kv, group_size=self.group_size, bits=self.bits))
+    def update(self, kv: mx.array) -> tuple[mx.array, mx.array]:
+        new = heads_first(kv)
+        tail = new if self._tail is None else mx.concatenate([self._tail, new], axis=2)
+        state = self._joined(tail, new)
+        full = max(0, tail.shape[2] // BLOCK - 1)
+        if full:
+            self._write(self._quantized(tail[:, :, : full * BLOCK]), self._blocks, self._blocks + full)
+            self._blocks += full
+        # A copy, so that the whole chunk's keys and values are not kept alive.
+        self._tail = mx.contiguous(tail[:, :, full * BLOCK :])
+        self.offset += kv.shape[1]
+        return state
 
-    def _unpack(self, parts: tuple[mx.array, ...]) -> mx.array:
-        return mx.dequantize(*parts, group_size=self.group_size, bits=self.bits)
+    def reserve(self, n_tokens: int) -> None:
+        self._reserved = n_tokens // BLOCK
+
+    @property
+    def state(self) -> tuple[mx.array, mx.array]:
+        if self._tail is None:
+            raise ValueError("The cache is empty: run the model on a prompt first.")
+        return self._joined(self._tail, self._tail)
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        return self._parts if self._tail is None else (*self._parts, self._tail)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def trim(self, n_tokens: int) -> None:
+        super().trim(n_tokens)
+        blocks = min(self._blocks, self.offset // BLOCK)
+        if blocks < self._blocks:
+            back = mx.concatenate(self._floats(blocks, self._blocks, self._tail), axis=1)
+            self._tail = mx.concatenate([back, self._tail], axis=2)
+            self._blocks = blocks
+        if self._tail is not None:
+            self._tail = self._tail[:, :, : self.offset - blocks * BLOCK]
+
+    def _joined(self, tail: mx.array, after: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values of all blocks and of `tail`, computed once `after` is."""
+        n = tail.shape[1] // 2
+        if not self._blocks:
+            return tail[:, :n], tail[:, n:]
+        keys, values = self._floats(0, self._blocks, after)
+        return mx.concatenate([keys, tail[:, :n]], axis=2), mx.concatenate([values, tail[:, n:]], axis=2)
+
+    def _quantized(self, kv: mx.array) -> tuple[mx.array, ...]:
+        """Codes, scales and biases of the keys, then of the values: (B, n_kv_heads, blocks, ...)."""
+        n = kv.shape[1] // 2
+        keys, values = (part.reshape(kv.shape[0], n, -1, BLOCK, kv.shape[3]) for part in (kv[:, :n], kv[:, n:]))
+        return (
+            *mx.quantize(keys.swapaxes(3, 4), group_size=BLOCK, bits=self.bits),
+            *mx.quantize(values, group_size=_group_size(kv.shape[3]), bits=self.bits),
+        )
+
+    def _floats(self, start: int, end: int, after: mx.array) -> list[mx.array]:
+        """Keys and values of blocks start to end, (B, n_kv_heads, tokens, head_dim) each."""
+        # Without the dependency all layers could be dequantized at once: they wait for nothing else.
+        parts = mx.depends([part[:, :, start:end] for part in self._parts], [after])
+        values = mx.dequantize(*parts[3:], group_size=_group_size(after.shape[3]), bits=self.bits)
+        keys = mx.dequantize(*parts[:3], group_size=BLOCK, bits=self.bits).swapaxes(3, 4)
+        return [keys.flatten(2, 3), values.flatten(2, 3)]
 
 
 class RotatingKVCache(KVCache):
@@ -150,8 +206,8 @@ class RotatingKVCache(KVCache):
 
     trimmable = False
 
-    def __init__(self, max_size: int, n_sinks: int = 4, **packing: int) -> None:
-        super().__init__(**packing)
+    def __init__(self, max_size: int, n_sinks: int = 4) -> None:
+        super().__init__()
         if not isinstance(n_sinks, int) or n_sinks < 0:
             raise QwenMLXError(f"n_sinks is {n_sinks!r}, expected 0 or more.")
         if not isinstance(max_size, int) or isinstance(max_size, bool) or max_size <= n_sinks:
@@ -170,7 +226,7 @@ class RotatingKVCache(KVCache):
             out = super().attend(q, kv, scale, sliding_window)
         elif length == 1:
             slot = self._slots(start)
-            self._write(self._pack(heads_first(kv)), slot, slot + 1)
+            self._write((heads_first(kv),), slot, slot + 1)
             self.offset = end
             mask = self._mask(start, self._positions(end), 1, sliding_window) if sliding_window else None
             out = ops.attention(q, *self.state, scale, mask)
@@ -195,7 +251,7 @@ class RotatingKVCache(KVCache):
         """Forgets the newest `n_tokens`. Raises QwenMLXError if that cannot be done exactly."""
         if self.offset >= n_tokens >= 0 and not self.can_trim(n_tokens):
             raise QwenMLXError(
-                f"Cannot trim {n_tokens} tokens from a rotating cache of {self.max_size} that has seen {self._furthest}: "
+                f"Cannot trim {n_tokens} tokens from a rotating cache of {self.max_size} after {self._furthest}: "
                 "what they pushed out is gone; start again with an empty cache."
             )
         super().trim(n_tokens)
@@ -203,22 +259,16 @@ class RotatingKVCache(KVCache):
     def _attend_chunk(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None) -> mx.array:
         """Several tokens at once, more than fit: they see what is held and each other, then the newest are kept."""
         start, length = self.offset, kv.shape[1]
-        new = self._pack(heads_first(kv))
-        positions = self._positions(start)
-        joined = new
-        if positions.size:
-            joined = tuple(
-                mx.concatenate([part[:, :, : positions.size], more], axis=2) for part, more in zip(self._parts, new)
-            )
-        positions = np.concatenate([positions, np.arange(start, start + length)])
-        both = self._unpack(joined)
+        held = self._positions(start)
+        both = mx.concatenate([*(part[:, :, : held.size] for part in self._parts), heads_first(kv)], axis=2)
+        positions = np.concatenate([held, np.arange(start, start + length)])
         n_kv_heads = kv.shape[3]
         mask = self._mask(start, positions, length, sliding_window)
         out = ops.attention(q, both[:, :n_kv_heads], both[:, n_kv_heads:], scale, mask)
         # Where each slot's token stands in what was joined.
         at = {position: i for i, position in enumerate(positions.tolist())}
         order = mx.array([at[position] for position in self._positions(start + length).tolist()], mx.int32)
-        self._parts = tuple(mx.take(part, order, axis=2) for part in joined)
+        self._parts = (mx.take(both, order, axis=2),)
         self.offset = start + length
         return out
 
@@ -244,34 +294,32 @@ class RotatingKVCache(KVCache):
         return mx.array(seen)
 
 
-class RotatingQuantizedKVCache(RotatingKVCache, QuantizedKVCache):
-    """Both: sinks and the newest tokens, in `bits` bits and groups of `group_size`."""
-
-
 def make_caches(
-    n_layers: int,
-    head_dim: int,
-    *,
-    bits: int | None = None,
-    max_size: int | None = None,
-    n_sinks: int = 4,
-    group_size: int = 64,
+    n_layers: int, head_dim: int, *, bits: int | None = None, max_size: int | None = None, n_sinks: int = 4
 ) -> list[KVCache]:
     """An empty cache for every layer. bits: 8 or 4, None keeps floats; max_size: tokens held at most, None all of them,
     with the first n_sinks among them. Raises QwenMLXError for what cannot be served.
     """
-    packing = {} if bits is None else {"bits": bits, "group_size": group_size}
-    if bits is not None and isinstance(group_size, int) and head_dim % group_size:
+    if bits is not None and max_size is not None:
         raise QwenMLXError(
-            f"The cache cannot be quantized in groups of {group_size}: the model's heads have {head_dim} elements, "
-            "expected a multiple; choose another group size (32, 64 or 128) or leave the cache in floats."
+            f"A cache of at most {max_size} tokens cannot be held in {bits} bits: blocks of tokens share their scales, "
+            "and a rotating cache replaces single ones; choose one of the two."
         )
-    if max_size is None:
-        make = KVCache if bits is None else functools.partial(QuantizedKVCache, **packing)
-    else:
-        kind = RotatingKVCache if bits is None else RotatingQuantizedKVCache
-        make = functools.partial(kind, max_size, n_sinks, **packing)
-    return [make() for _ in range(n_layers)]
+    if bits is not None and _group_size(head_dim) == 0:
+        raise QwenMLXError(
+            f"The model's heads have {head_dim} elements, which no group of 128, 64 or 32 divides: leave the cache in "
+            "floats."
+        )
+    if bits is not None:
+        return [QuantizedKVCache(bits) for _ in range(n_layers)]
+    if max_size is not None:
+        return [RotatingKVCache(max_size, n_sinks) for _ in range(n_layers)]
+    return [KVCache() for _ in range(n_layers)]
+
+
+def _group_size(head_dim: int) -> int:
+    """Channels of a token's values that share a scale; 0 where none will do."""
+    return next((size for size in (128, 64, 32) if head_dim % size == 0), 0)
 
 
 def heads_first(kv: mx.array) -> mx.array:

@@ -160,13 +160,10 @@ class Qwen2(nn.Module):
                 start += size
         return found
 
-    def make_cache(
-        self, *, bits: int | None = None, max_size: int | None = None, n_sinks: int = 4, group_size: int = 64
-    ) -> list[KVCache]:
+    def make_cache(self, *, bits: int | None = None, max_size: int | None = None, n_sinks: int = 4) -> list[KVCache]:
         """An empty cache for every layer: see cache.make_caches."""
         config = self.config
-        packing = {"bits": bits, "max_size": max_size, "n_sinks": n_sinks, "group_size": group_size}
-        return make_caches(config.n_layers, config.head_dim, **packing)
+        return make_caches(config.n_layers, config.head_dim, bits=bits, max_size=max_size, n_sinks=n_sinks)
 
 
 def rotary_of(config: ModelConfig, rope_factors: np.ndarray | None = None) -> ops.Rotary:

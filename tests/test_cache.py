@@ -1,0 +1,215 @@
+"""Key/value caches: against a plain cache with an explicit mask, mlx-lm's rotating cache, and what was stored."""
+
+from __future__ import annotations
+
+import mlx_lm.models.cache as theirs
+import numpy as np
+import pytest
+
+from qwen_mlx.backend import mx
+from qwen_mlx.cache import BLOCK, STEP, KVCache, QuantizedKVCache, RotatingKVCache, make_caches
+from qwen_mlx.errors import QwenMLXError
+
+HEADS, KV_HEADS, DIM, SCALE = 6, 2, 64, 0.125
+
+
+def drawn(length: int, seed: int, batch: int = 1) -> tuple[mx.array, mx.array]:
+    """q and kv of `length` tokens."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((batch, length, HEADS, DIM)).astype(np.float32)
+    kv = rng.standard_normal((batch, length, 2, KV_HEADS, DIM)).astype(np.float32)
+    return mx.array(q), mx.array(kv)
+
+
+def expected(q: mx.array, kv: mx.array, start: int, seen: np.ndarray) -> np.ndarray:
+    """Attention of queries from `start` on, in float64, where `seen` (queries, keys) says so."""
+    q, kv = np.array(q, np.float64)[:, start:], np.array(kv, np.float64)
+    keys, values = (np.repeat(kv[:, :, i], HEADS // KV_HEADS, axis=2) for i in (0, 1))
+    scores = np.where(seen[start:], SCALE * np.einsum("blhd,bshd->bhls", q, keys), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhls,bshd->blhd", weights / weights.sum(-1, keepdims=True), values)
+
+
+def visible(length: int, max_size: int | None = None, sinks: int = 0, window: int | None = None) -> np.ndarray:
+    """Which keys a query sees, written down from the definition."""
+    return np.array(
+        [
+            [
+                key <= query
+                and (max_size is None or key < sinks or key > query - (max_size - sinks))
+                and (window is None or key > query - window)
+                for key in range(length)
+            ]
+            for query in range(length)
+        ]
+    )
+
+
+def fed(cache: KVCache, q: mx.array, kv: mx.array, pieces: list[int], window: int | None = None) -> np.ndarray:
+    """The cache's answers for tokens that come in `pieces`."""
+    out, at = [], 0
+    for size in pieces:
+        out.append(cache.attend(q[:, at : at + size], kv[:, at : at + size], SCALE, window))
+        at += size
+    assert at == q.shape[1] == cache.offset
+    return np.array(mx.concatenate(out, axis=1))
+
+
+PIECES = [[40], [1] * 40, [7, 1, 1, 20, 1, 10], [12, 13, 15], [16] + [1] * 24, [39, 1]]
+
+
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("max_size", "sinks"), [(None, 0), (16, 4), (16, 0), (9, 8), (40, 4), (64, 4)])
+def test_every_query_sees_what_the_definition_says(pieces, window, max_size, sinks):
+    q, kv = drawn(40, 1, batch=2)
+    cache = KVCache() if max_size is None else RotatingKVCache(max_size, sinks)
+    out = fed(cache, q, kv, pieces, window)
+    np.testing.assert_allclose(out, expected(q, kv, 0, visible(40, max_size, sinks, window)), atol=3e-6)
+
+
+def test_rotating_as_mlx_lm_does():
+    q, kv = drawn(60, 2)
+    ours, peer = RotatingKVCache(16, 4), theirs.RotatingKVCache(16, keep=4)
+    for at, size in [(0, 9), (9, 1)] + [(at, 1) for at in range(10, 60)]:
+        new = kv[:, at : at + size]
+        out = ours.attend(q[:, at : at + size], new, SCALE)
+        keys, values = peer.update_and_fetch(new[:, :, 0].swapaxes(1, 2), new[:, :, 1].swapaxes(1, 2))
+        mask = "causal" if size > 1 else None
+        other = mx.fast.scaled_dot_product_attention(
+            q[:, at : at + size].swapaxes(1, 2), keys, values, scale=SCALE, mask=mask
+        )
+        np.testing.assert_allclose(out, other.swapaxes(1, 2), atol=3e-6)
+        assert set(map(bytes, np.array(keys[0, 0]))) == set(map(bytes, np.array(ours.state[0][0, 0])))
+
+
+def test_rotating_memory_is_bounded():
+    q, kv = drawn(1200, 3)
+    cache = RotatingKVCache(300)
+    fed(cache, q, kv, [500, 200] + [1] * 20 + [480])
+    assert cache.held == 300
+    assert cache.nbytes == 300 * 2 * KV_HEADS * DIM * 4
+
+
+def test_rotating_takes_back_the_newest_token_exactly_and_no_more():
+    q, kv = drawn(30, 4)
+    wrong_q, wrong_kv = drawn(1, 5)
+    cache = RotatingKVCache(16, 4)
+    fed(cache, q[:, :12], kv[:, :12], [12])
+    cache.attend(wrong_q, wrong_kv, SCALE)
+    cache.trim(1)  # nothing is lost before it is full
+    cache.trim(3)
+    out = [cache.attend(q[:, 9:20], kv[:, 9:20], SCALE)]
+    for at in range(20, 30):
+        cache.attend(wrong_q, wrong_kv, SCALE)
+        cache.trim(1)
+        out.append(cache.attend(q[:, at : at + 1], kv[:, at : at + 1], SCALE))
+    np.testing.assert_allclose(mx.concatenate(out, axis=1), expected(q, kv, 9, visible(30, 16, 4)), atol=3e-6)
+    assert not cache.can_trim(2)
+    with pytest.raises(QwenMLXError, match="Cannot trim 2 tokens from a rotating cache of 16 after 30"):
+        cache.trim(2)
+    cache.trim(1)
+    with pytest.raises(QwenMLXError, match="Cannot trim 1 tokens"):
+        cache.trim(1)
+
+
+def stored(kv: mx.array, bits: int) -> np.ndarray:
+    """Keys and values as codes of `bits` bits can hold them, by mx.quantize on each block and token."""
+    keys, values = kv[:, :, 0], kv[:, :, 1]
+    keys = keys.transpose(0, 2, 3, 1)  # each channel over the tokens of a block
+    return np.stack(
+        [
+            np.array(mx.dequantize(*mx.quantize(part, BLOCK, bits), group_size=BLOCK, bits=bits)).transpose(order)
+            for part, order in ((keys, (0, 3, 1, 2)), (values, (0, 1, 2, 3)))
+        ],
+        axis=2,
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("pieces", [[300], [1] * 300, [70, 1, 1, 128, 60, 40], [127, 1, 172], [64, 64, 172]], ids=len)
+def test_quantized_holds_old_blocks_in_bits_and_the_newest_in_floats(pieces, bits):
+    q, kv = drawn(300, 6, batch=2)
+    cache = QuantizedKVCache(bits)
+    for window in (None,) if len(pieces) > 200 else (None, 90):
+        cache = QuantizedKVCache(bits)
+        out = fed(cache, q, kv, pieces, window)
+        mixed = np.array(kv)
+        mixed[:, : 3 * BLOCK] = stored(kv[:, : 3 * BLOCK], bits)
+        keys, values = cache.state
+        np.testing.assert_array_equal(keys.swapaxes(1, 2), mixed[:, :, 0])
+        np.testing.assert_array_equal(values.swapaxes(1, 2), mixed[:, :, 1])
+        error = abs(out - expected(q, kv, 0, visible(300, window=window))).max()
+        assert error < {8: 0.02, 4: 0.3}[bits]
+        last = expected(q, mx.array(mixed), 299, visible(300, window=window))
+        if pieces[-1] == 1:
+            np.testing.assert_allclose(out[:, 299:], last, atol=3e-6)
+
+
+@pytest.mark.parametrize("left", [0, 1, 63, 64, 65, 192, 193, 255, 299, 300])
+def test_quantized_is_trimmed_anywhere(left):
+    q, kv = drawn(300, 7)
+    cache, again = QuantizedKVCache(8), drawn(150, 8)
+    fed(cache, q, kv, [300])
+    before = [np.array(part) for part in cache.state]
+    cache.trim(300 - left)
+    if left:
+        for part, old in zip(cache.state, before):
+            np.testing.assert_array_equal(part, old[:, :, :left])
+    out = cache.attend(*again, SCALE)
+    whole = [mx.concatenate([first[:, :left], more], axis=1) for first, more in zip((q, kv), again)]
+    np.testing.assert_allclose(out, expected(*whole, left, visible(left + 150)), atol=0.02)
+    assert cache.offset == left + 150
+
+
+def test_bytes_that_a_quantized_cache_saves():
+    _, kv = drawn(4096, 9)
+    plain = KVCache()
+    plain.update(kv)
+    for bits, share in ((8, 0.30), (4, 0.18)):
+        cache = QuantizedKVCache(bits)
+        cache.update(kv)
+        assert cache.nbytes < share * plain.nbytes
+
+
+def test_the_buffer_grows_rarely_and_is_made_once_where_its_size_is_said():
+    _, kv = drawn(1, 10)
+    cache, sizes = KVCache(), set()
+    for _ in range(40 * STEP):
+        cache._write((kv.reshape(1, 2 * KV_HEADS, 1, DIM),), cache.offset, cache.offset + 1)
+        cache.offset += 1
+        sizes.add(cache.nbytes)
+        mx.eval(cache.arrays)
+    assert len(sizes) < 30
+    assert cache.nbytes <= (1 + 1 / 16) * 40 * STEP * 2 * KV_HEADS * DIM * 4 + STEP * 2 * KV_HEADS * DIM * 4
+    cache = KVCache()
+    cache.reserve(1000)
+    for _ in range(4):
+        cache.update(mx.repeat(kv, 250, axis=1))
+        assert cache.nbytes == 4 * STEP * 2 * KV_HEADS * DIM * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 3}, "bits are 3, expected 8 or 4"),
+        ({"bits": True}, "bits are True"),
+        ({"max_size": 4}, "max_size is 4, expected more than its 4 sinks"),
+        ({"max_size": 0}, "max_size is 0"),
+        ({"max_size": 8, "n_sinks": -1}, "n_sinks is -1"),
+        ({"max_size": 512, "bits": 8}, "at most 512 tokens cannot be held in 8 bits"),
+        ({"head_dim": 80, "bits": 8}, "heads have 80 elements, which no group"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_refused(arguments, message):
+    with pytest.raises(QwenMLXError, match=message):
+        make_caches(2, arguments.pop("head_dim", 64), **arguments)
+
+
+def test_kinds():
+    assert [type(cache) for cache in make_caches(2, 64)] == [KVCache, KVCache]
+    assert type(make_caches(1, 64, max_size=9)[0]) is RotatingKVCache
+    assert type(make_caches(1, 128, bits=4)[0]) is QuantizedKVCache
+    with pytest.raises(ValueError, match="empty"):
+        _ = QuantizedKVCache().state
