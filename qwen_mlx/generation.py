@@ -108,11 +108,14 @@ def generate_ids(
     length = prompt.shape[1]
     start, yielded = cache[0].offset, 0
     seen = mx.array([*cached_ids, *prompt_ids], mx.int32)[None] if sampling.repetition_penalty != 1 else None
+    for layer in cache:
+        layer.reserve(start + length)
     done = 0
     while length - done > prefill_chunk:
         with ops.no_grad():
             model.model(prompt[:, done : done + prefill_chunk], cache)
-        mx.eval([layer.state for layer in cache])
+        mx.eval([layer.arrays for layer in cache])
+        mx.clear_cache()  # of a long prompt, each chunk needs buffers of other sizes than the last
         done += prefill_chunk
         if progress:
             progress(done, length)
@@ -150,6 +153,8 @@ def generate_ids(
                 if progress:
                     progress(done, length)
             yielded += 1
+            if yielded % 256 == 0:
+                mx.clear_cache()  # buffers that a cache has outgrown
             yield made
             token = step(token[:, None]) if following is None else following
     finally:
@@ -245,8 +250,7 @@ def _stream(
     loop: dict[str, Any],
 ) -> Iterator[GenerationChunk]:
     stats = GenerationStats(prompt_tokens=len(ids))
-    detokenizer = tokenizer.detokenizer()
-    pending = ""  # text that may be the beginning of a stop string
+    stream = TextStream(tokenizer, stop, max_tokens)
     start = time.perf_counter()
     for token in _tokens(model, ids, prompt_cache, stats, loop):
         now = time.perf_counter()
@@ -255,20 +259,34 @@ def _stream(
             stats.prompt_seconds, start = now - start, now
         else:
             stats.generation_seconds = now - start
-        ended = token in tokenizer.eos_ids
-        last = ended or stats.generated_tokens == max_tokens
-        pending += "" if ended else detokenizer.add(token)
+        text, finish_reason = stream.add(token)
+        yield GenerationChunk(text, token, finish_reason, stats)
+        if finish_reason is not None:
+            return
+
+
+class TextStream:
+    """The text that tokens make, given out as it becomes complete: never half a character or part of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> None:
+        self._eos_ids, self._detokenizer = tokenizer.eos_ids, tokenizer.detokenizer()
+        self._stop, self._left = stop, max_tokens
+        self._pending = ""  # text that may be the beginning of a stop string
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """Newly complete text (maybe empty), and why it ends here: "stop", "length", or None where it goes on."""
+        self._left -= 1
+        ended = token in self._eos_ids
+        last = ended or self._left == 0
+        pending = self._pending + ("" if ended else self._detokenizer.add(token))
         if last:
-            pending += detokenizer.finish()
-        cut = min((found for found in map(pending.find, stop) if found >= 0), default=-1)
+            pending += self._detokenizer.finish()
+        cut = min((found for found in map(pending.find, self._stop) if found >= 0), default=-1)
         if cut >= 0:
-            yield GenerationChunk(pending[:cut], token, "stop", stats)
-            return
-        held = 0 if last else overlap(pending, stop)
-        text, pending = pending[: len(pending) - held], pending[len(pending) - held :]
-        yield GenerationChunk(text, token, "stop" if ended else "length" if last else None, stats)
-        if last:
-            return
+            return pending[:cut], "stop"
+        held = 0 if last else overlap(pending, self._stop)
+        text, self._pending = pending[: len(pending) - held], pending[len(pending) - held :]
+        return text, "stop" if ended else "length" if last else None
 
 
 def overlap(text: str, stop: Sequence[str]) -> int:
