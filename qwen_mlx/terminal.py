@@ -141,10 +141,10 @@ class StreamedMarkdown:
         from rich.markdown import Markdown
 
         options = self._console.options.update(width=min(self._console.width, 100))
-        lines = self._console.render_lines(Markdown(text), options, pad=False) if text.strip() else []
-        while lines and not "".join(segment.text for segment in lines[-1]).strip():
-            lines.pop()
-        return lines
+        lines = self._console.render_lines(Markdown(text, hyperlinks=False), options, pad=False) if text.strip() else []
+        blank = [not "".join(segment.text for segment in line).strip() for line in lines]
+        first, last = (blank.index(False), len(blank) - blank[::-1].index(False)) if False in blank else (0, 0)
+        return lines[first:last]
 
     def _print(self, lines: list[Any]) -> None:
         """Prints above what is live, less the lines that were printed before."""
