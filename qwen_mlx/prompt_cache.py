@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,26 +47,22 @@ class PromptCache:
     def keep(self, prompt: Sequence[int]) -> int:
         """Forgets what differs from `prompt` and returns how many of its tokens are held: all but one at most, because
         the model must compute something to go on from."""
-        held = min(common_prefix(self.ids, prompt), len(prompt) - 1)
-        if held < len(self.ids):
-            try:
-                self._cut(held)
-            except (ValueError, NotImplementedError):  # a cache that has let go of old tokens cannot go back
-                self.layers, self.ids, held = self._make(), [], 0
-        return held
+        self._cut(min(common_prefix(self.ids, prompt), len(prompt) - 1))
+        return len(self.ids)
 
     def record(self, ids: Sequence[int]) -> None:
         """Says what was computed: `ids` from the first position on. The caches may hold fewer (the last token of an
         answer, or what an interrupt left out), and layers that got further than others are cut back."""
-        held = min(len(ids), *(layer.offset for layer in self.layers))
-        self.ids = list(ids[:held])
-        self._cut(held)
+        self.ids = list(ids)
+        self._cut(min(len(ids), *(layer.offset for layer in self.layers)))
 
     def _cut(self, held: int) -> None:
-        for layer in self.layers:
-            if layer.offset > held:
+        if all(layer.can_trim(layer.offset - held) for layer in self.layers):
+            for layer in self.layers:
                 layer.trim(layer.offset - held)
-        self.ids = self.ids[:held]
+            self.ids = self.ids[:held]
+        else:  # a rotating cache has let go of old tokens and cannot go back
+            self.layers, self.ids = self._make(), []
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache; see `save`."""
@@ -127,7 +124,13 @@ def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[i
     arrays = {"ids": mx.array(list(ids), mx.int32)}
     for i, layer in enumerate(cache):
         arrays[f"layers.{i}"] = mx.contiguous(mx.concatenate(layer.state, axis=0).transpose(2, 0, 1, 3))
-    metadata = {"format": FORMAT, "version": VERSION, "model": fingerprint(model), "shape": _describe(config)}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": fingerprint(model),
+        "shape": _describe(config),
+        "crc32": _checksum(arrays),
+    }
     try:
         folder, name = tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent), "cache.safetensors"
     except OSError as error:
@@ -165,8 +168,10 @@ def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], lis
             raise QwenMLXError(f"{where}: a prompt cache in {header[name]['dtype']}, expected {kind}; delete the file.")
     arrays = mx.load(str(where), format="safetensors")
     ids = arrays["ids"].tolist()
+    if _checksum(arrays) != metadata["crc32"]:
+        raise QwenMLXError(f"{where}: damaged; its bytes are not those that were written; delete the file.")
     if count >= config.context_length or not all(0 <= i < config.vocab_size for i in ids):
-        raise QwenMLXError(f"{where}: damaged; token ids or their number are beyond the model's.")
+        raise QwenMLXError(f"{where}: its token ids, or their number, are beyond the model's.")
     cache = model.make_cache()
     for i, layer in enumerate(cache):
         layer.update(arrays[f"layers.{i}"][None])
@@ -192,7 +197,7 @@ def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
             raise QwenMLXError(
                 f"{where}: a prompt cache of version {metadata.get('version')!r}, expected {VERSION!r}; delete it."
             )
-        if not all(isinstance(metadata[key], str) for key in ("model", "shape")):
+        if not all(isinstance(metadata[key], str) for key in ("model", "shape", "crc32")):
             raise ValueError("its metadata is not text")
         at = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -214,6 +219,13 @@ def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise QwenMLXError(f"{where}: damaged or not a prompt cache ({error}); delete the file.") from None
     return header, metadata
+
+
+def _checksum(arrays: dict[str, mx.array]) -> str:
+    total = 0
+    for _, array in sorted(arrays.items()):
+        total = zlib.crc32(memoryview(array.reshape(-1).view(mx.uint8)), total)
+    return f"{total:08x}"
 
 
 def _describe(config: Any) -> str:
