@@ -37,17 +37,18 @@ class KVCache:
         keys, values = self.update(kv)
         return ops.attention(q, keys, values, scale, mask)
 
-    def attend_one(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
-        """attend for one new token of a plain cache: q (1, n_heads, 1, head_dim) and kv (1, 2 n_kv_heads, 1, head_dim)
-        lie as the buffer does, so that nothing is turned. Returns q's shape.
+    def buffer_for_one(self) -> mx.array:
+        """The buffer (B, 2 n_kv_heads, room, head_dim) of a plain cache that holds something, with room at `offset`.
+
+        Whoever writes one token there hands the new buffer to `advance`.
         """
-        end = self.offset + 1
-        self._write((kv,), self.offset, end)
-        self.offset = end
-        first = 0 if sliding_window is None else max(0, end - sliding_window)
-        buffer, n_kv_heads = self._parts[0], kv.shape[1] // 2
-        keys, values = buffer[:, :n_kv_heads, first:end], buffer[:, n_kv_heads:, first:end]
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale)
+        self._make_room(self._parts, self.offset, self.offset + 1)
+        return self._parts[0]
+
+    def advance(self, buffer: mx.array) -> None:
+        """Takes the buffer with one more token in it."""
+        self._parts = (buffer,)
+        self.offset += 1
 
     def update(self, kv: mx.array) -> tuple[mx.array, mx.array]:
         """Appends keys and values (B, L, 2, n_kv_heads, head_dim), rotated, and returns all held, newest last."""
@@ -55,6 +56,10 @@ class KVCache:
         self._write((heads_first(kv),), self.offset, end)
         self.offset = end
         return self.state
+
+    def fill(self, buffer: mx.array) -> None:
+        """Holds `buffer` (B, 2 n_kv_heads, tokens, head_dim), keys before values, and nothing else."""
+        self._parts, self.offset = (buffer,), buffer.shape[2]
 
     def reserve(self, n_tokens: int) -> None:
         """Says that `n_tokens` will be held in all, so that the buffer is made once."""
@@ -95,6 +100,12 @@ class KVCache:
 
     def _write(self, parts: tuple[mx.array, ...], start: int, end: int) -> None:
         """Puts `parts` at slots start to end, in place where there is room."""
+        self._make_room(parts, start, end)
+        for part, new in zip(self._parts, parts):
+            part[:, :, start:end] = new
+
+    def _make_room(self, parts: tuple[mx.array, ...], start: int, end: int) -> None:
+        """Lets the buffers grow for `parts` at slots start to end; slots before `start` are kept."""
         room = self._parts[0].shape[2] if self._parts else 0
         if end > room:
             room = max(end, self._reserved, room + room // GROWTH)
@@ -106,8 +117,6 @@ class KVCache:
             self._parts = tuple(
                 mx.concatenate(pair, axis=2) for pair in (zip(held, spares) if held else ((s,) for s in spares))
             )
-        for part, new in zip(self._parts, parts):
-            part[:, :, start:end] = new
 
 
 class QuantizedKVCache(KVCache):

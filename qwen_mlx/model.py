@@ -124,6 +124,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig, rope_factors: np.ndarray | None = None):
         super().__init__()
         self.config = config
+        self._step: step.Step | None = None
         self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -133,7 +134,9 @@ class Qwen2(nn.Module):
     ) -> mx.array:
         cache = self.make_cache() if cache is None else cache
         if step.serves(self, input_ids, cache):
-            return step.logits(self, input_ids, cache)
+            if self._step is None or not self._step.current:
+                self._step = step.Step(self)
+            return self._step(input_ids, cache)
         h = self.model(input_ids, cache, logits_to_keep)
         return self.model.embed_tokens.as_linear(h) if self.config.tie_word_embeddings else self.lm_head(h)
 

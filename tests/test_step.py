@@ -75,13 +75,28 @@ def test_a_token_gets_the_logits_of_the_plain_equations(form: str, tied: bool):
     assert fused[0].offset == 6
 
 
-def test_what_one_token_at_a_time_does_not_serve():
+def test_what_a_step_does_not_serve():
     model = model_of("dense", True)
     one, two = mx.array([[1]]), mx.array([[1, 2]])
+    cache = model.make_cache()
+    model(two, cache)
     with emulate():
-        assert not step.serves(model, one, model.make_cache()), "gradients are wanted"
+        assert not step.serves(model, one, cache), "gradients are wanted"
         with ops.no_grad():
-            assert step.serves(model, one, model.make_cache())
-            assert not step.serves(model, two, model.make_cache())
+            assert step.serves(model, one, cache)
+            assert not step.serves(model, two, cache)
+            assert not step.serves(model, one, model.make_cache()), "there is no buffer yet"
     with ops.no_grad():
-        assert not step.serves(model, one, model.make_cache()), "the CPU computes in plain MLX"
+        assert not step.serves(model, one, cache), "the CPU computes in plain MLX"
+
+
+def test_a_step_is_made_anew_when_a_weight_is_replaced():
+    model = model_of("dense", True)
+    cache = model.make_cache()
+    with ops.no_grad(), emulate():
+        model(mx.array([[1, 2]]), cache)
+        before = model(mx.array([[3]]), cache)
+        cache[0].trim(1), cache[1].trim(1)
+        model.model.norm.weight = model.model.norm.weight * 2
+        after = model(mx.array([[3]]), cache)
+    np.testing.assert_allclose(np.array(after), 2 * np.array(before), rtol=1e-5, atol=1e-5)

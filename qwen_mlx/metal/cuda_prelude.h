@@ -12,6 +12,7 @@
 
 typedef unsigned int uint;
 typedef unsigned long ulong;
+typedef unsigned short ushort;
 static_assert(sizeof(ulong) == 8, "long has 64 bits in Metal");
 
 namespace metal {
@@ -23,11 +24,19 @@ FUNCTION float simd_sum(float x) {
   }
   return x;
 }
+FUNCTION float simd_max(float x) {
+  for (int step = 16; step > 0; step >>= 1) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  }
+  return x;
+}
+FUNCTION float simd_shuffle(float x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
 // Intrinsics with a stated rounding: nothing that a compiler option could loosen.
 FUNCTION float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FUNCTION float abs(float x) { return fabsf(x); }
 FUNCTION float rint(float x) { return rintf(x); }
 FUNCTION float min(float a, float b) { return fminf(a, b); }
+FUNCTION float max(float a, float b) { return fmaxf(a, b); }
 FUNCTION bool isfinite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
 namespace precise {
 FUNCTION float sqrt(float x) { return __fsqrt_rn(x); }
@@ -61,17 +70,34 @@ FUNCTION Pack<N> load(const T* from, uint index) {
   return pack;
 }
 
+// An access of 4, 8 or 16 bytes, which CUDA makes one instruction.
+template <int BYTES>
+struct Bytes;
+template <>
+struct Bytes<4> {
+  typedef uint type;
+};
+template <>
+struct Bytes<8> {
+  typedef uint2 type;
+};
+template <>
+struct Bytes<16> {
+  typedef uint4 type;
+};
+
 template <int N, bool ALIGNED, typename T>
 FUNCTION Pack<N> load_aligned(const T* from, uint index) {
-  if (!ALIGNED || N * sizeof(T) != 16) {
+  if (!ALIGNED) {
     return load<N>(from, index);
   }
-  const uint4 raw = *reinterpret_cast<const uint4*>(from + index);
+  typedef typename Bytes<N * sizeof(T)>::type Raw;
+  const Raw raw = *reinterpret_cast<const Raw*>(from + index);
   const T* elements = reinterpret_cast<const T*>(&raw);
   Pack<N> pack;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    pack.v[k] = float(elements[k % (16 / sizeof(T))]);
+    pack.v[k] = float(elements[k]);
   }
   return pack;
 }

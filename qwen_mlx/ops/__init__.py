@@ -1,5 +1,6 @@
 """The model's operations: what each computes and how it rounds stands in its docstring."""
 
+from .attend import attend_one
 from .attention import attention
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
 from .matvec import matvec, matvec_qkv, matvec_swiglu, rotation_table
@@ -13,6 +14,7 @@ __all__ = [
     "Matrix",
     "Rotary",
     "add_rms_norm",
+    "attend_one",
     "attention",
     "compiled",
     "executor",

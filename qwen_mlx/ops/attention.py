@@ -9,8 +9,8 @@ from .exponential import exp
 def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
     """softmax(scale q k^T + mask) v, each group of query heads on its key/value head.
 
-    q: (B, L, H, D); keys, values: (B, n_kv_heads, S, D), the newest L last; mask: None, "causal" or bool (L, S), True
-    where a key is seen. Returns (B, L, H, D) in q.dtype. Rounding: scores and softmax in float32.
+    q: (B, L, H, D); keys, values: (B, n_kv_heads, S, D), the newest L last; mask: None, "causal" or bool (L, S) or
+    (B, 1, L, S), True where a key is seen. Returns (B, L, H, D) in q.dtype. Rounding: scores and softmax in float32.
     Source: Ainslie et al. 2023, arXiv:2305.13245.
     """
     if mx.default_device() != mx.cpu or q.dtype != mx.float32:
@@ -25,6 +25,7 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     if mask is not None:
         if isinstance(mask, str):
             mask = mx.arange(seen)[None, :] <= mx.arange(seen - length, seen)[:, None]
+        mask = mask[:, :, None] if mask.ndim == 4 else mask
         rows = scores.reshape(batch, n_kv_heads, -1, length, seen)
         scores = mx.where(mask, rows, -mx.inf).reshape(scores.shape)
     weights = exp(scores - scores.max(axis=-1, keepdims=True))

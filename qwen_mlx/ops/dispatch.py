@@ -107,14 +107,18 @@ class Kernel:
         shapes: Sequence[tuple[int, ...]],
         dtype: mx.Dtype | None = None,
     ) -> list[mx.array]:
-        """Launches a thread for each grid element; outputs have the first input's dtype. An empty grid gives zeros."""
+        """Launches a thread for each grid element. An empty grid gives zeros.
+
+        template: constants of the kernel; "T", if it is not the first of them, is the first input's dtype.
+        dtype: of the outputs, None for the first input's.
+        """
         dtype = dtype or inputs[0].dtype
         if 0 in grid:
             return [mx.zeros(shape, dtype) for shape in shapes]
         factory = mx.fast.metal_kernel if executor() == "metal" else mx.fast.cuda_kernel
         return _compiled(factory, self)(
             inputs=list(inputs),
-            template=[("T", dtype), *template],
+            template=[*([] if template[0][0] == "T" else [("T", inputs[0].dtype)]), *template],
             grid=grid,
             threadgroup=threadgroup,
             output_shapes=list(shapes),
