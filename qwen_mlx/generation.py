@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .prompt_cache import PromptCache
 
 PREFILL_CHUNK = 512  # tokens: bounds the memory of a long prompt's activations
+NOT_FINITE = (
+    "The model's logits are not finite; the file is damaged, or the dtype overflows (float16 does for Qwen2.5: use "
+    "bfloat16 or float32)."
+)
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 
@@ -144,10 +148,7 @@ def generate_ids(
                 following = step(token[:, None])
             made = int(token.item())
             if made < 0:
-                raise QwenMLXError(
-                    "The model's logits are not finite; the file is damaged, or the dtype overflows (float16 does for "
-                    "Qwen2.5: use bfloat16 or float32)."
-                )
+                raise QwenMLXError(NOT_FINITE)
             if done < length:
                 done = length
                 if progress:
@@ -190,35 +191,46 @@ def stream_generate(
     shares with its beginning is not computed again; afterwards it holds the prompt and the answer.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
-    for name, value in (("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise QwenMLXError(f"{name} is {value!r}, expected 1 or more.")
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**64):
-        raise QwenMLXError(f"seed is {seed!r}, expected an integer from 0 to 2^64 - 1.")
-    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
-        raise QwenMLXError(f"stop is {stop!r}, expected a list of strings that are not empty.")
+    check_settings(seed, stop, max_tokens=max_tokens, prefill_chunk=prefill_chunk)
     if cache is not None and prompt_cache is not None:
         raise QwenMLXError("Both cache and prompt_cache are given; a prompt cache has its own.")
     sampling = model.generation_defaults.override(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     ids = encode_prompt(tokenizer, prompt, system, raw)
-    bad = next((i for i in ids if not 0 <= i < model.config.vocab_size), None)
-    if bad is not None:
-        raise QwenMLXError(f"The prompt holds token id {bad}, expected 0 to {model.config.vocab_size - 1}.")
-    used = len(ids) + (cache[0].offset if cache else 0)
-    context = model.config.context_length
-    if used >= context:
-        raise QwenMLXError(f"The prompt has {used} tokens and the model's context {context}: shorten it.")
+    room = check_ids(model, ids, cache[0].offset if cache else 0)
     return _stream(
         model,
         tokenizer,
         ids,
-        min(max_tokens, context - used),
+        min(max_tokens, room),
         tuple(stop),
         prompt_cache,
         {"sampling": sampling, "seed": seed, "cache": cache, "prefill_chunk": prefill_chunk, "progress": progress},
     )
+
+
+def check_settings(seed: int | None, stop: Sequence[str], **counts: int) -> None:
+    """Raises QwenMLXError for an impossible seed, stop string or count (expected 1 or more)."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise QwenMLXError(f"{name} is {value!r}, expected 1 or more.")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**64):
+        raise QwenMLXError(f"seed is {seed!r}, expected an integer from 0 to 2^64 - 1.")
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+        raise QwenMLXError(f"stop is {stop!r}, expected a list of strings that are not empty.")
+
+
+def check_ids(model: Qwen2, ids: Sequence[int], held: int = 0) -> int:
+    """Tokens that the context still has room for after `held` and `ids`. Raises QwenMLXError if that is none, or for
+    an id that is no token's."""
+    bad = next((i for i in ids if not 0 <= i < model.config.vocab_size), None)
+    if bad is not None:
+        raise QwenMLXError(f"The prompt holds token id {bad}, expected 0 to {model.config.vocab_size - 1}.")
+    used, context = len(ids) + held, model.config.context_length
+    if used >= context:
+        raise QwenMLXError(f"The prompt has {used} tokens and the model's context {context}: shorten it.")
+    return context - used
 
 
 def _tokens(

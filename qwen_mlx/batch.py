@@ -1,0 +1,314 @@
+"""Many prompts at once: rows of one batch, padded on the left, that leave when they end and make room for others."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import ops
+from .backend import mx
+from .cache import KVCache
+from .errors import QwenMLXError
+from .generation import NOT_FINITE, GenerationStats, Prompt, TextStream, check_ids, check_settings, encode_prompt
+from .model import Qwen2
+from .sampling import SamplingSettings, sample
+from .tokenizer import Tokenizer
+
+PREFILL_CHUNK = 2048  # tokens of all rows: bounds the memory of long prompts' activations
+
+
+@dataclass
+class BatchStats(GenerationStats):
+    """What a batch cost; tokens are those of all rows. Each row's first token belongs to its prompt."""
+
+    prompts: int = 0
+
+    @property
+    def generated_per_second(self) -> float:
+        return (self.generated_tokens - self.prompts) / self.generation_seconds if self.generation_seconds else 0.0
+
+
+@dataclass
+class BatchResult:
+    """What became of one prompt. token_ids: all that were made, an end token included; finish_reason: "stop" or
+    "length", as GenerationChunk says; stats: the whole batch's."""
+
+    prompt_tokens: int
+    stats: BatchStats = field(repr=False)
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Padding:
+    """How many columns on the left of each row hold nothing; shared by all layers of a batch, as are the positions and
+    masks that follow from it."""
+
+    def __init__(self, columns: Sequence[int] | np.ndarray) -> None:
+        self.columns = np.array(columns, np.int32)
+        self._array = mx.array(self.columns)
+        self._made: dict[str, tuple[Any, Any]] = {}
+
+    def offset(self, width: int) -> mx.array:
+        """Each row's position in column `width`, int32 (B,); negative within the padding."""
+        return self._once("offset", width, lambda: width - self._array)
+
+    def mask(self, width: int, length: int, sliding_window: int | None) -> mx.array | str | None:
+        """Which of width + length columns the queries in the last `length` see, bool (B, 1, length, columns): as
+        attention_mask, none of the padding, and themselves, because a query that sees nothing would be NaN."""
+        return self._once(f"mask {sliding_window}", (width, length), lambda: self._mask(width, length, sliding_window))
+
+    def _mask(self, width: int, length: int, window: int | None) -> mx.array | str | None:
+        if not self.columns.any() and (window is None or width + length <= window):
+            return "causal" if length > 1 else None
+        queries, keys = mx.arange(width, width + length)[:, None], mx.arange(width + length)
+        seen = (keys <= queries) & (keys >= self._array[:, None, None, None])
+        if window is not None:
+            seen &= keys > queries - window
+        return seen | (keys == queries)
+
+    def _once(self, name: str, key: Any, make: Any) -> Any:
+        if self._made.get(name, (None,))[0] != key:
+            self._made[name] = key, make()
+        return self._made[name][1]
+
+
+class BatchKVCache:
+    """A layer's keys and values of rows that are padded on the left; `offset` is the next position in each, (B,)."""
+
+    def __init__(self, padding: Padding) -> None:
+        self.padding = padding
+        self._plain = KVCache()
+
+    @property
+    def offset(self) -> mx.array:
+        return self.padding.offset(self._plain.offset)
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        return self._plain.arrays
+
+    @property
+    def state(self) -> tuple[mx.array, mx.array]:
+        """Keys and values held, (B, n_kv_heads, columns, head_dim), padding included."""
+        return self._plain.state
+
+    def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
+        """As KVCache.attend."""
+        mask = self.padding.mask(self._plain.offset, q.shape[1], sliding_window)
+        return ops.attention(q, *self._plain.update(kv), scale, mask)
+
+    def reserve(self, n_columns: int) -> None:
+        self._plain.reserve(n_columns)
+
+
+def select(cache: Sequence[BatchKVCache], rows: Sequence[int]) -> list[BatchKVCache]:
+    """Caches of some rows, without the columns in which all of them hold nothing."""
+    columns = cache[0].padding.columns[list(rows)]
+    cut = int(columns.min())
+    padding, index = Padding(columns - cut), mx.array(rows, mx.int32)
+    return [_of(padding, mx.take(_columns(layer)[:, :, cut:], index, axis=0)) for layer in cache]
+
+
+def join(first: Sequence[BatchKVCache], second: Sequence[BatchKVCache]) -> list[BatchKVCache]:
+    """Caches of the rows of both, one below the other."""
+    widths = [caches[0].state[0].shape[2] for caches in (first, second)]
+    more = [max(widths) - width for width in widths]
+    padding = Padding(np.concatenate([c[0].padding.columns + m for c, m in zip((first, second), more)]))
+    pads = [[(0, 0), (0, 0), (m, 0), (0, 0)] for m in more]
+    return [
+        _of(padding, mx.concatenate([mx.pad(_columns(layer), pad) for layer, pad in zip(pair, pads)]))
+        for pair in zip(first, second)
+    ]
+
+
+def _columns(layer: BatchKVCache) -> mx.array:
+    return mx.concatenate(layer.state, axis=1)
+
+
+def _of(padding: Padding, buffer: mx.array) -> BatchKVCache:
+    """Evaluated layer by layer, so that two copies of one layer is all there ever is."""
+    made = BatchKVCache(padding)
+    made._plain.fill(buffer)
+    mx.eval(made.arrays)
+    return made
+
+
+@dataclass
+class _Row:
+    """A prompt that is being answered."""
+
+    ids: list[int]
+    max_tokens: int
+    stream: TextStream
+    result: BatchResult
+
+    @property
+    def ended(self) -> bool:
+        return self.result.finish_reason is not None
+
+    @property
+    def left(self) -> int:
+        return 0 if self.ended else self.max_tokens - len(self.result.token_ids)
+
+    def add(self, token: int) -> None:
+        if token < 0:
+            raise QwenMLXError(NOT_FINITE)
+        text, self.result.finish_reason = self.stream.add(token)
+        self.result.token_ids.append(token)
+        self.result.text += text
+
+
+def batch_generate(
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int | Sequence[int] = 512,
+    system: str | None = None,
+    raw: bool = False,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    batch_size: int = 64,
+    prefill_chunk: int = PREFILL_CHUNK,
+    progress: Callable[[int, int], None] | None = None,
+    **sampling: Any,
+) -> list[BatchResult]:
+    """Answers all prompts, `batch_size` at a time, and returns the results in their order.
+
+    prompts: each as stream_generate takes it; max_tokens: for all, or one for each; prefill_chunk: tokens of all rows
+    read in one pass; progress: called with (prompts answered, prompts in all). The other arguments are
+    stream_generate's, its sampling arguments among them. Greedy tokens are those of one prompt at a time, up to the
+    rounding of sums; a seed repeats a whole batch. A row that has ended leaves, and prompts that wait take its place.
+    Raises QwenMLXError for an impossible argument or a prompt without room in the context, before any work.
+    """
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
+        raise QwenMLXError(f"prompts is {type(prompts).__name__}, expected a list of prompts.")
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != len(prompts):
+        raise QwenMLXError(f"max_tokens has {len(limits)} values for {len(prompts)} prompts.")
+    settings = model.generation_defaults.override(**sampling)
+    check_settings(seed, stop, batch_size=batch_size, prefill_chunk=prefill_chunk)
+    stats = BatchStats(prompts=len(prompts))
+    rows = []
+    for number, (prompt, limit) in enumerate(zip(prompts, limits), 1):
+        try:
+            check_settings(seed, stop, max_tokens=limit)
+            ids = encode_prompt(tokenizer, prompt, system, raw)
+            limit = min(limit, check_ids(model, ids))
+        except QwenMLXError as error:
+            raise QwenMLXError(f"Prompt {number} of {len(prompts)}: {error}") from None
+        rows.append(_Row(ids, limit, TextStream(tokenizer, stop, limit), BatchResult(len(ids), stats)))
+    _answer(_Loop(model, settings, seed, prefill_chunk), rows, batch_size, stats, progress)
+    return [row.result for row in rows]
+
+
+def _answer(
+    loop: _Loop, rows: list[_Row], batch_size: int, stats: BatchStats, progress: Callable[[int, int], None] | None
+) -> None:
+    waiting = sorted(rows, key=lambda row: len(row.ids))  # the longest first, beside others of like length
+    active: list[_Row] = []
+    start = time.perf_counter()
+    while active or waiting:
+        # Joining copies the cache: rows that leave are replaced a quarter of the batch at a time.
+        while waiting and (not active or len(active) <= batch_size - max(1, batch_size // 4)):
+            began = time.perf_counter()
+            group = [waiting.pop()]
+            while waiting and len(active) + len(group) < batch_size and 2 * len(waiting[-1].ids) >= len(group[0].ids):
+                group.append(waiting.pop())
+            loop.read([row.ids for row in group])
+            active += group
+            stats.prompt_tokens += sum(len(row.ids) for row in group)
+            stats.prompt_seconds += time.perf_counter() - began
+        made = loop.step(more=any(row.left > 1 for row in active))
+        for row, token in zip(active, made):
+            if not row.ended:
+                row.add(token)
+                stats.generated_tokens += 1
+        stats.generation_seconds = time.perf_counter() - start - stats.prompt_seconds
+        alive = [i for i, row in enumerate(active) if not row.ended]
+        if progress and len(alive) < len(active):
+            progress(sum(row.ended for row in rows), len(rows))
+        # Leaving copies it too: until an eighth has ended, their rows go on for nothing.
+        if 8 * len(alive) <= 7 * len(active):
+            loop.keep(alive)
+            active = [active[i] for i in alive]
+
+
+class _Loop:
+    """The device's side: a batch's cache, its newest tokens (not in the cache yet) and what penalties count."""
+
+    def __init__(self, model: Qwen2, settings: SamplingSettings, seed: int | None, prefill_chunk: int) -> None:
+        self._model, self._settings, self._chunk = model, settings, prefill_chunk
+        self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
+        self._cache: list[BatchKVCache] = []
+        self._tokens: mx.array | None = None  # (B,)
+        self._seen: mx.array | None = None  # (B, columns), padded with ids that the row has anyway
+
+    def read(self, prompts: list[list[int]]) -> None:
+        """Computes prompts of one group, and adds them to the batch as its last rows."""
+        longest = max(map(len, prompts))
+        padding = Padding([longest - len(ids) for ids in prompts])
+        ids = mx.array([[ids[0]] * (longest - len(ids)) + ids for ids in prompts], mx.int32)
+        cache = [BatchKVCache(padding) for _ in range(self._model.config.n_layers)]
+        for layer in cache:
+            layer.reserve(longest)
+        columns = max(1, self._chunk // len(prompts))
+        done = 0
+        while longest - done > columns:
+            with ops.no_grad():
+                self._model.model(ids[:, done : done + columns], cache)
+            mx.eval([layer.arrays for layer in cache])
+            mx.clear_cache()
+            done += columns
+        seen = ids if self._settings.repetition_penalty != 1 else None
+        tokens = self._next(ids[:, done:], cache, seen)
+        mx.eval(tokens)
+        if self._tokens is None:
+            self._cache, self._tokens, self._seen = cache, tokens, seen
+            return
+        self._cache, self._tokens = join(self._cache, cache), mx.concatenate([self._tokens, tokens])
+        if seen is not None:
+            columns = max(seen.shape[1], self._seen.shape[1])
+            self._seen = mx.concatenate([_widened(part, columns) for part in (self._seen, seen)])
+
+    def step(self, more: bool) -> list[int]:
+        """The newest token of each row; with `more`, the step after it is launched before that is waited for."""
+        tokens = self._tokens
+        if self._seen is not None:
+            self._seen = mx.concatenate([self._seen, tokens[:, None]], axis=1)
+        if more:
+            self._tokens = self._next(tokens[:, None], self._cache, self._seen)
+        return tokens.tolist()
+
+    def keep(self, rows: list[int]) -> None:
+        """Forgets all rows but these."""
+        if not rows:
+            self._cache, self._tokens, self._seen = [], None, None
+            return
+        self._cache, index = select(self._cache, rows), mx.array(rows, mx.int32)
+        self._tokens = self._tokens[index]
+        self._seen = None if self._seen is None else self._seen[index]
+        mx.clear_cache()
+
+    def _next(self, ids: mx.array, cache: list[BatchKVCache], seen: mx.array | None) -> mx.array:
+        """The next token of each row, -1 where a logit is not finite; on its way when this returns."""
+        with ops.no_grad():
+            logits = self._model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
+        now = None
+        if self._settings.temperature > 0:
+            self._key, now = mx.random.split(self._key)
+        choice = sample(logits, self._settings, seen, now).astype(mx.int32)
+        tokens = mx.where(mx.isfinite(logits.sum(axis=-1)), choice, -1)
+        mx.async_eval(tokens)
+        return tokens
+
+
+def _widened(ids: mx.array, columns: int) -> mx.array:
+    """With repeats of its first column on the left, up to `columns`."""
+    return mx.concatenate([mx.repeat(ids[:, :1], columns - ids.shape[1], axis=1), ids], axis=1)
