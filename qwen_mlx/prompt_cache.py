@@ -90,22 +90,18 @@ def fingerprint(model: Qwen2) -> str:
 
     Two models that agree in all of these, though they differ elsewhere, have the same fingerprint.
     """
-    found = getattr(model, "_fingerprint", None)
-    if found is None:
-        rotary = model.model.layers[0].self_attn.rotary
-        digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(rotary)], sort_keys=True).encode())
-        names, samples = [], []
-        for name, array in sorted(tree_flatten(model.parameters())):
-            names.append(f"{name} {array.dtype} {array.shape}")
-            flat = array.reshape(-1)
-            at = [i * (flat.size - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
-            bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
-            samples.append(flat[mx.array(at)].view(bits).astype(mx.uint32))
-        digest.update("\n".join(names).encode())
-        digest.update(bytes(memoryview(mx.concatenate(samples))))
-        found = digest.hexdigest()
-        object.__setattr__(model, "_fingerprint", found)
-    return found
+    rotary = model.model.layers[0].self_attn.rotary
+    digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(rotary)], sort_keys=True).encode())
+    names, samples = [], []
+    for name, array in sorted(tree_flatten(model.parameters())):
+        names.append(f"{name} {array.dtype} {array.shape}")
+        flat = array.reshape(-1)
+        at = [i * (flat.size - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
+        bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
+        samples.append(flat[mx.array(at)].view(bits).astype(mx.uint32))
+    digest.update("\n".join(names).encode())
+    digest.update(memoryview(mx.concatenate(samples)))
+    return digest.hexdigest()
 
 
 def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[int], model: Qwen2) -> None:
@@ -129,6 +125,7 @@ def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[i
         "version": VERSION,
         "model": fingerprint(model),
         "shape": _describe(config),
+        "dtype": str(model.model.norm.weight.dtype).removeprefix("mlx.core."),
         "crc32": _checksum(arrays),
     }
     try:
@@ -153,19 +150,24 @@ def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], lis
     """
     where, config = Path(path), model.config
     header, metadata = check(where)
-    if metadata["shape"] != _describe(config) or metadata["model"] != fingerprint(model):
+    dtype = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
+    if metadata["dtype"] != dtype:
+        raise QwenMLXError(
+            f"{where}: a prompt cache in {metadata['dtype']}, expected {dtype}; load the model in that dtype, or "
+            "delete the file."
+        )
+    digest = fingerprint(model)
+    if metadata["shape"] != _describe(config) or metadata["model"] != digest:
         raise QwenMLXError(
             f"{where}: a prompt cache of another model ({metadata['shape']}, {metadata['model'][:12]}), expected "
-            f"{_describe(config)}, {fingerprint(model)[:12]}; use that model, or delete the file."
+            f"{_describe(config)}, {digest[:12]}; use that model, or delete the file."
         )
     count = header["ids"]["shape"][0]
-    expected = {f"layers.{i}": [count, 2, config.n_kv_heads, config.head_dim] for i in range(config.n_layers)}
-    kind = model.model.norm.weight.dtype
-    for name, shape in expected.items():
-        if header.get(name, {}).get("shape") != shape:
-            raise QwenMLXError(f"{where}: damaged; {name!r} is {header.get(name)}, expected shape {shape}.")
-        if DTYPES.get(header[name]["dtype"]) != kind:
-            raise QwenMLXError(f"{where}: a prompt cache in {header[name]['dtype']}, expected {kind}; delete the file.")
+    shape = [count, 2, config.n_kv_heads, config.head_dim]
+    for name in (f"layers.{i}" for i in range(config.n_layers)):
+        entry = header.get(name, {})
+        if entry.get("shape") != shape or DTYPES.get(entry.get("dtype")) != model.model.norm.weight.dtype:
+            raise QwenMLXError(f"{where}: damaged; {name!r} is {entry or 'missing'}, expected {shape} in {dtype}.")
     arrays = mx.load(str(where), format="safetensors")
     ids = arrays["ids"].tolist()
     if _checksum(arrays) != metadata["crc32"]:
@@ -197,7 +199,7 @@ def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
             raise QwenMLXError(
                 f"{where}: a prompt cache of version {metadata.get('version')!r}, expected {VERSION!r}; delete it."
             )
-        if not all(isinstance(metadata[key], str) for key in ("model", "shape", "crc32")):
+        if not all(isinstance(metadata[key], str) for key in ("model", "shape", "dtype", "crc32")):
             raise ValueError("its metadata is not text")
         at = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
