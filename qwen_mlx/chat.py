@@ -144,8 +144,7 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Iterator[GenerationChunk
                     window.show(visible[len(shown) :])
                     shown = visible
                 else:
-                    if written:
-                        window.finish()
+                    window.finish()
                     written = shown = ""
                     window.note(f"{event.call}: {event.text}")
     except KeyboardInterrupt:
@@ -153,9 +152,8 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Iterator[GenerationChunk
             raise
     finally:
         progress.clear()
-        if written:
-            window.finish()
-        window.note(summary(chat))
+        window.finish()
+    window.note(summary(chat))
 
 
 def summary(chat: Chat) -> str:
@@ -185,7 +183,7 @@ def _asks(tool: Tool, window: Pipe | Terminal) -> Callable[..., str]:
 def _edit(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
     number, _, text = rest.partition(" ")
     if not number.isdecimal():
-        number, text = str(len(chat.questions)), rest
+        number, text = str(max(len(chat.questions), 1)), rest
     before = list(chat.messages)
     old = chat.edit(int(number))
     try:

@@ -136,7 +136,7 @@ class Chat:
     def undo(self) -> str:
         """Takes the last user's message and what came after it out, and returns it. Raises QwenMLXError if there is
         none."""
-        return self.edit(len(self.questions))
+        return self.edit(max(len(self.questions), 1))
 
     def edit(self, number: int) -> str:
         """Takes the user's message `number`, from 1, and what came after it out, and returns it, to be sent again."""

@@ -21,6 +21,9 @@ class Pipe:
 
     interactive = False
 
+    def __init__(self) -> None:
+        self._within_line = False
+
     def read(self, default: str = "") -> str:
         """The next message. Raises EOFError at the end of the input."""
         return read_block(self._line)
@@ -36,10 +39,14 @@ class Pipe:
             raise QwenMLXError(f"standard input: not valid UTF-8 (byte {data[error.start]:#04x} in a line).") from None
 
     def show(self, text: str) -> None:
+        self._within_line |= bool(text)
         print(text, end="", flush=True)
 
     def finish(self) -> None:
-        print(flush=True)
+        """Ends the line, if there is one."""
+        if self._within_line:
+            print(flush=True)
+        self._within_line = False
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
