@@ -58,6 +58,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="keep the computed prompt in this file, and start from what it has",
     )
+    p.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="guess tokens with a smaller model of the same vocabulary, or with prompt-lookup; the same output, faster",
+    )
+    p.add_argument("--draft-tokens", type=int, metavar="N", help="guess at most N tokens at a time, 1 to 32")
     p.add_argument("--verbose", "-v", action="store_true", help="say what is used: model, dtype, sampling, libraries")
 
 
@@ -97,9 +103,11 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
         raise QwenMLXError(f"--max-tokens is {arguments.max_tokens}, expected 1 or more.")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
         raise QwenMLXError(f"--seed is {arguments.seed}, expected an integer from 0 to 2^64 - 1.")
+    if arguments.draft is None and arguments.draft_tokens is not None:
+        raise QwenMLXError("--draft-tokens needs --draft MODEL or --draft prompt-lookup.")
     path = hub.resolve(arguments.model)
 
-    from . import backend, blas, ops
+    from . import backend, blas, ops, speculative
     from .loading import load
     from .prompt_cache import PromptCache, check
     from .sampling import SamplingSettings
@@ -107,6 +115,14 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     SamplingSettings().override(**sampling)  # refuses an impossible value before the model is loaded
+    draft = arguments.draft
+    if arguments.draft_tokens is not None:
+        speculative.check_draft_tokens(arguments.draft_tokens, "--draft-tokens")
+    if draft not in (None, speculative.LOOKUP):
+        draft_path = hub.resolve(draft)
+        speculative.check_vocabulary(
+            speculative.vocabulary(path), speculative.vocabulary(draft_path), f"--draft {draft}"
+        )
     kept = arguments.prompt_cache is not None and os.path.exists(arguments.prompt_cache)
     if kept:
         check(arguments.prompt_cache)
@@ -115,6 +131,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     line = cli.ProgressLine("Loading")
     try:
         model, tokenizer = load(path, dtype=arguments.dtype, progress=line)
+        if draft not in (None, speculative.LOOKUP):
+            draft = speculative.ModelDraft(load(draft_path, dtype=arguments.dtype, progress=line)[0])
     finally:
         line.clear()
     if arguments.verbose:
@@ -126,6 +144,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of failing
     settings = {"max_tokens": arguments.max_tokens, "stop": arguments.stop, "seed": arguments.seed, **sampling}
+    if draft is not None:  # one object, so that what it has read is kept from answer to answer
+        settings |= speculative.check_draft(draft, arguments.draft_tokens)
     cache = None
     if arguments.prompt_cache is not None:
         cache = PromptCache.load(arguments.prompt_cache, model) if kept else PromptCache(model)
@@ -166,9 +186,15 @@ def main(argv: list[str] | None = None) -> int:
         line.clear()
     print(flush=True)
     reused = f" ({stats.reused_tokens} more from the cache)" if stats.reused_tokens else ""
+    drafted = ""
+    if arguments.draft is not None:
+        off = f", off for {stats.paused_tokens}" if stats.paused_tokens else ""
+        drafted = (
+            f"draft: {stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance_rate:.0%}){off}; "
+        )
     print(
         f"prompt: {stats.prompt_tokens} tokens{reused}, {stats.prompt_per_second:.1f} tok/s; "
-        f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; "
+        f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; {drafted}"
         f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}",
         file=sys.stderr,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .prompt_cache import PromptCache
+    from .speculative import Draft
 
 PREFILL_CHUNK = 512  # tokens: bounds the memory of a long prompt's activations
 NOT_FINITE = (
@@ -32,17 +35,26 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 @dataclass
 class GenerationStats:
     """What a generation cost so far; times in seconds. The first token's time belongs to the prompt, whose tokens were
-    computed (prompt_tokens) or already in a prompt cache (reused_tokens)."""
+    computed (prompt_tokens) or already in a prompt cache (reused_tokens). A draft proposed drafted_tokens, of which
+    accepted_tokens were kept; while it was slower than plain decoding, paused_tokens were made without it."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     generation_seconds: float = 0.0
     reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    paused_tokens: int = 0
 
     @property
     def prompt_per_second(self) -> float:
         return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The share of drafted tokens that were kept."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
 
     @property
     def generated_per_second(self) -> float:
@@ -180,6 +192,8 @@ def stream_generate(
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
     prompt_cache: PromptCache | None = None,
+    draft: Draft | Qwen2 | str | None = None,
+    draft_tokens: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[GenerationChunk]:
@@ -189,6 +203,9 @@ def stream_generate(
     that are None keep the model's own defaults (`model.generation_defaults`); temperature 0 is greedy.
     cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and what the cache
     shares with its beginning is not computed again; afterwards it holds the prompt and the answer.
+    draft: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an object of
+    speculative.py: the same tokens (greedy) or distribution (sampling) in fewer passes. draft_tokens: at most so many
+    at a time, 1 to 32.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
     check_settings(seed, stop, max_tokens=max_tokens, prefill_chunk=prefill_chunk)
@@ -198,16 +215,16 @@ def stream_generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     ids = encode_prompt(tokenizer, prompt, system, raw)
-    room = check_ids(model, ids, cache[0].offset if cache else 0)
-    return _stream(
-        model,
-        tokenizer,
-        ids,
-        min(max_tokens, room),
-        tuple(stop),
-        prompt_cache,
-        {"sampling": sampling, "seed": seed, "cache": cache, "prefill_chunk": prefill_chunk, "progress": progress},
-    )
+    max_tokens = min(max_tokens, check_ids(model, ids, cache[0].offset if cache else 0))
+    loop = {"sampling": sampling, "seed": seed, "cache": cache, "prefill_chunk": prefill_chunk, "progress": progress}
+    if draft is not None:
+        from . import speculative
+
+        held = prompt_cache.layers if cache is None and prompt_cache is not None else cache
+        loop |= speculative.check_draft(draft, draft_tokens, held or ()) | {"max_tokens": max_tokens}
+    elif draft_tokens is not None:
+        raise QwenMLXError("draft_tokens is given without a draft; give a draft too.")
+    return _stream(model, tokenizer, ids, max_tokens, tuple(stop), prompt_cache, loop)
 
 
 def check_settings(seed: int | None, stop: Sequence[str], **counts: int) -> None:
@@ -236,18 +253,26 @@ def check_ids(model: Qwen2, ids: Sequence[int], held: int = 0) -> int:
 def _tokens(
     model: Qwen2, ids: list[int], prompt_cache: PromptCache | None, stats: GenerationStats, loop: dict[str, Any]
 ) -> Iterator[int]:
-    """generate_ids without what a prompt cache holds already; the cache learns what it holds, whatever ends this."""
+    """generate_ids, or speculative_ids, without what a prompt cache holds already; the cache learns what it holds,
+    whatever ends this."""
+    make = generate_ids
+    if "draft" in loop:
+        from .speculative import speculative_ids
+
+        make = functools.partial(speculative_ids, stats=stats)
     if prompt_cache is None:
-        yield from generate_ids(model, ids, **loop)
+        yield from make(model, ids, **loop)
         return
     stats.reused_tokens = prompt_cache.keep(ids)
     stats.prompt_tokens -= stats.reused_tokens
     held, rest = ids[: stats.reused_tokens], ids[stats.reused_tokens :]
     made: list[int] = []
+    loop = loop | {"cache": prompt_cache.layers, "cached_ids": held}
     try:
-        for token in generate_ids(model, rest, **(loop | {"cache": prompt_cache.layers, "cached_ids": held})):
-            made.append(token)
-            yield token
+        with contextlib.closing(make(model, rest, **loop)) as tokens:
+            for token in tokens:
+                made.append(token)
+                yield token
     finally:
         prompt_cache.record([*ids, *made])
 

@@ -91,6 +91,23 @@ def min_p(logits: mx.array, p: float) -> mx.array:
     return mx.where(logits < logits.max(axis=-1, keepdims=True) + math.log(p), -mx.inf, logits)
 
 
+def processed_logits(logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None) -> mx.array:
+    """Logits (B, V) float32 after all that `settings` ask for, -inf where a token is ruled out: softmax of them is the
+    distribution that `sample` draws from; at temperature 0 its choice is their argmax. `seen` as for sample."""
+    logits = logits.astype(mx.float32)
+    if settings.repetition_penalty != 1 and seen is not None and seen.size:
+        logits = repetition_penalty(logits, seen, settings.repetition_penalty)
+    if settings.temperature < 1e-30:
+        return logits
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        values, ids = top_k_candidates(logits, settings.top_k)
+        logits = mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, values, axis=-1)
+    if settings.top_p < 1:
+        logits = top_p(logits, settings.top_p)
+    return min_p(logits, settings.min_p) if settings.min_p > 0 else logits
+
+
 def sample(
     logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None, key: mx.array | None = None
 ) -> mx.array:

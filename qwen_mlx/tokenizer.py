@@ -63,6 +63,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._names)
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Every token's name by id; "" for ids that only pad."""
+        return self._names
+
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From a GGUF's `tokenizer.*` metadata. Raises GGUFError naming the field that is missing or wrong."""

@@ -1,0 +1,375 @@
+"""Speculative decoding: greedy ids are plain greedy's, sampled tokens have the model's distribution, and it pays."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as T
+
+from qwen_mlx import QwenMLXError, SamplingSettings, generate, load, stream_generate
+from qwen_mlx.backend import mx
+from qwen_mlx.generate import main
+from qwen_mlx.generation import GenerationStats, encode_prompt, generate_ids
+from qwen_mlx.prompt_cache import PromptCache
+from qwen_mlx.sampling import processed_logits
+from qwen_mlx.speculative import (
+    PAUSE,
+    ModelDraft,
+    Pace,
+    PromptLookup,
+    Proposal,
+    _accept_or_draw,
+    check_vocabulary,
+    load_draft,
+    speculative_ids,
+)
+from tests.small_models import hf_model, write_gguf
+
+PROMPT = "hello world, hello"
+GREEDY = SamplingSettings()
+steady = count().__next__  # a clock by which every round takes as long as any other, so that drafting never pauses
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speculative")
+    write_gguf(folder / "model.gguf", hf_model(max_position_embeddings=256), T.Q8_0)
+    # A draft that is often right: the model itself, more coarsely quantized. Its embedding has no fewer rows.
+    write_gguf(folder / "near.gguf", hf_model(max_position_embeddings=256), T.Q4_0)
+    write_gguf(folder / "other.gguf", hf_model(1, num_hidden_layers=1, max_position_embeddings=256))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(files: Path):
+    return load(files / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def drafts(files: Path, small) -> dict[str, object]:
+    models = {name: load_draft(files / f"{name}.gguf", small[1]) for name in ("near", "other")}
+    return {"lookup": PromptLookup(), "itself": ModelDraft(small[0]), **models}
+
+
+@pytest.mark.parametrize("name", ["lookup", "itself", "near", "other"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingSettings(repetition_penalty=1.1)], ids=["plain", "penalty"])
+def test_greedy_ids_are_those_of_plain_greedy(small, drafts, name: str, sampling: SamplingSettings):
+    model, tokenizer = small
+    prompt = encode_prompt(tokenizer, PROMPT)
+    expected = list(islice(generate_ids(model, prompt, sampling=sampling), 80))
+    for most in (1, 5, 32):
+        stats = GenerationStats()
+        loop = {"draft": drafts[name], "draft_tokens": most, "sampling": sampling, "stats": stats, "clock": steady}
+        assert list(islice(speculative_ids(model, prompt, **loop), 80)) == expected
+        assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
+        assert stats.paused_tokens == 0
+        if name == "itself":
+            assert stats.acceptance_rate == 1
+        if name in ("itself", "near"):
+            assert stats.accepted_tokens > 10
+
+
+def test_text_statistics_and_both_caches_are_those_of_plain_generation(small, drafts):
+    """Wherever a consumer stops, the caches hold what was read, so that a next turn starts there."""
+    model, tokenizer = small
+    plain = list(stream_generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0))
+    for stop in (1, 2, 9, 23, 40):
+        prompt_cache, draft = PromptCache(model), drafts["near"]
+        settings = {"max_tokens": 40, "temperature": 0, "prompt_cache": prompt_cache, "draft": draft}
+        chunks = list(islice(stream_generate(model, tokenizer, PROMPT, **settings), stop))
+        assert [(c.text, c.token, c.finish_reason) for c in chunks] == [
+            (c.text, c.token, c.finish_reason) for c in plain[:stop]
+        ]
+        ids = [*encode_prompt(tokenizer, PROMPT), *(c.token for c in plain[:stop])]
+        assert prompt_cache.ids in (ids, ids[:-1])
+        assert {layer.offset for layer in prompt_cache.layers} == {len(prompt_cache.ids)}
+        follow = [*ids, *tokenizer.encode(" and then")]
+        expected = generate(model, tokenizer, follow, max_tokens=20, temperature=0)
+        assert generate(model, tokenizer, follow, **(settings | {"max_tokens": 20})) == expected
+    cache = model.make_cache()
+    list(stream_generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0, cache=cache, draft="prompt-lookup"))
+    assert {layer.offset for layer in cache} == {len(encode_prompt(tokenizer, PROMPT)) + 29}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_cache_serves(tmp_path: Path, bits: int):
+    """While its newest tokens are floats, the ids are the same; later, blocks are quantized at other moments."""
+    wide = hf_model(num_attention_heads=2, num_key_value_heads=1)
+    model, tokenizer = load(write_gguf(tmp_path / "m.gguf", wide))
+    prompt, made = encode_prompt(tokenizer, PROMPT), []
+    for draft in (None, "prompt-lookup"):
+        cache = model.make_cache(bits=bits)
+        settings = {"max_tokens": 150, "temperature": 0, "cache": cache, "draft": draft}
+        made.append([chunk.token for chunk in stream_generate(model, tokenizer, prompt, **settings)])
+        assert {layer.offset for layer in cache} == {len(prompt) + 149}
+    assert made[0][: 120 - len(prompt)] == made[1][: 120 - len(prompt)]
+
+
+def test_prompt_lookup_continues_the_longest_and_latest_match():
+    def propose(ids: list[int], most: int = 4) -> list[int]:
+        lookup = PromptLookup()
+        lookup.propose(ids[: len(ids) // 2], most, GREEDY, None)  # what it has read before does not matter
+        lookup.propose([7, 7, *ids[1:]], most, GREEDY, None)
+        found = lookup.propose(ids, most, GREEDY, None).ids
+        assert found == PromptLookup().propose(ids, most, GREEDY, None).ids
+        return found
+
+    assert propose([1, 2, 3, 4, 5, 6, 1, 2]) == [3, 4, 5, 6]
+    assert propose([1, 2, 3, 9, 1, 2, 5, 9, 1, 2]) == [5, 9, 1, 2]  # 9 1 2, then of 1 2 the latest
+    assert propose([0, 1, 2, 3, 9, 1, 2, 5, 0, 1, 2]) == [3, 9, 1, 2]  # 0 1 2 wins over a later 1 2
+    assert propose([1, 2, 1, 2, 1]) == [2, 1, 2, 1]  # a period goes on past the end
+    assert propose([1, 2, 3, 4]) == propose([1]) == []
+
+
+def excess(counts: Counter[int], p: np.ndarray) -> float:
+    """Pearson's chi-square statistic, cells with an expectation under 5 joined, divided by the value that chance
+    exceeds once in 10,000 (Wilson and Hilferty 1931)."""
+    n = sum(counts.values())
+    assert all(p[token] > 0 for token in counts), "a token that is ruled out was drawn"
+    few = p * n < 5
+    cells = [(counts[i], p[i] * n) for i in np.flatnonzero(~few)]
+    cells.append((sum(counts[i] for i in np.flatnonzero(few)), p[few].sum() * n))
+    df = sum(expected > 0 for _, expected in cells) - 1
+    limit = df * (1 - 2 / (9 * df) + 3.72 * math.sqrt(2 / (9 * df))) ** 3
+    return sum((seen - expected) ** 2 / expected for seen, expected in cells if expected > 0) / limit
+
+
+def test_a_replaced_proposal_leaves_the_distribution_as_it_is():
+    """3,000 draws a draft among 12 tokens: a law that is off by 0.1 in total variation is seen 99 times in 100. The
+    draft's own law, which keeping every proposal would give, is far beyond that."""
+    rng, n, size = np.random.default_rng(3), 3000, 12
+
+    def law(size: int) -> mx.array:
+        return mx.softmax(mx.array(rng.normal(size=(1, size)).astype(np.float32) * 1.5), axis=-1)
+
+    p = law(size)
+    exact = np.array(p)[0].astype(np.float64)
+    keys = mx.random.split(mx.random.key(11), n)
+    # Embeddings of other sizes, as padding, are the last two.
+    for q, certain in itertools.product((law(size), p, law(size - 2), law(size + 2)), (False, True)):
+        proposed = mx.random.categorical(mx.log(q), num_samples=n, key=mx.random.key(5))[0].tolist()
+        made = [_accept_or_draw(mx.log(p), i, None if certain else q, key) for i, key in zip(proposed, keys)]
+        assert excess(Counter(made), exact) < 1
+        if q is not p and q.shape == p.shape:
+            assert excess(Counter(proposed), exact) > 10
+
+
+class Fixed:
+    """Proposes the same tokens always, without a distribution."""
+
+    draft_tokens = 2
+
+    def __init__(self, ids: list[int]):
+        self.ids = ids
+
+    def propose(self, ids, count, sampling, key):
+        return Proposal(self.ids[:count])
+
+
+@pytest.mark.parametrize("kind", ["certain", "drawn"])
+def test_sampled_tokens_have_the_models_distribution(small, drafts, kind: str):
+    """The first three tokens of 800 answers, against the exact law that the model's logits give: one that is off by
+    0.15 in total variation is seen 9 times in 10 at least."""
+    model, tokenizer = small
+    sampling = SamplingSettings(temperature=0.7, top_k=6, top_p=0.95, repetition_penalty=1.1)
+    prompt = tokenizer.encode("hello hello hello, hello")
+
+    def law(ids: list[int]) -> np.ndarray:
+        logits = model(mx.array([ids]), logits_to_keep=1)[:, -1]
+        return np.array(mx.softmax(processed_logits(logits, sampling, mx.array([ids])), axis=-1))[0].astype(np.float64)
+
+    first = law(prompt)
+    second, third = np.zeros_like(first), np.zeros_like(first)
+    for a in map(int, np.flatnonzero(first)):
+        then = law([*prompt, a])
+        second += first[a] * then
+        for b in map(int, np.flatnonzero(then)):
+            third += first[a] * then[b] * law([*prompt, a, b])
+    likely = [int(np.argmax(law_)) for law_ in (second, third)]
+    draft = Fixed(likely) if kind == "certain" else drafts["near"]
+    cache, stats = model.make_cache(), GenerationStats()
+    model(mx.array([prompt[:-1]]), cache)
+    counts: list[Counter[int]] = [Counter(), Counter(), Counter()]
+    for seed in range(800):
+        loop = {"draft": draft, "sampling": sampling, "seed": seed, "stats": stats, "cache": cache, "clock": steady}
+        made = list(islice(speculative_ids(model, prompt[-1:], cached_ids=prompt[:-1], **loop), 3))
+        for layer in cache:
+            layer.trim(layer.offset - len(prompt) + 1)
+        for place, token in zip(counts, made):
+            place[token] += 1
+    assert 100 < stats.accepted_tokens < stats.drafted_tokens - 100
+    for place, p in zip(counts, (first, second, third)):
+        assert excess(place, p) < 1
+
+
+def test_a_seed_repeats_and_another_differs(small, drafts):
+    model, tokenizer = small
+    settings = {
+        "max_tokens": 30,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "draft": ModelDraft(drafts["near"].model),
+    }
+    texts = [generate(model, tokenizer, PROMPT, seed=seed, **settings) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_drafting_pauses_while_it_is_slower_and_resumes_when_it_is_not():
+    pace = Pace()
+    assert not pace.wants_plain
+    pace.plain(1.0)
+    pauses = []
+    for _ in range(3):
+        while not (pause := pace.pause()):
+            pace.round(4, 2, 2.1)  # two tokens in more than the time of two plain steps
+        pauses.append(pause)
+    assert pauses == [PAUSE, 2 * PAUSE, 4 * PAUSE]
+    for _ in range(20):
+        pace.round(4, 2, 1.9)
+        assert pace.pause() == 0
+    assert pace.wants_plain  # to compare with
+    pace.plain(0.5)
+    assert not pace.wants_plain
+    for _ in range(8):  # plain steps have become as fast
+        pace.plain(0.5)
+    assert pace.pause() == PAUSE
+
+
+class Useless:
+    """A draft that proposes one wrong token, slowly."""
+
+    draft_tokens = 4
+
+    def __init__(self, clock: Clock, wrong: int):
+        self.clock, self.wrong = clock, wrong
+
+    def propose(self, ids, count, sampling, key):
+        self.clock.now += 10
+        return Proposal([self.wrong])
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def test_a_slow_draft_is_switched_off_and_the_text_is_the_same(small):
+    model, tokenizer = small
+    prompt = encode_prompt(tokenizer, PROMPT)
+    expected = list(islice(generate_ids(model, prompt, sampling=GREEDY), 120))
+    wrong = next(i for i in range(model.config.vocab_size) if i not in expected)
+    clock, stats = Clock(), GenerationStats()
+    loop = {"draft": Useless(clock, wrong), "sampling": GREEDY, "stats": stats, "clock": clock}
+    assert list(islice(speculative_ids(model, prompt, **loop), 120)) == expected
+    assert stats.acceptance_rate == 0
+    assert 80 < stats.paused_tokens < 119
+    assert stats.drafted_tokens <= 3 * 9
+
+
+def test_nothing_is_proposed_beyond_the_last_token(small, drafts):
+    model, tokenizer = small
+    for most in (1, 2, 3, 7):
+        cache = model.make_cache()
+        chunks = list(
+            stream_generate(
+                model, tokenizer, PROMPT, max_tokens=most, temperature=0, cache=cache, draft=drafts["itself"]
+            )
+        )
+        assert len(chunks) == most
+        assert chunks[-1].stats.drafted_tokens <= most - 1
+
+
+def test_a_draft_that_has_no_more_context_leaves_the_model_alone(files: Path, small, tmp_path: Path):
+    model, tokenizer = small
+    short = load_draft(write_gguf(tmp_path / "d.gguf", hf_model(max_position_embeddings=32)), tokenizer)
+    expected = generate(model, tokenizer, PROMPT, max_tokens=60, temperature=0)
+    assert generate(model, tokenizer, PROMPT, max_tokens=60, temperature=0, draft=short) == expected
+
+
+def test_logits_that_are_not_finite_are_refused(files: Path, drafts):
+    model, tokenizer = load(files / "model.gguf")
+    tokens = speculative_ids(model, encode_prompt(tokenizer, PROMPT), draft=drafts["near"], sampling=GREEDY)
+    next(tokens)
+    model.model.norm.weight = model.model.norm.weight * math.nan
+    with pytest.raises(QwenMLXError, match="not finite"):
+        next(tokens)
+
+
+def test_impossible_settings_are_refused_by_name(small, drafts):
+    model, tokenizer = small
+
+    def refused(match: str, **arguments) -> None:
+        with pytest.raises(QwenMLXError, match=match):
+            stream_generate(model, tokenizer, PROMPT, **arguments)
+
+    refused("RotatingKVCache cannot take back", cache=model.make_cache(max_size=64), draft="prompt-lookup")
+    rotating = PromptCache(model, lambda: model.make_cache(max_size=64))
+    refused("RotatingKVCache cannot take back", prompt_cache=rotating, draft=drafts["near"])
+    refused("draft is 'lookup', expected", draft="lookup")
+    refused("draft is 5, expected", draft=5)
+    refused("draft_tokens is given without a draft", draft_tokens=4)
+    for value in (0, 33, -1, 2.0, True):
+        refused(f"draft_tokens is {value!r}, expected 1 to 32", draft="prompt-lookup", draft_tokens=value)
+
+
+def test_vocabularies_are_compared_by_token_and_padding_does_not_count():
+    check_vocabulary(["a", "b", "", ""], ["a", "b", ""], "it")
+    for other in (["a", "c", ""], ["a"], ["a", "b", "c"]):
+        with pytest.raises(QwenMLXError, match="it has another vocabulary than the model: its token"):
+            check_vocabulary(["a", "b", ""], other, "it")
+
+
+def test_a_draft_with_another_vocabulary_is_refused_before_weights_are_read(files: Path, small, tmp_path: Path, capfd):
+    def spoil(writer, tensors) -> None:
+        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        tokens[5], tokens[6] = tokens[6], tokens[5]
+
+    path = write_gguf(tmp_path / "d.gguf", hf_model(), edit=spoil)
+    file = path.read_bytes()
+    path.write_bytes(file[: len(file) - 1000] + bytes([255]) * 1000)  # not a number: reading the weights would say so
+    with pytest.raises(QwenMLXError, match=r"d\.gguf has another vocabulary than the model: its token 5"):
+        load_draft(path, small[1])
+    # On the command line neither model's weights are read: those of the model are cut off here.
+    damaged = tmp_path / "m.gguf"
+    damaged.write_bytes((files / "model.gguf").read_bytes())
+    with pytest.raises(QwenMLXError, match=r"--draft .*d\.gguf has another vocabulary"):
+        main(["--model", str(damaged), "--draft", str(path), "--prompt", "x"])
+
+
+def test_command_line(files: Path, capfd):
+    model = ["--model", str(files / "model.gguf"), "--prompt", PROMPT, "--temp", "0", "--max-tokens", "40"]
+    assert main(model) == 0
+    plain = capfd.readouterr().out
+    for draft in ("prompt-lookup", str(files / "near.gguf")):
+        assert main([*model, "--draft", draft, "--draft-tokens", "3"]) == 0
+        out, err = capfd.readouterr()
+        assert out == plain
+        assert " accepted (" in err
+    for arguments, match in (
+        (["--draft-tokens", "3"], "--draft-tokens needs --draft"),
+        (["--draft", "prompt-lookup", "--draft-tokens", "0"], "--draft-tokens is 0, expected 1 to 32"),
+    ):
+        with pytest.raises(QwenMLXError, match=match):
+            main([*model[:4], *arguments])
+
+
+def test_real_model(real_gguf: Path):
+    """Greedy text of the real file, with itself as the draft and from the prompt."""
+    model, tokenizer = load(real_gguf)
+    prompt = encode_prompt(tokenizer, "Repeat exactly:\ndef area(radius):\n    return 3.14159 * radius * radius\n")
+    expected = list(islice(generate_ids(model, prompt, sampling=GREEDY), 24))
+    for draft in (PromptLookup(), ModelDraft(model)):
+        stats = GenerationStats()
+        loop = {"draft": draft, "sampling": GREEDY, "stats": stats, "clock": steady}
+        assert list(islice(speculative_ids(model, prompt, **loop), 24)) == expected
+        assert stats.accepted_tokens >= 8
