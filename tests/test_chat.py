@@ -632,3 +632,17 @@ def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch):
     assert not set(written) & set(map(chr, [*range(9), *range(11, 32), *range(0x7F, 0xA0)]))
     assert "a" in written
     assert "title" in written
+
+
+def test_benchmark(path: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.cpu_chat", "--model", path, "--output", tmp_path / "o.json"]
+    sizes = ["--max-tokens", "5", "--saved-tokens", "50"]
+    done = subprocess.run(
+        [*command, *sizes], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["saved"]["tokens"] == 50
+    read = [[turn["read"] for turn in report[kind]] for kind in ("cached", "plain")]
+    assert all(a < b for a, b in zip(*(turns[1:] for turns in read)))
+    assert [turn["answer"] for turn in report["cached"]] == [turn["answer"] for turn in report["plain"]]
