@@ -10,6 +10,7 @@ from .errors import QwenMLXError
 
 STEP = 256  # tokens: room is a multiple of it
 BLOCK = 64  # tokens whose quantized keys share a scale
+TAIL = 16  # tokens of a decoding step's tail
 GROWTH = 16  # a full buffer grows by a sixteenth: at 128k tokens it is copied 16 times a doubling, not every STEP
 
 
@@ -25,7 +26,9 @@ class KVCache:
 
     def __init__(self) -> None:
         self.offset = 0
-        self._parts: tuple[mx.array, ...] = ()  # the buffers, tokens on axis 2
+        self._buffers: tuple[mx.array, ...] = ()
+        self._newest: mx.array | None = None  # of a decoding step: tokens from `_filled` on
+        self._filled = 0
         self._reserved = 0
 
     def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
@@ -37,18 +40,42 @@ class KVCache:
         keys, values = self.update(kv)
         return ops.attention(q, keys, values, scale, mask)
 
-    def buffer_for_one(self) -> mx.array:
-        """The buffer (B, 2 n_kv_heads, room, head_dim) of a plain cache that holds something, with room at `offset`.
+    def tail_for_one(self) -> tuple[mx.array, mx.array, int]:
+        """For one more token of a plain cache that holds something: the buffer (1, 2 n_kv_heads, room, head_dim), the
+        tail (1, 2 n_kv_heads, TAIL, head_dim) of the newest tokens, and how many tokens lie before the tail.
 
-        Whoever writes one token there hands the new buffer to `advance`.
+        Whoever puts the token into a new tail hands that to `advance`. The buffer is written once in TAIL tokens, so
+        that a step's arrays keep their shapes and none is written in place.
         """
-        self._make_room(self._parts, self.offset, self.offset + 1)
-        return self._parts[0]
+        if self._newest is None or not 0 <= self.offset - self._filled < TAIL:
+            batch, heads, _, head_dim = self._parts[0].shape  # the buffer then holds all
+            self._filled = self.offset
+            self._make_room(self._buffers, self.offset, self.offset + TAIL)
+            self._newest = mx.zeros((batch, heads, TAIL, head_dim), self._buffers[0].dtype)
+        return self._buffers[0], self._newest, self._filled
 
-    def advance(self, buffer: mx.array) -> None:
-        """Takes the buffer with one more token in it."""
-        self._parts = (buffer,)
+    def advance(self, tail: mx.array) -> None:
+        """Takes the tail with one more token in it."""
+        self._newest = tail
         self.offset += 1
+
+    def flush(self) -> None:
+        """Puts the tail's tokens into the buffer."""
+        self._parts  # noqa: B018 - does it
+
+    @property
+    def _parts(self) -> tuple[mx.array, ...]:
+        """The buffers, with the tail's tokens in them: what `_pack` makes of keys and values, tokens on axis 2."""
+        if self._newest is not None:
+            tail, self._newest = self._newest, None
+            held = self.offset - self._filled
+            if held > 0:  # fewer if tokens were taken back meanwhile
+                self._buffers[0][:, :, self._filled : self.offset] = tail[:, :, :held]
+        return self._buffers
+
+    @_parts.setter
+    def _parts(self, buffers: tuple[mx.array, ...]) -> None:
+        self._buffers = buffers
 
     def update(self, kv: mx.array) -> tuple[mx.array, mx.array]:
         """Appends keys and values (B, L, 2, n_kv_heads, head_dim), rotated, and returns all held, newest last."""

@@ -1,8 +1,8 @@
-"""One token through the whole model on a GPU, in seven launches a layer.
+"""One token through the whole model on a GPU, in five launches a layer.
 
 The same equations as model.py's, which reads like the paper: here the norm, the product and what follows it are one
-kernel each (ops/matvec.py), and attention reads the cache's buffer up to the token's position (ops/attend.py), so that
-no shape changes from token to token: the graph is built once, until the buffer grows.
+kernel each (ops/matvec.py), and attention reads the cache as it lies, up to the token's position (ops/attend.py), so
+that no shape changes from token to token: the graph is built once, until the cache's buffer grows.
 """
 
 from __future__ import annotations
@@ -66,31 +66,35 @@ class Step:
 
     def __call__(self, input_ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
         """Logits (1, 1, vocab_size) of the token after input_ids (1, 1); the cache then holds that token too."""
-        offset = mx.array([cache[0].offset], mx.int32)
-        buffers = [layer.buffer_for_one() for layer in cache]
-        logits, *buffers = self._compiled(input_ids, offset, *buffers, *self._arrays)
-        for layer, buffer in zip(cache, buffers, strict=True):
-            layer.advance(buffer)
+        buffers, tails, filled = zip(*(layer.tail_for_one() for layer in cache))
+        if len(set(filled)) > 1:  # someone looked into one layer's cache meanwhile
+            for layer in cache:
+                layer.flush()
+            buffers, tails, filled = zip(*(layer.tail_for_one() for layer in cache))
+        place = mx.array([cache[0].offset, filled[0]], mx.int32)
+        logits, *tails = self._compiled(input_ids, place, *buffers, *tails, *self._arrays)
+        for layer, tail in zip(cache, tails, strict=True):
+            layer.advance(tail)
         return logits
 
-    def _run(self, input_ids: mx.array, offset: mx.array, *rest: mx.array) -> list[mx.array]:
+    def _run(self, input_ids: mx.array, place: mx.array, *rest: mx.array) -> list[mx.array]:
         config, eps = self._config, self._config.rms_norm_eps
-        n_heads, n_kv_heads, scale = config.n_heads, config.n_kv_heads, config.head_dim**-0.5
-        buffers, arrays = list(rest[: config.n_layers]), iter(rest[config.n_layers :])
+        n_layers, n_heads, scale = config.n_layers, config.n_heads, config.head_dim**-0.5
+        buffers, tails, arrays = rest[:n_layers], list(rest[n_layers : 2 * n_layers]), iter(rest[2 * n_layers :])
         embedding = _take(self._embedding, arrays)
-        table = ops.rotation_table(offset, self._rotary)
-        h = ops.unpack(embedding[0], buffers[0].dtype, input_ids)
+        table = ops.rotation_table(place, self._rotary)
+        h = ops.unpack(embedding[0], tails[0].dtype, input_ids)
         for i, (qkv, o_proj, gate_up, down_proj) in enumerate(self._layers):
             norm = next(arrays), eps
             parts, bias = _take(qkv, arrays), next(arrays)
             if len(parts) == 1:
-                q, kv = ops.matvec_qkv(h, parts[0], bias, norm, table, n_heads, n_kv_heads)
+                q, tails[i] = ops.matvec_qkv(h, parts[0], bias, norm, table, tails[i], place, n_heads)
             else:  # q, k and v are stored differently, as in most files of mixed types
                 joined = mx.concatenate([ops.matvec(h, part, norm) for part in parts], axis=-1)
-                q, kv = ops.qkv_rope(joined, bias, offset, self._rotary, n_heads, n_kv_heads, join_kv=True)
-                q, kv = q.reshape(1, n_heads, 1, -1), kv.reshape(1, 2 * n_kv_heads, 1, -1)
-            buffers[i] = mx.slice_update(buffers[i], kv, offset, axes=[2])
-            out = ops.attend_one(q, buffers[i], offset, scale, self._windows[i])
+                q, kv = ops.qkv_rope(joined, bias, place[:1], self._rotary, n_heads, config.n_kv_heads, join_kv=True)
+                q, kv = q.reshape(1, n_heads, 1, -1), kv.reshape(1, 2 * config.n_kv_heads, 1, -1)
+                tails[i] = ops.put_in_tail(tails[i], kv, place)
+            out = ops.attend_one(q, buffers[i], tails[i], place, scale, self._windows[i])
             h = ops.matvec(out, _take(o_proj, arrays)[0], residual=h)
             norm, parts = (next(arrays), eps), _take(gate_up, arrays)
             if len(parts) == 1:
@@ -100,7 +104,7 @@ class Step:
             h = ops.matvec(act, _take(down_proj, arrays)[0], residual=h)
         norm = next(arrays), eps
         head = embedding if self._head is None else _take(self._head, arrays)
-        return [ops.matvec(h, head[0], norm), *buffers]
+        return [ops.matvec(h, head[0], norm), *tails]
 
     def _array(self, owner: nn.Module, name: str) -> None:
         self._held.append((owner, name, owner[name]))

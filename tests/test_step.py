@@ -75,6 +75,40 @@ def test_a_token_gets_the_logits_of_the_plain_equations(form: str, tied: bool):
     assert fused[0].offset == 6
 
 
+def test_caches_looked_into_taken_back_and_continued_between_steps():
+    """Forty steps, past two tails, with every other use of a cache in between: as without steps."""
+    model = model_of("dense", True)
+    plain, fused = model.make_cache(), model.make_cache()
+
+    def same(a: mx.array, b: mx.array) -> None:
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=0, atol=2e-5 * float(mx.abs(b).max()))
+
+    def feed(ids: list[int]) -> None:
+        expected = model(mx.array([ids]), plain)
+        with emulate():
+            same(model(mx.array([ids]), fused), expected)
+
+    with ops.no_grad():
+        feed([5, 17, 200, 3])
+        for token in range(20):
+            feed([token])
+        same(fused[1].state[0], plain[1].state[0])  # one layer alone
+        feed([30])
+        for cache in (plain, fused):
+            for layer in cache:
+                layer.trim(3)
+        feed([31])
+        feed([40, 41, 42])
+        for token in range(17):
+            feed([50 + token])
+        for cache in (plain, fused):
+            for layer in cache:
+                layer.trim(25)
+        feed([60])
+        for mine, theirs in zip(fused, plain):
+            same(mx.concatenate(mine.state), mx.concatenate(theirs.state))
+
+
 def test_what_a_step_does_not_serve():
     model = model_of("dense", True)
     one, two = mx.array([[1]]), mx.array([[1, 2]])

@@ -1,8 +1,10 @@
 // MLX's affine packing: w (rows, K BITS / 32) words of codes, scales and biases (rows, K / GROUP); BITS 4 or 8.
 // An element is scale * code + bias. Chunk: 16 bytes of codes, which never cross a group.
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename W, typename S,
-          typename B, typename E, typename X>
-FUNCTION Pack<R> row_dots(W w, S scales, B biases, E, X x, Rows<R> rows, uint first) {
+#define MATRIX w, scales, biases
+
+template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W,
+          typename S, typename B>
+FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w, S scales, B biases) {
   constexpr int CODES = 32 / BITS;   // in a word
   constexpr int N = 4 * CODES;       // in a chunk
   constexpr int CHUNKS = K / N;

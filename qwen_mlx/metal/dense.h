@@ -1,7 +1,8 @@
 // A dense matrix w (rows, K) of T. Chunk: 16 bytes.
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename W, typename S,
-          typename B, typename E, typename X>
-FUNCTION Pack<R> row_dots(W w, S, B, E, X x, Rows<R> rows, uint first) {
+#define MATRIX w
+
+template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W>
+FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
   constexpr int N = 16 / sizeof(T);
   constexpr int CHUNKS = K / N;
   Pack<R> sums;

@@ -36,14 +36,14 @@ FUNCTION void norm_row(X x, Weight weight, Out out, Partial partial, float eps, 
 }
 
 // What the matrix-vector kernels do alike: a unit of R rows belongs to SPLIT simdgroups, whose sums meet in `partial`.
-template <typename T, int BITS, int GROUP, int K, int R, int SPLIT, int DEPTH, typename W, typename W2, typename W3,
-          typename W4, typename X, typename Partial>
-FUNCTION void partial_sums(W w, W2 w2, W3 w3, W4 w4, X x, Rows<R> rows, Partial partial, uint lane, uint simd) {
+template <typename T, int BITS, int GROUP, int K, int R, int SPLIT, int DEPTH, typename X, typename Partial,
+          typename W, typename... Rest>
+FUNCTION void partial_sums(X x, Rows<R> rows, Partial partial, uint lane, uint simd, W w, Rest... rest) {
   const uint first = simd % uint(SPLIT) * uint(SIMD_WIDTH) + lane;
   constexpr int STEP = SIMD_WIDTH * SPLIT;
   const Pack<R> sums = is_aligned(w) && is_aligned(x)
-                           ? row_dots<T, BITS, GROUP, K, R, STEP, DEPTH, true>(w, w2, w3, w4, x, rows, first)
-                           : row_dots<T, BITS, GROUP, K, R, STEP, DEPTH, false>(w, w2, w3, w4, x, rows, first);
+                           ? row_dots<T, BITS, GROUP, K, R, STEP, DEPTH, true>(x, rows, first, w, rest...)
+                           : row_dots<T, BITS, GROUP, K, R, STEP, DEPTH, false>(x, rows, first, w, rest...);
   for (int r = 0; r < R; ++r) {
     const float sum = metal::simd_sum(sums.v[r]);
     if (lane == 0u) {

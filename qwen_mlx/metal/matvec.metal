@@ -1,4 +1,4 @@
-// out = T(W x) + residual for one vector x (K); w, w2, w3, w4: the matrix (ROWS, K), see its format's header; residual and
+// out = T(W x) + residual for one vector x (K); MATRIX: the matrix (ROWS, K), see its format's header; residual and
 // out (ROWS), T. With NORM x is normed first, with weight (K) and EPS, the bits of eps. A unit is R rows.
 // Template: T, K, ROWS, R, SPLIT, DEPTH, THREADS, NORM, ADD, EPS, BITS, GROUP.
 constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
@@ -16,9 +16,9 @@ if (NORM) {
 if (unit * uint(R) < uint(ROWS)) {
   const Rows<R> rows = rows_of<R, 0, ROWS>(unit);
   if (NORM) {
-    partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(w, w2, w3, w4, &normed[0].v[0], rows, partial, lane, simd);
+    partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(&normed[0].v[0], rows, partial, lane, simd, MATRIX);
   } else {
-    partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(w, w2, w3, w4, x, rows, partial, lane, simd);
+    partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(x, rows, partial, lane, simd, MATRIX);
   }
 }
 metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);

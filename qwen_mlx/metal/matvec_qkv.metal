@@ -1,8 +1,11 @@
-// q | k | v = T(T(W norm(x)) + bias) for one vector x (K), q and k turned; w, w2, w3, w4: the matrix ((HEADS + 2 KV) 2 HALF, K),
-// see its format's header; weight (K) and EPS, the bits of eps, of the norm; table (HALF, 4) of rotation.metal; q and kv T.
-// A unit is R / 2 pairs of elements HALF apart. Template: T, K, HEADS, KV, HALF, R, SPLIT, DEPTH, THREADS, EPS, BITS, GROUP.
+// q | k | v = T(T(W norm(x)) + bias) for one vector x (K), q and k turned. MATRIX: W ((HEADS + 2 KV) 2 HALF, K), see its format's
+// header; weight (K) and EPS, the bits of eps, of the norm; table (HALF, 4) of rotation.metal; place (2) int32: the position,
+// and how many tokens lie before the tail. q (HEADS, 2 HALF), T. new_tail (2 KV, TAIL, 2 HALF), T: tail, k and v put at
+// place[0] - place[1]. A unit is R / 2 pairs of elements HALF apart.
+// Template: T, K, HEADS, KV, HALF, TAIL, R, SPLIT, DEPTH, THREADS, EPS, BITS, GROUP.
 constexpr int PAIRS = (HEADS + 2 * KV) * HALF;
 constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
+constexpr uint GROUPS = uint((PAIRS + UNITS * R / 2 - 1) / (UNITS * R / 2));
 threadgroup float partial[THREADS / SIMD_WIDTH * R];
 threadgroup Staged<T> normed[K * sizeof(T) / 16];
 
@@ -11,9 +14,15 @@ const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 const uint first_unit = threadgroup_position_in_grid.x * uint(UNITS);
 const uint unit = first_unit + simd / uint(SPLIT);
+const uint slot = uint(place[0] - place[1]);
+for (uint i = threadgroup_position_in_grid.x * uint(THREADS) + id; i < uint(4 * KV * TAIL * HALF); i += GROUPS * uint(THREADS)) {
+  if (i / uint(2 * HALF) % uint(TAIL) != slot) {
+    new_tail[i] = tail[i];
+  }
+}
 norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
 if (unit * uint(R / 2) < uint(PAIRS)) {
-  partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(w, w2, w3, w4, &normed[0].v[0], rows_of<R, HALF, PAIRS>(unit), partial, lane, simd);
+  partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(&normed[0].v[0], rows_of<R, HALF, PAIRS>(unit), partial, lane, simd, MATRIX);
 }
 metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 const uint pair = first_unit * uint(R / 2) + id;
@@ -35,8 +44,8 @@ if (id < uint(UNITS * R / 2) && pair < uint(PAIRS)) {
     q[at] = T(a);
     q[at + uint(HALF)] = T(b);
   } else {
-    at -= uint(HEADS * 2 * HALF);
-    kv[at] = T(a);
-    kv[at + uint(HALF)] = T(b);
+    at = ((head - uint(HEADS)) * uint(TAIL) + slot) * uint(2 * HALF) + i;
+    new_tail[at] = T(a);
+    new_tail[at + uint(HALF)] = T(b);
   }
 }

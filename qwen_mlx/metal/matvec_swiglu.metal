@@ -1,4 +1,4 @@
-// out = T(T(silu(g)) u) with g | u = T(W norm(x)) for one vector x (K); w, w2, w3, w4: the matrix (2 F, K), gate first, see its
+// out = T(T(silu(g)) u) with g | u = T(W norm(x)) for one vector x (K); MATRIX: the matrix (2 F, K), gate first, see its
 // format's header; weight (K) and EPS, the bits of eps, of the norm; out (F), T. A unit is R / 2 columns.
 // Template: T, K, F, R, SPLIT, DEPTH, THREADS, EPS, BITS, GROUP.
 constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
@@ -12,7 +12,7 @@ const uint first_unit = threadgroup_position_in_grid.x * uint(UNITS);
 const uint unit = first_unit + simd / uint(SPLIT);
 norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
 if (unit * uint(R / 2) < uint(F)) {
-  partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(w, w2, w3, w4, &normed[0].v[0], rows_of<R, F, F>(unit), partial, lane, simd);
+  partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(&normed[0].v[0], rows_of<R, F, F>(unit), partial, lane, simd, MATRIX);
 }
 metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 const uint column = first_unit * uint(R / 2) + id;

@@ -1,6 +1,8 @@
 // GGUF's Q4_K as in the file: w (rows, K / 256, 36) words a block: d and dmin (float16), 8 scales and 8 minima of 6 bits in
 // 12 bytes, 128 bytes of codes; of each 32 bytes the low halves are one group of 32, the high halves the next.
 // An element is d * scale * code - dmin * minimum. Chunk: 16 bytes of codes.
+#define MATRIX w
+
 struct Q4KGroup {
   float scale, minimum;
 };
@@ -19,9 +21,8 @@ FUNCTION Q4KGroup q4_k_group(Words<4> head, uint group) {
   return result;
 }
 
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename W, typename S,
-          typename B, typename E, typename X>
-FUNCTION Pack<R> row_dots(W w, S, B, E, X x, Rows<R> rows, uint first) {
+template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W>
+FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
   constexpr int CHUNKS = K / 32;
   constexpr int LOAD = 16 / sizeof(T);
   Pack<R> sums;
@@ -90,8 +91,8 @@ FUNCTION Pack<R> row_dots(W w, S, B, E, X x, Rows<R> rows, uint first) {
 }
 
 // Elements column to column + 7 of a row; column is a multiple of 8.
-template <int K, typename W, typename S, typename B, typename E>
-FUNCTION Pack<8> eight_elements(W w, S, B, E, uint row, uint column) {
+template <int K, typename W>
+FUNCTION Pack<8> eight_elements(uint row, uint column, W w) {
   const uint block = (row * uint(K / 256) + column / 256u) * 36u;
   const uint group = column / 32u % 8u;
   const Words<4> head = load_words<4, true>(w, block);

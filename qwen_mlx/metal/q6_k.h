@@ -3,15 +3,17 @@
 // elements, d (rows, K / 256) float16 factors. An element is d * scale * (code - 32). Chunk: 64 elements of a block's
 // half, at 0, 32, 64 and 96 from its start and the same 16 further on.
 // As `mantissa<6>` of a code whose low 4 and high 2 bits lie in two words.
+#define MATRIX w, high, scales, factors
+
 FUNCTION float mantissa6(uint low, int low_shift, uint high, int high_shift) {
   const uint bottom = low_shift > 17 ? low >> uint(low_shift - 17) : low << uint(17 - low_shift);
   const uint top = high_shift > 21 ? high >> uint(high_shift - 21) : high << uint(21 - high_shift);
   return float_of_bits(int((bottom & 0x001e0000u) | (top & 0x00600000u) | 0x3f800000u));
 }
 
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename W, typename S,
-          typename B, typename E, typename X>
-FUNCTION Pack<R> row_dots(W w, S high_bits, B scales, E d_of, X x, Rows<R> rows, uint first) {
+template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W,
+          typename H, typename S, typename F>
+FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w, H high_bits, S scales, F factors) {
   constexpr int CHUNKS = K / 64;
   constexpr int LOAD = 16 / sizeof(T);
   Pack<R> sums;
@@ -38,7 +40,7 @@ FUNCTION Pack<R> row_dots(W w, S high_bits, B scales, E d_of, X x, Rows<R> rows,
           far[d * R + r] = load_words<4, ALIGNED>(w, half_block * 16u + 8u + second * 4u);
           high[d * R + r] = load_words<4, ALIGNED>(high_bits, half_block * 8u + second * 4u);
           scale[d * R + r] = load_words<2, ALIGNED>(scales, half_block * 2u);
-          factor[d * R + r] = float(d_of[half_block / 2u]);
+          factor[d * R + r] = float(factors[half_block / 2u]);
         }
       }
     }
@@ -86,8 +88,8 @@ FUNCTION Pack<R> row_dots(W w, S high_bits, B scales, E d_of, X x, Rows<R> rows,
 }
 
 // Elements column to column + 7 of a row; column is a multiple of 8.
-template <int K, typename W, typename S, typename B, typename E>
-FUNCTION Pack<8> eight_elements(W w, S high_bits, B scales, E d_of, uint row, uint column) {
+template <int K, typename W, typename H, typename S, typename F>
+FUNCTION Pack<8> eight_elements(uint row, uint column, W w, H high_bits, S scales, F factors) {
   const uint half_block = row * uint(K / 128) + column / 128u;
   const uint quarter = column / 32u % 4u;
   const uint word = column % 32u / 4u;
@@ -95,7 +97,7 @@ FUNCTION Pack<8> eight_elements(W w, S high_bits, B scales, E d_of, uint row, ui
   const Words<2> high = load_words<2, true>(high_bits, half_block * 8u + word);
   const uint at = quarter * 2u + column % 32u / 16u;  // of 8 scales
   const uint bits = scales[half_block * 2u + at / 4u] >> (at % 4u * 8u);
-  const float scale = float(d_of[half_block / 2u]) * float(int(bits << 24) >> 24);
+  const float scale = float(factors[half_block / 2u]) * float(int(bits << 24) >> 24);
   Pack<8> result;
   for (int k = 0; k < 8; ++k) {
     const uint bottom = (low.v[k / 4] >> (uint(k % 4 * 8) + quarter / 2u * 4u)) & 15u;

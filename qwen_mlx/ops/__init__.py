@@ -3,7 +3,7 @@
 from .attend import attend_one
 from .attention import attention
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
-from .matvec import matvec, matvec_qkv, matvec_swiglu, rotation_table
+from .matvec import matvec, matvec_qkv, matvec_swiglu, put_in_tail, rotation_table
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import Rotary, qkv_rope, rope
 from .swiglu import swiglu, swiglu_joined
@@ -24,6 +24,7 @@ __all__ = [
     "matvec_qkv",
     "matvec_swiglu",
     "no_grad",
+    "put_in_tail",
     "qkv_rope",
     "raw_matrix",
     "recording",

@@ -16,7 +16,7 @@ from .dispatch import Kernel, executor, float_bits, require, require_float, requ
 from .rms_norm import rms_norm
 from .rope import Rotary, scale_template, turns_of
 from .swiglu import swiglu_joined_reference
-from .unpack import Format, Matrix, unpack_reference
+from .unpack import ARRAYS, Format, Matrix, unpack_reference
 
 MAX_STAGED = 16384  # bytes of a normed vector in threadgroup memory
 
@@ -36,13 +36,13 @@ _ROTATION = Kernel("rotation", ("turns", "offset"), ("out",), ("rotary.h",))
 
 @functools.cache
 def _kernel(name: str, kind: str) -> Kernel:
-    first, last, outputs, headers = {
-        "matvec": (("x", "weight"), ("residual",), ("out",), ()),
-        "matvec_swiglu": (("x", "weight"), (), ("out",), ("silu.h",)),
-        "matvec_qkv": (("x", "weight"), ("bias", "table"), ("q", "kv"), ("rotary.h",)),
+    last, outputs, headers = {
+        "matvec": (("residual",), ("out",), ()),
+        "matvec_swiglu": ((), ("out",), ("silu.h",)),
+        "matvec_qkv": (("bias", "table", "tail", "place"), ("q", "new_tail"), ("rotary.h",)),
     }[name]
-    inputs = (*first, "w", "w2", "w3", "w4", *last)
-    return Kernel(name, inputs, outputs, ("rms.h", "rows.h", f"{kind}.h", "matvec.h", *headers), kind)
+    headers = ("rms.h", "rows.h", f"{kind}.h", "matvec.h", *headers)
+    return Kernel(name, ("x", "weight", *ARRAYS[kind], *last), outputs, headers, kind)
 
 
 def matvec(
@@ -68,7 +68,7 @@ def matvec(
         return y if residual is None else y + residual.reshape(y.shape)
     tuning = _tuning("matvec", matrix.format)
     template = (("ROWS", rows), ("NORM", norm is not None), ("ADD", residual is not None))
-    extra = (x if residual is None else residual,)
+    extra = (x if residual is None else residual,)  # not read without ADD
     units = -(-rows // tuning.rows)
     return _launch("matvec", x, matrix, norm, extra, template, tuning, units, [(1, 1, rows)])[0]
 
@@ -94,35 +94,57 @@ def matvec_qkv(
     bias: mx.array,
     norm: tuple[mx.array, float],
     table: mx.array,
+    tail: mx.array,
+    place: mx.array,
     n_heads: int,
-    n_kv_heads: int,
 ) -> tuple[mx.array, mx.array]:
-    """qkv_rope(matrix @ norm(x), bias) for one vector.
+    """qkv_rope(matrix @ norm(x), bias) for one vector, its key and value put among those of the tokens before it.
 
-    matrix: ((n_heads + 2 n_kv_heads) head_dim, columns); bias: its rows; table: rotation_table(...). Returns
-    q (1, n_heads, 1, head_dim) and kv (1, 2 n_kv_heads, 1, head_dim), keys first. Rounding and errors as matvec's and
+    matrix: ((n_heads + 2 n_kv_heads) head_dim, columns); bias: its rows; table: rotation_table(...);
+    tail (1, 2 n_kv_heads, tokens, head_dim): keys, then values, of the newest tokens; place: int32 (2,), the token's
+    position and the tail's. Returns q (1, n_heads, 1, head_dim) and the new tail. Rounding and errors as matvec's and
     qkv_rope's.
     """
     _check(x, matrix, norm)
     rows, half = matrix.format.rows, table.shape[0]
     require(
-        rows == (n_heads + 2 * n_kv_heads) * 2 * half,
-        lambda: f"matrix has {rows} rows, expected {n_heads} + 2 * {n_kv_heads} heads of {2 * half}.",
+        tail.ndim == 4 and tail.shape[3] == 2 * half and tail.shape[1] % 2 == 0 and tail.dtype == x.dtype,
+        lambda: (
+            f"tail has shape {tail.shape} and dtype {tail.dtype}, expected (1, 2 n_kv_heads, tokens, {2 * half}) and "
+            f"{x.dtype}."
+        ),
+    )
+    require(
+        rows == (n_heads + tail.shape[1]) * 2 * half,
+        lambda: f"matrix has {rows} rows, expected {n_heads} + {tail.shape[1]} heads of {2 * half}.",
     )
     require_like("bias", bias, (rows,), x.dtype)
-    shapes = [(1, n_heads, 1, 2 * half), (1, 2 * n_kv_heads, 1, 2 * half)]
+    require_like("place", place, (2,), mx.int32)
+    shape = (1, n_heads, 1, 2 * half)
     if not _on_kernel(x, matrix, norm):
-        y = (matvec_reference(x, matrix, norm) + bias).reshape(1, -1, 1, 2, half)
-        wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
-        cos, sin = (table[:, i].astype(wide) + table[:, i + 1].astype(wide) for i in (0, 2))
-        a, b = y[:, : n_heads + n_kv_heads, :, 0].astype(wide), y[:, : n_heads + n_kv_heads, :, 1].astype(wide)
-        turned = mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).astype(x.dtype)
-        both = mx.concatenate([turned, y[:, n_heads + n_kv_heads :]], axis=1).reshape(1, -1, 1, 2 * half)
-        return both[:, :n_heads], both[:, n_heads:]
+        q, kv = _turned(matvec_reference(x, matrix, norm) + bias, table, n_heads, tail.shape[1] // 2)
+        return q.reshape(shape), put_in_tail(tail, kv, place)
     tuning = _tuning("matvec_qkv", matrix.format)
     units = -(-rows // tuning.rows)
-    template = (("HEADS", n_heads), ("KV", n_kv_heads), ("HALF", half))
-    return tuple(_launch("matvec_qkv", x, matrix, norm, (bias, table), template, tuning, units, shapes))
+    template = (("HEADS", n_heads), ("KV", tail.shape[1] // 2), ("HALF", half), ("TAIL", tail.shape[2]))
+    extra = (bias, table, tail, place)
+    return tuple(_launch("matvec_qkv", x, matrix, norm, extra, template, tuning, units, [shape, tail.shape]))
+
+
+def put_in_tail(tail: mx.array, kv: mx.array, place: mx.array) -> mx.array:
+    """tail with kv (1, 2 n_kv_heads, 1, head_dim) at place[0] - place[1]."""
+    here = mx.arange(tail.shape[2]) == place[0] - place[1]
+    return mx.where(here[:, None], kv, tail)
+
+
+def _turned(y: mx.array, table: mx.array, n_heads: int, n_kv_heads: int) -> tuple[mx.array, mx.array]:
+    y = y.reshape(1, -1, 1, 2, table.shape[0])
+    wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
+    cos, sin = (table[:, i].astype(wide) + table[:, i + 1].astype(wide) for i in (0, 2))
+    a, b = (y[:, : n_heads + n_kv_heads, :, i].astype(wide) for i in (0, 1))
+    turned = mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).astype(y.dtype)
+    both = mx.concatenate([turned, y[:, n_heads + n_kv_heads :]], axis=1).reshape(1, y.shape[1], 1, -1)
+    return both[:, :n_heads], both[:, n_heads:]
 
 
 def matvec_reference(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None = None) -> mx.array:
@@ -141,8 +163,8 @@ def matvec_reference(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] |
 def rotation_table(offset: mx.array, rotary: Rotary) -> mx.array:
     """Cosine and sine of every pair's angle at position `offset`, each as a sum of two floats.
 
-    offset: (1,) int32. Returns (head_dim / 2, 4) float32: cosine, its rest, sine, its rest. Exact to 2^-48; YaRN's
-    attention factor is included. All layers of a step share it.
+    offset: int32, the position first. Returns (head_dim / 2, 4) float32: cosine, its rest, sine, its rest. Exact
+    to 2^-48; YaRN's attention factor is included. All layers of a step share it.
     """
     half = len(rotary.inv_freq)
     if executor() == "reference":
@@ -153,7 +175,7 @@ def rotation_table(offset: mx.array, rotary: Rotary) -> mx.array:
 
 
 def _rotation_table_reference(offset: mx.array, rotary: Rotary) -> mx.array:
-    angles = float(offset.item()) * np.array(rotary.inv_freq)
+    angles = float(offset[0].item()) * np.array(rotary.inv_freq)
     wide = [table(angles) * rotary.attention_factor for table in (np.cos, np.sin)]
     high = [values.astype(np.float32) for values in wide]
     low = [(values - rounded).astype(np.float32) for values, rounded in zip(wide, high)]
@@ -195,17 +217,13 @@ def _launch(
 ) -> list[mx.array]:
     form = matrix.format
     weight, eps = (x, 0.0) if norm is None else norm
-    arrays = (*matrix.arrays, *(matrix.arrays[0],) * (4 - len(matrix.arrays)))
     group = tuning.threads // 32 // tuning.split  # units of a threadgroup
     template = (
         *template,
         *(("K", form.columns), ("R", tuning.rows), ("SPLIT", tuning.split), ("DEPTH", tuning.depth)),
-        *(
-            ("THREADS", tuning.threads),
-            ("EPS", float_bits(eps)),
-            ("BITS", form.bits or 4),
-            ("GROUP", form.group_size or 32),
-        ),
+        *(("THREADS", tuning.threads), ("EPS", float_bits(eps))),
+        *(("BITS", form.bits or 4), ("GROUP", form.group_size or 32)),
     )
     grid = (-(-units // group) * tuning.threads, 1, 1)
-    return _kernel(name, form.kind)((x, weight, *arrays, *extra), template, grid, (tuning.threads, 1, 1), shapes)
+    inputs = (x, weight, *matrix.arrays, *extra)
+    return _kernel(name, form.kind)(inputs, template, grid, (tuning.threads, 1, 1), shapes)

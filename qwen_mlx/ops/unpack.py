@@ -12,6 +12,13 @@ from ..backend import mx
 from .dispatch import Kernel, executor, threads
 
 RAW = ("q4_k", "q6_k")
+# What the kernels call a matrix's arrays, see each format's header in qwen_mlx/metal.
+ARRAYS = {
+    "dense": ("w",),
+    "affine": ("w", "scales", "biases"),
+    "q4_k": ("w",),
+    "q6_k": ("w", "high", "scales", "factors"),
+}
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, which is fast; made once by the layers
@@ -33,7 +40,7 @@ class Format:
     @property
     def n_arrays(self) -> int:
         """Arrays that hold a matrix."""
-        return {"dense": 1, "affine": 3, "q4_k": 1, "q6_k": 4}[self.kind]
+        return len(ARRAYS[self.kind])
 
     @property
     def served(self) -> bool:
@@ -51,8 +58,9 @@ class Matrix(NamedTuple):
 
 
 @functools.cache
-def _kernel(kind: str) -> Kernel:
-    return Kernel("unpack", ("w", "w2", "w3", "w4", "ids"), ("out",), ("rows.h", f"{kind}.h"), kind)
+def _kernel(kind: str, chosen: bool) -> Kernel:
+    inputs = (*ARRAYS[kind], "ids") if chosen else ARRAYS[kind]
+    return Kernel("unpack_rows" if chosen else "unpack", inputs, ("out",), ("rows.h", f"{kind}.h"), kind)
 
 
 def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
@@ -63,15 +71,16 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
     form = matrix.format
     if executor() == "reference" or form.kind not in RAW:
         return unpack_reference(matrix, dtype, ids)
-    arrays = (*matrix.arrays, *(matrix.arrays[0],) * (4 - len(matrix.arrays)))
     rows = form.rows if ids is None else ids.size
     shape = (form.rows,) if ids is None else ids.shape
     packs = form.columns // 8
     n_threads = threads(packs, 128)
     grid = (-(-packs // n_threads) * n_threads, rows, 1)
-    template = [("T", dtype), ("K", form.columns), ("IDS", ids is not None)]
-    inputs = (*arrays, arrays[0] if ids is None else ids)
-    return _kernel(form.kind)(inputs, template, grid, (n_threads, 1, 1), [(*shape, form.columns)], dtype)[0]
+    template = [("T", dtype), ("K", form.columns)]
+    inputs = (*matrix.arrays, *(() if ids is None else (ids,)))
+    return _kernel(form.kind, ids is not None)(
+        inputs, template, grid, (n_threads, 1, 1), [(*shape, form.columns)], dtype
+    )[0]
 
 
 def unpack_reference(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:

@@ -21,40 +21,46 @@ def exact(q: np.ndarray, kv: np.ndarray, offset: int, scale: float, window: int 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "room", "offset", "window"),
+    ("heads", "kv_heads", "head_dim", "room", "filled", "position", "window"),
     [
-        (14, 2, 64, 256, 0, None),
-        (14, 2, 64, 256, 31, None),
-        (4, 4, 128, 256, 255, None),
-        (7, 1, 128, 256, 97, 50),
-        (2, 1, 64, 256, 20, 50),
-        (2, 1, 64, 5120, 4999, None),  # more runs of keys than splits
+        (14, 2, 64, 256, 0, 0, None),  # the tail alone
+        (14, 2, 64, 256, 31, 31, None),
+        (4, 4, 128, 256, 256, 271, None),
+        (7, 1, 128, 256, 90, 97, 50),
+        (2, 1, 64, 256, 20, 30, 5),  # the window begins in the tail
+        (2, 1, 64, 256, 20, 30, 50),
+        (2, 1, 64, 2048, 40, 41, None),  # most splits have no keys
+        (6, 2, 64, 2048, 1999, 2010, None),
     ],
 )
-def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, offset, window):
-    keys = mx.random.split(mx.random.key(offset), 2)
+def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, filled, position, window):
+    keys = mx.random.split(mx.random.key(position), 3)
     q = (2 * mx.random.normal((1, heads, 1, head_dim), key=keys[0])).astype(dtype)
     kv = mx.random.normal((1, 2 * kv_heads, room, head_dim), key=keys[1]).astype(dtype)
+    tail = mx.random.normal((1, 2 * kv_heads, 16, head_dim), key=keys[2]).astype(dtype)
     # What is not filled yet must not count, whatever it holds.
-    kv = mx.where((mx.arange(room) > offset)[:, None], mx.array(1e4, dtype), kv)
+    kv = mx.where((mx.arange(room) >= filled)[:, None], mx.array(1e4, dtype), kv)
+    tail = mx.where((mx.arange(16) > position - filled)[:, None], mx.array(1e4, dtype), tail)
     scale = head_dim**-0.5
-    out = ops.attend_one(q, kv, mx.array([offset], mx.int32), scale, window)
+    out = ops.attend_one(q, kv, tail, mx.array([position, filled], mx.int32), scale, window)
     assert out.shape == q.shape
     assert out.dtype == dtype
-    wide = [np.array(a.astype(mx.float32), np.float64) for a in (q, kv, out)]
-    expected = exact(wide[0], wide[1], offset, scale, window)
+    both = mx.concatenate([kv[:, :, :filled], tail], axis=2)
+    wide = [np.array(a.astype(mx.float32), np.float64) for a in (q, both, out)]
+    expected = exact(wide[0], wide[1], position, scale, window)
     ulp = {mx.float32: 2e-6, mx.float16: 2**-11, mx.bfloat16: 2**-8}[dtype]
     np.testing.assert_allclose(wide[2][0, :, 0], expected, rtol=2 * ulp, atol=2 * ulp)
 
 
 @pytest.mark.parametrize(
-    ("q", "kv", "message"),
+    ("q", "kv", "tail", "message"),
     [
-        ((1, 4, 2, 64), (1, 4, 256, 64), "q has shape"),
-        ((1, 4, 1, 64), (1, 6, 256, 64), "kv has shape"),
-        ((1, 4, 1, 64), (1, 4, 256, 32), "kv has shape"),
+        ((1, 4, 2, 64), (1, 4, 256, 64), (1, 4, 16, 64), "q has shape"),
+        ((1, 4, 1, 64), (1, 6, 256, 64), (1, 6, 16, 64), "kv has shape"),
+        ((1, 4, 1, 64), (1, 4, 256, 32), (1, 4, 16, 32), "kv has shape"),
+        ((1, 4, 1, 64), (1, 4, 256, 64), (1, 2, 16, 64), "tail has shape"),
     ],
 )
-def test_what_does_not_agree_is_named(q, kv, message):
+def test_what_does_not_agree_is_named(q, kv, tail, message):
     with pytest.raises(ValueError, match=message):
-        ops.attend_one(mx.zeros(q), mx.zeros(kv), mx.array([0], mx.int32), 1.0)
+        ops.attend_one(mx.zeros(q), mx.zeros(kv), mx.zeros(tail), mx.array([0, 0], mx.int32), 1.0)
