@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from .generation import GenerationChunk, generate, stream_generate
     from .loading import load
     from .model import Qwen2
+    from .prompt_cache import PromptCache
     from .sampling import SamplingSettings
+    from .session import Chat
     from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Chat": "session",
     "GGUFError": "errors",
     "GenerationChunk": "generation",
     "ModelConfig": "config",
+    "PromptCache": "prompt_cache",
     "Qwen2": "model",
     "QwenMLXError": "errors",
     "SamplingSettings": "sampling",
@@ -39,9 +43,11 @@ _MODULES = {
 }
 
 __all__ = [
+    "Chat",
     "GGUFError",
     "GenerationChunk",
     "ModelConfig",
+    "PromptCache",
     "Qwen2",
     "QwenMLXError",
     "SamplingSettings",

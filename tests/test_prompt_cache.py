@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,3 +298,30 @@ def test_a_disk_that_is_full_leaves_the_old_file(small, tmp_path: Path):
 def test_cache_and_prompt_cache_exclude_each_other(small):
     with pytest.raises(QwenMLXError, match="Both cache and prompt_cache"):
         stream_generate(*small, [1, 2], prompt_cache=PromptCache(small[0]), cache=small[0].make_cache())
+
+
+def generate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwen_mlx.generate", "--temp", "0", "--max-tokens", "5", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_on_the_command_line(path: Path, tmp_path: Path):
+    cached = ["--model", path, "--prompt-cache", tmp_path / "c"]
+    first = generate(*cached, "--prompt", "hello hello")
+    assert first.returncode == 0, first.stderr
+    again = generate(*cached, "--prompt", "hello hell")
+    plain = generate("--model", path, "--prompt", "hello hell")
+    assert again.stdout == plain.stdout
+    count = int(re.search(r"\((\d+) more from the cache\)", again.stderr)[1])
+    total = int(re.search(r"prompt: (\d+) tokens", plain.stderr)[1])
+    assert 0 < count < total == count + int(re.search(r"prompt: (\d+) tokens", again.stderr)[1])
+    other = write_gguf(tmp_path / "other.gguf", hf_model(seed=1))
+    for arguments, words in (
+        (["--model", other, "--prompt-cache", tmp_path / "c"], "a prompt cache of another model"),
+        (["--model", path, "--prompt-cache", path], "damaged or not a prompt cache"),
+        (["--model", path, "--prompt-cache", tmp_path / "absent" / "c"], "its folder does not exist"),
+    ):
+        done = generate(*arguments, "--prompt", "hello")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
