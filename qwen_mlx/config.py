@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from .errors import GGUFError, QwenMLXError
 from .gguf.reader import GGUFFile
 
 MAX_LAYERS = 1000  # the largest Qwen2 has 80
+TRAINED_CONTEXT = 32768  # tokens: what Qwen2.5 was trained on, and its documentation's original_max_position_embeddings
+DOCUMENTED_YARN = 4  # Qwen's documentation: 131,072 tokens
+MOST_YARN = 32  # the largest factor of Peng et al. 2023
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,42 @@ class ModelConfig:
             return self.max_position_embeddings
         extended = int(self.rope_scaling.original_max_position_embeddings * self.rope_scaling.factor)
         return max(self.max_position_embeddings, extended)
+
+    @property
+    def _yarn_original(self) -> int:
+        if self.rope_scaling is not None:
+            return self.rope_scaling.original_max_position_embeddings
+        return min(self.max_position_embeddings, TRAINED_CONTEXT)
+
+    def with_yarn(self, factor: float) -> ModelConfig:
+        """The same model with YaRN by `factor`, as Qwen documents it: from the 32,768 tokens that Qwen2.5 was trained
+        on (fewer if the model has fewer; what its own YaRN says) to `factor` times as many. Short texts lose a little.
+
+        Raises QwenMLXError for a factor that is not above 1 and at most 32, a model with other scaling, or one whose
+        context is already as long.
+        """
+        if not _is_number(factor) or not 1 < factor <= MOST_YARN:
+            raise QwenMLXError(f"yarn is {factor!r}, expected more than 1 and at most {MOST_YARN}; Qwen documents 4.")
+        own = self.rope_scaling
+        if own is not None and own.type != "yarn":
+            raise QwenMLXError(f"yarn is {factor:g}, but the model has {own.type} rope scaling; leave yarn out.")
+        extended = int(self._yarn_original * factor)
+        if extended <= self.max_position_embeddings and own is None:
+            raise QwenMLXError(
+                f"yarn is {factor:g}, which gives {extended} tokens, but the model's context is "
+                f"{self.max_position_embeddings} already; leave yarn out."
+            )
+        beta = {} if own is None else {"beta_fast": own.beta_fast, "beta_slow": own.beta_slow}
+        scaling = RopeScaling("yarn", float(factor), self._yarn_original, **beta)
+        return replace(self, rope_scaling=scaling, max_position_embeddings=self._yarn_original)
+
+    def suggest_yarn(self, n_tokens: int) -> str:
+        """How to make room for `n_tokens`, as the end of an error's sentence."""
+        factor = max(DOCUMENTED_YARN, math.ceil(n_tokens / self._yarn_original))
+        scaled = self.rope_scaling is not None and (self.rope_scaling.type != "yarn")
+        if scaled or factor > MOST_YARN or int(factor * self._yarn_original) <= self.context_length:
+            return "shorten it"
+        return f"shorten it, or extend the context with --yarn {factor} (in Python: load(..., yarn={factor}))"
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face's parameter names and shapes, (out, in) for matrices, in the order of the forward pass."""

@@ -59,6 +59,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="keep the computed prompt in this file, and start from what it has",
     )
     p.add_argument(
+        "--yarn", type=float, metavar="F", help="extend the context F times by YaRN; Qwen documents 4 (131,072 tokens)"
+    )
+    p.add_argument(
         "--draft",
         metavar="MODEL",
         help="guess tokens with a smaller model of the same vocabulary, or with prompt-lookup; the same output, faster",
@@ -130,9 +133,11 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
         raise QwenMLXError(f"--prompt-cache {arguments.prompt_cache}: its folder does not exist, or is read-only.")
     line = cli.ProgressLine("Loading")
     try:
-        model, tokenizer = load(path, dtype=arguments.dtype, progress=line)
+        model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
         if draft not in (None, speculative.LOOKUP):
-            draft = speculative.ModelDraft(load(draft_path, dtype=arguments.dtype, progress=line)[0])
+            draft = speculative.ModelDraft(
+                load(draft_path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)[0]
+            )
     finally:
         line.clear()
     if arguments.verbose:

@@ -246,7 +246,8 @@ def check_ids(model: Qwen2, ids: Sequence[int], held: int = 0) -> int:
         raise QwenMLXError(f"The prompt holds token id {bad}, expected 0 to {model.config.vocab_size - 1}.")
     used, context = len(ids) + held, model.config.context_length
     if used >= context:
-        raise QwenMLXError(f"The prompt has {used} tokens and the model's context {context}: shorten it.")
+        fix = model.config.suggest_yarn(used + 1)
+        raise QwenMLXError(f"The prompt has {used} tokens and the model's context {context}: {fix}.")
     return context - used
 
 

@@ -36,6 +36,7 @@ def load(
     *,
     dtype: str | mx.Dtype | None = None,
     quantized: bool | None = None,
+    yarn: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[Qwen2, Tokenizer]:
     """Loads a Qwen2.5 model and its tokenizer.
@@ -43,7 +44,8 @@ def load(
     model: a .gguf file (the first part, if split), a folder with config.json and safetensors, a hub id such as
     "Qwen/Qwen2.5-7B-Instruct-GGUF:q4_k_m", or None for the default, Qwen2.5-Coder-0.5B-Instruct Q4_K_M.
     dtype: of activations and dense weights, "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on GPU.
-    quantized: keep packed weights packed; None: on a GPU only. progress: called with (bytes done, bytes in all).
+    quantized: keep packed weights packed; None: on a GPU only. yarn: extends the context so many times, see
+    ModelConfig.with_yarn; None: what the file says. progress: called with (bytes done, bytes in all).
     Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, what was found and what was expected.
     """
     path = hub.resolve(model)
@@ -51,7 +53,7 @@ def load(
     target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)
     keep_packed = on_gpu if quantized is None else quantized
     try:
-        return _load(path, target, keep_packed, progress or _silent)
+        return _load(path, target, keep_packed, yarn, progress or _silent)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError) as error:
         # What no check above this foresaw in files that anyone may have written.
         raise QwenMLXError(
@@ -59,14 +61,19 @@ def load(
         ) from error
 
 
-def _load(path: Path, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> tuple[Qwen2, Tokenizer]:
+def _load(
+    path: Path, dtype: mx.Dtype, keep_packed: bool, yarn: float | None, progress: Progress
+) -> tuple[Qwen2, Tokenizer]:
+    def read(config: ModelConfig) -> ModelConfig:
+        return config if yarn is None else config.with_yarn(yarn)
+
     if path.is_dir():
-        config = ModelConfig.from_folder(path)
+        config = read(ModelConfig.from_folder(path))
         tokenizer, defaults, factors = Tokenizer.from_folder(path), folder_defaults(path), None
         weights: Weights = FolderWeights(path, config)
     else:
         file = GGUFFile(path)
-        config = ModelConfig.from_gguf(file)
+        config = read(ModelConfig.from_gguf(file))
         weights = GGUFWeights(file, config)
         tokenizer, defaults, factors = (
             Tokenizer.from_gguf(file.metadata),

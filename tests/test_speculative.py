@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from qwen_mlx import QwenMLXError, SamplingSettings, generate, load, stream_generate
+from qwen_mlx import QwenMLXError, SamplingSettings, load, stream_generate
 from qwen_mlx.backend import mx
 from qwen_mlx.generate import main
-from qwen_mlx.generation import GenerationStats, encode_prompt, generate_ids
+from qwen_mlx.generation import GenerationStats, encode_prompt, generate, generate_ids
 from qwen_mlx.prompt_cache import PromptCache
 from qwen_mlx.sampling import processed_logits
 from qwen_mlx.speculative import (
