@@ -153,21 +153,21 @@ def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], lis
     dtype = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
     if metadata["dtype"] != dtype:
         raise QwenMLXError(
-            f"{where}: a prompt cache in {metadata['dtype']}, expected {dtype}; load the model in that dtype, or "
-            "delete the file."
+            f"{where}: a prompt cache in {_short(metadata['dtype'])}, expected {dtype}; load the model in that "
+            "dtype, or delete the file."
         )
     digest = fingerprint(model)
     if metadata["shape"] != _describe(config) or metadata["model"] != digest:
         raise QwenMLXError(
-            f"{where}: a prompt cache of another model ({metadata['shape']}, {metadata['model'][:12]}), expected "
-            f"{_describe(config)}, {digest[:12]}; use that model, or delete the file."
+            f"{where}: a prompt cache of another model ({_short(metadata['shape'])}, {_short(metadata['model'])}), "
+            f"expected {_describe(config)}, {digest[:12]}; use that model, or delete the file."
         )
     count = header["ids"]["shape"][0]
     shape = [count, 2, config.n_kv_heads, config.head_dim]
     for name in (f"layers.{i}" for i in range(config.n_layers)):
         entry = header.get(name, {})
         if entry.get("shape") != shape or DTYPES.get(entry.get("dtype")) != model.model.norm.weight.dtype:
-            raise QwenMLXError(f"{where}: damaged; {name!r} is {entry or 'missing'}, expected {shape} in {dtype}.")
+            raise QwenMLXError(f"{where}: damaged; {name!r} is {_short(entry)}, expected {shape} in {dtype}.")
     arrays = mx.load(str(where), format="safetensors")
     ids = arrays["ids"].tolist()
     if _checksum(arrays) != metadata["crc32"]:
@@ -197,7 +197,8 @@ def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
             raise QwenMLXError(f"{where}: not a prompt cache of qwen_mlx; give a file that --prompt-cache wrote.")
         if metadata.get("version") != VERSION:
             raise QwenMLXError(
-                f"{where}: a prompt cache of version {metadata.get('version')!r}, expected {VERSION!r}; delete it."
+                f"{where}: a prompt cache of version {_short(metadata.get('version'))}, expected {VERSION!r}; delete "
+                "the file."
             )
         if not all(isinstance(metadata[key], str) for key in ("model", "shape", "dtype", "crc32")):
             raise ValueError("its metadata is not text")
@@ -219,7 +220,7 @@ def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
     except OSError as error:
         raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise QwenMLXError(f"{where}: damaged or not a prompt cache ({error}); delete the file.") from None
+        raise QwenMLXError(f"{where}: damaged or not a prompt cache ({_short(error)}); delete the file.") from None
     return header, metadata
 
 
@@ -228,6 +229,11 @@ def _checksum(arrays: dict[str, mx.array]) -> str:
     for _, array in sorted(arrays.items()):
         total = zlib.crc32(memoryview(array.reshape(-1).view(mx.uint8)), total)
     return f"{total:08x}"
+
+
+def _short(value: object) -> str:
+    """What a file says, for a sentence: it can be anything, and of any length."""
+    return repr(str(value)[:60])
 
 
 def _describe(config: Any) -> str:

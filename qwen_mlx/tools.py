@@ -109,11 +109,11 @@ def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
             data = json.loads(where.read_text(encoding="utf-8"))
             sources = data if isinstance(data, list) else [data]
         elif where.suffix == ".py":
-            names = runpy.run_path(str(where), run_name=where.stem)
+            names = runpy.run_path(str(where), run_name="__tools__")
             sources = [
                 value
                 for name, value in names.items()
-                if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == where.stem
+                if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == "__tools__"
             ]
         else:
             raise QwenMLXError(f"{where}: not a .py or .json file; tools are Python functions or JSON schemas.")
@@ -124,7 +124,7 @@ def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
         raise QwenMLXError(str(error) if str(error).startswith(str(where)) else f"{where}: {error}") from None
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
-    except Exception as error:  # the file's own code can raise anything
+    except (Exception, SystemExit) as error:  # the file's own code can raise anything
         raise QwenMLXError(f"{where}: fails when it is run ({error!r}).") from None
     if not found:
         raise QwenMLXError(f"{where}: holds no tool; define a function, or write a list of JSON schemas.")
@@ -334,9 +334,10 @@ def run(call: ToolCall, tools: Mapping[str, Tool]) -> str:
         return f"error: the tool {call.name!r} is only described here, and cannot run"
     try:
         result = function(**call.arguments)
-        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    except Exception as error:  # a tool is anyone's code, and its failure is the model's to read
-        return f"error: {call.name} failed ({type(error).__name__}: {error})"
+        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+    except (Exception, SystemExit) as error:  # a tool is anyone's code, and its failure is the model's to read
+        text = f"error: {call.name} failed ({type(error).__name__}: {error})"
+    return text.encode("utf-8", "replace").decode()  # no lone surrogates, which are not text
 
 
 def _short(value: Any) -> str:

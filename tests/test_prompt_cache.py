@@ -160,7 +160,7 @@ def test_bfloat16_is_kept(path: Path, tmp_path: Path):
     found = PromptCache.load(tmp_path / "c", model)
     assert found.layers[0].state[0].dtype == mx.bfloat16
     assert all(mx.array_equal(a, b) for a, b in zip(found.layers[2].state, cache.layers[2].state))
-    with pytest.raises(QwenMLXError, match=r"in bfloat16, expected float32; load the model in that dtype"):
+    with pytest.raises(QwenMLXError, match=r"in 'bfloat16', expected float32; load the model in that dtype"):
         PromptCache.load(tmp_path / "c", load(path)[0])
 
 
@@ -208,8 +208,8 @@ HEADERS = {
     "another format": (meta("format", "pt"), "not a prompt cache of qwen_mlx"),
     "another version": (meta("version", "2"), "version '2', expected '1'"),
     "another model": (meta("model", "0" * 64), "another model"),
-    "another shape": (meta("shape", "80 layers"), "another model (80 layers"),
-    "another dtype": (meta("dtype", "float16"), "in float16, expected float32"),
+    "another shape": (meta("shape", "80 layers"), "another model ('80 layers'"),
+    "another dtype": (meta("dtype", "float16"), "in 'float16', expected float32"),
     "no metadata": (lambda header: header.pop("__metadata__"), "not a prompt cache"),
     "metadata of another type": (lambda header: header.update(__metadata__=[]), "damaged"),
     "no model": (lambda header: header["__metadata__"].pop("model"), "damaged"),

@@ -222,10 +222,20 @@ def test_a_tool_that_fails_or_cannot_run_is_the_answer():
         """Returns what JSON cannot hold."""
         return object()
 
-    tools = tools_by_name([broken, odd, {"name": "described", "parameters": None}])
+    def leaves() -> str:
+        """Ends the program."""
+        raise SystemExit(3)
+
+    def half() -> str:
+        """Half a character."""
+        return "a\ud800b"
+
+    tools = tools_by_name([broken, odd, leaves, half, {"name": "described", "parameters": None}])
     assert run(ToolCall("broken", {}), tools).startswith("error: broken failed (KeyError")
     assert "not JSON serializable" in run(ToolCall("odd", {}), tools)
     assert "cannot run" in run(ToolCall("described", {}), tools)
+    assert "SystemExit: 3" in run(ToolCall("leaves", {}), tools)
+    assert run(ToolCall("half", {}), tools) == "a?b"
 
 
 def test_schemas_with_and_without_the_envelope():
@@ -250,7 +260,7 @@ def test_a_schema_that_is_none_is_reported_and_not_raised():
 def test_files(tmp_path: Path):
     code = tmp_path / "mine.py"
     code.write_text(
-        "from json import dumps\nfrom textwrap import dedent\ndef _hidden(): pass\n"
+        "from __future__ import annotations\nfrom json import dumps\nfrom textwrap import dedent\ndef _hidden(): pass\n"
         'def add(a: int, b: int) -> int:\n    """Adds.\n\n    Args:\n        a: one\n        b: other\n    """\n'
         "    return a + b\n"
     )
@@ -260,6 +270,7 @@ def test_files(tmp_path: Path):
     schemas.write_text(json.dumps([function_schema(weather), function_schema(nothing)["function"]]))
     assert [one.name for one in load_tools(schemas)] == ["weather", "nothing"]
     (tmp_path / "raises.py").write_text("1 / 0")
+    (tmp_path / "leaves.py").write_text("raise SystemExit")
     (tmp_path / "empty.py").write_text("x = 3")
     (tmp_path / "syntax.py").write_text("def")
     (tmp_path / "broken.json").write_text("[")
@@ -269,6 +280,7 @@ def test_files(tmp_path: Path):
     (tmp_path / "tools.txt").write_text("")
     for name, word in (
         ("raises.py", "ZeroDivisionError"),
+        ("leaves.py", "SystemExit"),
         ("empty.py", "no tool"),
         ("syntax.py", "SyntaxError"),
         ("broken.json", "not valid JSON"),
