@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,18 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--yarn", type=float, metavar="F", help="extend the context F times by YaRN; Qwen documents 4 (131,072 tokens)"
     )
     p.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 4),
+        help="keep the attention cache in 8 or 4 bits: 0.28 or 0.16 of float32's memory, slower in a long context",
+    )
+    p.add_argument(
+        "--max-kv-size",
+        type=int,
+        metavar="N",
+        help="attend to the first 4 and the newest tokens, N in all: bounded memory, the middle of a long text is lost",
+    )
+    p.add_argument(
         "--draft",
         metavar="MODEL",
         help="guess tokens with a smaller model of the same vocabulary, or with prompt-lookup; the same output, faster",
@@ -111,6 +124,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     path = hub.resolve(arguments.model)
 
     from . import backend, blas, ops, speculative
+    from .cache import make_caches
     from .loading import load
     from .prompt_cache import PromptCache, check
     from .sampling import SamplingSettings
@@ -118,7 +132,13 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     SamplingSettings().override(**sampling)  # refuses an impossible value before the model is loaded
+    kind = {"bits": arguments.kv_bits, "max_size": arguments.max_kv_size}
+    caches = make_caches(1, 128, **kind)  # refuses an impossible kind, too
+    if arguments.prompt_cache is not None and any(kind.values()):
+        raise QwenMLXError("--prompt-cache keeps the plain cache only: leave out --kv-bits and --max-kv-size.")
     draft = arguments.draft
+    if draft is not None:
+        speculative.check_cache(caches)
     if arguments.draft_tokens is not None:
         speculative.check_draft_tokens(arguments.draft_tokens, "--draft-tokens")
     if draft not in (None, speculative.LOOKUP):
@@ -152,7 +172,9 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     if draft is not None:  # one object, so that what it has read is kept from answer to answer
         settings |= speculative.check_draft(draft, arguments.draft_tokens)
     cache = None
-    if arguments.prompt_cache is not None:
+    if any(kind.values()):
+        cache = PromptCache(model, functools.partial(model.make_cache, **kind))
+    elif arguments.prompt_cache is not None:
         cache = PromptCache.load(arguments.prompt_cache, model) if kept else PromptCache(model)
     return model, tokenizer, settings, cache
 
@@ -203,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}",
         file=sys.stderr,
     )
-    if cache is not None and cache.ids:
+    if arguments.prompt_cache is not None and cache.ids:
         cache.save(arguments.prompt_cache)
     return 130 if interrupted else 0
 

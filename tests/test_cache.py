@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 
-import mlx_lm.models.cache as theirs
+import mlx_lm.models.cache as mlx_lm_cache
 import numpy as np
 import pytest
+import torch
 
-from qwen_mlx import ops
+from qwen_mlx import load, ops, stream_generate
 from qwen_mlx.backend import mx
 from qwen_mlx.batch import BatchKVCache, Padding
 from qwen_mlx.cache import BLOCK, STEP, KVCache, QuantizedKVCache, RotatingKVCache, make_caches
 from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.generate import main
+from tests.small_models import TOKENS, hf_model, write_gguf
 
 HEADS, KV_HEADS, DIM, SCALE = 6, 2, 64, 0.125
 
@@ -74,7 +77,7 @@ def test_every_query_sees_what_the_definition_says(pieces, window, max_size, sin
 
 def test_rotating_as_mlx_lm_does():
     q, kv = drawn(60, 2)
-    ours, peer = RotatingKVCache(16, 4), theirs.RotatingKVCache(16, keep=4)
+    ours, peer = RotatingKVCache(16, 4), mlx_lm_cache.RotatingKVCache(16, keep=4)
     for at, size in [(0, 9), (9, 1)] + [(at, 1) for at in range(10, 60)]:
         new = kv[:, at : at + size]
         out = ours.attend(q[:, at : at + size], new, SCALE)
@@ -244,3 +247,72 @@ def test_memory_of_a_chunk_does_not_follow_the_context():
     mx.reset_peak_memory()
     mx.eval(ops.attention(q, *cache.state, SCALE, "causal"))
     assert mx.get_peak_memory() < 300e6
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return hf_model(7, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def small(theirs, tmp_path_factory: pytest.TempPathFactory):
+    return load(write_gguf(tmp_path_factory.mktemp("cache") / "m.gguf", theirs))
+
+
+@pytest.mark.parametrize("pieces", [[90], [1] * 90, [10, 1, 1, 30, 1, 47]], ids=len)
+def test_rotating_model_equals_transformers_with_the_mask_written_out(small, theirs, pieces):
+    model, _ = small
+    ids = np.random.default_rng(1).integers(0, len(TOKENS), (1, 90))
+    seen = torch.tensor(visible(90, 24, 4))
+    with torch.no_grad():
+        mask = torch.where(seen, 0.0, float("-inf"))[None, None]
+        wanted = theirs(torch.tensor(ids), attention_mask=mask).logits.numpy()
+    cache, out, at = model.make_cache(max_size=24), [], 0
+    for size in pieces:
+        out.append(model(mx.array(ids[:, at : at + size]), cache))
+        at += size
+    np.testing.assert_allclose(mx.concatenate(out, axis=1), wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", [{}, {"max_size": 512}, {"max_size": 50}, {"bits": 8}], ids=str)
+def test_generation_continues_on_every_kind_of_cache(small, kind):
+    """The token loop runs a step ahead and takes it back: what follows is as if all had been one prompt."""
+    model, tokenizer = small
+    prompt, more = [5, 9, 200, 31] * 30, [7, 8, 9]
+
+    def answer(ids, count, cache):
+        return [
+            chunk.token
+            for chunk in stream_generate(model, tokenizer, ids, max_tokens=count, cache=cache, temperature=0)
+        ]
+
+    cache = model.make_cache(**kind)
+    first = answer(prompt, 9, cache)
+    assert {layer.offset for layer in cache} == {len(prompt) + 8}
+    second = answer([first[-1], *more], 20, cache)
+    assert cache[0].held == min(len(prompt) + 9 + 3 + 19, kind.get("max_size", 10**6))
+    assert second == answer([*prompt, *first, *more], 20, model.make_cache(**kind))
+    assert (second == answer([*prompt, *first, *more], 20, None)) == (kind != {"max_size": 50})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-bits", "8", "--max-kv-size", "99"], "at most 99 tokens cannot be held in 8 bits"),
+        (["--max-kv-size", "4"], "max_size is 4"),
+        (["--max-kv-size", "99", "--draft", "prompt-lookup"], "RotatingKVCache cannot take back"),
+        (["--kv-bits", "4", "--prompt-cache", "x"], "leave out --kv-bits"),
+    ],
+    ids=" ".join,
+)
+def test_command_line_refuses_before_the_model_is_read(tmp_path, arguments, message):
+    (tmp_path / "m.gguf").write_bytes(b"not a model")
+    with pytest.raises(QwenMLXError, match=message):
+        main(["--model", str(tmp_path / "m.gguf"), "--prompt", "hello", *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--kv-bits", "8"], ["--max-kv-size", "20"]], ids=" ".join)
+def test_command_line_generates(arguments, theirs, tmp_path, capsys):
+    path = write_gguf(tmp_path / "m.gguf", theirs)
+    assert main(["--model", str(path), "--prompt", "hello", "--temp", "0", "--max-tokens", "30", *arguments]) == 0
+    assert "generation: 30 tokens" in capsys.readouterr().err
