@@ -107,7 +107,7 @@ def compare(
         else:
             ours, expected = to_numpy(array), theirs[key]
             if ours.shape == expected.shape:
-                ours, expected = valid(ours, run), valid(expected, run)
+                ours, expected = run.valid(ours, key), run.valid(expected, key)
             result = measure(ours, expected)
             if key.endswith("logits") and result.problem is None:
                 flat = ours.reshape(-1, ours.shape[-1]), expected.reshape(-1, ours.shape[-1])
@@ -135,10 +135,3 @@ def logits_line(comparison: Comparison) -> str:
 
 def to_numpy(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32))
-
-
-def valid(array: np.ndarray, run: Run) -> np.ndarray:
-    """Without the padding: (B, L, ...) as (tokens, ...) where rows differ in length, else unchanged."""
-    if run.lengths is None:
-        return array
-    return np.concatenate([row[:length] for row, length in zip(array, run.lengths)])

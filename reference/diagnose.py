@@ -55,9 +55,11 @@ def diagnose(model: Qwen2, run: Run, theirs: Trace, key: str, dtype: str) -> str
         return _not_finite(found)
     if not found.any():
         return "it is all zeros: its weight was never loaded, or nothing was written there"
-    limit = min(EXPLAINED[dtype], 0.1 * _distance(found, theirs[key]))
+    limit = min(EXPLAINED[dtype], 0.1 * _distance(run.valid(found, key), run.valid(theirs[key], key)))
     best: tuple[float, str] | None = None
     for text, made, expected in _hypotheses(model, run, ours, theirs, key):
+        if made.shape == found.shape:
+            made, expected = run.valid(made, key), run.valid(expected, key)
         if (
             made.shape == expected.shape
             and (error := _distance(made, expected)) <= limit
@@ -101,13 +103,12 @@ def _hypotheses(model: Qwen2, run: Run, ours: Trace, theirs: Trace, key: str) ->
     elif tap in NORMS:
         yield from _norm(model, weight, theirs, prefix, call, layer, tap, found)
     elif tap in ("q_rope", "k_rope"):
-        past = sum(run.chunks[:call])
-        yield from _rope(model, theirs[prefix + tap[0]].reshape(found.shape), past, found)
+        yield from _rope(model, theirs[prefix + tap[0]].reshape(found.shape), run, call, found)
     elif tap == "probs":
-        for text, probs in _score_variants(theirs[prefix + "q_rope"], theirs[prefix + "cache_k"]):
+        for text, probs in _score_variants(theirs[prefix + "q_rope"], theirs[prefix + "cache_k"], run):
             yield text, probs, found
     elif tap == "attn":
-        yield from _attn(theirs, prefix, found)
+        yield from _attn(theirs, prefix, run, found)
     elif tap == "act":
         yield from _act(theirs[prefix + "gate"], theirs[prefix + "up"], found)
     elif tap in ("attn_residual", "residual"):
@@ -224,14 +225,14 @@ def _norm(
     yield "the sum of squares is not divided by the size", w * x / np.sqrt((x * x).sum(-1, keepdims=True) + eps), found
 
 
-def _rope(model: Qwen2, x: np.ndarray, past: int, found: np.ndarray) -> Iterator[Hypothesis]:
+def _rope(model: Qwen2, x: np.ndarray, run: Run, call: int, found: np.ndarray) -> Iterator[Hypothesis]:
     rotary = model.model.layers[0].self_attn.rotary
     half = x.shape[-1] // 2
     inv_freq = np.array(rotary.inv_freq)
-    positions = np.arange(past, past + x.shape[1])
+    positions, past = run.positions(call)[..., None], sum(run.chunks[:call])
 
     def turn(angles: np.ndarray, interleaved: bool = False, scale: float = 1.0) -> np.ndarray:
-        cos, sin = np.cos(angles)[:, None] * scale, np.sin(angles)[:, None] * scale
+        cos, sin = np.cos(angles)[..., None, :] * scale, np.sin(angles)[..., None, :] * scale
         a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
         parts = a * cos - b * sin, b * cos + a * sin
         return np.stack(parts, -1).reshape(x.shape) if interleaved else np.concatenate(parts, -1)
@@ -240,25 +241,28 @@ def _rope(model: Qwen2, x: np.ndarray, past: int, found: np.ndarray) -> Iterator
     thetas = {f"theta is {theta:g}": theta ** -(np.arange(half) / half) for theta in known}
     frequencies = {"": inv_freq, **thetas}
     for text, freq in frequencies.items():
-        angles = positions[:, None] * freq
+        angles = positions * freq
         suffix = f", with {text}" if text else ""
         if text:
             yield f"RoPE's {text}, expected {model.config.rope_theta:g}", turn(angles), found
         yield f"RoPE pairs neighbours instead of halves{suffix}", turn(angles, interleaved=True), found
         yield f"RoPE turns the wrong way{suffix}", turn(-angles), found
     for shift in (1, -1):
-        yield f"RoPE's positions are off by {shift}", turn((positions + shift)[:, None] * inv_freq), found
+        yield f"RoPE's positions are off by {shift}", turn((positions + shift) * inv_freq), found
     if past:
         yield (
             "RoPE's positions start at 0 in every call: the cache's offset is not used",
-            (turn((positions - past)[:, None] * inv_freq)),
+            turn((positions - past) * inv_freq),
             found,
         )
+    if run.padding:
+        columns = np.arange(past, past + x.shape[1])[:, None]
+        yield "RoPE's positions count the padding", turn(columns * inv_freq), found
     plain = model.config.rope_theta ** -(np.arange(half) / half)
     if model.config.rope_scaling is not None:
         if not np.allclose(inv_freq, plain):
-            yield "YaRN's factor on cosine and sine is missing", turn(positions[:, None] * inv_freq), found
-        yield "the configuration's RoPE scaling is not applied", turn(positions[:, None] * plain), found
+            yield "YaRN's factor on cosine and sine is missing", turn(positions * inv_freq), found
+        yield "the configuration's RoPE scaling is not applied", turn(positions * plain), found
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
@@ -266,7 +270,7 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
     return power / power.sum(-1, keepdims=True)
 
 
-def _score_variants(q: np.ndarray, keys: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _score_variants(q: np.ndarray, keys: np.ndarray, run: Run) -> Iterator[tuple[str, np.ndarray]]:
     """(mistake, the probabilities it gives). q (B, L, H, D), keys (B, S, K, D)."""
     length, heads, size = q.shape[1:]
     seen, kv_heads = keys.shape[1:3]
@@ -283,7 +287,8 @@ def _score_variants(q: np.ndarray, keys: np.ndarray) -> Iterator[tuple[str, np.n
         yield "the causal mask is off by one: each token sees the next", _softmax(scores * scale + mask(ahead > 1))
         blind = mask((ahead >= 0) & (np.arange(seen) > 0))
         yield "the causal mask is off by one: no token sees itself", _softmax(scores * scale + blind)
-    yield "the sliding window is missing: every earlier key is seen", _softmax(scores * scale + causal)
+    missing = "the mask of the padding is missing" if run.padding else "the sliding window is missing"
+    yield f"{missing}: every earlier key is seen", _softmax(scores * scale + causal)
     yield "scores are not scaled by 1 / sqrt(head_dim)", _softmax(scores + causal)
     yield "scores are scaled twice", _softmax(scores * scale**2 + causal)
     yield "scores are scaled by 1 / sqrt(hidden_size)", _softmax(scores * (size * heads) ** -0.5 + causal)
@@ -292,7 +297,7 @@ def _score_variants(q: np.ndarray, keys: np.ndarray) -> Iterator[tuple[str, np.n
         yield DEALT, _softmax(tiled * scale + causal)
 
 
-def _attn(theirs: Trace, prefix: str, found: np.ndarray) -> Iterator[Hypothesis]:
+def _attn(theirs: Trace, prefix: str, run: Run, found: np.ndarray) -> Iterator[Hypothesis]:
     """found (B, L, H D). A fused operation makes its own probabilities, so mistakes in those show here too."""
     q, probs, keys, values = (theirs[prefix + tap] for tap in ("q_rope", "probs", "cache_k", "cache_v"))
     groups = probs.shape[2] // values.shape[2]
@@ -303,7 +308,7 @@ def _attn(theirs: Trace, prefix: str, found: np.ndarray) -> Iterator[Hypothesis]
 
     yield "query heads are dealt to value heads in turn instead of in groups", out(probs, tiled), found
     yield "the output's heads and their elements are transposed", out(probs, repeated, "bldh"), found
-    for text, variant in _score_variants(q, keys):
+    for text, variant in _score_variants(q, keys, run):
         yield text, out(variant, tiled if text == DEALT else repeated), found
 
 

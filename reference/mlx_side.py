@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen_mlx import ops
 from qwen_mlx.backend import mx, nn
+from qwen_mlx.batch import BatchKVCache, Padding
 from qwen_mlx.model import Qwen2
 
 from .taps import Run
@@ -33,7 +34,7 @@ def record(model: Qwen2, run: Run, sink: Sink) -> None:
     Logits and caches are those of a second run that nobody watches, the way generation goes: what is fused there, and
     has no taps inside, is compared too.
     """
-    watched, unwatched = model.make_cache(), model.make_cache()
+    watched, unwatched = _cache(model, run), _cache(model, run)
     for call, ids in enumerate(run.calls()):
         with taps(model, lambda name, array, call=call: sink(f"{call}.{name}", array)):
             model(mx.array(ids), watched)
@@ -42,6 +43,13 @@ def record(model: Qwen2, run: Run, sink: Sink) -> None:
         for i, layer in enumerate(unwatched):
             for tap, array in zip(("cache_k", "cache_v"), layer.state):
                 sink(f"{call}.layers.{i}.{tap}", array.swapaxes(1, 2))
+
+
+def _cache(model: Qwen2, run: Run) -> list[Any]:
+    if run.padding is None:
+        return model.make_cache()
+    padding = Padding(run.padding)
+    return [BatchKVCache(padding) for _ in model.model.layers]
 
 
 @contextlib.contextmanager
@@ -131,6 +139,7 @@ def probabilities(q: mx.array, keys: mx.array, scale: float, mask: Any) -> mx.ar
     if isinstance(mask, str):
         mask = mx.arange(seen)[None, :] <= mx.arange(seen - length, seen)[:, None]
     if mask is not None:
+        mask = mask[:, :, None] if mask.ndim == 4 else mask  # a batch's, (B, 1, L, S)
         scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
     out = mx.softmax(scores, axis=-1).reshape(batch, heads, length, seen)
     return out.swapaxes(1, 2).astype(q.dtype)

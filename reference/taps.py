@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 # Tap: what it holds. Shapes: hidden (B, L, hidden_size) unless said otherwise; H heads, K key/value heads, S positions.
 LAYER_TAPS = {
     "input_norm": "RMSNorm before attention",
@@ -57,13 +59,13 @@ def split_key(key: str) -> tuple[int, int | None, str]:
 class Run:
     """What is fed to both sides: token ids (all rows of one length) in calls of `chunks` tokens, one cache throughout.
 
-    lengths: how many tokens of each row count; the rest is padding on the right and is not compared.
+    padding: how many ids on the left of each row are padding, whose activations are not compared; None for no batch.
     """
 
     name: str
     ids: tuple[tuple[int, ...], ...]
     chunks: tuple[int, ...]
-    lengths: tuple[int, ...] | None = None
+    padding: tuple[int, ...] | None = None
 
     @classmethod
     def prefill(cls, ids: list[int], name: str = "prefill") -> Run:
@@ -82,11 +84,12 @@ class Run:
         return cls(name, (tuple(ids),), (prompt,) + (1,) * (len(ids) - prompt))
 
     @classmethod
-    def padded(cls, rows: list[list[int]], pad: int = 0, name: str = "padded") -> Run:
-        """Rows of different lengths in one call, padded on the right."""
+    def padded(cls, rows: list[list[int]], steps: int, pad: int = 0, name: str = "padded") -> Run:
+        """Rows of different lengths as a batch, padded on the left: one call, then one for each of the last `steps`."""
         longest = max(map(len, rows))
-        ids = tuple(tuple(row) + (pad,) * (longest - len(row)) for row in rows)
-        return cls(name, ids, (longest,), tuple(map(len, rows)))
+        padding = tuple(longest - len(row) for row in rows)
+        ids = tuple((pad,) * columns + tuple(row) for columns, row in zip(padding, rows))
+        return cls(name, ids, (longest - steps,) + (1,) * steps, padding)
 
     def calls(self) -> list[list[list[int]]]:
         """The ids of each model call, (B, chunk)."""
@@ -95,3 +98,17 @@ class Run:
             found.append([list(row[at : at + size]) for row in self.ids])
             at += size
         return found
+
+    def positions(self, call: int) -> np.ndarray:
+        """Each token's position in its row, (B, chunk); negative within the padding."""
+        start = sum(self.chunks[:call])
+        columns = np.arange(start, start + self.chunks[call])
+        return columns - np.array(self.padding or [0] * len(self.ids))[:, None]
+
+    def valid(self, array: np.ndarray, key: str) -> np.ndarray:
+        """A tap without padding: (B, L, ...) as (tokens, ...) where rows are padded, else unchanged."""
+        if self.padding is None:
+            return array
+        call, _, tap = split_key(key)
+        start = 0 if tap in CACHE_TAPS else sum(self.chunks[:call])
+        return np.concatenate([row[max(0, columns - start) :] for row, columns in zip(array, self.padding)])

@@ -162,16 +162,20 @@ def record(model: Qwen2ForCausalLM, run: Run) -> Trace:
     model.set_attn_implementation("eager")  # the only one that has probabilities
     trace: Trace = {}
     cache = DynamicCache()  # whole even where the model slides a window: every key is compared
-    mask = None
-    if run.lengths is not None:
-        mask = torch.tensor([[int(i < n) for i in range(len(run.ids[0]))] for n in run.lengths])
+    seen, batch = 0, {}
     for call, ids in enumerate(run.calls()):
+        seen += len(ids[0])
+        if (
+            run.padding is not None
+        ):  # as transformers' own generate() does; positions within the padding are seen by none
+            mask = torch.tensor([[int(i >= columns) for i in range(seen)] for columns in run.padding])
+            batch = {"attention_mask": mask, "position_ids": torch.tensor(run.positions(call))}
 
         def report(name: str, tensor: torch.Tensor, call: int = call) -> None:
             trace[f"{call}.{name}"] = _numpy(tensor)
 
         with torch.no_grad(), taps(model, report):
-            logits = model(torch.tensor(ids), attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            logits = model(torch.tensor(ids), past_key_values=cache, use_cache=True, **batch).logits
         report("logits", logits)
         for i, layer in enumerate(cache.layers):
             report(f"layers.{i}.cache_k", layer.keys.transpose(1, 2))
@@ -245,7 +249,7 @@ def cached_trace(
     """
     identity = {
         "model": digest or content_hash(path),
-        "run": [run.ids, run.chunks, run.lengths],
+        "run": [run.ids, run.chunks, run.padding],
         "versions": [FORMAT, torch.__version__, transformers.__version__],
     }
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_mlx.errors import QwenMLXError
@@ -123,7 +124,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder: Path, tmp_path: Path,
     weights = load_file(incomplete / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, incomplete / "model.safetensors", {"format": "pt"})
-    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
     (tmp_path / "file").write_text("in the way")
     (broken / "model.safetensors").write_bytes(b"nothing")
     for arguments, words in (

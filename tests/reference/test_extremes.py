@@ -73,10 +73,17 @@ def test_attention_of_infinite_and_nan_scores_is_nan_there_only():
         assert np.allclose(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def test_a_fully_masked_row_is_defined():
-    """Never met by the model, whose every query sees itself: NaN, not a number that looks right."""
-    q = np.ones((1, 2, 2, 16), np.float32)
-    k = v = np.ones((1, 1, 2, 16), np.float32)
-    mine, _ = attention(q, k, v, np.array([[True, False], [False, False]]))
+@pytest.mark.parametrize(("dtype", "expected"), [(mx.float32, np.nan), (mx.bfloat16, 1.0)], ids=["float32", "bfloat16"])
+def test_a_fully_masked_row_is_defined(dtype: mx.Dtype, expected: float):
+    """Never met by the model, whose every query sees itself, padding included. Ours on a CPU is NaN as torch.softmax's,
+    so that it would be seen; MLX's own attention gives the mean of the values, as transformers' eager one does.
+    """
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    q = mx.ones((1, 2, 2, 16), dtype)
+    k = v = mx.ones((1, 1, 2, 16), dtype)
+    mine = np.array(ops.attention(q, k, v, 0.25, mx.array([[True, False], [False, False]])).astype(mx.float32))
+    mx.set_default_device(device)
     assert np.array_equal(mine[:, 0], np.ones((1, 2, 16)))
-    assert np.isnan(mine[:, 1]).all() or not mine[:, 1].any()
+    assert np.array_equal(mine[:, 1], np.full((1, 2, 16), expected), equal_nan=True)
+    assert torch.softmax(torch.full((2,), -np.inf), 0).isnan().all()
