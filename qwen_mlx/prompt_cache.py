@@ -106,7 +106,7 @@ def fingerprint(model: Qwen2) -> str:
 
 def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[int], model: Qwen2) -> None:
     """Writes `cache`, which holds `ids`, as safetensors: `ids` (tokens,) int32 and for each layer `layers.N`
-    (tokens, 2, n_kv_heads, head_dim), keys then values, in the cache's dtype.
+    (1, 2 n_kv_heads, tokens, head_dim), keys before values, in the cache's dtype.
 
     The file appears whole or not at all. Raises QwenMLXError if there is nothing to save, if the caches are not plain
     ones, or if the file cannot be written.
@@ -119,7 +119,7 @@ def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[i
         raise QwenMLXError(f"{where}: nothing to save; the cache holds {cache[0].offset} tokens for {len(ids)} ids.")
     arrays = {"ids": mx.array(list(ids), mx.int32)}
     for i, layer in enumerate(cache):
-        arrays[f"layers.{i}"] = mx.contiguous(mx.concatenate(layer.state, axis=0).transpose(2, 0, 1, 3))
+        arrays[f"layers.{i}"] = mx.concatenate(layer.state, axis=1)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -163,7 +163,7 @@ def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], lis
             f"expected {_describe(config)}, {digest[:12]}; use that model, or delete the file."
         )
     count = header["ids"]["shape"][0]
-    shape = [count, 2, config.n_kv_heads, config.head_dim]
+    shape = [1, 2 * config.n_kv_heads, count, config.head_dim]
     for name in (f"layers.{i}" for i in range(config.n_layers)):
         entry = header.get(name, {})
         if entry.get("shape") != shape or DTYPES.get(entry.get("dtype")) != model.model.norm.weight.dtype:
@@ -176,7 +176,7 @@ def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], lis
         raise QwenMLXError(f"{where}: its token ids, or their number, are beyond the model's.")
     cache = model.make_cache()
     for i, layer in enumerate(cache):
-        layer.update(arrays[f"layers.{i}"][None])
+        layer.fill(arrays[f"layers.{i}"])
     mx.eval([layer.state for layer in cache])
     return cache, ids
 

@@ -204,9 +204,8 @@ class Chat:
                         yield chunk
             finally:
                 if len(self.turn) > rounds:
-                    if (
-                        self.tokenizer.decode(answer["ids"]) != answer["content"]
-                    ):  # cut at a stop string, or by a Ctrl-C
+                    # A stop string or a Ctrl-C may leave tokens of which the text has only a part.
+                    if self.tokenizer.decode(answer["ids"]) != answer["content"]:
                         del answer["ids"]
                     self.messages.append(answer)
                 elif rounds == 0:

@@ -64,7 +64,7 @@ QUESTIONS = (
     "hello",
     "hell",
     "héllo <|im_end|>\n",
-    "\ufdd1 \ufdd10\ufdd1 \ufdd0",
+    "\ufdd1 \ufdd11\ufdd1 \ufdd0",
     "x" * 50,
     "你好",
     "he ll o",
