@@ -362,14 +362,14 @@ def vocabulary(path: Path) -> Sequence[str]:
     return (Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(GGUFFile(path).metadata)).names
 
 
-def check_vocabulary(model: Sequence[str], draft: Sequence[str], name: str) -> None:
-    """Raises QwenMLXError, naming the draft, unless both have the same tokens; padding at the end does not count."""
-    same = common_prefix(model, draft)
-    if any(model[same:]) or any(draft[same:]):
-        ours, theirs = (repr(names[same]) if same < len(names) else "none" for names in (model, draft))
+def check_vocabulary(model: Sequence[str], other: Sequence[str], name: str, what: str = "draft") -> None:
+    """Raises QwenMLXError, naming the other, unless both have the same tokens; padding at the end does not count."""
+    same = common_prefix(model, other)
+    if any(model[same:]) or any(other[same:]):
+        ours, theirs = (repr(names[same]) if same < len(names) else "none" for names in (model, other))
         raise QwenMLXError(
             f"{name} has another vocabulary than the model: its token {same} is {theirs}, expected {ours}; take a "
-            "draft of the same family, such as a smaller Qwen2.5."
+            f"{what} of the same family, such as a smaller Qwen2.5."
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as T
+import torch
 
 from qwen_mlx import QwenMLXError, SamplingSettings, load, stream_generate
 from qwen_mlx.backend import mx
@@ -29,7 +29,7 @@ from qwen_mlx.speculative import (
     load_draft,
     speculative_ids,
 )
-from tests.small_models import hf_model, write_gguf
+from tests.small_models import TOKENS, hf_model, write_gguf
 
 PROMPT = "hello world, hello"
 GREEDY = SamplingSettings()
@@ -39,9 +39,12 @@ steady = count().__next__  # a clock by which every round takes as long as any o
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speculative")
-    write_gguf(folder / "model.gguf", hf_model(max_position_embeddings=256), T.Q8_0)
-    # A draft that is often right: the model itself, more coarsely quantized. Its embedding has no fewer rows.
-    write_gguf(folder / "near.gguf", hf_model(max_position_embeddings=256), T.Q4_0)
+    near = hf_model(max_position_embeddings=256)  # a draft that is often right
+    write_gguf(folder / "model.gguf", near)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter *= 1 + 0.1 * torch.randn_like(parameter)
+    write_gguf(folder / "near.gguf", near)
     write_gguf(folder / "other.gguf", hf_model(1, num_hidden_layers=1, max_position_embeddings=256))
     return folder
 
@@ -331,8 +334,8 @@ def test_vocabularies_are_compared_by_token_and_padding_does_not_count():
 
 def test_a_draft_with_another_vocabulary_is_refused_before_weights_are_read(files: Path, small, tmp_path: Path, capfd):
     def spoil(writer, tensors) -> None:
-        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
-        tokens[5], tokens[6] = tokens[6], tokens[5]
+        entry = writer.kv_data[0]["tokenizer.ggml.tokens"]
+        entry.value = [*TOKENS[:5], TOKENS[6], TOKENS[5], *TOKENS[7:]]
 
     path = write_gguf(tmp_path / "d.gguf", hf_model(), edit=spoil)
     file = path.read_bytes()

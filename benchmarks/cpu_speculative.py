@@ -1,0 +1,125 @@
+"""`python -m benchmarks.cpu_speculative`: prompt-lookup decoding against plain decoding, one process, interleaved.
+
+The task is the kind that prompt-lookup is for: a file of code, and the request to summarise it by quoting what matters.
+Both decode greedily, in turn, `--repeats` times over; the texts must be equal, and the ratio of each pair's decoding
+speeds is what counts (the prompt is read once more each time, and left out). Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+from qwen_mlx import blas, load, stream_generate
+from qwen_mlx.prompt_cache import PromptCache
+
+from .cpu_generate import processor
+
+TASKS = {
+    "summarise": (
+        "Summarise this code: say in one sentence what it is for, then list every function with its signature as it is "
+        "in the code and a few words on what it does.\n\n```python\n{code}```"
+    ),
+    "edit": (
+        "Rename the function `mean` to `average` in this code and give the whole code back, nothing else.\n\n"
+        "```python\n{code}```"
+    ),
+    "free": "Write a short story about a lighthouse keeper and a storm.",
+}
+CODE = '''\
+import math
+
+
+def mean(values: list[float]) -> float:
+    """The arithmetic mean of the values."""
+    if not values:
+        raise ValueError("mean() of an empty list")
+    return sum(values) / len(values)
+
+
+def variance(values: list[float], sample: bool = True) -> float:
+    """The variance of the values, of a sample or of the whole population."""
+    center = mean(values)
+    total = sum((value - center) ** 2 for value in values)
+    return total / (len(values) - 1 if sample else len(values))
+
+
+def standard_error(values: list[float]) -> float:
+    """The standard error of the mean of the values."""
+    return math.sqrt(variance(values) / len(values))
+
+
+def covariance(first: list[float], second: list[float]) -> float:
+    """The covariance of two lists of the same length."""
+    if len(first) != len(second):
+        raise ValueError(f"lists of {len(first)} and {len(second)} values")
+    a, b = mean(first), mean(second)
+    return sum((x - a) * (y - b) for x, y in zip(first, second)) / (len(first) - 1)
+
+
+def correlation(first: list[float], second: list[float]) -> float:
+    """Pearson's correlation coefficient of two lists of the same length."""
+    return covariance(first, second) / math.sqrt(variance(first) * variance(second))
+'''
+
+
+def main() -> None:
+    """Parses the arguments, decodes every task in turn with both, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a GGUF or a folder (default: the default model)")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer at most (default 200)")
+    parser.add_argument("--draft-tokens", type=int, help="proposed at a time at most (default: prompt-lookup's own)")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default 3)")
+    parser.add_argument("--task", action="append", choices=TASKS, help="only these (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_speculative.json"))
+    arguments = parser.parse_args()
+    model, tokenizer = load(arguments.model)
+    report: dict[str, Any] = {
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "blas": blas.report(),
+        "tokens": arguments.tokens,
+        "tasks": {},
+    }
+    columns = ("plain tok/s", "lookup tok/s", "ratio", "accepted", "paused", "same text")
+    print(f"{'task':10}" + "".join(f"{column:>14}" for column in columns))
+    for task in arguments.task or TASKS:
+        prompt = TASKS[task].format(code=CODE)
+        caches = {draft: PromptCache(model) for draft in (None, "prompt-lookup")}
+        runs = []
+        for repeat in range(arguments.repeats + 1):
+            run: dict[str, Any] = {}
+            for draft, cache in caches.items():
+                settings = {"max_tokens": arguments.tokens, "temperature": 0, "draft": draft, "prompt_cache": cache}
+                if draft:
+                    settings["draft_tokens"] = arguments.draft_tokens
+                chunks = list(stream_generate(model, tokenizer, prompt, **settings))
+                stats = chunks[-1].stats
+                name = draft or "plain"
+                run[name] = {"tok/s": stats.generated_per_second, "ids": [chunk.token for chunk in chunks]}
+                if draft:
+                    run |= {"drafted": stats.drafted_tokens, "accepted": stats.accepted_tokens}
+                    run |= {"paused": stats.paused_tokens}
+            run["same"] = run["plain"].pop("ids") == run["prompt-lookup"].pop("ids")
+            run["ratio"] = run["prompt-lookup"]["tok/s"] / run["plain"]["tok/s"]
+            if repeat:  # the first warms up
+                runs.append(run)
+        ratio = statistics.median(run["ratio"] for run in runs)
+        same = all(run["same"] for run in runs)
+        plain, lookup = (statistics.median(run[name]["tok/s"] for run in runs) for name in ("plain", "prompt-lookup"))
+        last = runs[-1]
+        print(
+            f"{task:10}{plain:14.1f}{lookup:14.1f}{ratio:14.2f}{last['accepted']:9}/{last['drafted']:<4}"
+            f"{last['paused']:14}{'yes' if same else 'NO':>14}"
+        )
+        report["tasks"][task] = {"answer_tokens": len(chunks), "ratio": ratio, "same_text": same, "runs": runs}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""`python -m qwen_mlx.evaluate`: perplexity on a text, and the divergence from a reference model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import cli, hub
+from .errors import QwenMLXError
+
+if TYPE_CHECKING:
+    from .evaluation import Estimate, Evaluation
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    p = cli.Parser(
+        prog="python -m qwen_mlx.evaluate",
+        description="Perplexity of a model on a text; with --reference, what quantizing the original costs.",
+    )
+    p.add_argument("--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id")
+    p.add_argument("--text", "-t", metavar="FILE", required=True, help="UTF-8 text; - reads standard input")
+    p.add_argument("--reference", metavar="MODEL", help="the model to compare with, such as the one not quantized")
+    p.add_argument("--context", type=int, metavar="N", help="tokens of a window (default 1024, or the model's context)")
+    p.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (default half the context)")
+    p.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens of the text")
+    p.add_argument("--json", metavar="FILE", help="write the numbers to this file too")
+    p.add_argument("--yarn", type=float, metavar="F", help="extend both contexts F times by YaRN; Qwen documents 4")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on CPU, bfloat16 on GPU"
+    )
+    return p
+
+
+def read_text(name: str) -> str:
+    """The text of a file, or of standard input for "-". Raises QwenMLXError if it cannot be read or is not UTF-8."""
+    where = "standard input" if name == "-" else name
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            with open(name, "rb") as file:
+                data = file.read()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise QwenMLXError(f"--text {where}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise QwenMLXError(
+            f"--text {where}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start})."
+        ) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
+    arguments = parser().parse_args(argv)
+    if arguments.context is not None and arguments.context < 2:
+        raise QwenMLXError(f"--context is {arguments.context}, expected 2 tokens or more.")
+    longest = math.inf if arguments.context is None else arguments.context - 1
+    if arguments.stride is not None and not 1 <= arguments.stride <= longest:
+        raise QwenMLXError(f"--stride is {arguments.stride}, expected 1 or more, and less than the context.")
+    if arguments.tokens is not None and arguments.tokens < 2:
+        raise QwenMLXError(f"--tokens is {arguments.tokens}, expected 2 or more: the first is not predicted.")
+    if arguments.json and not os.access(os.path.dirname(arguments.json) or ".", os.W_OK):
+        raise QwenMLXError(f"--json {arguments.json}: its folder does not exist, or is read-only.")
+    text = read_text(arguments.text)
+    if not text:
+        raise QwenMLXError(f"--text {arguments.text}: is empty.")
+    paths = [hub.resolve(arguments.model)]
+    if arguments.reference is not None:
+        paths.append(hub.resolve(arguments.reference))
+
+    from .evaluation import check_windows, evaluate
+    from .loading import load
+    from .speculative import check_vocabulary, vocabulary
+
+    if len(paths) > 1:
+        check_vocabulary(vocabulary(paths[0]), vocabulary(paths[1]), f"--reference {arguments.reference}", "reference")
+    models, line = [], cli.ProgressLine("Loading")
+    try:
+        for path in paths:
+            model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
+            models.append(model)
+            check_windows(model, arguments.context, arguments.stride, str(path))
+    finally:
+        line.clear()
+    ids = tokenizer.encode(text)
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + ids
+    line = cli.ProgressLine("Reading the text")
+    try:
+        found = evaluate(
+            models[0],
+            ids[: arguments.tokens],
+            reference=models[1] if len(models) > 1 else None,
+            context=arguments.context,
+            stride=arguments.stride,
+            progress=line,
+        )
+    finally:
+        line.clear()
+    print(describe(found))
+    if arguments.json:
+        write(arguments.json, {"model": str(paths[0]), "reference": arguments.reference, **asdict(found)})
+    return 0
+
+
+def describe(found: Evaluation) -> str:
+    """The numbers for people, one a line."""
+
+    def shown(estimate: Estimate, scale: float = 1, unit: str = "") -> str:
+        value, error = scale * estimate.value, scale * estimate.error
+        digits = 4 if not error or not math.isfinite(error) else max(0, 1 - math.floor(math.log10(error)))
+        return f"{value:.{digits}f} ± {error:.{digits}f}{unit}"
+
+    lines = [
+        f"text: {found.tokens} tokens, {found.scored} scored; windows of {found.context} every {found.stride}",
+        f"perplexity: {shown(found.perplexity)} ({shown(found.nll)} nats a token)",
+    ]
+    if found.divergence is not None:
+        lines += [
+            f"reference's perplexity: {shown(found.divergence.reference_perplexity)}",
+            f"KL divergence from the reference: {shown(found.divergence.kl)} nats a token",
+            f"same likeliest token: {shown(found.divergence.agreement, 100, ' %')}",
+        ]
+    return "\n".join(lines)
+
+
+def write(path: str, report: dict[str, Any]) -> None:
+    """Writes the report as JSON; null stands for what is not a number. Raises QwenMLXError if it cannot be written."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(clean(report), file, indent=2, allow_nan=False)
+            file.write("\n")
+    except OSError as error:
+        raise QwenMLXError(f"--json {path}: cannot be written ({error.strerror}).") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

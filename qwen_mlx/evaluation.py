@@ -1,0 +1,192 @@
+"""How well a model predicts a text, and how far it is from a reference model: what a quantization costs.
+
+Definitions. A text of tokens t[0], t[1], ... is read in windows of `context` tokens, one every `stride` tokens, each
+with a cache of its own. Every token but t[0] is scored once, in the first window that predicts it, so that all but the
+first window's have at least context - stride tokens before them. The negative log-likelihood of a token is
+-ln p(t[i] | those before it in the window), in nats; the perplexity is exp of its mean. The divergence at the same
+places is KL(reference || model) = sum of p_ref (ln p_ref - ln p), in nats, over the tokens that both models have.
+Standard errors are those of a mean of independent values (sd / sqrt(n)), the perplexity's by the delta method;
+neighbouring tokens are not quite independent, so that they are a little too small.
+Source of the windows: Hugging Face's guide "Perplexity of fixed-length models", with stride < context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import ops
+from .backend import mx
+from .errors import QwenMLXError
+from .generation import NOT_FINITE
+from .model import Qwen2
+
+CONTEXT = 1024
+ROWS = 64  # positions whose logits exist at a time: 39 MB for Qwen2.5's vocabulary in float32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Against the reference: its own perplexity, KL(reference || model) in nats a token, and how often both have the
+    same likeliest token, 0 to 1."""
+
+    reference_perplexity: Estimate
+    kl: Estimate
+    agreement: Estimate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluate found. tokens: read; scored: those with a prediction; nll: nats a token."""
+
+    tokens: int
+    scored: int
+    context: int
+    stride: int
+    nll: Estimate
+    perplexity: Estimate
+    divergence: Divergence | None = None
+
+
+class _Mean:
+    """Running mean and its standard error, in float64 (Welford 1962, in batches by Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        values = values.astype(np.float64)
+        n, mean = values.size, float(values.mean())
+        both, apart = self.n + n, mean - self.mean
+        self.squares += float(((values - mean) ** 2).sum()) + apart**2 * self.n * n / both
+        self.mean += apart * n / both
+        self.n = both
+
+    @property
+    def estimate(self) -> Estimate:
+        error = math.sqrt(self.squares / (self.n - 1) / self.n) if self.n > 1 else math.nan
+        return Estimate(self.mean, error)
+
+    @property
+    def exp(self) -> Estimate:
+        """exp of the mean, by the delta method."""
+        try:
+            value = math.exp(self.mean)
+        except OverflowError:
+            value = math.inf
+        return Estimate(value, value * self.estimate.error)
+
+
+def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first token that is scored) of each window."""
+    scored = 1
+    for start in range(0, n_tokens, stride):
+        end = min(start + context, n_tokens)
+        if scored < end:
+            yield start, end, scored
+        scored = end
+        if end == n_tokens:
+            return
+
+
+def check_windows(model: Qwen2, context: int | None, stride: int | None, name: str = "The model") -> tuple[int, int]:
+    """(context, stride), by default 1024 or all that the model has, and half of it. Raises QwenMLXError."""
+    longest = model.config.context_length
+    context = min(CONTEXT, longest) if context is None else context
+    if type(context) is not int or context < 2:
+        raise QwenMLXError(f"context is {context!r}, expected 2 tokens or more.")
+    if context > longest:
+        fix = model.config.suggest_yarn(context).replace("shorten it", "take a smaller one")
+        raise QwenMLXError(f"context is {context}, but {name} has {longest}: {fix}.")
+    stride = max(1, context // 2) if stride is None else stride
+    if type(stride) is not int or not 1 <= stride < context:
+        raise QwenMLXError(f"stride is {stride!r}, expected 1 to {context - 1}, less than the context.")
+    return context, stride
+
+
+def evaluate(
+    model: Qwen2,
+    ids: Sequence[int],
+    *,
+    reference: Qwen2 | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of `model` on the tokens `ids`, and with `reference` the divergence from it; definitions above.
+
+    context, stride: tokens; see check_windows. Memory beyond the models' does not grow with the text: 64 positions'
+    logits exist at a time. progress: called with (tokens scored, tokens to score).
+    Raises QwenMLXError for impossible arguments, fewer than 2 tokens, or logits that are not finite.
+    """
+    context, stride = check_windows(model, context, stride)
+    if reference is not None:
+        check_windows(reference, context, stride, "the reference")
+    sizes = [each.config.vocab_size for each in (model, reference) if each is not None]
+    if len(ids) < 2:
+        raise QwenMLXError(f"The text has {len(ids)} tokens, expected 2 or more: the first is not predicted.")
+    bad = next((i for i in ids if not 0 <= i < min(sizes)), None)
+    if bad is not None:
+        raise QwenMLXError(f"The text holds token id {bad}, expected 0 to {min(sizes) - 1}.")
+    nll, reference_nll, kl, agreement = _Mean(), _Mean(), _Mean(), _Mean()
+    for start, end, first in windows(len(ids), context, stride):
+        inputs = mx.array(ids[start : end - 1], mx.int32)[None]
+        targets = mx.array(ids[first:end], mx.int32)
+        hidden = [_hidden(each, inputs, end - first) for each in (model, reference) if each is not None]
+        for row in range(0, end - first, ROWS):
+            target = targets[row : row + ROWS]
+            logits = _head(model, hidden[0][row : row + ROWS])
+            losses = [_losses(logits, target)]
+            if reference is not None:
+                other = _head(reference, hidden[1][row : row + ROWS])
+                losses += [_losses(other, target), *_divergence(logits[:, : min(sizes)], other[:, : min(sizes)])]
+            mx.eval(losses)
+            found = [np.array(values) for values in losses]
+            if not all(np.isfinite(values).all() for values in found):
+                raise QwenMLXError(NOT_FINITE)
+            for mean, values in zip((nll, reference_nll, kl, agreement), found):
+                mean.add(values)
+            if progress:
+                progress(nll.n, len(ids) - 1)
+    divergence = None
+    if reference is not None:
+        divergence = Divergence(reference_nll.exp, kl.estimate, agreement.estimate)
+    return Evaluation(len(ids), nll.n, context, stride, nll.estimate, nll.exp, divergence)
+
+
+def _hidden(model: Qwen2, inputs: mx.array, keep: int) -> mx.array:
+    """The last `keep` positions' states below the head, (keep, hidden_size)."""
+    with ops.no_grad():
+        hidden = model.model(inputs, model.make_cache(), keep)[0]
+    mx.eval(hidden)
+    return hidden
+
+
+def _head(model: Qwen2, hidden: mx.array) -> mx.array:
+    tied = model.config.tie_word_embeddings
+    logits = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
+    return logits.astype(mx.float32)
+
+
+def _losses(logits: mx.array, targets: mx.array) -> mx.array:
+    """-ln p of each target (L,), from logits (L, V)."""
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+
+
+def _divergence(logits: mx.array, reference: mx.array) -> tuple[mx.array, mx.array]:
+    """KL(reference || model) and whether the likeliest tokens agree, (L,) each."""
+    ours = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    theirs = reference - mx.logsumexp(reference, axis=-1, keepdims=True)
+    kl = (mx.exp(theirs) * (theirs - ours)).sum(axis=-1)
+    return kl, (logits.argmax(-1) == reference.argmax(-1)).astype(mx.float32)
