@@ -62,10 +62,11 @@ def test_every_tap_in_float32(ours, real_hf, real_gguf: Path):
     assert result.logits[0].top1 == result.logits[0].top10 == 1
 
 
-def test_decode_in_float32(ours, real_hf, real_gguf: Path):
-    """Token by token after a chunked prompt, on a cache."""
+@pytest.mark.parametrize("kind", ["chunks and tokens", "batch"])
+def test_decode_in_float32(ours, real_hf, real_gguf: Path, kind: str):
+    """Token by token after a chunked prompt, on a cache; and two rows of a batch, one padded on the left."""
     ids = load_tokens(real_gguf, 28)
-    run = Run("chunks and tokens", (tuple(ids),), (16, 8, 1, 1, 1, 1))
+    run = Run(kind, (tuple(ids),), (16, 8, 1, 1, 1, 1)) if kind != "batch" else Run.padded([ids[:20], ids[4:13]], 2)
     result = compare(ours[0], run, torch_side.record(real_hf, run), tolerances.tolerances("real", "float32"), "float32")
     assert result.passed, result.first
 
