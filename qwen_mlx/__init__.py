@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch import BatchResult, batch_generate
     from .config import ModelConfig
     from .conversion import convert
     from .errors import GGUFError, QwenMLXError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "BatchResult": "batch",
     "Chat": "session",
     "GGUFError": "errors",
     "GenerationChunk": "generation",
@@ -36,6 +38,7 @@ _MODULES = {
     "QwenMLXError": "errors",
     "SamplingSettings": "sampling",
     "Tokenizer": "tokenizer",
+    "batch_generate": "batch",
     "convert": "conversion",
     "generate": "generation",
     "load": "loading",
@@ -43,6 +46,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "BatchResult",
     "Chat",
     "GGUFError",
     "GenerationChunk",
@@ -52,6 +56,7 @@ __all__ = [
     "QwenMLXError",
     "SamplingSettings",
     "Tokenizer",
+    "batch_generate",
     "convert",
     "generate",
     "load",
