@@ -204,10 +204,7 @@ class Chat:
                         yield chunk
             finally:
                 if len(self.turn) > rounds:
-                    # A stop string or a Ctrl-C may leave tokens of which the text has only a part.
-                    if self.tokenizer.decode(answer["ids"]) != answer["content"]:
-                        del answer["ids"]
-                    self.messages.append(answer)
+                    self.messages.append(self._as_written(answer))
                 elif rounds == 0:
                     self.messages.pop()
             calls = parse_tool_calls(answer["content"], self.tools) if self.tools else []
@@ -228,6 +225,15 @@ class Chat:
                 yield ToolResult(call, result)
             if refused:
                 return
+
+    def _as_written(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer with the ids that make its text: a stop string or a Ctrl-C may leave more, or half a character.
+        Without any ids if none make the very text."""
+        text, ids = answer["content"], answer["ids"]
+        for end in range(len(ids), max(len(ids) - 16, -1), -1):
+            if self.tokenizer.decode(ids[:end]) == text:
+                return answer | {"ids": ids[:end]}
+        return {"role": answer["role"], "content": text}
 
     def _generate(self) -> Iterator[GenerationChunk]:
         seed = self.seed
