@@ -25,8 +25,9 @@ def to_torch(x: mx.array) -> torch.Tensor:
 def test_within_two_ulp_of_float64_and_never_worse_than_mlx(executor, dtype):
     rows = selftest.run([case for case in CASES if case.dtype == dtype])
     for row in rows:
-        # The CPU's exponential alone is 1.3 ulp off.
-        limit = 3.0 if executor == "reference" and row["case"].startswith("swiglu") else selftest.LIMIT
+        # In plain float32 e^-x, the sum, the quotient and the product round one after another: 2.74 ulp at the most
+        # in 9.7 million elements. Dividing in float64 gives 1.4 and costs three times the time.
+        limit = 2.75 if executor == "reference" and row["case"].startswith("swiglu") else selftest.LIMIT
         assert row["ulp"] is not None, row
         assert row["ulp"] <= limit, row
         # MLX has no SwiGLU of its own: what is compared there are three functions that may be lucky on one element.
