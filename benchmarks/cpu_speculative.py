@@ -1,6 +1,7 @@
 """`python -m benchmarks.cpu_speculative`: prompt-lookup decoding against plain decoding, one process, interleaved.
 
-The task is the kind that prompt-lookup is for: a file of code, and the request to summarise it by quoting what matters.
+Three tasks about one file of code, two summaries and an edit, and one that has no text to look anything up in. How much
+is won depends on how much of the answer stands in the prompt: on "summarise" the 0.5B model quotes most of the code.
 Both decode greedily, in turn, `--repeats` times over; the texts must be equal, and the ratio of each pair's decoding
 speeds is what counts (the prompt is read once more each time, and left out). Prints a table and writes JSON.
 """
@@ -22,12 +23,16 @@ from .cpu_generate import processor
 
 TASKS = {
     "summarise": (
-        "Summarise this code: say in one sentence what it is for, then list every function with its signature as it is "
-        "in the code and a few words on what it does.\n\n```python\n{code}```"
+        "Summarise this code as Markdown: for every function its signature in bold and one sentence on what it does."
+        "\n\n```python\n{code}```"
+    ),
+    "headings": (
+        "Summarise this code as Markdown: for every function a heading, its signature in a code block, and one "
+        "sentence.\n\n```python\n{code}```"
     ),
     "edit": (
-        "Rename the function `mean` to `average` in this code and give the whole code back, nothing else.\n\n"
-        "```python\n{code}```"
+        "Rename the function `mean` to `average` in this code and give the whole code back, nothing else."
+        "\n\n```python\n{code}```"
     ),
     "free": "Write a short story about a lighthouse keeper and a storm.",
 }
