@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_mlx import QwenMLXError, load, stream_generate
+from qwen_mlx import QwenMLXError, batch_generate, load, stream_generate
 from qwen_mlx.backend import mx
-from qwen_mlx.batch import BatchKVCache, Padding, batch_generate, join, select
+from qwen_mlx.batch import BatchKVCache, Padding, join, select
 from qwen_mlx.cache import KVCache
 from qwen_mlx.generation import GenerationChunk
 from tests.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
