@@ -5,9 +5,19 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from reference.emulator import CompileError, InvalidLaunch, MetalKernel, emulate, lint, metal_kernel, metal_source
+from qwen_mlx import ops
+from reference.emulator import (
+    CompileError,
+    InvalidLaunch,
+    MetalKernel,
+    emulate,
+    lint,
+    metal_kernel,
+    metal_source,
+    standin,
+)
 
-from . import shipped
+from . import decoding_calls, shipped
 from .test_published_kernels import module
 
 # rule: (rejected, accepted, what the finding says); a "|" divides header and body.
@@ -214,6 +224,17 @@ def test_another_text_is_refused():
 @pytest.mark.parametrize("index", range(len(shipped.calls())), ids=shipped.names())
 def test_shipped_kernels_have_no_findings(index):
     assert lint(shipped.texts()[index]) == []
+
+
+@pytest.mark.parametrize("name", decoding_calls.calls(mx.bfloat16))
+def test_decoding_kernels_have_no_findings(name, monkeypatch):
+    ran: list[str] = []
+    monkeypatch.setattr(standin, "on_text", lambda source: ran.append(source.text))
+    with emulate(), ops.no_grad():
+        decoding_calls.calls(mx.bfloat16)[name]()
+    assert ran
+    for text in ran:
+        assert lint(text) == []
 
 
 def test_a_published_kernel_has_one_style_finding():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -11,9 +12,12 @@ from qwen_mlx import ops, selftest
 from qwen_mlx.ops import dispatch
 from reference.emulator import emulate
 
+from . import seeded_decoding
+from .decoding_calls import calls
 from .seeded import EDITS, SMALL, Edit, Small, WrongNumbers, case_inputs
 
-CASES = case_inputs()
+DECODING = calls(mx.bfloat16)
+CASES = case_inputs() | DECODING
 
 
 @pytest.fixture
@@ -47,12 +51,21 @@ def test_shipped_kernels_pass(kernels, name):
 @pytest.mark.parametrize("name", EDITS)
 def test_defects_of_shipped_kernels_are_seen(kernels, name):
     edit: Edit = EDITS[name]
+    with_defect(kernels, edit, {"rms.h": "rms_norm"}.get(edit.file, edit.file.removesuffix(".metal")))
+
+
+@pytest.mark.parametrize("name", seeded_decoding.EDITS)
+def test_defects_of_decoding_kernels_are_seen(kernels, name):
+    call, edit = seeded_decoding.EDITS[name]
+    with_defect(kernels, edit, call)
+
+
+def with_defect(kernels: Path, edit: Edit, name: str) -> None:
     text = (kernels / edit.file).read_text()
     assert edit.old in text, "the kernel has changed: adapt the defect"
     (kernels / edit.file).write_text(text.replace(edit.old, edit.new))
-    kernel = {"rms.h": "rms_norm"}.get(edit.file, edit.file.removesuffix(".metal"))
     with pytest.raises(edit.caught_by):
-        compare(kernel)
+        compare(name)
 
 
 def run(case: Small, source: str, **options) -> mx.array:
@@ -78,4 +91,4 @@ def test_defects_of_small_kernels_are_seen(name):
 
 
 def test_there_are_enough():
-    assert len(EDITS) + len(SMALL) >= 25
+    assert len(EDITS) + len(seeded_decoding.EDITS) + len(SMALL) >= 25

@@ -1,0 +1,67 @@
+"""Small calls of every kernel that decoding one token launches, for the lint and for seeded defects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from qwen_mlx import ops
+from qwen_mlx.ops import Format, Matrix
+
+FORMATS = ("dense", "affine4", "affine8", "q4_k", "q6_k")
+EPS = 1e-6
+
+
+def matrix(form: str, rows: int, columns: int, dtype: mx.Dtype) -> Matrix:
+    """A random matrix of one of FORMATS whose elements are about 0.05."""
+    if form in ("q4_k", "q6_k"):
+        rng = np.random.default_rng(rows)
+        size, scale_at = {"q4_k": (144, 0), "q6_k": (210, 208)}[form]
+        blocks = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
+        blocks[..., scale_at : scale_at + 2] = np.array([1e-4], np.float16).view(np.uint8)
+        if form == "q4_k":
+            blocks[..., 2:4] = np.array([7e-4], np.float16).view(np.uint8)
+        return ops.raw_matrix(blocks.reshape(rows, -1), form)
+    w = (mx.random.normal((rows, columns), key=mx.random.key(rows)) * 0.05).astype(dtype)
+    if form == "dense":
+        return Matrix(Format("dense", rows, columns), (w,))
+    bits = int(form[-1])
+    return Matrix(Format("affine", rows, columns, bits, 32), mx.quantize(w, group_size=32, bits=bits))
+
+
+def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
+    """name: call; among them rows that fill no whole unit, splits, heads in groups, a window, a cache not full."""
+    mx.random.seed(11)
+
+    def random(*shape: int) -> mx.array:
+        return mx.random.normal(shape).astype(dtype)
+
+    heads, kv_heads, head_dim, columns = 3, 1, 16, 512
+    rows = (heads + 2 * kv_heads) * head_dim
+    x, weight, bias, residual = random(1, 1, columns), random(columns), random(rows), random(37)
+    tail, place = random(1, 2 * kv_heads, 4, head_dim), mx.array([100_000, 99_998], mx.int32)
+    table = ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))
+    q, kv, new = random(1, 4, 1, 64), random(1, 4, 256, 64), random(1, 4, 16, 64)
+    long, seen = random(1, 4, 1280, 64), mx.array([45, 40], mx.int32)
+    wide = random(1, 1, 4096)
+    found: dict[str, Callable[[], list[mx.array]]] = {
+        "rotation": lambda: [ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))],
+        "attend": lambda: [ops.attend_one(q, kv, new, seen, 0.125, 42)],
+        "attend_split": lambda: [ops.attend_one(q, long, new, seen, 0.125)],
+        "matvec dense, split": lambda: [ops.matvec(wide, matrix("dense", 21, 4096, dtype))],
+    }
+    for form in FORMATS:
+        odd, qkv, ffn = (matrix(form, n, columns, dtype) for n in (37, rows, 38))
+        found |= {
+            f"matvec {form}": lambda odd=odd: [ops.matvec(x, odd, (weight, EPS), residual)],
+            f"matvec_swiglu {form}": lambda ffn=ffn: [ops.matvec_swiglu(x, ffn, (weight, EPS))],
+            f"matvec_qkv {form}": lambda qkv=qkv: list(
+                ops.matvec_qkv(x, qkv, bias, (weight, EPS), table, tail, place, heads)
+            ),
+        }
+        if form in ("q4_k", "q6_k"):
+            found[f"unpack {form}"] = lambda odd=odd: [ops.unpack(odd, dtype)]
+            found[f"unpack_rows {form}"] = lambda odd=odd: [ops.unpack(odd, dtype, mx.array([[36, 0], [5, 5]]))]
+    return found
