@@ -13,6 +13,7 @@ from qwen_mlx.backend import mx
 from qwen_mlx.batch import BatchKVCache, Padding, join, select
 from qwen_mlx.cache import KVCache
 from qwen_mlx.generation import GenerationChunk
+from qwen_mlx.sampling import sample
 from tests.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
 
 LENGTHS = (3, 90, 1, 41, 17, 150, 2, 64, 33, 5, 120, 18)
@@ -91,8 +92,15 @@ def test_rows_equal_transformers_on_a_padded_batch(small, theirs):
         assert len(result.token_ids) == 30 or result.token_ids[-1] == IM_END
 
 
-def test_a_penalty_counts_a_rows_own_tokens(small):
+def test_a_penalty_counts_a_rows_own_tokens(small, monkeypatch):
     model, tokenizer = small
+    counted = []
+
+    def watched(logits, settings, seen=None, key=None):
+        counted.extend(seen.tolist())
+        return sample(logits, settings, seen, key)
+
+    monkeypatch.setattr("qwen_mlx.batch.sample", watched)
     prompts = prompts_of((20, 4, 9, 31, 6))
     results = batch_generate(
         model, tokenizer, prompts, max_tokens=[30, 12, 25, 9, 30], temperature=0, repetition_penalty=1.3, batch_size=3
@@ -100,6 +108,8 @@ def test_a_penalty_counts_a_rows_own_tokens(small):
     for ids, limit, result in zip(prompts, [30, 12, 25, 9, 30], results):
         single = stream_generate(model, tokenizer, ids, max_tokens=limit, temperature=0, repetition_penalty=1.3)
         assert result.token_ids == [chunk.token for chunk in single]
+    own = [{*ids, *result.token_ids} for ids, result in zip(prompts, results)]
+    assert all(any(set(seen) <= ids for ids in own) for seen in counted)
 
 
 def test_stop_strings_end_their_row_alone(small):
