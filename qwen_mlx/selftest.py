@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import ops
+from . import ops, selftest_decoding
 from .backend import describe, mx
 
 EPS = 1e-6
@@ -49,6 +49,13 @@ class Case:
         if len(outputs) != len(exact):
             return float("inf")
         return max((ulp_error(got, want, self.dtype) for got, want in zip(outputs, exact)), default=0.0)
+
+
+class _SumCase(Case):
+    """A case of long sums, whose error is measured at the largest element."""
+
+    def error(self, outputs: Arrays) -> float:
+        return selftest_decoding.error(outputs, self.exact(), self.dtype)
 
 
 def ulp_error(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> float:
@@ -87,6 +94,19 @@ def cases(small: bool = False) -> Iterator[Case]:
         yield from _swiglu_cases(random, dtype, small)
         yield from _rope_cases(random, dtype, small)
         yield from _gradient_cases(random, dtype)
+        if not small:
+            yield from decoding_cases(dtype)
+
+
+def decoding_cases(dtype: mx.Dtype, small: bool = False) -> Iterator[Case]:
+    """Every kernel that decoding one token launches, against plain MLX on the CPU."""
+
+    def exact(call: Callable[[], Arrays]) -> Exact:
+        with ops.forced("reference"), mx.stream(mx.cpu):
+            return [to_float64(x) for x in call()]
+
+    for name, call in selftest_decoding.calls(dtype, small):
+        yield _SumCase(f"decoding: {name}", dtype, call, lambda call=call: exact(call))
 
 
 class _Random:

@@ -5,30 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import mlx.core as mx
-import numpy as np
 
 from qwen_mlx import ops
-from qwen_mlx.ops import Format, Matrix
-
-FORMATS = ("dense", "affine4", "affine8", "q4_k", "q6_k")
-EPS = 1e-6
-
-
-def matrix(form: str, rows: int, columns: int, dtype: mx.Dtype) -> Matrix:
-    """A random matrix of one of FORMATS whose elements are about 0.05."""
-    if form in ("q4_k", "q6_k"):
-        rng = np.random.default_rng(rows)
-        size, scale_at = {"q4_k": (144, 0), "q6_k": (210, 208)}[form]
-        blocks = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
-        blocks[..., scale_at : scale_at + 2] = np.array([1e-4], np.float16).view(np.uint8)
-        if form == "q4_k":
-            blocks[..., 2:4] = np.array([7e-4], np.float16).view(np.uint8)
-        return ops.raw_matrix(blocks.reshape(rows, -1), form)
-    w = (mx.random.normal((rows, columns), key=mx.random.key(rows)) * 0.05).astype(dtype)
-    if form == "dense":
-        return Matrix(Format("dense", rows, columns), (w,))
-    bits = int(form[-1])
-    return Matrix(Format("affine", rows, columns, bits, 32), mx.quantize(w, group_size=32, bits=bits))
+from qwen_mlx.selftest_decoding import EPS, FORMATS, matrix
 
 
 def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:

@@ -1,0 +1,84 @@
+"""The self-test's cases of the kernels that decoding one token launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from . import ops
+from .backend import mx
+from .ops import Format, Matrix
+
+FORMATS = ("dense", "affine4", "affine8", "q4_k", "q6_k")
+EPS = 1e-6
+SHAPES = {False: (1024, 14, 2, 64, 4864), True: (256, 3, 1, 64, 40)}  # hidden, heads, key/value heads, head_dim, width
+
+Call = Callable[[], list[mx.array]]
+
+
+def matrix(form: str, rows: int, columns: int, dtype: mx.Dtype) -> Matrix:
+    """A random matrix of one of FORMATS whose elements are about 0.05."""
+    rng = np.random.default_rng(rows)
+    if form in ("q4_k", "q6_k"):
+        size, scale_at = {"q4_k": (144, 0), "q6_k": (210, 208)}[form]
+        blocks = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
+        blocks[..., scale_at : scale_at + 2] = np.array([1e-4], np.float16).view(np.uint8)
+        if form == "q4_k":
+            blocks[..., 2:4] = np.array([7e-4], np.float16).view(np.uint8)
+        return ops.raw_matrix(blocks.reshape(rows, -1), form)
+    w = mx.array((rng.standard_normal((rows, columns)) * 0.05).astype(np.float32)).astype(dtype)
+    if form == "dense":
+        return Matrix(Format("dense", rows, columns), (w,))
+    bits = int(form[-1])
+    return Matrix(Format("affine", rows, columns, bits, 32), mx.quantize(w, group_size=32, bits=bits))
+
+
+def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
+    """(name, call): one token, of about the 0.5B model's shapes or of small ones."""
+    rng = np.random.default_rng(13)
+
+    def random(*shape: int) -> mx.array:
+        return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+    hidden, heads, kv_heads, head_dim, width = SHAPES[small]
+    rows = (heads + 2 * kv_heads) * head_dim
+    x, weight, bias, residual = random(1, 1, hidden), random(hidden), random(rows), random(1, 1, rows)
+    tail, place = random(1, 2 * kv_heads, 16, head_dim), mx.array([300, 290], mx.int32)
+    rotary = ops.Rotary.plain(head_dim, 1e6)
+    table = ops.rotation_table(place, rotary)
+    q, short, long = (random(1, n, m, head_dim) for n, m in ((heads, 1), (2 * kv_heads, 512), (2 * kv_heads, 1280)))
+    for form in FORMATS:
+        square, joined = matrix(form, rows, hidden, dtype), matrix(form, 2 * width, hidden, dtype)
+        yield f"matvec {form}", lambda m=square: [ops.matvec(x, m, None, residual)]
+        yield f"matvec {form}, norm", lambda m=square: [ops.matvec(x, m, (weight, EPS))]
+        yield f"matvec_swiglu {form}", lambda m=joined: [ops.matvec_swiglu(x, m, (weight, EPS))]
+        yield (
+            f"matvec_qkv {form}",
+            lambda m=square: list(ops.matvec_qkv(x, m, bias, (weight, EPS), table, tail, place, heads)),
+        )
+        if form in ("q4_k", "q6_k"):
+            yield f"unpack {form}", lambda m=square: [ops.unpack(m, dtype)]
+            yield f"unpack_rows {form}", lambda m=square: [ops.unpack(m, dtype, mx.array([[rows - 1, 0], [5, 5]]))]
+    yield "rotation", lambda: [ops.rotation_table(mx.array([999_999, 0], mx.int32), rotary)]
+    yield "attend_one", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5)]
+    yield "attend_one, window", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5, 77)]
+    yield "attend_one, split", lambda: [ops.attend_one(q, long, tail, place, head_dim**-0.5)]
+
+
+def error(got: Sequence[mx.array], want: Sequence[np.ndarray], dtype: mx.Dtype) -> float:
+    """The largest difference in units of dtype's last place, and at least of 2^-20, at the largest element.
+
+    A sum's error is that of its largest terms. inf for a wrong number, shape or dtype of arrays, and for NaN.
+    float32 is right too: the table of rotations is float32 in every dtype.
+    """
+    unit = max({mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}[dtype], 2**-20)
+    if len(got) != len(want):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(got, want):
+        if a.shape != b.shape or a.dtype not in (dtype, mx.float32):
+            return float("inf")
+        difference = np.abs(np.array(a.astype(mx.float32)) - b).max() / (np.abs(b).max() * unit)
+        worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
+    return worst

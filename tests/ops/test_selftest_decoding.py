@@ -1,0 +1,32 @@
+"""The self-test's cases of decoding, in the emulator; and the measure sees what is wrong."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from qwen_mlx import ops, selftest
+from reference.emulator import emulate
+
+
+def test_every_case_is_within_its_limit():
+    with emulate(), ops.no_grad():
+        rows = selftest.run(list(selftest.decoding_cases(mx.float16, small=True)))
+    for row in rows:
+        assert row["ok"], row
+    assert len(rows) == 28
+
+
+@pytest.mark.parametrize("break_it", ["element", "nan", "shape", "dtype", "number"])
+def test_the_measure_sees_what_is_wrong(break_it):
+    case = next(case for case in selftest.decoding_cases(mx.bfloat16, small=True) if "q4_k, norm" in case.name)
+    right = case.compute()[0]
+    first = mx.arange(right.size) == 0
+    wrong = {
+        "element": lambda: [mx.where(first, right + 0.05 * mx.abs(right).max(), right)],
+        "nan": lambda: [mx.where(first, mx.array(float("nan"), right.dtype), right)],
+        "shape": lambda: [right[..., 1:]],
+        "dtype": lambda: [right.astype(mx.float16)],
+        "number": lambda: [right, right],
+    }[break_it]()
+    assert case.error([right]) <= selftest.LIMIT < case.error(wrong)
