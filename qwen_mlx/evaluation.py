@@ -179,14 +179,24 @@ def _head(model: Qwen2, hidden: mx.array) -> mx.array:
     return logits.astype(mx.float32)
 
 
+def _sum(values: mx.array) -> mx.array:
+    """Sums over the vocabulary, (L, 1), in two levels: one float32 sum of 151,936 terms would lose the small ones."""
+    length, size = values.shape
+    return mx.pad(values, [(0, 0), (0, -size % 512)]).reshape(length, -1, 512).sum(axis=-1).sum(axis=-1, keepdims=True)
+
+
+def _log_sum_exp(logits: mx.array) -> mx.array:
+    top = logits.max(axis=-1, keepdims=True)
+    return top + mx.log(_sum(mx.exp(logits - top)))
+
+
 def _losses(logits: mx.array, targets: mx.array) -> mx.array:
     """-ln p of each target (L,), from logits (L, V)."""
-    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return (_log_sum_exp(logits) - mx.take_along_axis(logits, targets[:, None], axis=-1))[:, 0]
 
 
 def _divergence(logits: mx.array, reference: mx.array) -> tuple[mx.array, mx.array]:
     """KL(reference || model) and whether the likeliest tokens agree, (L,) each."""
-    ours = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    theirs = reference - mx.logsumexp(reference, axis=-1, keepdims=True)
-    kl = (mx.exp(theirs) * (theirs - ours)).sum(axis=-1)
+    ours, theirs = logits - _log_sum_exp(logits), reference - _log_sum_exp(reference)
+    kl = _sum(mx.exp(theirs) * (theirs - ours))[:, 0]
     return kl, (logits.argmax(-1) == reference.argmax(-1)).astype(mx.float32)
