@@ -67,12 +67,12 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
 
 
 def error(got: Sequence[mx.array], want: Sequence[np.ndarray], dtype: mx.Dtype) -> float:
-    """The largest difference in units of dtype's last place, and at least of 2^-20, at the largest element.
+    """The largest difference in units of dtype's last place, and at least of 2^-19, at the largest element.
 
     A sum's error is that of its largest terms. inf for a wrong number, shape or dtype of arrays, and for NaN.
     float32 is right too: the table of rotations is float32 in every dtype.
     """
-    unit = max({mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}[dtype], 2**-20)
+    unit = max({mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}[dtype], 2**-19)
     if len(got) != len(want):
         return float("inf")
     worst = 0.0

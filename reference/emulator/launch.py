@@ -386,6 +386,8 @@ class _Words:
         verb = "writes" if report.write else "reads"
         if self.in_threadgroup_memory():
             return f"{verb} {report.size} bytes at byte {report.offset} of a threadgroup variable"
+        if report.slot >= len(self.data):  # so far outside that the buffer is not known
+            return f"{verb} {report.size} bytes"
         buffer, content = self.source.buffers[report.slot], self.data[report.slot]
         offset = report.offset - content.origin
         part = f" + {offset % content.item} bytes" if offset % content.item else ""
@@ -395,6 +397,8 @@ class _Words:
         report = self.report
         if self.in_threadgroup_memory():
             return "outside of it"
+        if report.slot >= len(self.data):
+            return "at an address far outside every buffer"
         content = self.data[report.slot]
         return f"which has {content.raw.nbytes // content.item} elements (shape {content.shape})"
 

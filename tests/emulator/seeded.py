@@ -153,6 +153,12 @@ SMALL = {
     "write far past the end": Small(
         I + "y[i * 1000000u] = x[i];", I + "y[i] = x[i];", OutOfBounds, r"writes y\[\d+000000\], which has 64"
     ),
+    "index far beyond every buffer": Small(
+        I + "y[i] = x[ulong(i) * 40000000000ul];",
+        I + "y[i] = x[ulong(i)];",
+        OutOfBounds,
+        r"far outside every buffer|in no buffer",
+    ),
     "edge threadgroup ignored": Small(
         "uint i = threadgroup_position_in_grid.x * threads_per_threadgroup.x + thread_position_in_threadgroup.x;"
         "y[i] = x[i];",
