@@ -28,7 +28,8 @@ class SourceTensor:
 
     values(a, b): rows a to b as float32 (rows, columns); a vector is one row. packed(a, b): the same rows as MLX holds
     them exactly (codes, scales, biases; no biases in mode mxfp4), where `form` says how; scales are float32, or uint8
-    in mode mxfp4; they may be inf or NaN. done(): the bytes are no longer needed.
+    in mode mxfp4; they may be inf or NaN. done(): the bytes are no longer needed. scale_dtype(): the
+    narrowest dtype in which packed's scales and biases are all exact, where `form` is affine.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SourceTensor:
     form: blocks.Packed | None = None
     packed: Callable[[int, int], tuple[np.ndarray, ...]] | None = None
     done: Callable[[], None] = lambda: None
+    scale_dtype: Callable[[], str] = lambda: "float32"
 
     @property
     def rows(self) -> int:
@@ -93,6 +95,11 @@ def _gguf_tensor(file: GGUFFile, name: str, info: TensorInfo) -> SourceTensor:
             return blocks.affine(raw[a:b], kind, np.float32, finite=False)
         return blocks.mxfp4(raw[a:b], finite=False)
 
+    def scale_dtype() -> str:
+        dtype = blocks.exact_scales(raw, kind)
+        file.release(info.name)
+        return dtype
+
     return SourceTensor(
         name,
         info.name,
@@ -103,6 +110,7 @@ def _gguf_tensor(file: GGUFFile, name: str, info: TensorInfo) -> SourceTensor:
         kind.packed if len(info.shape) == 2 else None,
         packed,
         lambda: file.release(info.name),
+        scale_dtype,
     )
 
 

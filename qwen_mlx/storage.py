@@ -95,17 +95,17 @@ def choose_form(tensor: SourceTensor, options: Options) -> Form:
     the user asked. Matrices whose rows the group size does not divide stay dense.
     """
 
-    def scales(automatic: str) -> str:
-        return automatic if options.scales == "auto" else options.scales
-
     matrix = len(tensor.shape) == 2
     if tensor.form is not None and not options.quantize:
         form = tensor.form
-        dtype = scales(form.scale_dtype) if form.mode == "affine" else form.scale_dtype
+        dtype = form.scale_dtype
+        if form.mode == "affine":
+            dtype = tensor.scale_dtype() if options.scales == "auto" else options.scales
         return Form(form.mode, dtype, form.bits, form.group_size, from_source=True)
     bits = options.quantize or (None if tensor.type_name in DENSE_TYPES else options.requantize)
     if bits and matrix and tensor.shape[1] % options.group_size == 0:
-        return Form("affine", scales(options.dtype), bits, options.group_size)
+        dtype = options.dtype if options.scales == "auto" else options.scales
+        return Form("affine", dtype, bits, options.group_size)
     return Form("dense", options.dtype)
 
 

@@ -123,10 +123,24 @@ def test_auto_takes_the_narrowest_scales_that_are_exact(kind: blocks.BlockType, 
             assert row.exact or relative < {"float16": 2e-3, "bfloat16": 1.5e-2}[dtype]
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0", "IQ4_NL"])
+def test_auto_widens_a_tensor_whose_biases_float16_cannot_hold(name: str, tmp_path: Path):
+    kind = next(kind for kind in BLOCK_TYPES.values() if kind.name == name)
+    offset = blocks.FORMATS[name].offset
+    for largest, dtype in ((65504 / offset, "float16"), (65536 / offset, "float32")):
+        for sign in (1, -1):
+            expected = file_of_type(tmp_path / "m.gguf", kind, [np.float16(sign * largest).view(np.uint16)])
+            report = convert(tmp_path / "m.gguf", tmp_path / "out", dtype="float32", force=True)
+            assert {row.stored_as.split()[-2] for row in report if len(row.shape) == 2} == {dtype}
+            assert all(row.exact for row in report)
+            for found_name, found in stored_values(tmp_path / "out").items():
+                assert_same_numbers(found, expected[found_name])
+
+
 def test_a_scale_that_the_dtype_cannot_hold_is_refused(tmp_path: Path):
     file_of_type(tmp_path / "m.gguf", BLOCK_TYPES[8], SCALES["largest"])
     with pytest.raises(GGUFError, match=r"tensor 'token_embd\.weight' \(Q8_0\) holds .* for float16; give --scales"):
-        convert(tmp_path / "m.gguf", tmp_path / "out")
+        convert(tmp_path / "m.gguf", tmp_path / "out", scales="float16")
     spoilt = hf_model(**WIDE)
     with torch.no_grad():
         spoilt.model.norm.weight[3] = 1e6

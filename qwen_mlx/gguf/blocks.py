@@ -165,6 +165,19 @@ def affine(
     return codes.reshape(rows, -1), scales.reshape(rows, -1), biases.reshape(rows, -1)
 
 
+def exact_scales(raw: np.ndarray, kind: BlockType) -> str:
+    """The narrower dtype, "float16" or "float32", in which the scales and biases that affine() gives are all exact.
+
+    raw: uint8 (rows, bytes of a row) of a kind with `kind.affine`. Scales that are inf or NaN do not count.
+    """
+    offset, dtype = FORMATS[kind.name].offset, kind.affine.scale_dtype
+    if dtype == "float16" and offset:  # only offset * scale can overflow; a block of these kinds begins with its scale
+        scales = np.abs(np.ascontiguousarray(_blocks(raw, kind)[0][:, :2]).view("<f2"))
+        largest = float(scales.max(initial=0, where=np.isfinite(scales)))
+        return "float32" if offset * largest > LARGEST_HALF else "float16"
+    return dtype
+
+
 def mxfp4(raw: np.ndarray, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """MXFP4 bytes as MLX holds them in mode "mxfp4".
 
