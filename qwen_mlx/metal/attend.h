@@ -47,8 +47,10 @@ FUNCTION Attended<GROUP, D / SIMD_WIDTH> attend_run(Attended<GROUP, D / SIMD_WID
   for (int g = 0; g < GROUP; ++g) {
     const float score = lane < count ? weight[g] * scale : float_of_bits(int(0xff800000u));
     const float most = metal::max(a.largest[g], metal::simd_max(score));
-    const float shrunk = metal::precise::exp(a.largest[g] - most);
-    weight[g] = metal::precise::exp(score - most);
+    // While all scores are -inf their weights are 0: -inf minus -inf would be NaN.
+    const float base = most == float_of_bits(int(0xff800000u)) ? 0.0f : most;
+    const float shrunk = metal::precise::exp(a.largest[g] - base);
+    weight[g] = metal::precise::exp(score - base);
     a.total[g] = metal::fma(a.total[g], shrunk, weight[g]);
     a.largest[g] = most;
     UNROLL

@@ -1,7 +1,8 @@
-// Attention of one token on the cache, while it is short: GROUP query heads of each of KV key/value heads, a threadgroup for
-// each; SPLITS is 1. q (KV GROUP, D), kv (1, 2 KV, room, D) and tail (1, 2 KV, tail's room, D), keys first, T;
-// place (2) int32: the token's position, and how many tokens lie before the tail. out (KV GROUP, D), T.
-// Template: T, KV, GROUP, D, SPLITS, THREADS, WINDOW keys that are seen or 0 for all, SCALE the bits of the scores' factor.
+// Attention of one token on the cache, while it is short: a threadgroup for GROUP query heads; SPLITS is 1.
+// q (KV RATIO, D), kv (1, 2 KV, room, D) and tail (1, 2 KV, its room, D),
+// keys first, T; place (2) int32: the token's position, and how many tokens lie before the tail. out (KV RATIO, D), T.
+// Template: T, KV, RATIO query heads of each, GROUP, D, SPLITS, THREADS, WINDOW keys that are seen or 0 for all, SCALE the
+// bits of the scores' factor.
 constexpr int SIMDS = THREADS / SIMD_WIDTH;
 constexpr int PER = D / SIMD_WIDTH;
 threadgroup float queries[GROUP * D];
@@ -13,14 +14,14 @@ const uint id = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 const uint split = threadgroup_position_in_grid.x;
-const uint head = threadgroup_position_in_grid.y;
+const uint first = threadgroup_position_in_grid.y * uint(GROUP);  // query head
 for (uint i = id; i < uint(GROUP * D); i += uint(THREADS)) {
-  queries[i] = float(q[head * uint(GROUP * D) + i]);
+  queries[i] = float(q[first * uint(D) + i]);
 }
 metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 const Attended<GROUP, PER> a = attend_all<T, KV, GROUP, D, WINDOW>(
-    queries, kv, uint(kv_shape[2]), tail, uint(tail_shape[2]), uint(place[0]), uint(place[1]), head,
-    split * uint(SIMDS) + simd, uint(SPLITS * SIMDS), lane, float_of_bits(SCALE));
+    queries, kv, uint(kv_shape[2]), tail, uint(tail_shape[2]), uint(place[0]), uint(place[1]),
+    first / uint(RATIO), split * uint(SIMDS) + simd, uint(SPLITS * SIMDS), lane, float_of_bits(SCALE));
 
 for (int g = 0; g < GROUP; ++g) {
   store<float>(parts, simd * uint(D) + lane * uint(PER), a.sum[g]);
@@ -43,7 +44,7 @@ for (int g = 0; g < GROUP; ++g) {
       total = metal::fma(factor, totals[s], total);
       sum = metal::fma(factor, parts[uint(s) * uint(D) + id], sum);
     }
-    const uint at = (head * uint(GROUP) + uint(g)) * uint(SPLITS) + split;
+    const uint at = (first + uint(g)) * uint(SPLITS) + split;
     out[at * uint(D) + id] = T(sum / total);
   }
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);

@@ -6,7 +6,10 @@ from ..backend import mx
 from .attention import attention
 from .dispatch import Kernel, executor, float_bits, require, require_float, require_like
 
-SHORT = 1024  # tokens of room that one threadgroup a key/value head attends to
+# Tokens of room that one threadgroup a query head attends to. Beyond, each of several takes a part, for all heads that
+# share a key/value head, so that it is read once.
+SHORT = 2048
+SPLIT = 512
 MOST_SPLITS = 64
 THREADS = 512
 
@@ -48,10 +51,11 @@ def attend_one(
     if executor() == "reference" or head_dim % 32 or head_dim > 256 or head_dim // 32 * q.dtype.size not in (4, 8, 16):
         return attend_one_reference(q, kv, tail, place, scale, window)
     n_kv_heads, room = kv.shape[1] // 2, kv.shape[2]
-    splits = 1 if room <= SHORT else min(MOST_SPLITS, -(-room // (SHORT // 2)))
-    template = [("KV", n_kv_heads), ("GROUP", n_heads // n_kv_heads), ("D", head_dim), ("SPLITS", splits)]
+    ratio = n_heads // n_kv_heads
+    splits, group = (1, 1) if room <= SHORT else (min(MOST_SPLITS, -(-room // SPLIT)), ratio)
+    template = [("KV", n_kv_heads), ("RATIO", ratio), ("GROUP", group), ("D", head_dim), ("SPLITS", splits)]
     template += [("THREADS", THREADS), ("WINDOW", window or 0), ("SCALE", float_bits(scale))]
-    inputs, grid, threadgroup = (q, kv, tail, place), (splits * THREADS, n_kv_heads, 1), (THREADS, 1, 1)
+    inputs, grid, threadgroup = (q, kv, tail, place), (splits * THREADS, n_heads // group, 1), (THREADS, 1, 1)
     if splits == 1:
         return _ATTEND(inputs, template, grid, threadgroup, [q.shape])[0]
     shapes = [(n_heads, splits, head_dim), (n_heads, splits, 2)]

@@ -198,10 +198,14 @@ def _on_kernel(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None)
 
 
 def _tuning(name: str, form: Format) -> Tuning:
-    paired = name != "matvec"
+    """Measured on an H200 (see benchmarks/results/run_h200.json): packed rows share the vector's elements, so more of
+    them at once; a long row is shared by simdgroups."""
+    long = form.columns >= 8192
     if form.kind == "dense":
-        return Tuning(2 if paired else 1, 1 if form.columns < 4096 else 2, 4)
-    return Tuning(2, 1, 1 if form.columns < 4096 else 2)
+        return Tuning(2 if name != "matvec" else 1, 2 if long else 1, 4)
+    if name == "matvec_swiglu":
+        return Tuning(4, 1, 1)
+    return Tuning(2, 4 if long else 1, 1)
 
 
 def _launch(

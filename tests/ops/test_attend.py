@@ -29,8 +29,8 @@ def exact(q: np.ndarray, kv: np.ndarray, offset: int, scale: float, window: int 
         (7, 1, 128, 256, 90, 97, 50),
         (2, 1, 64, 256, 20, 30, 5),  # the window begins in the tail
         (2, 1, 64, 256, 20, 30, 50),
-        (2, 1, 64, 2048, 40, 41, None),  # most splits have no keys
-        (6, 2, 64, 2048, 1999, 2010, None),
+        (2, 1, 64, 2304, 40, 41, None),  # most splits have no keys
+        (6, 2, 64, 2304, 1999, 2010, None),
     ],
 )
 def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, filled, position, window):
