@@ -47,7 +47,7 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     tail, place = random(1, 2 * kv_heads, 16, head_dim), mx.array([300, 290], mx.int32)
     rotary = ops.Rotary.plain(head_dim, 1e6)
     table = ops.rotation_table(place, rotary)
-    q, short, long = (random(1, n, m, head_dim) for n, m in ((heads, 1), (2 * kv_heads, 512), (2 * kv_heads, 1280)))
+    q, short, long = (random(1, n, m, head_dim) for n, m in ((heads, 1), (2 * kv_heads, 512), (2 * kv_heads, 2304)))
     for form in FORMATS:
         square, joined = matrix(form, rows, hidden, dtype), matrix(form, 2 * width, hidden, dtype)
         yield f"matvec {form}", lambda m=square: [ops.matvec(x, m, None, residual)]

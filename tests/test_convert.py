@@ -223,7 +223,10 @@ def test_mixed_types_load_in_qwen_mlx_and_mlx_lm_with_transformers_logits(tied: 
         model, tokenizer = load(tmp_path / "out", dtype="float32", quantized=packed)
         assert distance(model(mx.array(IDS)), torch_logits(theirs)) < limit
         original, _ = load(path, dtype="float32", quantized=packed)
-        assert distance(model(mx.array(IDS)), np.array(original(mx.array(IDS)))) == 0
+        # Packed, the file's Q4_K and Q6_K blocks are multiplied as they are, the folder's as MLX packs them: the same
+        # values, summed in another order.
+        apart = distance(model(mx.array(IDS)), np.array(original(mx.array(IDS))))
+        assert apart < limit if packed else apart == 0
     assert distance(mlx_lm_logits(tmp_path / "out"), torch_logits(theirs)) < limit
     assert tokenizer.eos_ids == {IM_END, END_OF_TEXT}
 

@@ -219,9 +219,9 @@ def explain() -> str:
     what = {"metal": "Metal kernels", "cuda": "the Metal kernels compiled as CUDA", "reference": "plain MLX"}[kind]
     lines = [f"rms_norm, add_rms_norm, rope, qkv_rope, swiglu, swiglu_joined: {what} ({why})"]
     if kind != "reference":
-        lines.append(
-            "plain MLX for rows above 16384 (rms_norm), heads above 1024 (rope) and arrays of 2^31 elements or more"
-        )
-    return "\n".join(
-        [*lines, "attention: MLX's scaled_dot_product_attention, or matrix products in float32 on the CPU"]
-    )
+        lines += [
+            "plain MLX for rows above 16384 (rms_norm), heads above 1024 (rope) and arrays of 2^31 elements or more",
+            "one token after others: fused kernels on dense, 4- and 8-bit affine, Q4_K and Q6_K matrices; on others MLX's "
+            "products",
+        ]
+    return "\n".join([*lines, "else attention: MLX's scaled_dot_product_attention; on the CPU products in float32"])

@@ -23,13 +23,13 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
     tail, place = random(1, 2 * kv_heads, 4, head_dim), mx.array([100_000, 99_998], mx.int32)
     table = ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))
     q, kv, new = random(1, 4, 1, 64), random(1, 4, 256, 64), random(1, 4, 16, 64)
-    long, seen = random(1, 4, 1280, 64), mx.array([45, 40], mx.int32)
-    wide = random(1, 1, 4096)
+    long, seen = random(1, 4, 2304, 64), mx.array([45, 40], mx.int32)
+    wide = random(1, 1, 8192)
     found: dict[str, Callable[[], list[mx.array]]] = {
         "rotation": lambda: [ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))],
         "attend": lambda: [ops.attend_one(q, kv, new, seen, 0.125, 42)],
         "attend_split": lambda: [ops.attend_one(q, long, new, seen, 0.125)],
-        "matvec dense, split": lambda: [ops.matvec(wide, matrix("dense", 21, 4096, dtype))],
+        "matvec dense, split": lambda: [ops.matvec(wide, matrix("dense", 21, 8192, dtype))],
     }
     for form in FORMATS:
         odd, qkv, ffn = (matrix(form, n, columns, dtype) for n in (37, rows, 38))

@@ -9,6 +9,7 @@ from qwen_mlx import ops, selftest
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.ops import dispatch
 
+from ..emulator.decoding_calls import calls
 from .nvrtc import compiled_kernels
 
 ROTARY = ops.Rotary.plain(8, 1e4)
@@ -116,6 +117,16 @@ def test_every_kernel_compiles_as_cuda_with_16_byte_accesses():
             assert "ld.global" in ptx[0]
             assert ".v4" in ptx[0].split("ld.global", 1)[1]
             assert any(line.strip().startswith(("st.global.v4", "@%p st.global.v4")) for line in ptx[0].splitlines())
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_every_kernel_of_a_decoding_step_compiles_as_cuda(dtype):
+    for name, call in calls(dtype).items():
+        with compiled_kernels() as ptx, ops.no_grad():
+            call()
+        # Attention of a long context combines its parts in a launch of its own.
+        assert len(ptx) == (2 if name == "attend_split" else 1), name
+        assert ".local" not in ptx[0], name
 
 
 def test_odd_sizes_and_scaling_compile_as_cuda():
