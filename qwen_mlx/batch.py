@@ -193,6 +193,7 @@ def batch_generate(
     if len(limits) != len(prompts):
         raise QwenMLXError(f"max_tokens has {len(limits)} values for {len(prompts)} prompts.")
     settings = model.generation_defaults.override(**sampling)
+    settings.refuse_beyond_basics("batch_generate")
     check_settings(seed, stop, batch_size=batch_size, prefill_chunk=prefill_chunk)
     stats = BatchStats(prompts=len(prompts))
     rows = []

@@ -12,7 +12,9 @@ from .sampling import SamplingSettings
 
 # What Qwen publishes for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value
 # of the sizes from 3B on and of Qwen's own documentation); for files that bring no settings of their own.
-INSTRUCT_SETTINGS = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, "Qwen2.5-Instruct's published settings")
+INSTRUCT_SETTINGS = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, source="Qwen2.5-Instruct's published settings")
+# What DeepSeek recommends for DeepSeek-R1 and its distillations (README of DeepSeek-R1, usage recommendations).
+R1_SETTINGS = SamplingSettings(0.6, top_p=0.95, source="DeepSeek-R1's published settings")
 GREEDY_SETTINGS = SamplingSettings(source="greedy: no settings in the file and not an instruction-tuned model")
 
 
@@ -30,6 +32,8 @@ def gguf_defaults(file: GGUFFile) -> SamplingSettings:
     if own:
         return _settings(own, f"general.sampling of {file.path.name}", file.path)
     finetune = f"{file.metadata.get('general.finetune', '')} {file.metadata.get('general.name', '')} {file.path.name}"
+    if "deepseek-r1" in finetune.lower().replace(" ", "-"):
+        return R1_SETTINGS
     return INSTRUCT_SETTINGS if "instruct" in finetune.lower() else GREEDY_SETTINGS
 
 

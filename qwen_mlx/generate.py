@@ -12,9 +12,16 @@ from . import cli, hub
 from .errors import QwenMLXError
 
 if TYPE_CHECKING:
+    from .generation import GenerationChunk
     from .model import Qwen2
     from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
+
+
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "typical_p", "presence_penalty"),
+    *("frequency_penalty", "no_repeat_ngram", "xtc_probability", "xtc_threshold"),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt-file", "-f", metavar="FILE", help="read the prompt from a UTF-8 file")
     source.add_argument("--list-models", action="store_true", help="show the models that are on this machine")
     p.add_argument("--raw", action="store_true", help="the prompt as it is, without the chat template")
+    p.add_argument(
+        "--logprobs", type=int, metavar="N", help="list each token's ln p and the N likeliest, on standard error"
+    )
     add_arguments(p)
     return p
 
@@ -51,6 +61,18 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--min-p", type=float, metavar="P", help="drop tokens less likely than P times the best; 0 is off"
     )
     sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="over 1 discourages repeats; 1 is off")
+    sampling.add_argument("--typical-p", type=float, metavar="P", help="keep tokens of expected surprise; 1 is off")
+    sampling.add_argument("--presence-penalty", type=float, metavar="A", help="taken from tokens generated already")
+    sampling.add_argument("--frequency-penalty", type=float, metavar="A", help="taken for each time they were")
+    sampling.add_argument("--no-repeat-ngram", type=int, metavar="N", help="no run of N tokens twice; 0 is off")
+    sampling.add_argument(
+        "--xtc-probability", type=float, metavar="P", help="how often top choices are excluded; 0: off"
+    )
+    sampling.add_argument("--xtc-threshold", type=float, metavar="T", help="what counts as one (default 0.1)")
+    sampling.add_argument(
+        "--logit-bias", action="append", metavar="ID=X", help="add X to a token's logit (can be repeated)"
+    )
+    sampling.add_argument("--min-tokens", type=int, default=0, metavar="N", help="do not end before N tokens")
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on CPU, bfloat16 on GPU"
     )
@@ -112,6 +134,18 @@ def list_models() -> None:
         print(f"no models yet in {hub.cache_folder()}")
 
 
+def read_bias(texts: list[str] | None) -> dict[int, float] | None:
+    """--logit-bias ID=X as a mapping. Raises QwenMLXError if one is not of that form."""
+    bias = {}
+    for text in texts or []:
+        token, _, value = text.partition("=")
+        try:
+            bias[int(token)] = float(value)
+        except ValueError:
+            raise QwenMLXError(f"--logit-bias is {text!r}, expected ID=X, a token's id and a number.") from None
+    return bias or None
+
+
 def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[str, Any], PromptCache | None]:
     """(model, tokenizer, arguments for stream_generate, prompt cache) as the command line says. Raises QwenMLXError,
     for what can be known without the weights before they are read."""
@@ -125,13 +159,18 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
 
     from . import backend, blas, ops, speculative
     from .cache import make_caches
+    from .generation import check_choices, check_with_draft
     from .loading import load
     from .prompt_cache import PromptCache, check
     from .sampling import SamplingSettings
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampling: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    SamplingSettings().override(**sampling)  # refuses an impossible value before the model is loaded
+    sampling: dict[str, Any] = {name: getattr(arguments, name) for name in SAMPLING}
+    sampling["logit_bias"] = read_bias(arguments.logit_bias)
+    # Refuses what is impossible before the model is loaded; only a bias's token needs its vocabulary.
+    given, logprobs = SamplingSettings().override(**sampling), getattr(arguments, "logprobs", None)
+    check_choices(given, arguments.min_tokens, logprobs, arguments.max_tokens, 2**31)
+    if arguments.draft is not None:
+        check_with_draft(given, arguments.min_tokens, logprobs)
     kind = {"bits": arguments.kv_bits, "max_size": arguments.max_kv_size}
     caches = make_caches(1, 128, **kind)  # refuses an impossible kind, too
     if arguments.prompt_cache is not None and any(kind.values()):
@@ -169,6 +208,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of failing
     settings = {"max_tokens": arguments.max_tokens, "stop": arguments.stop, "seed": arguments.seed, **sampling}
+    settings |= {"min_tokens": arguments.min_tokens, "logprobs": logprobs}
     if draft is not None:  # one object, so that what it has read is kept from answer to answer
         settings |= speculative.check_draft(draft, arguments.draft_tokens)
     cache = None
@@ -177,6 +217,13 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     elif arguments.prompt_cache is not None:
         cache = PromptCache.load(arguments.prompt_cache, model) if kept else PromptCache(model)
     return model, tokenizer, settings, cache
+
+
+def chance(tokenizer: Tokenizer, chunk: GenerationChunk) -> str:
+    """A line on a token: ln p, its text, and the likeliest tokens."""
+    name = lambda token: repr(tokenizer.decode([token]))  # noqa: E731
+    others = "  ".join(f"{name(token)} {value:.3f}" for token, value in chunk.top_logprobs)
+    return f"{chunk.logprob:8.3f}  {name(chunk.token)}" + (f"  of  {others}" if others else "")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     from . import backend
     from .generation import GenerationStats, stream_generate
 
-    stats = GenerationStats()
+    stats, chances = GenerationStats(), []
     interrupted = False
     line = cli.ProgressLine("Reading the prompt")
     try:
@@ -207,11 +254,15 @@ def main(argv: list[str] | None = None) -> int:
         ):
             stats = chunk.stats
             print(chunk.text, end="", flush=True)
+            if chunk.logprob is not None:
+                chances.append(chance(tokenizer, chunk))
     except KeyboardInterrupt:
         interrupted = True
     finally:
         line.clear()
     print(flush=True)
+    for text in chances:
+        print(text, file=sys.stderr)
     reused = f" ({stats.reused_tokens} more from the cache)" if stats.reused_tokens else ""
     drafted = ""
     if arguments.draft is not None:

@@ -17,7 +17,7 @@ from .backend import mx
 from .cache import KVCache
 from .errors import QwenMLXError
 from .model import Qwen2
-from .sampling import SamplingSettings, sample
+from .sampling import SamplingSettings, log_probabilities, sample
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -64,12 +64,15 @@ class GenerationStats:
 @dataclass(frozen=True)
 class GenerationChunk:
     """Newly complete text (maybe empty) and the token that made it. finish_reason is "stop" (an end token or a stop
-    string), "length" (max_tokens or the context's end) or None while the text goes on."""
+    string), "length" (max_tokens or the context's end) or None while the text goes on. With logprobs: ln p of the token
+    by the model's logits as they are, before penalties and temperature, and the likeliest tokens' (id, ln p)."""
 
     text: str
     token: int
     finish_reason: str | None
     stats: GenerationStats = field(repr=False)
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = None, raw: bool = False) -> list[int]:
@@ -108,6 +111,10 @@ def generate_ids(
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
     cached_ids: Sequence[int] = (),
+    min_tokens: int = 0,
+    end_ids: Sequence[int] = (),
+    logprobs: int | None = None,
+    on_logprobs: Callable[[float, tuple[tuple[int, float], ...]], None] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[int]:
@@ -115,7 +122,9 @@ def generate_ids(
 
     sampling: None is the model's own defaults. seed: None draws one. cache: continues it (`prompt_ids` are new tokens);
     afterwards it holds the prompt and every token yielded but the last. cached_ids: what it holds, for the penalties.
-    progress: called with (prompt tokens done, prompt tokens in all). Raises QwenMLXError if the logits are not finite.
+    min_tokens: end_ids are ruled out before so many tokens. logprobs: with it, on_logprobs is called before each token
+    with its ln p and so many of the likeliest (id, ln p). progress: called with (prompt tokens done, prompt tokens in
+    all). Raises QwenMLXError if the logits are not finite.
     """
     sampling = model.generation_defaults if sampling is None else sampling
     cache = model.make_cache() if cache is None else cache
@@ -123,7 +132,8 @@ def generate_ids(
     prompt = mx.array(prompt_ids, mx.int32)[None]
     length = prompt.shape[1]
     start, yielded = cache[0].offset, 0
-    seen = mx.array([*cached_ids, *prompt_ids], mx.int32)[None] if sampling.repetition_penalty != 1 else None
+    seen = mx.array([*cached_ids, *prompt_ids], mx.int32)[None] if sampling.looks_back else None
+    n_prompt, launched = len(cached_ids) + length, 0
     for layer in cache:
         layer.reserve(start + length)
     done = 0
@@ -136,22 +146,25 @@ def generate_ids(
         if progress:
             progress(done, length)
 
-    def step(ids: mx.array) -> mx.array:
+    def step(ids: mx.array) -> tuple[mx.array, ...]:
         """The next token, -1 if a logit is not finite: checked on the device, because a later question would wait for
-        the step that is under way by then."""
-        nonlocal key
+        the step that is under way by then. Log-probabilities too, if they are wanted."""
+        nonlocal key, launched
         with ops.no_grad():
             logits = model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
         now = None
         if sampling.temperature > 0:
             key, now = mx.random.split(key)
-        choice = sample(logits, sampling, seen, now).astype(mx.int32)
-        token = mx.where(mx.isfinite(logits.sum()), choice, -1)
-        mx.async_eval(token)
-        return token
+        ruled_out = end_ids if launched < min_tokens else ()
+        launched += 1
+        choice = sample(logits, sampling, seen, now, n_prompt=n_prompt, ruled_out=ruled_out, end_ids=end_ids)
+        token = mx.where(mx.isfinite(logits.sum()), choice.astype(mx.int32), -1)
+        more = () if logprobs is None else log_probabilities(logits, choice, logprobs)
+        mx.async_eval(token, *more)
+        return token, *more
 
     try:
-        token = step(prompt[:, done:])
+        token, *more = step(prompt[:, done:])
         while True:
             following = None
             if seen is not None:
@@ -168,8 +181,10 @@ def generate_ids(
             yielded += 1
             if yielded % 256 == 0:
                 mx.clear_cache()  # buffers that a cache has outgrown
+            if more and on_logprobs is not None:
+                on_logprobs(more[0].item(), tuple(zip(more[1][0].tolist(), more[2][0].tolist())))
             yield made
-            token = step(token[:, None]) if following is None else following
+            token, *more = step(token[:, None]) if following is None else following
     finally:
         for layer in cache:  # a step may be under way
             layer.trim(max(0, layer.offset - start - length - max(yielded - 1, 0)))
@@ -189,6 +204,15 @@ def stream_generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    typical_p: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    no_repeat_ngram: int | None = None,
+    xtc_probability: float | None = None,
+    xtc_threshold: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    min_tokens: int = 0,
+    logprobs: int | None = None,
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
     prompt_cache: PromptCache | None = None,
@@ -200,7 +224,9 @@ def stream_generate(
     """Generates and yields text as it becomes complete: never half a character, never part of a stop string.
 
     prompt, system, raw: see encode_prompt. stop: strings that end the text and are left out of it. Sampling arguments
-    that are None keep the model's own defaults (`model.generation_defaults`); temperature 0 is greedy.
+    that are None keep the model's own defaults (`model.generation_defaults`); temperature 0 is greedy; for the others
+    see SamplingSettings. min_tokens: no end token before so many. logprobs: 0 to 100, chunks then carry the token's
+    ln p and so many of the likeliest.
     cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and what the cache
     shares with its beginning is not computed again; afterwards it holds the prompt and the answer.
     draft: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an object of
@@ -212,13 +238,33 @@ def stream_generate(
     if cache is not None and prompt_cache is not None:
         raise QwenMLXError("Both cache and prompt_cache are given; a prompt cache has its own.")
     sampling = model.generation_defaults.override(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        typical_p=typical_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        no_repeat_ngram=no_repeat_ngram,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        logit_bias=logit_bias,
     )
+    check_choices(sampling, min_tokens, logprobs, max_tokens, model.config.vocab_size)
     ids = encode_prompt(tokenizer, prompt, system, raw)
     max_tokens = min(max_tokens, check_ids(model, ids, cache[0].offset if cache else 0))
     loop = {"sampling": sampling, "seed": seed, "cache": cache, "prefill_chunk": prefill_chunk, "progress": progress}
+    if min_tokens:
+        loop |= {"min_tokens": min_tokens}
+    if min_tokens or sampling.xtc_probability:
+        loop |= {"end_ids": tuple(sorted(tokenizer.eos_ids))}
+    if logprobs is not None:
+        loop |= {"logprobs": logprobs}
     if draft is not None:
         from . import speculative
+
+        check_with_draft(sampling, min_tokens, logprobs)
 
         held = prompt_cache.layers if cache is None and prompt_cache is not None else cache
         loop |= speculative.check_draft(draft, draft_tokens, held or ()) | {"max_tokens": max_tokens}
@@ -236,6 +282,26 @@ def check_settings(seed: int | None, stop: Sequence[str], **counts: int) -> None
         raise QwenMLXError(f"seed is {seed!r}, expected an integer from 0 to 2^64 - 1.")
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
         raise QwenMLXError(f"stop is {stop!r}, expected a list of strings that are not empty.")
+
+
+def check_choices(
+    sampling: SamplingSettings, min_tokens: int, logprobs: int | None, max_tokens: int, vocab_size: int
+) -> None:
+    """Raises QwenMLXError for a count out of range or a bias of no token."""
+    if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or not 0 <= min_tokens <= max_tokens:
+        raise QwenMLXError(f"min_tokens is {min_tokens!r}, expected 0 to max_tokens, {max_tokens}.")
+    if logprobs is not None and (not isinstance(logprobs, int) or not 0 <= logprobs <= 100):
+        raise QwenMLXError(f"logprobs is {logprobs!r}, expected 0 to 100.")
+    bad = next((token for token, _ in sampling.logit_bias if token >= vocab_size), None)
+    if bad is not None:
+        raise QwenMLXError(f"logit_bias names token {bad}, expected 0 to {vocab_size - 1}.")
+
+
+def check_with_draft(sampling: SamplingSettings, min_tokens: int, logprobs: int | None) -> None:
+    """Raises QwenMLXError for what a draft does not serve."""
+    sampling.refuse_beyond_basics("a draft")
+    if min_tokens or logprobs is not None:
+        raise QwenMLXError("min_tokens and logprobs cannot be used with a draft; leave out one of the two.")
 
 
 def check_ids(model: Qwen2, ids: Sequence[int], held: int = 0) -> int:
@@ -289,6 +355,9 @@ def _stream(
 ) -> Iterator[GenerationChunk]:
     stats = GenerationStats(prompt_tokens=len(ids))
     stream = TextStream(tokenizer, stop, max_tokens)
+    chances: list[Any] = [None, ()]
+    if "logprobs" in loop:
+        loop = loop | {"on_logprobs": lambda *found: chances.__setitem__(slice(None), found)}
     start = time.perf_counter()
     for token in _tokens(model, ids, prompt_cache, stats, loop):
         now = time.perf_counter()
@@ -298,7 +367,7 @@ def _stream(
         else:
             stats.generation_seconds = now - start
         text, finish_reason = stream.add(token)
-        yield GenerationChunk(text, token, finish_reason, stats)
+        yield GenerationChunk(text, token, finish_reason, stats, *chances)
         if finish_reason is not None:
             return
 

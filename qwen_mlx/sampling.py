@@ -1,4 +1,5 @@
-"""Sampling: small pure functions on logits, in transformers' order: penalties, temperature, top-k, top-p, min-p.
+"""Sampling: small pure functions on logits, in transformers' order: bias and penalties, temperature, top-k, top-p,
+min-p, typical-p, XTC.
 
 All take and return float32 logits (B, V); a token that is ruled out gets -inf.
 """
@@ -6,6 +7,7 @@ All take and return float32 logits (B, V); a token that is ruled out gets -inf.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,9 +17,12 @@ from .errors import QwenMLXError
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 are off.
+    """How the next token is chosen. temperature 0 is greedy; these values are off: top_k, min_p, presence_penalty,
+    frequency_penalty, no_repeat_ngram and xtc_probability 0, top_p, typical_p and repetition_penalty 1.
 
-    `source` says where the values come from, for --verbose. Raises QwenMLXError for an impossible value.
+    repetition_penalty and no_repeat_ngram look at the prompt too, presence_penalty and frequency_penalty at what was
+    generated. logit_bias: (token id, what is added to its logit) pairs, or a mapping. `source` says where the values
+    come from, for --verbose. Raises QwenMLXError for an impossible value.
     """
 
     temperature: float = 0.0
@@ -25,6 +30,13 @@ class SamplingSettings:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()
     source: str = "given"
 
     def __post_init__(self) -> None:
@@ -34,14 +46,48 @@ class SamplingSettings:
             ("top_p", 0, 1, "more than 0 and at most 1 (off)"),
             ("min_p", 0, 1, "from 0 (off) to 1"),
             ("repetition_penalty", 0.01, 100, "from 0.01 to 100; 1 is off"),
+            ("typical_p", 0, 1, "more than 0 and at most 1 (off)"),
+            ("presence_penalty", -100, 100, "from -100 to 100; 0 is off"),
+            ("frequency_penalty", -100, 100, "from -100 to 100; 0 is off"),
+            ("no_repeat_ngram", 0, math.inf, "0 (off) or more"),
+            ("xtc_probability", 0, 1, "from 0 (off) to 1"),
+            ("xtc_threshold", 0, 0.5, "from 0 to 0.5"),
         ):
             value = getattr(self, name)
-            kinds = (int,) if name == "top_k" else (int, float)
+            kinds = (int,) if name in ("top_k", "no_repeat_ngram") else (int, float)
             bad = (
                 not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high or value == math.inf
             )
-            if bad or (value == 0 and name == "top_p"):
+            if bad or (value == 0 and name in ("top_p", "typical_p")):
                 raise QwenMLXError(f"{name} is {value!r}, expected {why}.")
+
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+        try:
+            bias = tuple(sorted((int(token), float(value)) for token, value in pairs))
+        except (TypeError, ValueError):
+            raise QwenMLXError(f"logit_bias is {self.logit_bias!r}, expected {{token id: number}}.") from None
+        bad = next((pair for pair in bias if pair[0] < 0 or math.isnan(pair[1]) or pair[1] == math.inf), None)
+        if bad:
+            raise QwenMLXError(
+                f"logit_bias gives token {bad[0]} {bad[1]!r}, expected an id and a number below infinity."
+            )
+        object.__setattr__(self, "logit_bias", bias)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether earlier tokens matter."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0 or self.counts
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often a token was generated."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def refuse_beyond_basics(self, what: str) -> None:
+        """Raises QwenMLXError, saying that `what` serves no other settings than transformers' usual ones."""
+        for name in ("presence_penalty", "frequency_penalty", "no_repeat_ngram", "xtc_probability", "logit_bias"):
+            if getattr(self, name):
+                raise QwenMLXError(f"{name} cannot be used with {what}; leave out one of the two.")
 
     def override(self, **given: Any) -> SamplingSettings:
         """The same settings with those of `given` that are not None. A temperature of 0 drops a default penalty,
@@ -55,7 +101,11 @@ class SamplingSettings:
         return replace(self, **given, source=source)
 
     def __str__(self) -> str:
-        values = ", ".join(f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if f.name != "source")
+        always = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        shown = [
+            f for f in fields(self) if f.name in always or (f.name != "source" and getattr(self, f.name) != f.default)
+        ]
+        values = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in shown)
         return f"{values} ({self.source})"
 
 
@@ -91,32 +141,80 @@ def min_p(logits: mx.array, p: float) -> mx.array:
     return mx.where(logits < logits.max(axis=-1, keepdims=True) + math.log(p), -mx.inf, logits)
 
 
-def processed_logits(logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None) -> mx.array:
-    """Logits (B, V) float32 after all that `settings` ask for, -inf where a token is ruled out: softmax of them is the
-    distribution that `sample` draws from; at temperature 0 its choice is their argmax. `seen` as for sample."""
-    logits = logits.astype(mx.float32)
-    if settings.repetition_penalty != 1 and seen is not None and seen.size:
-        logits = repetition_penalty(logits, seen, settings.repetition_penalty)
-    if settings.temperature < 1e-30:
+def typical_p(logits: mx.array, p: float) -> mx.array:
+    """Keeps the tokens whose surprise is nearest to the expected one, until their probability reaches p.
+
+    Source: Meister et al. 2022, arXiv:2202.00666; transformers' TypicalLogitsWarper.
+    """
+    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    entropy = -mx.where(logp == -mx.inf, 0, mx.exp(logp) * logp).sum(axis=-1, keepdims=True)
+    oddity = mx.abs(-logp - entropy)
+    order = mx.argsort(oddity, axis=-1)
+    sums = mx.cumsum(mx.exp(mx.take_along_axis(logp, order, axis=-1)), axis=-1)
+    last = mx.minimum((sums < p).sum(axis=-1, keepdims=True), logits.shape[-1] - 1)
+    limit = mx.take_along_axis(oddity, mx.take_along_axis(order, last, axis=-1), axis=-1)
+    # The first is always kept.
+    return mx.where((oddity > limit) & (oddity > oddity.min(axis=-1, keepdims=True)), -mx.inf, logits)
+
+
+def count_penalties(logits: mx.array, made: mx.array, presence: float, frequency: float) -> mx.array:
+    """Takes from each logit `presence` if its token is among `made` (B, N), and `frequency` for each time it is.
+
+    Source: OpenAI's API reference, presence_penalty and frequency_penalty; as in vLLM of generated tokens alone.
+    """
+    rows = mx.arange(made.shape[0])[:, None]
+    counts = mx.zeros(logits.shape, mx.float32).at[rows, made].add(1.0)
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def no_repeat_ngram(logits: mx.array, ids: mx.array, n: int) -> mx.array:
+    """Rules out what would end a run of n tokens that `ids` (B, N) already holds.
+
+    Source: transformers' NoRepeatNGramLogitsProcessor.
+    """
+    length = ids.shape[1]
+    if length < n:
         return logits
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / settings.temperature
-    if 0 < settings.top_k < logits.shape[-1]:
-        values, ids = top_k_candidates(logits, settings.top_k)
-        logits = mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, values, axis=-1)
-    if settings.top_p < 1:
-        logits = top_p(logits, settings.top_p)
-    return min_p(logits, settings.min_p) if settings.min_p > 0 else logits
+    again = mx.ones((ids.shape[0], length - n + 1), mx.bool_)
+    for i in range(n - 1):
+        again &= ids[:, i : length - n + 1 + i] == ids[:, length - n + 1 + i][:, None]
+    rows = mx.arange(ids.shape[0])[:, None]
+    banned = mx.zeros(logits.shape, mx.float32).at[rows, ids[:, n - 1 :]].add(again.astype(mx.float32))
+    return mx.where(banned > 0, -mx.inf, logits)
 
 
-def sample(
-    logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None, key: mx.array | None = None
+def xtc(logits: mx.array, threshold: float, probability: float, keep: mx.array, key: mx.array) -> mx.array:
+    """With `probability`, rules out all tokens at least as likely as `threshold` but the least likely of them.
+
+    keep: bool (B, V), never ruled out: end tokens. Source: "Exclude Top Choices", text-generation-webui pull request
+    6335; mlx-lm's apply_xtc.
+    """
+    p = mx.softmax(logits, axis=-1)
+    least = mx.where(p > threshold, p, mx.inf).min(axis=-1, keepdims=True)
+    excluded = mx.where((p > least) & ~keep, -mx.inf, logits)
+    return mx.where(mx.random.uniform(shape=(logits.shape[0], 1), key=key) < probability, excluded, logits)
+
+
+def penalized(
+    logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None, n_prompt: int = 0
 ) -> mx.array:
-    """Draws one token id (B,) from float logits (B, V). `seen` (B, N): the ids that a repetition penalty counts."""
+    """Logits (B, V) float32 with bias and penalties. `seen` (B, N): the text so far, n_prompt of it prompt."""
     logits = logits.astype(mx.float32)
-    if settings.repetition_penalty != 1 and seen is not None and seen.size:
+    if settings.logit_bias:
+        ids, values = zip(*settings.logit_bias)
+        logits = logits.at[:, mx.array(ids)].add(mx.array(values))
+    if seen is None or not seen.size:
+        return logits
+    if settings.repetition_penalty != 1:
         logits = repetition_penalty(logits, seen, settings.repetition_penalty)
-    if settings.temperature < 1e-30:  # nothing but the likeliest token is left, and float32 would divide by zero
-        return mx.argmax(logits, axis=-1)
+    if settings.counts and seen.shape[1] > n_prompt:
+        logits = count_penalties(logits, seen[:, n_prompt:], settings.presence_penalty, settings.frequency_penalty)
+    return no_repeat_ngram(logits, seen, settings.no_repeat_ngram) if settings.no_repeat_ngram else logits
+
+
+def narrowed(logits: mx.array, settings: SamplingSettings) -> tuple[mx.array, mx.array | None]:
+    """What is left to draw from after temperature, top-k, top-p, min-p and typical-p: logits (B, K), and the token ids
+    (B, K) they belong to, None if that is the whole vocabulary."""
     # Shifted first, so that no temperature, however small, makes inf - inf.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / settings.temperature
     ids = None
@@ -126,5 +224,58 @@ def sample(
         logits = top_p(logits, settings.top_p)
     if settings.min_p > 0:
         logits = min_p(logits, settings.min_p)
+    if settings.typical_p < 1:
+        logits = typical_p(logits, settings.typical_p)
+    return logits, ids
+
+
+def processed_logits(logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None) -> mx.array:
+    """Logits (B, V) float32 after all that `settings` ask for but XTC, which is drawn, -inf where a token is ruled out:
+    softmax of them is the distribution that `sample` draws from; at temperature 0 its choice is their argmax."""
+    logits = penalized(logits, settings, seen)
+    if settings.temperature < 1e-30:
+        return logits
+    left, ids = narrowed(logits, settings)
+    return left if ids is None else mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, left, axis=-1)
+
+
+def sample(
+    logits: mx.array,
+    settings: SamplingSettings,
+    seen: mx.array | None = None,
+    key: mx.array | None = None,
+    *,
+    n_prompt: int = 0,
+    ruled_out: Sequence[int] = (),
+    end_ids: Sequence[int] = (),
+) -> mx.array:
+    """Draws one token id (B,) from float logits (B, V). `seen` (B, N): the text so far, for the penalties, its first
+    n_prompt tokens the prompt's; ruled_out: ids that cannot be drawn now; end_ids: XTC keeps them."""
+    logits = penalized(logits, settings, seen, n_prompt)
+    if ruled_out:
+        logits = logits.at[:, mx.array(ruled_out)].add(-mx.inf)
+    if settings.temperature < 1e-30:  # nothing but the likeliest token is left, and float32 would divide by zero
+        return mx.argmax(logits, axis=-1)
+    logits, ids = narrowed(logits, settings)
+    if settings.xtc_probability > 0:
+        key, second = mx.random.split(mx.random.key(0) if key is None else key)
+        tokens = mx.arange(logits.shape[-1])[None] if ids is None else ids
+        keep = mx.any(tokens[..., None] == mx.array([*end_ids, -1]), axis=-1)
+        logits = xtc(logits, settings.xtc_threshold, settings.xtc_probability, keep, second)
     choice = mx.random.categorical(logits, axis=-1, key=key)
     return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+
+
+def log_probabilities(logits: mx.array, tokens: mx.array, n: int) -> tuple[mx.array, mx.array, mx.array]:
+    """ln p of `tokens` (B,) under raw logits (B, V), and the n likeliest tokens with theirs: (B,), (B, n), (B, n)."""
+    top = logits.max(axis=-1, keepdims=True)
+    # Summed in two levels: MLX's own sum of a whole vocabulary in float32 is off by 2e-4 on a CPU.
+    terms = mx.exp(logits - top)
+    spare = -terms.shape[-1] % 512
+    total = (
+        mx.pad(terms, [(0, 0), (0, spare)]).reshape(terms.shape[0], -1, 512).sum(axis=-1).sum(axis=-1, keepdims=True)
+    )
+    logp = logits - top - mx.log(total)
+    chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
+    values, ids = top_k_candidates(logp, n) if n else (logp[:, :0], mx.zeros((logp.shape[0], 0), mx.int32))
+    return chosen, ids, values

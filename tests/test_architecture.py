@@ -16,13 +16,14 @@ LAYERS = [
     {"backend", "gguf.unpack"},
     {"gguf.blocks", "cli"},
     {"gguf.reader", "ops", "safetensors_writer", "hub"},
-    {"config", "cache", "layers"},
-    {"gguf.names", "model", "tokenizer", "sampling"},
+    {"config", "cache", "layers", "tools", "terminal"},
+    {"gguf.names", "model", "step", "tokenizer", "sampling"},
     {"defaults", "weights"},
     {"loading"},
-    {"generation", "sources", "storage"},
-    {"conversion"},
-    {"generate", "convert", "selftest"},
+    {"generation", "speculative", "prompt_cache", "evaluation", "sources", "storage"},
+    {"conversion", "batch", "session"},
+    {"generate", "convert", "evaluate", "selftest", "selftest_decoding"},
+    {"chat"},
 ]
 
 

@@ -53,6 +53,65 @@ def test_repetition_penalty_equals_transformers_generate(small, theirs):
     assert ids != take(40, generate_ids(model, prompt, sampling=SamplingSettings()))
 
 
+def test_no_repeat_ngram_and_min_tokens_equal_transformers_generate(theirs, tmp_path: Path):
+    model, tokenizer = load(write_gguf(tmp_path / "m.gguf", theirs, T.F32))
+    prompt = encode_prompt(tokenizer, PROMPT)
+    plain = [chunk.token for chunk in stream_generate(model, tokenizer, prompt, max_tokens=40, temperature=0)]
+    tokenizer.eos_ids = {plain[3]}  # what greedy says fourth ends the text
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": plain[3]}
+    with torch.no_grad():
+        expected = theirs.generate(torch.tensor([prompt]), no_repeat_ngram_size=2, min_new_tokens=20, **settings)[
+            0, len(prompt) :
+        ].tolist()
+    arguments = {"max_tokens": 40, "temperature": 0, "no_repeat_ngram": 2, "min_tokens": 20}
+    ours = [chunk.token for chunk in stream_generate(model, tokenizer, prompt, **arguments)]
+    assert ours == expected
+    assert len(ours) >= 20
+    assert ours != plain
+
+
+def test_logprobs_are_those_of_the_model_s_own_logits(small):
+    model, tokenizer = small
+    prompt = encode_prompt(tokenizer, PROMPT)
+    arguments = {"max_tokens": 12, "temperature": 1.5, "presence_penalty": 2.0, "seed": 4, "logprobs": 3}
+    chunks = list(stream_generate(model, tokenizer, prompt, **arguments))
+    ids = [chunk.token for chunk in chunks]
+    assert ids == [
+        chunk.token for chunk in stream_generate(model, tokenizer, prompt, **(arguments | {"logprobs": None}))
+    ]
+    logits = torch.from_numpy(np.array(model(mx.array([[*prompt, *ids]])))).double()
+    expected = torch.log_softmax(logits[0, len(prompt) - 1 : -1], -1)
+    for row, chunk in zip(expected, chunks):
+        assert abs(chunk.logprob - row[chunk.token]) < 1e-4
+        best = torch.topk(row, 3)
+        assert [token for token, _ in chunk.top_logprobs] == best.indices.tolist()
+        np.testing.assert_allclose([value for _, value in chunk.top_logprobs], best.values, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"logprobs": 101}, "logprobs is 101"),
+        ({"logit_bias": {10**6: 1.0}}, "names token 1000000"),
+        ({"presence_penalty": 1.0, "draft": "prompt-lookup"}, "presence_penalty cannot be used with a draft"),
+        ({"logprobs": 1, "draft": "prompt-lookup"}, "logprobs cannot be used with a draft"),
+    ],
+)
+def test_settings_beyond_the_basics_are_refused_before_any_work(small, arguments, words):
+    model, tokenizer = small
+    with pytest.raises(QwenMLXError, match=words):
+        stream_generate(model, tokenizer, PROMPT, **arguments)
+
+
+def test_a_batch_refuses_what_it_does_not_serve(small):
+    from qwen_mlx import batch_generate
+
+    with pytest.raises(QwenMLXError, match="no_repeat_ngram cannot be used with batch_generate"):
+        batch_generate(*small, ["hello"], no_repeat_ngram=2)
+
+
 def test_a_prompt_is_a_message_a_list_of_messages_raw_text_or_ids(small):
     _, tokenizer = small
     ids = encode_prompt(tokenizer, "hello")

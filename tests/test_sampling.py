@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from qwen_mlx import QwenMLXError, SamplingSettings
 from qwen_mlx.backend import mx
-from qwen_mlx.sampling import min_p, repetition_penalty, sample, top_k_candidates, top_p
+from qwen_mlx.sampling import (
+    count_penalties,
+    log_probabilities,
+    min_p,
+    no_repeat_ngram,
+    penalized,
+    processed_logits,
+    repetition_penalty,
+    sample,
+    top_k_candidates,
+    top_p,
+    typical_p,
+    xtc,
+)
 
 RNG = np.random.default_rng(3)
 LOGITS = (RNG.standard_normal((4, 500)) * 4).astype(np.float32)
@@ -41,6 +57,113 @@ def test_min_p(p: float):
 def test_repetition_penalty(penalty: float):
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.from_numpy(IDS), torch.from_numpy(LOGITS.copy()))
     same(repetition_penalty(mx.array(LOGITS), mx.array(IDS), penalty), theirs)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.2, 0.5, 0.9, 0.9999])
+def test_typical_p(p: float):
+    logits = np.concatenate([LOGITS, [[5.0] * 500, [9.0] + [-np.inf] * 499]]).astype(np.float32)
+    # transformers' -inf * 0 is NaN, which its nansum leaves out.
+    same(typical_p(mx.array(logits), p), TypicalLogitsWarper(p)(None, torch.from_numpy(logits)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 31])
+def test_no_repeat_ngram(n: int):
+    ids = np.random.default_rng(n).integers(0, 3, (4, 30))  # few tokens, so that runs repeat
+    theirs = NoRepeatNGramLogitsProcessor(n)(torch.from_numpy(ids), torch.from_numpy(LOGITS.copy()))
+    assert n > 5 or torch.isinf(theirs).any()
+    same(no_repeat_ngram(mx.array(LOGITS), mx.array(ids), n), theirs)
+
+
+def test_presence_and_frequency_penalties_by_their_definition():
+    counts = np.zeros(LOGITS.shape)
+    for row, ids in enumerate(IDS):
+        np.add.at(counts[row], ids, 1)
+    expected = LOGITS - 0.7 * (counts > 0) - 0.3 * counts
+    found = count_penalties(mx.array(LOGITS), mx.array(IDS), 0.7, 0.3)
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-6, atol=1e-6)
+    assert counts.max() > 1
+
+
+def test_presence_and_frequency_look_at_what_was_generated_alone():
+    settings = SamplingSettings(presence_penalty=1.0)
+    ids = mx.array([[3, 4, 5]])
+    found = np.array(penalized(mx.array(LOGITS[:1]), settings, ids, n_prompt=2))
+    assert (np.flatnonzero(found[0] != LOGITS[0]) == [5]).all()
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.05, 0.2, 0.5])
+def test_xtc_is_mlx_lm_s(threshold: float):
+    from mlx_lm.sample_utils import apply_xtc
+
+    keep = mx.zeros(LOGITS.shape, mx.bool_)
+    keep[:, 7] = True
+    theirs = apply_xtc(mx.array(LOGITS), 1.0, threshold, [7])
+    found = xtc(mx.array(LOGITS), threshold, 1.0, keep, mx.random.key(1))
+    assert mx.array_equal(found, theirs)
+    never = xtc(mx.array(LOGITS), threshold, 0.0, keep, mx.random.key(1))
+    assert mx.array_equal(never, mx.array(LOGITS))
+
+
+def test_xtc_is_applied_as_often_as_asked():
+    logits = mx.array(np.tile([[3.0, 2.9, -5.0]], (4000, 1)).astype(np.float32))
+    out = xtc(logits, 0.1, 0.3, mx.zeros(logits.shape, mx.bool_), mx.random.key(5))
+    share = float((out[:, 0] == -mx.inf).mean())
+    assert abs(share - 0.3) < 0.03  # 4 standard errors
+
+
+def test_xtc_never_excludes_an_end_token():
+    settings = SamplingSettings(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.1, top_k=3)
+    logits = mx.array(np.tile([[4.0, 3.9, 3.0, -9.0]], (400, 1)).astype(np.float32))
+    drawn = set(sample(logits, settings, key=mx.random.key(2)).tolist())
+    assert 0 not in drawn
+    drawn = set(sample(logits, settings, key=mx.random.key(2), end_ids=(0,)).tolist())
+    assert 0 in drawn
+
+
+def test_bias_rules_out_and_draws_to():
+    settings = SamplingSettings(logit_bias={5: 1000.0, 9: -math.inf})
+    assert sample(mx.array(LOGITS), settings).tolist() == [5] * 4
+    assert np.isneginf(np.array(processed_logits(mx.array(LOGITS), settings))[:, 9]).all()
+    assert SamplingSettings(logit_bias={5: 1}).logit_bias == ((5, 1.0),)
+
+
+def test_ruled_out_tokens_are_not_drawn():
+    best = int(LOGITS[0].argmax())
+    assert sample(mx.array(LOGITS[:1]), SamplingSettings(), ruled_out=(best,)).item() != best
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_log_probabilities_are_torch_s(n: int):
+    logits = (np.random.default_rng(1).standard_normal((2, 151_936)) * 3).astype(np.float32)
+    tokens = [5, 150_000]
+    expected = torch.log_softmax(torch.from_numpy(logits).double(), -1)
+    chosen, ids, values = log_probabilities(mx.array(logits), mx.array(tokens), n)
+    np.testing.assert_allclose(np.array(chosen), expected[[0, 1], tokens].numpy(), rtol=0, atol=3e-6)
+    best = torch.topk(expected, max(n, 1), dim=-1)
+    assert ids.shape == values.shape == (2, n)
+    if n:
+        assert (np.array(ids) == best.indices.numpy()).all()
+        np.testing.assert_allclose(np.array(values), best.values.numpy(), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"typical_p": 0}, "typical_p"),
+        ({"presence_penalty": 1e9}, "presence_penalty"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty"),
+        ({"no_repeat_ngram": 2.5}, "no_repeat_ngram"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram"),
+        ({"xtc_probability": 1.5}, "xtc_probability"),
+        ({"xtc_threshold": 0.6}, "xtc_threshold"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {-1: 1}}, "logit_bias"),
+        ({"logit_bias": {3: math.inf}}, "logit_bias"),
+    ],
+)
+def test_impossible_settings_beyond_the_basics(settings, message):
+    with pytest.raises(QwenMLXError, match=message):
+        SamplingSettings(**settings)
 
 
 @pytest.mark.parametrize("k", [1, 2, 20, 499, 500])
@@ -117,10 +240,17 @@ def test_impossible_settings_are_refused_by_name(name: str, value: object):
 
 
 def test_override():
-    own = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, "the file")
+    own = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, source="the file")
     assert own.override(temperature=None) is own
     assert own.override(temperature=0.3) == SamplingSettings(
-        0.3, 20, 0.8, 0.0, 1.05, "temperature given, the rest the file"
+        0.3, 20, 0.8, 0.0, 1.05, source="temperature given, the rest the file"
     )
     assert own.override(temperature=0) == SamplingSettings(source="greedy, as given")
     assert own.override(temperature=0, repetition_penalty=1.2).repetition_penalty == 1.2
+
+
+def test_defaults_of_deepseek_s_distillations(tmp_path):
+    from qwen_mlx.defaults import gguf_defaults
+
+    file = SimpleNamespace(path=tmp_path / "m.gguf", metadata={"general.name": "DeepSeek R1 Distill Qwen 1.5B"})
+    assert (gguf_defaults(file).temperature, gguf_defaults(file).top_p) == (0.6, 0.95)

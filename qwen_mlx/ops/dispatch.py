@@ -221,7 +221,7 @@ def explain() -> str:
     if kind != "reference":
         lines += [
             "plain MLX for rows above 16384 (rms_norm), heads above 1024 (rope) and arrays of 2^31 elements or more",
-            "one token after others: fused kernels on dense, 4- and 8-bit affine, Q4_K and Q6_K matrices; on others MLX's "
+            "one token after others: fused kernels on dense, 4- and 8-bit affine, Q4_K and Q6_K matrices; else MLX's "
             "products",
         ]
     return "\n".join([*lines, "else attention: MLX's scaled_dot_product_attention; on the CPU products in float32"])
