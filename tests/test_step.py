@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from benchmarks import launches
 from qwen_mlx import ModelConfig, Qwen2, ops, step
 from qwen_mlx.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
 from reference.emulator import emulate
@@ -134,3 +135,9 @@ def test_a_step_is_made_anew_when_a_weight_is_replaced():
         model.model.norm.weight = model.model.norm.weight * 2
         after = model(mx.array([[3]]), cache)
     np.testing.assert_allclose(np.array(after), 2 * np.array(before), rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoded_token_takes_five_primitives_a_layer_and_no_view():
+    mine, theirs = (launches.per_layer(count) for count in (launches.ours, launches.theirs))
+    assert mine == {"CustomKernel": 5}
+    assert sum(count for name, count in theirs.items() if name not in launches.VIEWS) > 3 * mine.total()
