@@ -78,3 +78,16 @@ def test_the_package_imports_nothing_heavy():
     code = "import sys, qwen_mlx; assert not {'mlx', 'numpy', 'tokenizers'} & set(sys.modules); qwen_mlx.nothing"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "has no attribute 'nothing'" in result.stderr
+
+
+def test_functions_stay_functions_when_the_commands_of_that_name_are_imported():
+    import subprocess
+
+    code = (
+        "import qwen_mlx, qwen_mlx.generate, qwen_mlx.convert\n"
+        "from qwen_mlx.convert import main\n"
+        "from qwen_mlx import convert, generate\n"
+        "print(generate.__module__, convert.__module__, qwen_mlx.generate is generate)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["qwen_mlx.generation", "qwen_mlx.conversion", "True"]
