@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 import threading
@@ -148,20 +151,48 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         raise QwenMLXError(f"{target}: is not a model folder (no config.json), so --force does not replace it.")
 
 
+def _host() -> str:
+    return re.sub(r"\W", "_", platform.node()) or "host"
+
+
+def _clear(target: Path, mark: str) -> None:
+    """Removes temporary folders of processes of this machine that are no more; a model that one put aside returns."""
+    for path in target.parent.glob(f"{glob.escape(mark)}*"):
+        pid = path.name.removeprefix(mark).partition("-")[0]
+        if not pid.isdigit() or _runs(int(pid)):
+            continue
+        if not target.exists() and (path / "model").is_dir():
+            (path / "model").rename(target)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
+
+
 @contextlib.contextmanager
 def _sibling(target: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place at the end, or is removed, whatever ends the work."""
+    """A temporary folder beside `target` that takes its place at the end, or is removed, whatever ends the work. What a
+    killed process left behind is removed by the next one."""
     folder = old = None
+    mark = f".{target.name}.{_host()}-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear(target, mark)
         free = shutil.disk_usage(target.parent).free
         if free < nbytes:
             raise QwenMLXError(f"{target}: needs {nbytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk.")
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-", dir=target.parent))
         yield folder
         folder.chmod(0o777 & ~_umask())
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-", dir=target.parent))
             target.rename(old / "model")
         folder.rename(target)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from mlx_lm.generate import generate_step
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from qwen_mlx import load
+from qwen_mlx import conversion, load
 from qwen_mlx.backend import mx
 from qwen_mlx.conversion import convert
 from qwen_mlx.convert import main
@@ -682,3 +683,29 @@ def test_convert_is_a_function_of_the_package(tmp_path: Path):
     code = f"import qwen_mlx; print(len(qwen_mlx.convert({str(path)!r}, {str(tmp_path / 'out')!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert int(done.stdout) == len(GGUFFile(path).tensors)
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path):
+    path = write_gguf(tmp_path / "m.gguf", hf_model(**WIDE), MIXED)
+    code = (
+        "import os, signal, sys; from qwen_mlx import conversion\n"
+        "conversion.convert(sys.argv[1], sys.argv[2], progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, path, tmp_path / "out"], check=False).returncode == -9
+        assert len(list(tmp_path.glob(".out.*"))) == 1, "the one before was removed"
+    mine = tmp_path / f".out.{conversion._host()}-{os.getpid()}-x"  # of a process that still runs
+    mine.mkdir()
+    convert(path, tmp_path / "out")
+    assert list(tmp_path.glob(".out.*")) == [mine]
+
+
+def test_a_model_that_a_killed_conversion_had_put_aside_returns(tmp_path: Path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    aside = tmp_path / f".out.{conversion._host()}-{dead.pid}-x" / "model"
+    aside.mkdir(parents=True)
+    (aside / "config.json").write_text("{}")
+    conversion._clear(tmp_path / "out", f".out.{conversion._host()}-")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert not list(tmp_path.glob(".out.*"))
