@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qwen_mlx import SamplingSettings, generate, load
+from qwen_mlx import SamplingSettings, generate, load, ops
+from qwen_mlx.backend import mx
 from qwen_mlx.generation import encode_prompt, generate_ids
+from reference.emulator import emulate
 
 PROMPTS = [
     "Write a python function that reverses a string.",
@@ -72,3 +75,18 @@ def test_every_parameter_equals_transformers_by_value(ours, real_hf):
     assert mine.keys() == theirs.keys()
     for name, array in mine.items():
         assert np.array_equal(np.array(array), theirs[name].numpy()), name
+
+
+@pytest.mark.slow
+def test_a_decoding_step_in_the_emulator_gives_the_plain_tokens(real_gguf: Path):
+    """The real file packed as on a GPU, in float32: each greedy token by the emulated kernels of a step."""
+    model, tokenizer = load(real_gguf, dtype="float32", quantized=True)
+    ids = encode_prompt(tokenizer, "Write a haiku about the sea.")
+    plain = list(itertools.islice(generate_ids(model, ids, sampling=SamplingSettings()), 6))
+    cache = model.make_cache()
+    with ops.no_grad():
+        model(mx.array([ids]), cache)
+        for token, following in itertools.pairwise(plain):
+            with emulate(checked=False):
+                logits = model(mx.array([[token]]), cache)
+                assert logits[0, -1].argmax().item() == following
