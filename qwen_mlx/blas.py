@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-# Distribution: (name, the files to load in order), the fastest first (`python -m benchmarks.cpu_primitives` compares them).
+# Distribution: (name, the files to load in order), the fastest first (benchmarks/cpu_primitives.py compares).
 _DISTRIBUTIONS = {
     "mkl": ("MKL", [("intel-openmp", "libiomp5.so"), ("mkl", "libmkl_rt.so")]),
     "ngsolve-openblas": ("OpenBLAS", [("ngsolve-openblas", "libopenblas")]),
