@@ -216,6 +216,7 @@ def _save(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
     if not rest:
         raise QwenMLXError("There is no file name; write /save FILE.")
     chat.save(rest)
+    window.note(f"{len(chat.messages)} messages in {rest}")
 
 
 def _load(chat: Chat, window: Pipe | Terminal, rest: str) -> None:

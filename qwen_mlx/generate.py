@@ -220,8 +220,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
 
 
 def chance(tokenizer: Tokenizer, chunk: GenerationChunk) -> str:
-    """A line on a token: ln p, its text, and the likeliest tokens."""
-    name = lambda token: repr(tokenizer.decode([token]))  # noqa: E731
+    """A line on a token: ln p, its id and text, and the likeliest tokens."""
+    name = lambda token: f"{token} {(tokenizer.decode([token]) or tokenizer.names[token])!r}"  # noqa: E731
     others = "  ".join(f"{name(token)} {value:.3f}" for token, value in chunk.top_logprobs)
     return f"{chunk.logprob:8.3f}  {name(chunk.token)}" + (f"  of  {others}" if others else "")
 
