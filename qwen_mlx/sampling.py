@@ -120,10 +120,21 @@ def repetition_penalty(logits: mx.array, ids: mx.array, penalty: float) -> mx.ar
 
 def top_k_candidates(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """The k largest logits, in falling order, and their token ids, both (B, k). Source: Fan et al. 2018."""
+    batch, width = logits.shape
+    size = width & -width  # the largest power of two that divides the vocabulary
+    if size >= 32 and width // size > 2 * k:
+        # They lie in the k runs whose largest elements are largest: partitioning the whole is 10 times slower on a CPU.
+        runs = logits.reshape(batch, -1, size)
+        chosen = mx.argpartition(-runs.max(axis=-1), k - 1, axis=-1)[:, :k]
+        logits = mx.take_along_axis(runs, chosen[..., None], axis=1).reshape(batch, -1)
+        offsets = (chosen[..., None] * size + mx.arange(size)).reshape(batch, -1)
+    else:
+        offsets = None
     ids = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
     values = mx.take_along_axis(logits, ids, axis=-1)
     order = mx.argsort(-values, axis=-1)
-    return mx.take_along_axis(values, order, axis=-1), mx.take_along_axis(ids, order, axis=-1)
+    values, ids = mx.take_along_axis(values, order, axis=-1), mx.take_along_axis(ids, order, axis=-1)
+    return values, ids if offsets is None else mx.take_along_axis(offsets, ids, axis=-1)
 
 
 def top_p(logits: mx.array, p: float) -> mx.array:
@@ -164,7 +175,9 @@ def count_penalties(logits: mx.array, made: mx.array, presence: float, frequency
     """
     rows = mx.arange(made.shape[0])[:, None]
     counts = mx.zeros(logits.shape, mx.float32).at[rows, made].add(1.0)
-    return logits - presence * (counts > 0) - frequency * counts
+    times = mx.take_along_axis(counts, made, axis=-1)
+    lower = mx.take_along_axis(logits, made, axis=-1) - presence - frequency * times
+    return mx.put_along_axis(logits, made, lower, axis=-1)
 
 
 def no_repeat_ngram(logits: mx.array, ids: mx.array, n: int) -> mx.array:
@@ -179,8 +192,7 @@ def no_repeat_ngram(logits: mx.array, ids: mx.array, n: int) -> mx.array:
     for i in range(n - 1):
         again &= ids[:, i : length - n + 1 + i] == ids[:, length - n + 1 + i][:, None]
     rows = mx.arange(ids.shape[0])[:, None]
-    banned = mx.zeros(logits.shape, mx.float32).at[rows, ids[:, n - 1 :]].add(again.astype(mx.float32))
-    return mx.where(banned > 0, -mx.inf, logits)
+    return logits.at[rows, ids[:, n - 1 :]].minimum(mx.where(again, -mx.inf, mx.inf))
 
 
 def xtc(logits: mx.array, threshold: float, probability: float, keep: mx.array, key: mx.array) -> mx.array:
@@ -270,12 +282,12 @@ def log_probabilities(logits: mx.array, tokens: mx.array, n: int) -> tuple[mx.ar
     """ln p of `tokens` (B,) under raw logits (B, V), and the n likeliest tokens with theirs: (B,), (B, n), (B, n)."""
     top = logits.max(axis=-1, keepdims=True)
     # Summed in two levels: MLX's own sum of a whole vocabulary in float32 is off by 2e-4 on a CPU.
-    terms = mx.exp(logits - top)
-    spare = -terms.shape[-1] % 512
-    total = (
-        mx.pad(terms, [(0, 0), (0, spare)]).reshape(terms.shape[0], -1, 512).sum(axis=-1).sum(axis=-1, keepdims=True)
-    )
-    logp = logits - top - mx.log(total)
-    chosen = mx.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0]
-    values, ids = top_k_candidates(logp, n) if n else (logp[:, :0], mx.zeros((logp.shape[0], 0), mx.int32))
-    return chosen, ids, values
+    width = logits.shape[-1]
+    size = min(width & -width, 512)
+    parts = mx.exp(logits - top).reshape(logits.shape[0], -1, size).sum(axis=-1)
+    total = top + mx.log(parts.sum(axis=-1, keepdims=True))
+    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total[:, 0]
+    if not n:
+        return chosen, mx.zeros((logits.shape[0], 0), mx.int32), logits[:, :0]
+    values, ids = top_k_candidates(logits, n)
+    return chosen, ids, values - total

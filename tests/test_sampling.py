@@ -175,6 +175,17 @@ def test_top_k(k: int):
     assert (np.diff(np.array(values)) <= 0).all()
 
 
+@pytest.mark.parametrize("width", [4096, 151_936, 152_064])
+@pytest.mark.parametrize("k", [1, 20, 63])
+def test_top_k_of_a_whole_vocabulary(width: int, k: int):
+    logits = (np.random.default_rng(k).standard_normal((2, width)) * 4).astype(np.float32)
+    logits[1, 100:160] += 50  # all of them in neighbouring runs
+    values, ids = top_k_candidates(mx.array(logits), k)
+    best = torch.topk(torch.from_numpy(logits), k, dim=-1)
+    assert (np.array(ids) == best.indices.numpy()).all()
+    assert (np.array(values) == best.values.numpy()).all()
+
+
 def test_draws_follow_the_probabilities_of_the_chain():
     """20,000 draws of the whole chain against transformers' probabilities: chi-squared below its 99.99 % quantile."""
     logits = np.tile(LOGITS[:1], (20000, 1))
