@@ -102,6 +102,12 @@ def random_blocks(kind: str, rows: int, columns: int) -> ops.Matrix:
     return ops.Matrix(ops.Format(kind, rows, columns), (*parts, factors))
 
 
+def model_of(case: str) -> Qwen2:
+    """The random model that "size", "size:bits" or "size:q4_k_m" names."""
+    size, _, bits = case.partition(":")
+    return raw_model(size) if bits == "q4_k_m" else random_model(size, int(bits) if bits else None)
+
+
 def mlx_lm_twin(model: Qwen2, bits: int | None):
     """mlx-lm's model on the same arrays."""
     from mlx_lm.models import qwen2

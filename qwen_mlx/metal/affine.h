@@ -2,7 +2,12 @@
 // An element is scale * code + bias. Chunk: 16 bytes of codes, which never cross a group.
 #define MATRIX w, scales, biases
 
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W,
+template <typename T, int BITS, int K>
+FUNCTION constexpr int row_length() {
+  return K * BITS / 32;
+}
+
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W,
           typename S, typename B>
 FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w, S scales, B biases) {
   constexpr int CODES = 32 / BITS;   // in a word
@@ -43,7 +48,7 @@ FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w, S scales, B biases
         float total = 0.0f;
         UNROLL
         for (int part = 0; part < N / LOAD; ++part) {
-          const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, chunk * uint(N) + uint(part * LOAD));
+          const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(chunk * uint(N) + uint(part * LOAD)));
           UNROLL
           for (int k = 0; k < LOAD; ++k) {
             const int i = part * LOAD + k;

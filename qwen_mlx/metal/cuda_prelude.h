@@ -31,6 +31,7 @@ FUNCTION float simd_max(float x) {
   return x;
 }
 FUNCTION float simd_shuffle(float x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FUNCTION float simd_shuffle_xor(float x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 // Intrinsics with a stated rounding: nothing that a compiler option could loosen.
 FUNCTION float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FUNCTION float abs(float x) { return fabsf(x); }
@@ -147,6 +148,19 @@ FUNCTION void store(T* to, uint index, Pack<N> pack) {
       first[k] = T(pack.v[k]);
     }
   }
+}
+
+// One instruction; two constants would make it two.
+FUNCTION uint masked_or(uint word, uint mask, uint bits) {
+  uint result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
+#define FETCHED 128u
+template <typename T>
+FUNCTION void prefetch(const T* from, uint index) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(from + index));
 }
 
 FUNCTION float float_of_bits(int bits) {

@@ -1,7 +1,12 @@
 // A dense matrix w (rows, K) of T. Chunk: 16 bytes.
 #define MATRIX w
 
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W>
+template <typename T, int BITS, int K>
+FUNCTION constexpr int row_length() {
+  return K;
+}
+
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W>
 FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
   constexpr int N = 16 / sizeof(T);
   constexpr int CHUNKS = K / N;
@@ -26,7 +31,7 @@ FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
-        const Pack<N> xs = load_aligned<N, ALIGNED>(x, chunk * uint(N));
+        const Pack<N> xs = load_aligned<N, ALIGNED>(x, place_of<T, STAGED>(chunk * uint(N)));
         UNROLL
         for (int r = 0; r < R; ++r) {
           UNROLL

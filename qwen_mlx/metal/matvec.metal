@@ -1,29 +1,28 @@
 // out = T(W x) + residual for one vector x (K); MATRIX: the matrix (ROWS, K), see its format's header; residual and
 // out (ROWS), T. With NORM x is normed first, with weight (K) and EPS, the bits of eps. A unit is R rows.
-// Template: T, K, ROWS, R, SPLIT, DEPTH, THREADS, NORM, ADD, EPS, BITS, GROUP.
+// Template: T, K, ROWS, R, SPLIT, DEPTH, THREADS, GROUPS threadgroups, NORM, ADD, EPS, BITS, GROUP.
 constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
 threadgroup float partial[THREADS / SIMD_WIDTH * R];
-threadgroup Staged<T> normed[NORM ? K * sizeof(T) / 16 : 1];
+threadgroup Staged<T> normed[NORM ? (K * sizeof(T) + 127) / 128 * 9 : 1];
 
 const uint id = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
-const uint first_unit = threadgroup_position_in_grid.x * uint(UNITS);
-const uint unit = first_unit + simd / uint(SPLIT);
+uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
 if (NORM) {
+  fetch_ahead<R, row_length<T, BITS, K>()>(rows_of<R, 0, ROWS>(unit), lane, w);
   norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
 }
-if (unit * uint(R) < uint(ROWS)) {
+// As many rounds for each unit: row_sums may have barriers.
+for (int round = 0; round * GROUPS * UNITS * R < ROWS; ++round) {
   const Rows<R> rows = rows_of<R, 0, ROWS>(unit);
-  if (NORM) {
-    partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(&normed[0].v[0], rows, partial, lane, simd, MATRIX);
-  } else {
-    partial_sums<T, BITS, GROUP, K, R, SPLIT, DEPTH>(x, rows, partial, lane, simd, MATRIX);
+  const Pack<R> sums =
+      NORM ? row_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(&normed[0].v[0], rows, partial, lane, simd, MATRIX)
+           : row_sums<T, false, BITS, GROUP, K, R, SPLIT, DEPTH>(x, rows, partial, lane, simd, MATRIX);
+  const uint row = unit * uint(R) + lane;
+  if (simd % uint(SPLIT) == 0u && lane < uint(R) && row < uint(ROWS)) {
+    const float sum = float(T(chosen<R>(sums, lane)));
+    out[row] = T(ADD ? sum + float(residual[row]) : sum);
   }
-}
-metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-const uint row = first_unit * uint(R) + id;
-if (id < uint(UNITS * R) && row < uint(ROWS)) {
-  const float sum = whole_sum<R, SPLIT>(partial, id / uint(R), id % uint(R));
-  out[row] = ADD ? T(float(T(sum)) + float(residual[row])) : T(sum);
+  unit += uint(GROUPS * UNITS);
 }

@@ -53,6 +53,17 @@ FUNCTION void store(Pointer to, uint index, Pack<N> pack) {
   }
 }
 
+// (word & mask) | bits
+FUNCTION uint masked_or(uint word, uint mask, uint bits) {
+  return (word & mask) | bits;
+}
+
+// Asks for the FETCHED bytes at from[index]; Metal has no such instruction.
+#define FETCHED 128u
+template <typename Pointer>
+FUNCTION void prefetch(Pointer, uint) {
+}
+
 FUNCTION float float_of_bits(int bits) {
   return as_type<float>(bits);
 }

@@ -1,6 +1,6 @@
 // GGUF's Q4_K as in the file: w (rows, K / 256, 36) words a block: d and dmin (float16), 8 scales and 8 minima of 6 bits in
 // 12 bytes, 128 bytes of codes; of each 32 bytes the low halves are one group of 32, the high halves the next.
-// An element is d * scale * code - dmin * minimum. Chunk: 16 bytes of codes.
+// An element is d * scale * code - dmin * minimum. Chunk: 32 bytes of codes, two groups.
 #define MATRIX w
 
 struct Q4KGroup {
@@ -21,9 +21,20 @@ FUNCTION Q4KGroup q4_k_group(Words<4> head, uint group) {
   return result;
 }
 
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W>
+template <typename T, int BITS, int K>
+FUNCTION constexpr int row_length() {
+  return K / 256 * 36;
+}
+
+// Six bits as `mantissa` leaves them, back as d times the number: exact, since d has 11 bits.
+FUNCTION float q4_k_times(uint pair, int shift, float d) {
+  return metal::fma(mantissa<6>(pair, shift), 64.0f * d, -64.0f * d);
+}
+
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X,
+          typename W>
 FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
-  constexpr int CHUNKS = K / 32;
+  constexpr int CHUNKS = K / 64;
   constexpr int LOAD = 16 / sizeof(T);
   Pack<R> sums;
   UNROLL
@@ -32,16 +43,17 @@ FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
   }
   for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
     Words<4> heads[R * DEPTH];
-    Words<4> codes[R * DEPTH];
+    Words<4> codes[R * DEPTH * 2];
     UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
         UNROLL
         for (int r = 0; r < R; ++r) {
-          const uint block = (rows.v[r] * uint(K / 256) + chunk / 8u) * 36u;
+          const uint block = (rows.v[r] * uint(K / 256) + chunk / 4u) * 36u;
           heads[d * R + r] = load_words<4, ALIGNED>(w, block);
-          codes[d * R + r] = load_words<4, ALIGNED>(w, block + 4u + chunk % 8u * 4u);
+          codes[(d * R + r) * 2] = load_words<4, ALIGNED>(w, block + 4u + chunk % 4u * 8u);
+          codes[(d * R + r) * 2 + 1] = load_words<4, ALIGNED>(w, block + 8u + chunk % 4u * 8u);
         }
       }
     }
@@ -49,8 +61,6 @@ FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
-        const uint group = chunk % 8u / 2u * 2u;
-        const uint from = chunk / 8u * 256u + group * 32u + chunk % 2u * 16u;
         Pack<R> low;
         Pack<R> high;
         UNROLL
@@ -61,9 +71,10 @@ FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
         float low_total = 0.0f;
         float high_total = 0.0f;
         UNROLL
-        for (int part = 0; part < 16 / LOAD; ++part) {
-          const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, from + uint(part * LOAD));
-          const Pack<LOAD> ys = load_aligned<LOAD, ALIGNED>(x, from + 32u + uint(part * LOAD));
+        for (int part = 0; part < 32 / LOAD; ++part) {
+          const uint from = chunk * 64u + uint(part * LOAD);
+          const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(from));
+          const Pack<LOAD> ys = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(from + 32u));
           UNROLL
           for (int k = 0; k < LOAD; ++k) {
             const int i = part * LOAD + k;
@@ -71,18 +82,29 @@ FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
             high_total += ys.v[k];
             UNROLL
             for (int r = 0; r < R; ++r) {
-              const uint word = codes[d * R + r].v[i / 4];
+              const uint word = codes[(d * R + r) * 2 + i / 16].v[i % 16 / 4];
               low.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8), xs.v[k], low.v[r]);
               high.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8 + 4), ys.v[k], high.v[r]);
             }
           }
         }
+        // Both groups' scales in one word, their minima in another, as bytes.
+        const bool lower = chunk % 4u < 2u;
+        const uint shift = chunk % 2u * 16u;
         UNROLL
         for (int r = 0; r < R; ++r) {
-          const Q4KGroup a = q4_k_group(heads[d * R + r], group);
-          const Q4KGroup b = q4_k_group(heads[d * R + r], group + 1u);
-          sums.v[r] += metal::fma(a.scale, (low.v[r] - low_total) * 16.0f, -a.minimum * low_total) +
-                       metal::fma(b.scale, (high.v[r] - high_total) * 16.0f, -b.minimum * high_total);
+          const Words<4> head = heads[d * R + r];
+          const uint tops = head.v[3] >> shift;
+          const uint scale = head.v[1] >> shift;
+          const uint minimum = head.v[2] >> shift;
+          const uint scales = lower ? scale : (tops & 0x0f0fu) | ((scale >> 2) & 0x3030u);
+          const uint minima = lower ? minimum : ((tops >> 4) & 0x0f0fu) | ((minimum >> 2) & 0x3030u);
+          const float d16 = float_of_half(head.v[0]);
+          const float m16 = float_of_half(head.v[0] >> 16);
+          const float a = metal::fma(16.0f * q4_k_times(scales, 0, d16), low.v[r] - low_total, sums.v[r]);
+          const float b = metal::fma(16.0f * q4_k_times(scales, 8, d16), high.v[r] - high_total, a);
+          const float c = metal::fma(-q4_k_times(minima, 0, m16), low_total, b);
+          sums.v[r] = metal::fma(-q4_k_times(minima, 8, m16), high_total, c);
         }
       }
     }

@@ -5,13 +5,18 @@
 // As `mantissa<6>` of a code whose low 4 and high 2 bits lie in two words.
 #define MATRIX w, high, scales, factors
 
+template <typename T, int BITS, int K>
+FUNCTION constexpr int row_length() {
+  return K / 8;
+}
+
 FUNCTION float mantissa6(uint low, int low_shift, uint high, int high_shift) {
   const uint bottom = low_shift > 17 ? low >> uint(low_shift - 17) : low << uint(17 - low_shift);
   const uint top = high_shift > 21 ? high >> uint(high_shift - 21) : high << uint(21 - high_shift);
-  return float_of_bits(int((bottom & 0x001e0000u) | (top & 0x00600000u) | 0x3f800000u));
+  return float_of_bits(int(masked_or(bottom, 0x001e0000u, masked_or(top, 0x00600000u, 0x3f800000u))));
 }
 
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W,
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W,
           typename H, typename S, typename F>
 FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w, H high_bits, S scales, F factors) {
   constexpr int CHUNKS = K / 64;
@@ -60,7 +65,7 @@ FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w, H high_bits, S sca
           float total = 0.0f;
           UNROLL
           for (int part = 0; part < 16 / LOAD; ++part) {
-            const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, from + uint(part * LOAD));
+            const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(from + uint(part * LOAD)));
             UNROLL
             for (int k = 0; k < LOAD; ++k) {
               const int i = part * LOAD + k;

@@ -1,5 +1,6 @@
 // What the readers of a matrix's formats (dense.h, affine.h, q4_k.h, q6_k.h) need. Each of those defines `row_dots`, which
-// multiplies R rows by a vector; matvec.h calls it.
+// multiplies R rows by a vector, and `row_length`, how many elements
+// of `w` a row has; matvec.h calls them.
 
 // Elements of T where 16-byte accesses may start.
 template <typename T>
@@ -13,7 +14,7 @@ template <int BITS>
 FUNCTION float mantissa(uint word, int shift) {
   const int up = 23 - BITS - shift;
   const uint moved = up >= 0 ? word << uint(up >= 0 ? up : 0) : word >> uint(up >= 0 ? 0 : -up);
-  return float_of_bits(int((moved & (((1u << BITS) - 1u) << (23 - BITS))) | 0x3f800000u));
+  return float_of_bits(int(masked_or(moved, ((1u << BITS) - 1u) << (23 - BITS), 0x3f800000u)));
 }
 
 template <int R>
@@ -35,4 +36,12 @@ FUNCTION Rows<R> rows_of(uint unit) {
     rows.v[r] = WIDTH == 0 ? i : i / DIVISOR * 2u * DIVISOR + i % DIVISOR + (r < PER ? 0u : DIVISOR);
   }
   return rows;
+}
+
+// Where element i of a normed vector lies: after every 128 bytes 16 are free, so that lanes which read 64 or 128 bytes apart
+// use different banks of the threadgroup memory. i is a multiple of 16 bytes.
+template <typename T, bool STAGED>
+FUNCTION uint place_of(uint i) {
+  constexpr uint PIECE = 16u / uint(sizeof(T));
+  return STAGED ? i + i / (8u * PIECE) * PIECE : i;
 }

@@ -11,7 +11,8 @@ from .dispatch import Kernel, executor, float_bits, require, require_float, requ
 SHORT = 2048
 SPLIT = 512
 MOST_SPLITS = 64
-THREADS = 512
+THREADS, DEPTH = 512, 4  # rows that a lane has under way
+SPLIT_THREADS, SPLIT_DEPTH = 256, 2  # each of RATIO query heads holds registers
 
 _INPUTS = ("q", "kv", "tail", "place")
 _ATTEND = Kernel("attend", _INPUTS, ("out",), ("attend.h",))
@@ -48,18 +49,21 @@ def attend_one(
             ),
         )
     require_like("place", place, (2,), mx.int32)
-    if executor() == "reference" or head_dim % 32 or head_dim > 256 or head_dim // 32 * q.dtype.size not in (4, 8, 16):
+    row = head_dim * q.dtype.size
+    if executor() == "reference" or row not in (16, 32, 64, 128, 256, 512):
         return attend_one_reference(q, kv, tail, place, scale, window)
     n_kv_heads, room = kv.shape[1] // 2, kv.shape[2]
     ratio = n_heads // n_kv_heads
-    splits, group = (1, 1) if room <= SHORT else (min(MOST_SPLITS, -(-room // SPLIT)), ratio)
-    template = [("KV", n_kv_heads), ("RATIO", ratio), ("GROUP", group), ("D", head_dim), ("SPLITS", splits)]
-    template += [("THREADS", THREADS), ("WINDOW", window or 0), ("SCALE", float_bits(scale))]
-    inputs, grid, threadgroup = (q, kv, tail, place), (splits * THREADS, n_heads // group, 1), (THREADS, 1, 1)
-    if splits == 1:
-        return _ATTEND(inputs, template, grid, threadgroup, [q.shape])[0]
-    shapes = [(n_heads, splits, head_dim), (n_heads, splits, 2)]
-    parts = _ATTEND_SPLIT(inputs, template, grid, threadgroup, shapes, mx.float32)
+    template = [("KV", n_kv_heads), ("RATIO", ratio), ("D", head_dim), ("WINDOW", window or 0)]
+    template += [("SCALE", float_bits(scale))]
+    inputs = (q, kv, tail, place)
+    if room <= SHORT:
+        template += [("DEPTH", DEPTH), ("THREADS", THREADS)]
+        return _ATTEND(inputs, template, (THREADS, n_heads, 1), (THREADS, 1, 1), [q.shape])[0]
+    splits = min(MOST_SPLITS, -(-room // SPLIT))
+    template += [("DEPTH", SPLIT_DEPTH), ("THREADS", SPLIT_THREADS), ("SPLITS", splits)]
+    shapes, grid = [(n_heads, splits, head_dim), (n_heads, splits, 2)], (splits * SPLIT_THREADS, n_kv_heads, 1)
+    parts = _ATTEND_SPLIT(inputs, template, grid, (SPLIT_THREADS, 1, 1), shapes, mx.float32)
     template = [("T", q.dtype), ("D", head_dim), ("SPLITS", splits)]
     return _COMBINE(parts, template, (head_dim, n_heads, 1), (head_dim, 1, 1), [q.shape], q.dtype)[0]
 

@@ -23,12 +23,14 @@ MAX_STAGED = 16384  # bytes of a normed vector in threadgroup memory
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut: `rows` a unit, `split` simdgroups a unit, `depth` chunks a lane has under way, `threads`."""
+    """How work is cut: `rows` a unit, `split` simdgroups a unit, `depth` chunks a lane has under way, `threads`, and
+    at most `groups` threadgroups, which take several units in turn where there are more."""
 
     rows: int
     split: int
     depth: int
     threads: int = 256
+    groups: int = 1056
 
 
 _ROTATION = Kernel("rotation", ("turns", "offset"), ("out",), ("rotary.h",))
@@ -221,13 +223,13 @@ def _launch(
 ) -> list[mx.array]:
     form = matrix.format
     weight, eps = (x, 0.0) if norm is None else norm
-    group = tuning.threads // 32 // tuning.split  # units of a threadgroup
+    groups = min(-(-units // (tuning.threads // 32 // tuning.split)), tuning.groups)
     template = (
         *template,
         *(("K", form.columns), ("R", tuning.rows), ("SPLIT", tuning.split), ("DEPTH", tuning.depth)),
-        *(("THREADS", tuning.threads), ("EPS", float_bits(eps))),
+        *(("THREADS", tuning.threads), ("GROUPS", groups), ("EPS", float_bits(eps))),
         *(("BITS", form.bits or 4), ("GROUP", form.group_size or 32)),
     )
-    grid = (-(-units // group) * tuning.threads, 1, 1)
+    grid = (groups * tuning.threads, 1, 1)
     inputs = (x, weight, *matrix.arrays, *extra)
     return _kernel(name, form.kind)(inputs, template, grid, (tuning.threads, 1, 1), shapes)

@@ -9,10 +9,8 @@ from .seeded import BARRIER, RACE, Edit, WrongNumbers
 # name: (call of decoding_calls.py that must fail, the change)
 EDITS: dict[str, tuple[str, Edit]] = {
     "norm before the product without its barriers": ("matvec dense", Edit("matvec.h", BARRIER, "", RACE)),
-    "matvec without its barrier": ("matvec dense", Edit("matvec.metal", BARRIER, "", RACE)),
-    "matvec_swiglu without its barrier": ("matvec_swiglu dense", Edit("matvec_swiglu.metal", BARRIER, "", RACE)),
-    "matvec_qkv without its barrier": ("matvec_qkv dense", Edit("matvec_qkv.metal", BARRIER, "", RACE)),
-    "attend without its barriers": ("attend", Edit("attend.metal", BARRIER, "", RACE)),
+    "sums of several simdgroups without their barriers": ("matvec dense, split", Edit("matvec.h", BARRIER, "", RACE)),
+    "attend without its barriers": ("attend", Edit("attend.h", BARRIER, "", RACE)),
     "matvec: rows beyond the last": (
         "matvec q4_k",
         Edit("matvec.metal", " && row < uint(ROWS)", "", (OutOfBounds, UninitialisedRead)),
@@ -32,7 +30,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "attend_split: sums of weights not stored": (
         "attend_split",
-        Edit("attend_split.metal", "stats[2u * at + 1u] = total;", "", UnwrittenOutput),
+        Edit("attend_split.metal", "stats[2u * at + 1u] = all.total;", "", UnwrittenOutput),
     ),
     "matvec: the first simdgroup's sum only": (
         "matvec dense, split",
@@ -48,13 +46,13 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "Q4_K: upper bits of later scales lost": (
         "matvec q4_k",
-        Edit("q4_k.h", "(high & 15u) | ((low >> 6) << 4)", "(high & 15u)", WrongNumbers),
+        Edit("q4_k.h", "(tops & 0x0f0fu) | ((scale >> 2) & 0x3030u)", "(tops & 0x0f0fu)", WrongNumbers),
     ),
     "Q4_K: minimum of the wrong group": (
         "unpack q4_k",
         Edit("q4_k.h", "const uint middle = (head.v[2] >> shift)", "const uint middle = head.v[2]", WrongNumbers),
     ),
-    "Q6_K: highest bit only": ("matvec q6_k", Edit("q6_k.h", "& 0x00600000u", "& 0x00400000u", WrongNumbers)),
+    "Q6_K: highest bit only": ("matvec q6_k", Edit("q6_k.h", "top, 0x00600000u", "top, 0x00400000u", WrongNumbers)),
     "attend: a key too few in the window": (
         "attend",
         Edit("attend.h", "? end - uint(WINDOW) : 0u", "? end - uint(WINDOW) + 1u : 0u", WrongNumbers),
@@ -63,8 +61,8 @@ EDITS: dict[str, tuple[str, Edit]] = {
         "attend",
         Edit(
             "attend.h",
-            "lane < count ? weight[g] * scale : float_of_bits(int(0xff800000u))",
-            "weight[g] * scale",
+            "lane_row < end ? dot * scale : float_of_bits(int(0xff800000u))",
+            "lane_row <= end ? dot * scale : float_of_bits(int(0xff800000u))",
             WrongNumbers,
         ),
     ),

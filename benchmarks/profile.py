@@ -1,0 +1,91 @@
+"""`python -m benchmarks.profile`: where one decoded token's time goes on an NVIDIA GPU, kernel by kernel.
+
+Random weights of the true shapes. The kernels of some tokens are traced by CUPTI through torch's profiler, which sees
+all of a process, MLX's too. Prints a table for each model and writes JSON. "gaps" is when no kernel ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import re
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.run import model_of, ours
+from qwen_mlx import ops
+from qwen_mlx.backend import describe, mx
+
+
+def traced(tokens, count: int) -> list[tuple[str, int, int]]:
+    """Name, start and duration in ns of every kernel that ran while `count` tokens were made."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        list(itertools.islice(tokens, count))
+        mx.synchronize()
+    events = trace.profiler.kineto_results.events()
+    kernels = [(e.name(), e.start_ns(), e.duration_ns()) for e in events if "CUDA" in str(e.device_type())]
+    return sorted(kernels, key=lambda kernel: kernel[1])
+
+
+def summary(kernels: list[tuple[str, int, int]], count: int) -> dict:
+    """Totals in microseconds a token, by kernel."""
+    busy, end = 0, 0
+    by_name = defaultdict(list)
+    for name, start, duration in kernels:
+        busy += max(0, start + duration - max(start, end))
+        end = max(end, start + duration)
+        by_name[re.sub(r"\s+", " ", name)[:160]].append(duration / 1e3)
+    whole = end - kernels[0][1]
+    rows = [
+        {
+            "kernel": name,
+            "launches": len(times) / count,
+            "us": statistics.median(times),
+            "us_a_token": sum(times) / count,
+        }
+        for name, times in by_name.items()
+    ]
+    rows.sort(key=lambda row: -row["us_a_token"])
+    return {"us_a_token": whole / count / 1e3, "gaps_us_a_token": (whole - busy) / count / 1e3, "kernels": rows}
+
+
+def main() -> None:
+    """Parses the arguments, profiles every case, prints the tables and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["0.5B", "0.5B:4", "1.5B", "7B", "7B:4", "7B:q4_k_m"])
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens traced (default 16)")
+    parser.add_argument("--output", type=Path, default=Path("profile.json"))
+    arguments = parser.parse_args()
+    torch.cuda.init()
+    report = {"device": describe(), "system": platform.platform(), "prompt": arguments.prompt, "models": {}}
+    for case in arguments.models:
+        model = model_of(case)
+        tokens = ours(model, [(7919 * i) % 150000 for i in range(arguments.prompt)])
+        list(itertools.islice(tokens, 24))
+        begin = time.perf_counter()
+        list(itertools.islice(tokens, 64))
+        untraced = (time.perf_counter() - begin) / 64 * 1e6
+        traced(tokens, 2)  # the profiler's own start
+        found = summary(traced(tokens, arguments.tokens), arguments.tokens)
+        report["models"][case] = {"untraced_us_a_token": untraced, **found}
+        whole, gaps = found["us_a_token"], found["gaps_us_a_token"]
+        print(f"\n{case}: {untraced:.0f} us a token, traced {whole:.0f}, gaps {gaps:.0f}")
+        for row in found["kernels"][:14]:
+            print(
+                f"  {row['us_a_token']:8.1f} = {row['launches']:6.1f} x {row['us']:7.2f}  {row['kernel']}", flush=True
+            )
+        del model, tokens
+        mx.clear_cache()
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with ops.no_grad():
+        main()
