@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_mlx import SamplingSettings, generate, load, ops
+from qwen_mlx import Qwen2, SamplingSettings, generate, load, ops, step
 from qwen_mlx.backend import mx
+from qwen_mlx.cache import KVCache
 from qwen_mlx.generation import encode_prompt, generate_ids
 from reference.emulator import emulate
 
@@ -75,6 +76,22 @@ def test_every_parameter_equals_transformers_by_value(ours, real_hf):
     assert mine.keys() == theirs.keys()
     for name, array in mine.items():
         assert np.array_equal(np.array(array), theirs[name].numpy()), name
+
+
+def test_256_tokens_by_the_decoding_step_equal_the_plain_ones(ours, monkeypatch):
+    """The step that a GPU takes, its products and its cache's tail in plain MLX operations."""
+    ids = encode_prompt(ours[1], PROMPTS[0])
+    plain = greedy(ours, ids, 256)
+    served = []
+
+    def serves(model: Qwen2, input_ids: mx.array, cache: list[KVCache]) -> bool:
+        served.append(input_ids.size == 1 and cache[0].offset > 0)
+        return served[-1]
+
+    monkeypatch.setattr(step, "serves", serves)
+    with ops.forced("reference"):
+        assert greedy(ours, ids, 256) == plain
+    assert sum(served) >= 255
 
 
 @pytest.mark.slow
