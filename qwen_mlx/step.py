@@ -24,7 +24,7 @@ def serves(model: Qwen2, input_ids: mx.array, cache: Sequence[KVCache]) -> bool:
     """Whether `Step` computes this call: one token after others, kernels in use, no gradient wanted, a plain cache."""
     return (
         input_ids.size == 1
-        and ops.executor() != "reference"
+        and ops.executor("step") != "reference"
         and not ops.recording()
         and not model.config.mlp_bias
         and all(type(layer) is KVCache and layer.offset for layer in cache)

@@ -50,7 +50,7 @@ def attend_one(
         )
     require_like("place", place, (2,), mx.int32)
     row = head_dim * q.dtype.size
-    if executor() == "reference" or row not in (16, 32, 64, 128, 256, 512):
+    if executor("attend") == "reference" or row not in (16, 32, 64, 128, 256, 512):
         return attend_one_reference(q, kv, tail, place, scale, window)
     n_kv_heads, room = kv.shape[1] // 2, kv.shape[2]
     ratio = n_heads // n_kv_heads

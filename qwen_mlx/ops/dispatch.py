@@ -1,6 +1,6 @@
 """Which executor computes an operation: the Metal kernel, the same kernel in CUDA, or plain MLX ("reference").
 
-The kernels' sources are qwen_mlx/metal/*.metal. QWEN_MLX_KERNELS=off, read once, computes everything in plain MLX.
+The kernels' sources are qwen_mlx/metal/*.metal. QWEN_MLX_KERNELS, read once, switches them off, all or one by one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from ..errors import QwenMLXError
 
 SOURCES = Path(__file__).parent.parent / "metal"
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+# What can be switched off by itself; "step" is the decoding step as a whole, of which "matvec" and "attend" are parts.
+PARTS = ("step", "matvec", "attend", "unpack", "rms_norm", "rope", "swiglu")
 MAX_ELEMENTS = 2**31 - 1  # the kernels index with 32 bits
 
 _forced: str | None = None  # "metal", "cuda" or "reference": overrides the choice, for tests and comparisons
@@ -34,22 +36,31 @@ class _Gradients(threading.local):
 _gradients = _Gradients()
 
 
-def executor() -> str:
-    """ "metal", "cuda" or "reference": what runs on the current default device."""
+def executor(part: str = "") -> str:
+    """ "metal", "cuda" or "reference": what runs on the current default device, or what computes one of PARTS."""
     if _forced is not None:
         return _forced
-    if not kernels_enabled() or mx.default_device() == mx.cpu:
+    if (part in switched_off() if part else len(switched_off()) == len(PARTS)) or mx.default_device() == mx.cpu:
         return "reference"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 @functools.cache
-def kernels_enabled() -> bool:
-    """QWEN_MLX_KERNELS: "on" (the default) or "off". Raises QwenMLXError for anything else."""
+def switched_off() -> frozenset[str]:
+    """What QWEN_MLX_KERNELS switches off: "on" (the default) nothing, "off" all PARTS, "-step,-rope" these two.
+
+    Raises QwenMLXError for anything else.
+    """
     value = os.environ.get("QWEN_MLX_KERNELS", "on")
-    if value not in ("on", "off"):
-        raise QwenMLXError(f"QWEN_MLX_KERNELS is {value!r}, expected 'on' or 'off'.")
-    return value == "on"
+    if value in ("on", "off"):
+        return frozenset(PARTS if value == "off" else ())
+    names = value.split(",")
+    if not all(name.startswith("-") and name[1:] in PARTS for name in names):
+        choices = ", ".join(f"-{part}" for part in PARTS)
+        raise QwenMLXError(
+            f"QWEN_MLX_KERNELS is {value!r}, expected on, off, or some of {choices}, with commas between."
+        )
+    return frozenset(name[1:] for name in names)
 
 
 @contextmanager
@@ -210,7 +221,7 @@ def explain() -> str:
     kind = executor()
     if _forced is not None:
         why = "forced"
-    elif not kernels_enabled():
+    elif len(switched_off()) == len(PARTS):
         why = "QWEN_MLX_KERNELS=off"
     elif mx.default_device() == mx.cpu:
         why = "the default device is the CPU"
@@ -224,4 +235,6 @@ def explain() -> str:
             "one token after others: fused kernels on dense, 4- and 8-bit affine, Q4_K and Q6_K matrices; else MLX's "
             "products",
         ]
+        if switched_off():
+            lines.append(f"but {', '.join(sorted(switched_off()))}: plain MLX (QWEN_MLX_KERNELS)")
     return "\n".join([*lines, "else attention: MLX's scaled_dot_product_attention; on the CPU products in float32"])

@@ -193,7 +193,7 @@ def _check(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> 
 
 
 def _on_kernel(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> bool:
-    if executor() == "reference" or not matrix.format.served:
+    if executor("matvec") == "reference" or not matrix.format.served:
         return False
     dense = matrix.format.kind != "dense" or matrix.arrays[0].dtype == x.dtype
     return dense and (norm is None or x.nbytes <= MAX_STAGED)

@@ -100,7 +100,7 @@ def rope(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
         lambda: f"x has shape {x.shape}, expected (B, L, H, {2 * len(rotary.inv_freq)}).",
     )
     _check_offset(offset, x.shape[0])
-    if executor() == "reference" or not _fits(x, rotary):
+    if executor("rope") == "reference" or not _fits(x, rotary):
         return rope_reference(x, offset, rotary)
     position = _position(offset)
 
@@ -146,7 +146,7 @@ def qkv_rope(
     def twin(qkv: mx.array, *bias: mx.array) -> tuple[mx.array, mx.array]:
         return _split_and_turn(qkv, *bias, offset=offset, rotary=rotary, n_heads=n_heads, n_kv_heads=n_kv_heads)
 
-    if executor() == "reference" or not _fits(qkv, rotary):
+    if executor("rope") == "reference" or not _fits(qkv, rotary):
         q, kv = twin(*arrays)
     else:
         position = _position(offset)

@@ -39,7 +39,7 @@ def swiglu(
         require_like("gate_bias", gate_bias, gate.shape[-1:], gate.dtype)
         require_like("up_bias", up_bias, gate.shape[-1:], gate.dtype)
         biases = (gate_bias, up_bias)
-    if executor() == "reference" or gate.size > MAX_ELEMENTS:
+    if executor("swiglu") == "reference" or gate.size > MAX_ELEMENTS:
         return swiglu_reference(gate, up, *biases)
     return differentiable(_launch, swiglu_reference, gate, up, *biases)
 
@@ -55,7 +55,7 @@ def swiglu_joined(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
     if bias is not None:
         require_like("bias", bias, (width,), gate_up.dtype)
     biases = () if bias is None else (bias,)
-    if executor() == "reference" or gate_up.size > MAX_ELEMENTS:
+    if executor("swiglu") == "reference" or gate_up.size > MAX_ELEMENTS:
         return swiglu_joined_reference(gate_up, *biases)
     return differentiable(_launch_joined, swiglu_joined_reference, gate_up, *biases)
 

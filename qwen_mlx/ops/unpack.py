@@ -69,7 +69,7 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
     Rounding: formed in float32 as gguf-py does, then rounded.
     """
     form = matrix.format
-    if executor() == "reference" or form.kind not in RAW:
+    if executor("unpack") == "reference" or form.kind not in RAW:
         return unpack_reference(matrix, dtype, ids)
     rows = form.rows if ids is None else ids.size
     shape = (form.rows,) if ids is None else ids.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from qwen_mlx import ops, selftest
+from qwen_mlx import ops, selftest, selftest_decoding
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.ops import dispatch
 
@@ -71,20 +71,70 @@ def test_the_cpu_runs_plain_mlx_and_says_so():
     assert ops.executor() == "reference"
 
 
-def test_kernels_can_be_switched_off(monkeypatch):
+def test_kernels_can_be_switched_off_all_or_one_by_one(monkeypatch):
     gpu = mx.Device(mx.gpu)
     monkeypatch.setattr(mx, "default_device", lambda: gpu)
-    for value, kind in (("on", "cuda"), ("off", "reference")):
+
+    def running(value: str) -> set[str]:
         monkeypatch.setenv("QWEN_MLX_KERNELS", value)
-        dispatch.kernels_enabled.cache_clear()
-        assert ops.executor() == kind
-    assert "QWEN_MLX_KERNELS=off" in ops.explain()
-    monkeypatch.setenv("QWEN_MLX_KERNELS", "fast")
-    dispatch.kernels_enabled.cache_clear()
-    with pytest.raises(QwenMLXError, match="'fast', expected 'on' or 'off'"):
-        ops.executor()
-    monkeypatch.undo()
-    dispatch.kernels_enabled.cache_clear()
+        dispatch.switched_off.cache_clear()
+        return {part for part in dispatch.PARTS if ops.executor(part) == "cuda"}
+
+    try:
+        assert running("on") == set(dispatch.PARTS)
+        assert ops.executor() == "cuda"
+        for part in dispatch.PARTS:
+            assert running(f"-{part}") == set(dispatch.PARTS) - {part}
+        assert running("-step,-rope") == set(dispatch.PARTS) - {"step", "rope"}
+        assert ops.executor() == "cuda"
+        assert "but rope, step: plain MLX (QWEN_MLX_KERNELS)" in ops.explain()
+        assert running("off") == set()
+        assert ops.executor() == "reference"
+        assert "QWEN_MLX_KERNELS=off" in ops.explain()
+        for value in ("fast", "", "-fast", "step", "-step,", "off,-step"):
+            with pytest.raises(QwenMLXError, match="expected on, off, or some of -step, -matvec"):
+                running(value)
+    finally:
+        monkeypatch.undo()
+        dispatch.switched_off.cache_clear()
+
+
+def test_a_part_that_is_switched_off_launches_nothing(monkeypatch):
+    launched: list[str] = []
+
+    def cuda_kernel(name, **_):
+        def launch(output_shapes, output_dtypes, **_):
+            launched.append(name)
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+
+        return launch
+
+    matrix = selftest_decoding.matrix("q4_k", 8, 256, mx.float32)
+    part_calls = {
+        "matvec": lambda: ops.matvec(x(1, 1, 256), matrix),
+        "attend": lambda: ops.attend_one(
+            x(1, 2, 1, 64), x(1, 2, 32, 64), x(1, 2, 16, 64), mx.array([5, 3], mx.int32), 1.0
+        ),
+        "unpack": lambda: ops.unpack(matrix, mx.float32),
+        "rms_norm": lambda: (ops.rms_norm(x(2, 8), x(8), 1e-6), ops.add_rms_norm(x(2, 8), x(2, 8), x(8), 1e-6)),
+        "rope": lambda: (
+            ops.rope(x(1, 2, 2, 8), 3, ops.Rotary.plain(8, 1e4)),
+            ops.qkv_rope(x(1, 2, 32), None, 3, ops.Rotary.plain(8, 1e4), 2, 1),
+        ),
+        "swiglu": lambda: (ops.swiglu(x(2, 8), x(2, 8)), ops.swiglu_joined(x(2, 16))),
+    }
+    assert {"step", *part_calls} == set(dispatch.PARTS)
+    gpu = mx.Device(mx.gpu)
+    monkeypatch.setattr(mx, "default_device", lambda: gpu)
+    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    for part, call in part_calls.items():
+        for off, expected in (("step", True), (part, False)):
+            launched.clear()
+            monkeypatch.setattr(dispatch, "switched_off", lambda off=off: frozenset({off}))
+            with ops.no_grad():
+                call()
+            assert bool(launched) == expected, (part, off)
 
 
 def test_rows_above_the_limit_are_computed_in_plain_mlx():
