@@ -12,6 +12,14 @@ from qwen_mlx.backend import mx
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
+@pytest.fixture
+def on_cpu():
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
 def both(values) -> tuple[mx.array, torch.Tensor]:
     array = np.array(values, np.float32)
     return mx.array(array), torch.tensor(array)
@@ -73,17 +81,34 @@ def test_attention_of_infinite_and_nan_scores_is_nan_there_only():
         assert np.allclose(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(mx.float32, np.nan), (mx.bfloat16, 1.0)], ids=["float32", "bfloat16"])
-def test_a_fully_masked_row_is_defined(dtype: mx.Dtype, expected: float):
-    """Never met by the model, whose every query sees itself, padding included. Ours on a CPU is NaN as torch.softmax's,
-    so that it would be seen; MLX's own attention gives the mean of the values, as transformers' eager one does.
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=["float32", "bfloat16", "float16"])
+def test_a_fully_masked_row_is_nan(dtype: mx.Dtype, on_cpu: None):
+    """Never met by the model, whose every query sees itself, padding included. On a CPU it is NaN as torch.softmax's,
+    so that it would be seen; transformers' eager attention gives the mean of the values.
     """
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
     q = mx.ones((1, 2, 2, 16), dtype)
     k = v = mx.ones((1, 1, 2, 16), dtype)
     mine = np.array(ops.attention(q, k, v, 0.25, mx.array([[True, False], [False, False]])).astype(mx.float32))
-    mx.set_default_device(device)
     assert np.array_equal(mine[:, 0], np.ones((1, 2, 16)))
-    assert np.array_equal(mine[:, 1], np.full((1, 2, 16), expected), equal_nan=True)
+    assert np.isnan(mine[:, 1]).all()
     assert torch.softmax(torch.full((2,), -np.inf), 0).isnan().all()
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_attention_rounds_its_result_only(dtype: torch.dtype, length: int, on_cpu: None):
+    """Scores around 1,200, as in Qwen2.5's first layer: bfloat16 would round them by up to 4."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in ((1, length, 4, 64), (1, 2, 5, 64), (1, 2, 5, 64)))
+    q, k = q + 9, k + 17
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    seen = torch.arange(5) <= torch.arange(5 - length, 5)[:, None]
+    exact = ATTENTION(
+        q.double().transpose(1, 2), *(x.double().repeat_interleave(2, 1) for x in (k, v)), attn_mask=seen
+    ).transpose(1, 2)
+    as_mx = {torch.bfloat16: mx.bfloat16, torch.float16: mx.float16}[dtype]
+    arrays = (mx.array(x.float().numpy()).astype(as_mx) for x in (q, k, v))
+    mine = ops.attention(*arrays, 0.125, "causal" if length > 1 else None)
+    assert mine.dtype == as_mx
+    error = np.linalg.norm(np.array(mine.astype(mx.float32)) - exact.numpy())
+    assert error <= 1.2 * (exact.to(dtype).double() - exact).norm()  # what rounding the exact result costs
