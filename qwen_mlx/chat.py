@@ -143,8 +143,9 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Iterator[GenerationChunk
                     visible = written[: last if call < 0 else call]
                     window.show(visible[len(shown) :])
                     shown = visible
+                    if event.finish_reason:
+                        window.finish()  # a tool may write to the terminal, or ask there
                 else:
-                    window.finish()
                     written = shown = ""
                     window.note(f"{event.call}: {event.text}")
     except KeyboardInterrupt:

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from types import FrameType
+from typing import NoReturn, TextIO
 
 from .errors import QwenMLXError
+
+# What a model or a file says is text: on a terminal it must not move the cursor, or more.
+CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """`text` as `stream` gets it: whole, but without control characters where that is a terminal."""
+    return text.translate(CONTROLS) if stream.isatty() else text
+
+
+class Stopped(BaseException):
+    """The process was asked to end (SIGTERM), or its terminal is gone (SIGHUP)."""
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: what follows tidies up
+    raise Stopped(number)
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,8 +39,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command and exits: 0, 2 for a mistake of the user's (one sentence, no traceback), 130 for Ctrl-C."""
+    """Runs a command and exits: 0, 2 for a mistake of the user's (one sentence, no traceback), 130 for Ctrl-C, 143 for
+    SIGTERM, after everything is tidied up."""
     code: int | None
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
+            signal.signal(number, _stop)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the rest of the process)
@@ -29,10 +52,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main()
         sys.stdout.flush()
     except QwenMLXError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(shown(f"error: {' '.join(str(error).split())}", sys.stderr), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except Stopped as stopped:
+        code = 128 + stopped.args[0]
     except BrokenPipeError:  # the reader of a pipe went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import cli, hub
 from .errors import QwenMLXError
+from .files import check_folder, whole
 
 if TYPE_CHECKING:
     from .evaluation import Estimate, Evaluation
@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         raise QwenMLXError(f"--stride is {arguments.stride}, expected 1 or more, and less than the context.")
     if arguments.tokens is not None and arguments.tokens < 2:
         raise QwenMLXError(f"--tokens is {arguments.tokens}, expected 2 or more: the first is not predicted.")
-    if arguments.json and not os.access(os.path.dirname(arguments.json) or ".", os.W_OK):
-        raise QwenMLXError(f"--json {arguments.json}: its folder does not exist, or is read-only.")
+    if arguments.json is not None:
+        check_folder(arguments.json, "--json")
     text = read_text(arguments.text)
     if not text:
         raise QwenMLXError(f"--text {arguments.text}: is empty.")
@@ -137,12 +137,8 @@ def write(path: str, report: dict[str, Any]) -> None:
             return {key: clean(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(clean(report), file, indent=2, allow_nan=False)
-            file.write("\n")
-    except OSError as error:
-        raise QwenMLXError(f"--json {path}: cannot be written ({error.strerror}).") from None
+    with whole(path) as file:
+        file.write_text(json.dumps(clean(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import cli, hub
 from .errors import QwenMLXError
+from .files import check_folder
 
 if TYPE_CHECKING:
-    from .generation import GenerationChunk
+    from .generation import GenerationChunk, GenerationStats
     from .model import Qwen2
     from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
@@ -188,8 +189,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
     kept = arguments.prompt_cache is not None and os.path.exists(arguments.prompt_cache)
     if kept:
         check(arguments.prompt_cache)
-    elif arguments.prompt_cache and not os.access(os.path.dirname(arguments.prompt_cache) or ".", os.W_OK):
-        raise QwenMLXError(f"--prompt-cache {arguments.prompt_cache}: its folder does not exist, or is read-only.")
+    elif arguments.prompt_cache is not None:
+        check_folder(arguments.prompt_cache, "--prompt-cache")
     line = cli.ProgressLine("Loading")
     try:
         model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
@@ -235,7 +236,6 @@ def main(argv: list[str] | None = None) -> int:
     prompt = read_prompt(arguments)
     model, tokenizer, settings, cache = open_model(arguments)
 
-    from . import backend
     from .generation import GenerationStats, stream_generate
 
     stats, chances = GenerationStats(), []
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
             **settings,
         ):
             stats = chunk.stats
-            print(chunk.text, end="", flush=True)
+            print(cli.shown(chunk.text, sys.stdout), end="", flush=True)
             if chunk.logprob is not None:
                 chances.append(chance(tokenizer, chunk))
     except KeyboardInterrupt:
@@ -263,22 +263,29 @@ def main(argv: list[str] | None = None) -> int:
     print(flush=True)
     for text in chances:
         print(text, file=sys.stderr)
-    reused = f" ({stats.reused_tokens} more from the cache)" if stats.reused_tokens else ""
-    drafted = ""
-    if arguments.draft is not None:
-        off = f", off for {stats.paused_tokens}" if stats.paused_tokens else ""
-        drafted = (
-            f"draft: {stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance_rate:.0%}){off}; "
-        )
-    print(
-        f"prompt: {stats.prompt_tokens} tokens{reused}, {stats.prompt_per_second:.1f} tok/s; "
-        f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; {drafted}"
-        f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}",
-        file=sys.stderr,
-    )
+    print(statistics(stats, arguments.draft is not None), file=sys.stderr)
     if arguments.prompt_cache is not None and cache.ids:
         cache.save(arguments.prompt_cache)
     return 130 if interrupted else 0
+
+
+def statistics(stats: GenerationStats, drafted: bool) -> str:
+    """What it cost, in a line."""
+    from . import backend
+
+    if not stats.generated_tokens:
+        return "interrupted before the first token"
+    reused = f" ({stats.reused_tokens} more from the cache)" if stats.reused_tokens else ""
+    draft = ""
+    if drafted:
+        off = f", off for {stats.paused_tokens}" if stats.paused_tokens else ""
+        accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance_rate:.0%})"
+        draft = f"draft: {accepted}{off}; "
+    return (
+        f"prompt: {stats.prompt_tokens} tokens{reused}, {stats.prompt_per_second:.1f} tok/s; "
+        f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; {draft}"
+        f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}"
+    )
 
 
 if __name__ == "__main__":

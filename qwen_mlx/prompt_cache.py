@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from mlx.utils import tree_flatten
 from .backend import mx
 from .cache import KVCache
 from .errors import QwenMLXError
+from .files import whole
 from .model import Qwen2
 
 FORMAT, VERSION = "qwen_mlx prompt cache", "1"
@@ -128,19 +128,8 @@ def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[i
         "dtype": str(model.model.norm.weight.dtype).removeprefix("mlx.core."),
         "crc32": _checksum(arrays),
     }
-    try:
-        folder, name = tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent), "cache.safetensors"
-    except OSError as error:
-        raise QwenMLXError(f"{where}: cannot be written ({error.strerror}).") from None
-    try:
-        mx.save_safetensors(f"{folder}/{name}", arrays, metadata)
-        os.replace(f"{folder}/{name}", where)
-    except (OSError, RuntimeError) as error:
-        raise QwenMLXError(f"{where}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
-    finally:
-        for left in Path(folder).iterdir():
-            left.unlink()
-        os.rmdir(folder)
+    with whole(path, ".safetensors") as file:
+        mx.save_safetensors(str(file), arrays, metadata)
 
 
 def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], list[int]]:

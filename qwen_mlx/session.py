@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import QwenMLXError
+from .files import whole
 from .generation import GenerationChunk, GenerationStats, stream_generate
 from .model import Qwen2
 from .prompt_cache import PromptCache
@@ -161,18 +161,8 @@ class Chat:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the messages as a JSON list; the file appears whole or not at all. Raises QwenMLXError if it cannot be
         written."""
-        where = Path(path)
-        try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=where.parent, delete=False) as file:
-                try:
-                    json.dump(self.messages, file, ensure_ascii=False, indent=1)
-                    file.close()
-                    os.replace(file.name, where)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
-        except OSError as error:
-            raise QwenMLXError(f"{where}: cannot be written ({error.strerror}).") from None
+        with whole(path) as file:
+            file.write_text(json.dumps(self.messages, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Takes the messages of a file that `save` wrote, or any JSON list of {"role", "content"}, in place of these.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from .cli import CONTROLS, shown
 from .errors import QwenMLXError
 
 PAUSE = 0.08  # seconds between two drawings, so that drawing takes little of the time that answering has
 BLOCK = '"""'
 FIRST = "> "
-# What a model writes is text: it must not move the cursor, or more.
-CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 
 class Pipe:
@@ -40,7 +40,7 @@ class Pipe:
 
     def show(self, text: str) -> None:
         self._within_line |= bool(text)
-        print(text, end="", flush=True)
+        print(shown(text, sys.stdout), end="", flush=True)
 
     def finish(self) -> None:
         """Ends the line, if there is one."""
@@ -49,7 +49,7 @@ class Pipe:
         self._within_line = False
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def read_block(line: Callable[[str], str]) -> str:
@@ -82,6 +82,7 @@ class Terminal:
         self._session: PromptSession[str] = PromptSession()
         self._console = Console()
         self._answer: StreamedMarkdown | None = None
+        self._quiet = contextlib.ExitStack()
 
     def read(self, default: str = "") -> str:
         """The next message, `default` being there already for editing. Raises EOFError at Ctrl-D, KeyboardInterrupt at
@@ -90,16 +91,38 @@ class Terminal:
 
     def show(self, text: str) -> None:
         if self._answer is None:
+            self._quiet.enter_context(no_echo())
             self._answer = StreamedMarkdown(self._console)
         self._answer.add(text.translate(CONTROLS))
 
     def finish(self) -> None:
-        if self._answer is not None:
-            answer, self._answer = self._answer, None
-            answer.finish()
+        answer, self._answer = self._answer, None
+        with self._quiet:
+            if answer is not None:
+                answer.finish()
 
     def note(self, text: str) -> None:
         self._console.print(text.translate(CONTROLS), style="dim", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def no_echo() -> Iterator[None]:
+    """Meanwhile the terminal does not show what is typed: a ^C or an Enter would shift what is drawn again."""
+    import termios
+
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except (termios.error, ValueError):  # no terminal
+        yield
+        return
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal may be gone
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 class StreamedMarkdown:

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "blas"},
     {"backend", "gguf.unpack"},
-    {"gguf.blocks", "cli"},
+    {"gguf.blocks", "cli", "files"},
     {"gguf.reader", "ops", "safetensors_writer", "hub"},
     {"config", "cache", "layers", "tools", "terminal"},
     {"gguf.names", "model", "step", "tokenizer", "sampling"},

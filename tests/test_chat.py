@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -568,6 +569,32 @@ def test_a_terminal(path: Path, tmp_path: Path):
         window.close()
 
 
+@pytest.mark.parametrize("answering", [True, False])
+def test_the_terminal_is_left_as_it_was(path: Path, tmp_path: Path, answering: bool):
+    """Nothing typed into an answer shifts what is drawn; when the process is told to end, it tidies up."""
+    window = Window("--model", path, "--temp", "0", "--max-tokens", "7000", "--prompt-cache", tmp_path / "c")
+    before = termios.tcgetattr(window.master)
+    try:
+        window.until(READY)
+        window.send("hello\r")
+        window.until(DRAWN)
+        assert not termios.tcgetattr(window.master)[3] & termios.ECHO
+        window.send("\n\x03")
+        assert "^C" not in window.until("tok/s")
+        window.until(READY)
+        if answering:
+            window.send("hello\r")
+            window.until(DRAWN)
+        window.process.send_signal(signal.SIGTERM)
+        if answering:
+            window.until("\x1b[?25h")  # the cursor is shown again
+        assert window.process.wait(30) == 143
+        assert termios.tcgetattr(window.master) == before
+        assert (tmp_path / "c").stat().st_size > 1000
+    finally:
+        window.close()
+
+
 def screen(written: str) -> list[str]:
     """What a terminal shows, as lines with something in them."""
     rows, row, column = [""], 0, 0
@@ -628,6 +655,7 @@ def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch):
 
     window = Terminal.__new__(Terminal)
     window._console, window._answer = Console(file=io.StringIO(), force_terminal=False, width=60), None
+    window._quiet = contextlib.ExitStack()
     window.show("a\x1b[2Jb\x07\x9bc\n\tx")
     window.finish()
     window.note("n\x1b]0;title\x07")
