@@ -7,7 +7,8 @@ that no shape changes from token to token: the graph is built once, until the ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import ops
@@ -37,7 +38,6 @@ class Step:
     def __init__(self, model: Qwen2):
         self._config = model.config
         self._held: list[tuple[dict[str, Any], str, Any]] = []  # an owner, a name, and what the owner has under it
-        self._arrays: list[mx.array] = []
         body = model["model"]
         layers = body["layers"]
         self._rotary = layers[0]["self_attn"].rotary
@@ -46,15 +46,16 @@ class Step:
         self._layers = []
         for layer in layers:
             attention, mlp = layer["self_attn"], layer["mlp"]
-            self._array(layer["input_layernorm"], "weight")
-            qkv = self._matrices(attention, "qkv_proj")
-            self._array(attention, "qkv_bias")
-            o_proj = self._matrices(attention, "o_proj")
-            self._array(layer["post_attention_layernorm"], "weight")
-            self._layers.append((qkv, o_proj, self._matrices(mlp, "gate_up_proj"), self._matrices(mlp, "down_proj")))
-        self._array(body["norm"], "weight")
-        self._head = None if model.config.tie_word_embeddings else self._matrices(model, "lm_head")
-        self._compiled = ops.compiled(self._run)
+            qkv = self._matrices(attention, "qkv_proj"), self._array(attention, "qkv_bias")
+            norms = (self._array(layer[name], "weight") for name in ("input_layernorm", "post_attention_layernorm"))
+            mlp = self._matrices(mlp, "gate_up_proj"), self._matrices(mlp, "down_proj")
+            self._layers.append((*norms, qkv, self._matrices(attention, "o_proj"), mlp))
+        self._norm = self._array(body["norm"], "weight")
+        self._head = self._embedding if model.config.tie_word_embeddings else self._matrices(model, "lm_head")
+        # The weights are constants of the graph: as arguments they cost 0.1 microseconds each at every token.
+        mx.eval([array for _, _, array in self._held if isinstance(array, mx.array)])
+        this = weakref.proxy(self)  # a cycle would keep a deleted model's memory until Python collects its garbage
+        self._compiled = ops.compiled(lambda *arrays: this._run(*arrays))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the model makes its own
@@ -72,7 +73,7 @@ class Step:
                 layer.flush()
             buffers, tails, filled = zip(*(layer.tail_for_one() for layer in cache))
         place = mx.array([cache[0].offset, filled[0]], mx.int32)
-        logits, *tails = self._compiled(input_ids, place, *buffers, *tails, *self._arrays)
+        logits, *tails = self._compiled(input_ids, place, *buffers, *tails)
         for layer, tail in zip(cache, tails, strict=True):
             layer.advance(tail)
         return logits
@@ -80,47 +81,35 @@ class Step:
     def _run(self, input_ids: mx.array, place: mx.array, *rest: mx.array) -> list[mx.array]:
         config, eps = self._config, self._config.rms_norm_eps
         n_layers, n_heads, scale = config.n_layers, config.n_heads, config.head_dim**-0.5
-        buffers, tails, arrays = rest[:n_layers], list(rest[n_layers : 2 * n_layers]), iter(rest[2 * n_layers :])
-        embedding = _take(self._embedding, arrays)
+        buffers, tails = rest[:n_layers], list(rest[n_layers:])
         table = ops.rotation_table(place, self._rotary)
-        h = ops.unpack(embedding[0], tails[0].dtype, input_ids)
-        for i, (qkv, o_proj, gate_up, down_proj) in enumerate(self._layers):
-            norm = next(arrays), eps
-            parts, bias = _take(qkv, arrays), next(arrays)
-            if len(parts) == 1:
-                q, tails[i] = ops.matvec_qkv(h, parts[0], bias, norm, table, tails[i], place, n_heads)
+        h = ops.unpack(self._embedding[0], tails[0].dtype, input_ids)
+        for i, (norm, mlp_norm, (qkv, bias), o_proj, (gate_up, down_proj)) in enumerate(self._layers):
+            if len(qkv) == 1:
+                q, tails[i] = ops.matvec_qkv(h, qkv[0], bias, (norm, eps), table, tails[i], place, n_heads)
             else:  # q, k and v are stored differently, as in most files of mixed types
-                joined = mx.concatenate([ops.matvec(h, part, norm) for part in parts], axis=-1)
+                joined = mx.concatenate([ops.matvec(h, part, (norm, eps)) for part in qkv], axis=-1)
                 q, kv = ops.qkv_rope(joined, bias, place[:1], self._rotary, n_heads, config.n_kv_heads, join_kv=True)
                 q, kv = q.reshape(1, n_heads, 1, -1), kv.reshape(1, 2 * config.n_kv_heads, 1, -1)
                 tails[i] = ops.put_in_tail(tails[i], kv, place)
             out = ops.attend_one(q, buffers[i], tails[i], place, scale, self._windows[i])
-            h = ops.matvec(out, _take(o_proj, arrays)[0], residual=h)
-            norm, parts = (next(arrays), eps), _take(gate_up, arrays)
-            if len(parts) == 1:
-                act = ops.matvec_swiglu(h, parts[0], norm)
+            h = ops.matvec(out, o_proj[0], residual=h)
+            if len(gate_up) == 1:
+                act = ops.matvec_swiglu(h, gate_up[0], (mlp_norm, eps))
             else:
-                act = ops.swiglu(*(ops.matvec(h, part, norm) for part in parts))
-            h = ops.matvec(act, _take(down_proj, arrays)[0], residual=h)
-        norm = next(arrays), eps
-        head = embedding if self._head is None else _take(self._head, arrays)
-        return [ops.matvec(h, head[0], norm), *tails]
+                act = ops.swiglu(*(ops.matvec(h, part, (mlp_norm, eps)) for part in gate_up))
+            h = ops.matvec(act, down_proj[0], residual=h)
+        return [ops.matvec(h, self._head[0], (self._norm, eps)), *tails]
 
-    def _array(self, owner: nn.Module, name: str) -> None:
+    def _array(self, owner: nn.Module, name: str) -> mx.array:
+        """An array of a module, which the model must keep for this step to stay current."""
         self._held.append((owner, name, owner[name]))
-        self._arrays.append(owner[name])
+        return owner[name]
 
-    def _matrices(self, owner: nn.Module, name: str) -> list[ops.Format]:
-        """Notes the arrays of a projection and returns how they are stored."""
+    def _matrices(self, owner: nn.Module, name: str) -> list[Matrix]:
+        """The matrices of a projection, likewise."""
         module = owner[name]
         self._held.append((owner, name, module))
         for part in module.get("parts", [module]):
             self._held += [(part, key, value) for key, value in part.items() if isinstance(value, mx.array)]
-        found = matrices(module)
-        self._arrays += [array for matrix in found for array in matrix.arrays]
-        return [matrix.format for matrix in found]
-
-
-def _take(formats: Sequence[ops.Format], arrays: Iterator[mx.array]) -> list[Matrix]:
-    """The next matrices among `arrays`, stored so."""
-    return [Matrix(form, tuple(next(arrays) for _ in range(form.n_arrays))) for form in formats]
+        return matrices(module)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -135,6 +137,24 @@ def test_a_step_is_made_anew_when_a_weight_is_replaced():
         model.model.norm.weight = model.model.norm.weight * 2
         after = model(mx.array([[3]]), cache)
     np.testing.assert_allclose(np.array(after), 2 * np.array(before), rtol=1e-5, atol=1e-5)
+
+
+def test_a_deleted_model_leaves_no_memory_behind():
+    model = model_of("dense", tied=True)
+    cache = model.make_cache()
+    with ops.no_grad():
+        model(mx.array([[5, 17]]), cache)
+        with emulate():
+            mx.eval(model(mx.array([[9]]), cache))
+    mx.synchronize()
+    gc.collect()
+    gc.disable()  # what it would free later must not be what frees the model
+    try:
+        before, size = mx.get_active_memory(), sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        del model, cache
+        assert before - mx.get_active_memory() >= size
+    finally:
+        gc.enable()
 
 
 def test_a_decoded_token_takes_five_primitives_a_layer_and_no_view():

@@ -38,11 +38,6 @@ class Format:
     group_size: int = 0
 
     @property
-    def n_arrays(self) -> int:
-        """Arrays that hold a matrix."""
-        return len(ARRAYS[self.kind])
-
-    @property
     def served(self) -> bool:
         """Whether the matrix-vector kernels read it."""
         if self.kind == "affine":
