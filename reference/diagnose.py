@@ -4,7 +4,7 @@ what our model holds, or that undone gives what the reference holds, is named. S
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,10 @@ def diagnose(model: Qwen2, run: Run, theirs: Trace, key: str, dtype: str) -> str
             and (not best or error < best[0])
         ):
             best = error, text
+    if best is None and (made := _with_own_weight(model, theirs, key)) is not None:
+        made, found = (run.valid(array.reshape(found.shape), key) for array in (made, found))
+        if _distance(made, found) <= limit:
+            return "the operation is right: its weight or bias is not the reference's"
     return best[1] if best else None
 
 
@@ -83,6 +87,47 @@ def _not_finite(array: np.ndarray) -> str:
     return "it is NaN in places: a weight is NaN there, or 0 / 0 or inf - inf was formed"
 
 
+def _dense(weights: Mapping[str, mx.array], layer: int | None) -> Callable[[str], np.ndarray | None]:
+    """The model's parameter of that name, of a layer or the model's own; None if there is none or it is packed."""
+
+    def weight(name: str) -> np.ndarray | None:
+        path = name if layer is None or name.startswith(("model.", "lm_head")) else f"model.layers.{layer}.{name}"
+        return to_numpy(weights[path]) if path in weights and f"{path[:-6]}scales" not in weights else None
+
+    return weight
+
+
+def _with_own_weight(model: Qwen2, theirs: Trace, key: str) -> np.ndarray | None:
+    """What a projection, the head or a norm makes of the reference's input with the weight that our model holds."""
+    call, layer, tap = split_key(key)
+    weight, prefix = _dense(model.hf_parameters(), layer), key[: -len(tap)]
+    if tap in NORMS:
+        x = _norm_input(model, theirs, key).astype(np.float64)
+        w = weight(_norm_weight(layer, tap))
+        return None if w is None else w * x / np.sqrt((x * x).mean(-1, keepdims=True) + model.config.rms_norm_eps)
+    if tap == "logits":
+        head = "model.embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+        source, module = f"{call}.norm", head
+    elif tap in PROJECTIONS:
+        source, module = prefix + PROJECTIONS[tap][0], PROJECTIONS[tap][1]
+    else:
+        return None
+    w, bias = weight(f"{module}.weight"), weight(f"{module}.bias")
+    return None if w is None else theirs[source] @ w.T + (0 if bias is None else bias)
+
+
+def _norm_weight(layer: int | None, tap: str) -> str:
+    return "model.norm.weight" if tap == "norm" else f"model.layers.{layer}.{NORMS[tap]}.weight"
+
+
+def _norm_input(model: Qwen2, theirs: Trace, key: str) -> np.ndarray:
+    call, layer, tap = split_key(key)
+    if tap == "post_norm":
+        return theirs[f"{call}.layers.{layer}.attn_residual"]
+    before = model.config.n_layers - 1 if tap == "norm" else layer - 1
+    return theirs[f"{call}.layers.{before}.residual" if before >= 0 else f"{call}.embeddings"]
+
+
 Hypothesis = tuple[str, np.ndarray, np.ndarray]  # text, what it makes, what it must equal
 
 
@@ -92,16 +137,12 @@ def _hypotheses(model: Qwen2, run: Run, ours: Trace, theirs: Trace, key: str) ->
     found, expected = ours[key], theirs[key]
     yield from _elsewhere(theirs, prefix, key, found, layer)
     weights = model.hf_parameters()
-
-    def weight(name: str) -> np.ndarray | None:
-        path = name if layer is None or name.startswith(("model.", "lm_head")) else f"model.layers.{layer}.{name}"
-        return to_numpy(weights[path]) if path in weights and f"{path[:-6]}scales" not in weights else None
-
+    weight = _dense(weights, layer)
     if tap in PROJECTIONS:
         source, module = PROJECTIONS[tap]
         yield from _projection(weight, module, theirs[prefix + source], found, expected, model)
     elif tap in NORMS:
-        yield from _norm(model, weight, theirs, prefix, call, layer, tap, found)
+        yield from _norm(model, weight, theirs, prefix, layer, tap, found)
     elif tap in ("q_rope", "k_rope"):
         yield from _rope(model, theirs[prefix + tap[0]].reshape(found.shape), run, call, found)
     elif tap == "probs":
@@ -190,35 +231,31 @@ def _projection(
 
 
 def _norm(
-    model: Qwen2, weight: Any, theirs: Trace, prefix: str, call: int, layer: int | None, tap: str, found: np.ndarray
+    model: Qwen2, weight: Any, theirs: Trace, prefix: str, layer: int | None, tap: str, found: np.ndarray
 ) -> Iterator[Hypothesis]:
-    n_layers = model.config.n_layers
-    if tap == "post_norm":
-        x = theirs[prefix + "attn_residual"]
-    elif tap == "norm":
-        x = theirs[f"{call}.layers.{n_layers - 1}.residual"]
-    else:
-        x = theirs[f"{call}.layers.{layer - 1}.residual" if layer else f"{call}.embeddings"]
-    x = x.astype(np.float64)
-    w = weight("model.norm.weight" if tap == "norm" else f"{NORMS[tap]}.weight")
+    x, own = _norm_input(model, theirs, prefix + tap).astype(np.float64), _norm_weight(layer, tap)
+    w = weight(own)
     square, mean, eps = (x * x).mean(-1, keepdims=True), x.mean(-1, keepdims=True), model.config.rms_norm_eps
     normed = x / np.sqrt(square + eps)
-    if _distance(w * normed, found) < 1e-3:  # the formula is right, so the weight is not
+    right = _distance(w * normed, found)
+    if right < 1e-3:  # the formula is right, so the weight is not
         expected = theirs[prefix + tap]
         if (w == 1).all():
             yield "its weight is not applied: it is all ones", w * normed, found
         yield "its weight is applied as 1 + weight, as in Gemma", (w - 1) * normed, expected
         for name, other in model.hf_parameters().items():
-            if name.endswith("norm.weight"):
+            if name.endswith("norm.weight") and name != own:
                 yield (
                     f"its weight and another's are swapped: {name} is what belongs here",
                     to_numpy(other) * normed,
                     expected,
                 )
-    for other in EPS:
-        if other != eps:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                yield f"eps is {other:g}, expected {eps:g}", w * x / np.sqrt(square + other), found
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kinds = {f"eps is {other:g}, expected {eps:g}": np.sqrt(square + other) for other in EPS if other != eps}
+        kinds["eps is added outside the root"] = np.sqrt(square) + eps
+        for text, size in kinds.items():
+            if _distance(w * x / size, found) <= 0.1 * right:  # else any eps explains what none has done
+                yield text, w * x / size, found
     yield "its weight is not applied", normed, found
     yield "its weight is applied as 1 + weight, as in Gemma", (1 + w) * normed, found
     yield "it is LayerNorm: the mean is subtracted", w * (x - mean) / np.sqrt(x.var(-1, keepdims=True) + eps), found

@@ -18,6 +18,7 @@ from qwen_mlx.batch import BatchKVCache, Padding
 from qwen_mlx.cache import KVCache
 
 LAYER = 1  # where bugs of one layer sit
+NOT_THE_FILES = "the operation is right: its weight or bias"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _(model, patch):
     change_part(model, "q", "bias", lambda b: -b)
 
 
-@bug("one weight of q off by a thousandth of its size", "0.layers.1.q")
+@bug("one weight of q off by a thousandth of its size", "0.layers.1.q", NOT_THE_FILES)
 def _(model, patch):
     def nudge(w: mx.array) -> mx.array:
         w = mx.array(w)
@@ -111,6 +112,17 @@ def _(model, patch):
         return w
 
     change_part(model, "q", "weight", nudge)
+
+
+@bug("up rounded to bfloat16 on its way", "0.layers.1.up", NOT_THE_FILES)
+def _(model, patch):
+    change_part(model, "up", "weight", lambda w: w.astype(mx.bfloat16).astype(w.dtype))
+
+
+@bug("biases of two layers exchanged", "0.layers.0.q", NOT_THE_FILES)
+def _(model, patch):
+    one, two = (model.model.layers[i].self_attn for i in (0, 1))
+    one.qkv_bias, two.qkv_bias = two.qkv_bias, one.qkv_bias
 
 
 @bug("a row of up is NaN", "0.layers.1.up", "NaN")
@@ -199,6 +211,20 @@ def _(model, patch):
         layer.input_layernorm.eps = layer.post_attention_layernorm.eps = 1e-5
 
 
+@bug("eps added outside the root", "0.layers.0.input_norm", "outside the root")
+def _(model, patch):
+    def norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+        return x / (mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)) + eps) * weight
+
+    patch.setattr(ops, "rms_norm", norm)
+
+
+@bug("one element of a norm's weight lost", "0.layers.1.input_norm", NOT_THE_FILES)
+def _(model, patch):
+    norm = model.model.layers[LAYER].input_layernorm
+    norm.weight = mx.where(mx.arange(norm.weight.size) == 5, 1.0, norm.weight)
+
+
 @bug("norm's weight not applied", "0.layers.1.post_norm", "weight is not applied")
 def _(model, patch):
     norm = model.model.layers[LAYER].post_attention_layernorm
@@ -245,6 +271,12 @@ def _(model, patch):
         layer.self_attn.sliding_window = None
 
 
+@bug("sliding window one too long", "0.layers.1.probs", shape="sliding window")
+def _(model, patch):
+    for layer in model.model.layers[1:]:
+        layer.self_attn.sliding_window += 1
+
+
 @bug("scores not scaled", "0.layers.1.probs", "not scaled")
 def _(model, patch):
     model.model.layers[LAYER].self_attn.head_dim = 1
@@ -276,6 +308,37 @@ def _(model, patch):
         return mx.concatenate([keys[:, :, :1] * 0, keys[:, :, 1:]], axis=2), values
 
     patch.setattr(KVCache, "update", forget)
+
+
+@bug("a second chunk overwrites the first key", "1.layers.0.cache_k", run="chunked")
+def _(model, patch):
+    update = KVCache.update
+
+    def overwrite(self, kv):
+        held = update(self, kv)
+        if self.offset > kv.shape[1]:
+            self._parts[0][:, :, 0] = self._parts[0][:, :, self.offset - 1]
+        return held
+
+    patch.setattr(KVCache, "update", overwrite)
+
+
+@bug("keys held in bfloat16", "0.layers.0.probs", run="decode")
+def _(model, patch):
+    update = KVCache.update
+    patch.setattr(KVCache, "update", lambda self, kv: update(self, kv.astype(mx.bfloat16).astype(kv.dtype)))
+
+
+@bug("a column of the padding is seen", "0.layers.0.probs", run="padded")
+def _(model, patch):
+    make = Padding.__init__
+
+    def short(self, columns):
+        make(self, columns)
+        self._array = mx.maximum(self._array - 1, 0)
+
+    patch.setattr(Padding, "__init__", short)
+    patch.setattr(Padding, "offset", lambda self, width: width - mx.array(self.columns))
 
 
 @bug("padding is seen", "0.layers.0.probs", "mask of the padding is missing", run="padded")
