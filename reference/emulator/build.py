@@ -20,12 +20,16 @@ from .source import ATTRIBUTES, Source, preamble
 from .translate import translate
 
 HERE = Path(__file__).parent
+RECORD = 64  # bytes of runtime/state.h's Cell
+# A kernel's text may be hostile: no more than 4 GB and two minutes for compiling it.
+LIMITED = ["/bin/sh", "-c", 'ulimit -v 4194304; ulimit -t 120; exec "$@"', "sh"]
 COMMON = [
     "-std=gnu++20",
     "-O1",
     "-march=native",
     "-fPIC",
     "-g1",
+    "-gdwarf-4",  # binutils 2.40 names the wrong file for the first function of a version 5 table
     "-fno-exceptions",
     "-fno-rtti",
     "-fno-stack-protector",
@@ -113,10 +117,11 @@ def unavailable() -> str:
 @functools.cache
 def runtime() -> ctypes.CDLL:
     """The runtime, loaded."""
-    source = HERE / "runtime.cpp"
-    path = _cached("runtime", source.read_text(), ".so")
+    sources = sorted((HERE / "runtime").iterdir())
+    path = _cached("runtime", "".join(source.read_text() for source in sources), ".so")
     if not path.exists():
-        _run([compiler(), "-std=gnu++20", "-O2", "-g1", "-fPIC", "-shared", str(source)], path)
+        main = str(HERE / "runtime" / "runtime.cpp")
+        _run([compiler(), "-std=gnu++20", "-O2", "-g1", "-fPIC", "-shared", main, "-lrt"], path)
     library = ctypes.CDLL(str(path))
     library.emulator_place.restype = ctypes.c_void_p
     library.emulator_place.argtypes = [
@@ -128,8 +133,9 @@ def runtime() -> ctypes.CDLL:
         ctypes.c_int,
     ]
     library.emulator_unwritten.restype = ctypes.c_int64
+    library.emulator_available.restype = ctypes.c_size_t
     if library.emulator_init():
-        raise Unavailable("The Metal emulator reserves 4 TB of address space, which was refused: raise `ulimit -v`.")
+        raise Unavailable("The Metal emulator reserves 8 TB of address space, which was refused: raise `ulimit -v`.")
     return library
 
 
@@ -229,10 +235,10 @@ def _run(command: list[str], output: Path) -> str:
     with tempfile.NamedTemporaryFile(dir=output.parent, suffix=output.suffix, delete=False) as file:
         temporary = Path(file.name)
     environment = {**os.environ, "LC_ALL": "C"}
-    result = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True, env=environment)
+    result = subprocess.run([*LIMITED, *command, "-o", str(temporary)], capture_output=True, text=True, env=environment)
     if result.returncode:
         temporary.unlink(missing_ok=True)
         lines = [line for line in result.stderr.splitlines() if re.search(r"\berror:", line)]
-        raise CompileError("\n".join(lines[:8]) or result.stderr)
+        raise CompileError("\n".join(lines[:8]) or result.stderr or "the compiler took more than two minutes")
     temporary.replace(output)
     return result.stderr

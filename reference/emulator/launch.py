@@ -1,47 +1,24 @@
-"""One call of a kernel: arrays into the emulator's memory, the threads, arrays out; the runtime's findings in words."""
+"""One call of a kernel: arrays into the emulator's memory, the threads, arrays out."""
 
 from __future__ import annotations
 
 import ctypes
-import enum
 import functools
 import math
-import subprocess
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from . import build, errors
+from .report import Data, Launch, Words
 from .source import Buffer, Source
 
 _LOCK = threading.Lock()  # the runtime's memory is one
 _ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 _MAX_BUFFERS = 31
-_FIRST_THREADGROUP_SLOT = 40  # runtime.cpp's kFirstThreadgroupSlot
-
-
-class _Kind(enum.IntEnum):
-    """runtime.cpp's Kind."""
-
-    OUT_OF_BOUNDS = 1
-    RACE = 2
-    UNINITIALISED = 3
-    READ_ONLY = 4
-    DIVERGENCE = 5
-    MEMORY_LIMIT = 6
-    UNDEFINED = 7
-    RUNAWAY = 8
-    WILD = 9
-    FAULT = 10
-    INACTIVE_LANE = 11
-
-
-_RETURNED = 3  # runtime.cpp's kDone
-_STATES = {1: "waits at a barrier", 2: "waits at a simd operation", _RETURNED: "has returned"}
 
 
 @dataclass(frozen=True)
@@ -64,39 +41,6 @@ class Options:
             raise ValueError(f"order is {self.order!r}, expected one of {', '.join(_ORDERS)}.")
 
 
-class _Report(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kind", "slot", "write", "other_write", "line", "other_line")),
-        *((name, ctypes.c_int64) for name in ("offset", "size")),
-        *((name, ctypes.c_uint64) for name in ("pc", "other_pc", "who", "other")),
-        *((name, ctypes.c_char_p) for name in ("file", "other_file", "text")),
-    )
-
-
-class _Launch(ctypes.Structure):
-    _fields_ = (
-        ("entry", ctypes.c_void_p),
-        ("buffers", ctypes.c_void_p),
-        ("grid", ctypes.c_uint32 * 3),
-        ("threadgroup", ctypes.c_uint32 * 3),
-        ("order", ctypes.c_uint32),
-        ("seed", ctypes.c_uint64),
-        ("steps", ctypes.c_uint64),
-        ("report", _Report),
-    )
-
-
-@dataclass(frozen=True)
-class _Data:
-    """What lies in a buffer: bytes, where they start within 16, bytes of an element, and the address of element 0."""
-
-    raw: np.ndarray
-    item: int
-    skew: int = 0
-    origin: int = 0
-    shape: tuple[int, ...] = ()
-
-
 def run(
     name: str,
     source: Source,
@@ -112,6 +56,7 @@ def run(
 ) -> list[mx.array]:
     """The outputs of one launch. Raises an EmulatorError for whatever is wrong with it."""
     _check_launch(name, source, grid, threadgroup)
+    _check_memory(name, output_shapes, output_dtypes, options.checked)
     try:
         mx.eval(*inputs)
     except (RuntimeError, ValueError) as error:
@@ -156,7 +101,7 @@ class _Call:
                 for slot in range(len(data)):
                     build.runtime().emulator_release(slot)
 
-    def _run(self, kernel: build.Kernel, data: Sequence[_Data]) -> list[np.ndarray]:
+    def _run(self, kernel: build.Kernel, data: Sequence[Data]) -> list[np.ndarray]:
         runtime = build.runtime()
         buffers = self.source.buffers
         pointers = (ctypes.c_void_p * 64)()
@@ -166,7 +111,7 @@ class _Call:
                 content.raw.nbytes,
                 content.skew,
                 content.item,
-                buffer.kind == "output",
+                buffer.kind == "output" and self.options.checked,
                 self.init_value is not None,
             )
             if place is None:
@@ -176,7 +121,7 @@ class _Call:
             ctypes.memmove(place, content.raw.ctypes.data, content.raw.nbytes)
             pointers[slot] = place + content.origin
         entry = ctypes.cast(kernel.library.emulator_entry, ctypes.c_void_p)
-        call = _Launch(
+        call = Launch(
             entry,
             ctypes.addressof(pointers),
             (ctypes.c_uint32 * 3)(*self.grid),
@@ -185,9 +130,11 @@ class _Call:
             self.options.seed,
             self.options.steps,
         )
-        runtime.emulator_launch(ctypes.byref(call))
+        groups = math.prod(-(-g // t) for g, t in zip(call.grid, call.threadgroup))
+        while call.next < groups and not call.report.kind:
+            runtime.emulator_launch(ctypes.byref(call))
         if call.report.kind:
-            raise _Words(self.name, self.source, data, kernel.path, entry.value, call).error()
+            raise Words(self.name, self.source, data, kernel.path, entry.value, call).error()
         results = []
         for slot, (buffer, content) in enumerate(zip(buffers, data)):
             if buffer.kind == "output":
@@ -200,7 +147,7 @@ class _Call:
 
 def _check_launch(name: str, source: Source, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> None:
     for what, size in (("grid", grid), ("threadgroup", threadgroup)):
-        if len(size) != 3 or any(not isinstance(n, int) or n < 1 for n in size):
+        if not isinstance(size, list | tuple) or len(size) != 3 or any(not isinstance(n, int) or n < 1 for n in size):
             raise errors.InvalidLaunch(f"kernel {name}: {what} is {size}, expected three positive integers.")
     threads = math.prod(min(t, g) for t, g in zip(threadgroup, grid))
     if math.prod(threadgroup) > 1024:
@@ -213,7 +160,17 @@ def _check_launch(name: str, source: Source, grid: tuple[int, int, int], threadg
         raise errors.InvalidLaunch(f"kernel {name} has {len(source.buffers)} buffers, Metal allows {_MAX_BUFFERS}.")
 
 
-def _check_written(runtime: ctypes.CDLL, name: str, slot: int, buffer: Buffer, content: _Data) -> None:
+def _check_memory(name: str, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[mx.Dtype], checked: bool) -> None:
+    # Each output twice, here and in the runtime, and a record of its accesses for each element.
+    needed = sum(math.prod(shape) * (2 * dtype.size + build.RECORD * checked) for shape, dtype in zip(shapes, dtypes))
+    if needed > (available := build.runtime().emulator_available()):
+        raise errors.Unavailable(
+            f"kernel {name}: outputs {', '.join(str(shape) for shape in shapes)} need {needed:,} bytes of "
+            f"memory under the emulator's checks, {available:,} are free: take a smaller case."
+        )
+
+
+def _check_written(runtime: ctypes.CDLL, name: str, slot: int, buffer: Buffer, content: Data) -> None:
     missing = ctypes.c_int64()
     first = runtime.emulator_unwritten(slot, ctypes.byref(missing))
     if first >= 0:
@@ -247,19 +204,17 @@ def _allocator_skew() -> int:
     return np.asarray(mx.zeros((1,))).ctypes.data % 16
 
 
-def _content(
-    buffer: Buffer, inputs: Sequence[mx.array], arrays: Sequence[np.ndarray], outputs: Sequence[_Data]
-) -> _Data:
+def _content(buffer: Buffer, inputs: Sequence[mx.array], arrays: Sequence[np.ndarray], outputs: Sequence[Data]) -> Data:
     if buffer.kind == "output":
         return outputs[buffer.source]
     array, x = arrays[buffer.source], inputs[buffer.source]
     if buffer.kind == "shape":
-        return _Data(np.array(x.shape, np.int32), 4, shape=(x.ndim,))
+        return Data(np.array(x.shape, np.int32), 4, shape=(x.ndim,))
     if buffer.kind == "strides":
         strides = [stride // x.itemsize for stride in _strides(x)]
-        return _Data(np.array(strides, np.int64), 8, shape=(x.ndim,))
+        return Data(np.array(strides, np.int64), 8, shape=(x.ndim,))
     if buffer.kind == "ndim":
-        return _Data(np.array([x.ndim], np.int32), 4)
+        return Data(np.array([x.ndim], np.int32), 4)
     # From the lowest to the highest byte that the array's own strides reach.
     reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides)] if array.size else []
     low = sum(r for r in reach if r < 0)
@@ -267,17 +222,17 @@ def _content(
     address = array.ctypes.data + low
     raw = np.frombuffer((ctypes.c_char * length).from_address(address), np.uint8) if length else np.zeros(0, np.uint8)
     skew = (address - _allocator_skew()) % 16 // x.itemsize * x.itemsize
-    return _Data(raw, x.itemsize, skew, -low, x.shape)
+    return Data(raw, x.itemsize, skew, -low, x.shape)
 
 
-def _output(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> _Data:
+def _output(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> Data:
     shape = tuple(shape)
     if init_value is None:
         raw = np.full(math.prod(shape) * dtype.size, 0xFF, np.uint8)
     else:
         filled = mx.full(shape, init_value, dtype)
         raw = np.frombuffer(bytes(memoryview(mx.contiguous(filled.reshape(-1).view(mx.uint8)))), np.uint8).copy()
-    return _Data(raw, dtype.size, shape=shape)
+    return Data(raw, dtype.size, shape=shape)
 
 
 def _to_mlx(raw: np.ndarray, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -286,125 +241,3 @@ def _to_mlx(raw: np.ndarray, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.arra
     if not raw.size:
         return mx.zeros(shape, dtype)
     return mx.array(raw).view(dtype).reshape(shape)
-
-
-class _Words:
-    """Puts the runtime's report into a sentence."""
-
-    def __init__(self, name: str, source: Source, data: Sequence[_Data], path: Path, entry: int, call: _Launch):
-        self.name, self.source, self.data, self.path, self.call = name, source, data, path, call
-        self.report = call.report
-        self.base = entry - _symbol_offset(path)
-
-    def error(self) -> errors.EmulatorError:
-        report = self.report
-        kind = _Kind(report.kind)
-        who = self.thread(report.who)
-        if kind == _Kind.OUT_OF_BOUNDS:
-            return errors.OutOfBounds(f"{self.where()}: {who} {self.access()}, {self.extent()}.")
-        if kind == _Kind.RACE:
-            how = "wrote" if report.other_write else "read"
-            place = f" at {self.line(report.other_pc)}" if report.other_pc else ""
-            memory = "threadgroup" if self.in_threadgroup_memory() else "device"
-            return errors.DataRace(
-                f"{self.where()}: {who} {self.access()}, which {self.thread(report.other)} {how}{place} with no "
-                f"barrier for {memory} memory between."
-            )
-        if kind == _Kind.UNINITIALISED:
-            return errors.UninitialisedRead(f"{self.where()}: {who} {self.access()}, which nothing has written.")
-        if kind == _Kind.READ_ONLY:
-            what = self.access() if report.slot >= 0 else "writes a constant"
-            return errors.ReadOnly(f"{self.where()}: {who} {what}, which is read-only.")
-        if kind == _Kind.DIVERGENCE:
-            return self.divergence()
-        if kind == _Kind.MEMORY_LIMIT:
-            return errors.ThreadgroupMemory(
-                f"{self.where()}: {report.size} bytes of threadgroup memory, Metal allows 32768."
-            )
-        if kind == _Kind.UNDEFINED:
-            text = report.text.decode()
-            error = errors.OutOfBounds if text.startswith("index") else errors.UndefinedBehaviour
-            return error(f"{self.where(self.given())}: {who}: {text}.")
-        if kind == _Kind.RUNAWAY:
-            return errors.Runaway(f"{self.where()}: {who} has run through more basic blocks than `steps` allows.")
-        if kind == _Kind.WILD:
-            verb = "writes" if report.write else "reads"
-            address = report.offset & (2**64 - 1)
-            return errors.OutOfBounds(f"{self.where()}: {who} {verb} address {address:#x}, which is in no buffer.")
-        if kind == _Kind.FAULT:
-            error = errors.UndefinedBehaviour if report.text.startswith(b"divides") else errors.OutOfBounds
-            return error(f"kernel {self.name}: {who} {report.text.decode()}.")
-        return errors.Divergence(
-            f"{self.where(self.given())}: {who} reads lane {report.offset} of a simdgroup that has {report.size} "
-            "threads."
-        )
-
-    def divergence(self) -> errors.EmulatorError:
-        report = self.report
-        sides = []
-        for uid, state, file, line in (
-            (report.who, report.write, report.file, report.line),
-            (report.other, report.other_write, report.other_file, report.other_line),
-        ):
-            place = "" if state == _RETURNED else f" at {self.place((file.decode(), line))}"
-            sides.append(f"{self.thread(uid)} {_STATES[state]}{place}")
-        error = errors.Deadlock if _RETURNED in (report.write, report.other_write) else errors.Divergence
-        return error(f"kernel {self.name}: {sides[0]}, while {sides[1]}; all threads of the group must come to it.")
-
-    def in_threadgroup_memory(self) -> bool:
-        return self.report.slot >= _FIRST_THREADGROUP_SLOT
-
-    def given(self) -> tuple[str, int]:
-        return (self.report.file or b"").decode(), self.report.line
-
-    def where(self, place: tuple[str, int] | None = None) -> str:
-        text = self.place(place) if place else self.line(self.report.pc)
-        return f"kernel {self.name}, {text}"
-
-    def line(self, pc: int) -> str:
-        return self.place(build.line_of(self.path, pc - 1 - self.base)) if pc else "an unknown line"
-
-    def place(self, place: tuple[str, int]) -> str:
-        file, number = place
-        text = {"header": self.source.header, "body": self.source.body}.get(file)
-        if text is None or not 0 < number <= len(text.splitlines()):
-            return file or "a line of the standard library"
-        line = text.splitlines()[number - 1].strip()
-        return f"{file} line {number} (`{line if len(line) <= 100 else line[:97] + '...'}`)"
-
-    def thread(self, uid: int) -> str:
-        sizes = list(self.call.threadgroup)
-        counts = [-(-g // t) for g, t in zip(self.call.grid, sizes)]
-        group, index = divmod(uid, math.prod(sizes))
-        at = (group % counts[0], group // counts[0] % counts[1], group // (counts[0] * counts[1]))
-        size = [min(t, g - p * t) for t, g, p in zip(sizes, self.call.grid, at)]
-        inside = (index % size[0], index // size[0] % size[1], index // (size[0] * size[1]))
-        return f"thread {inside} of threadgroup {at}"
-
-    def access(self) -> str:
-        report = self.report
-        verb = "writes" if report.write else "reads"
-        if self.in_threadgroup_memory():
-            return f"{verb} {report.size} bytes at byte {report.offset} of a threadgroup variable"
-        if report.slot >= len(self.data):  # so far outside that the buffer is not known
-            return f"{verb} {report.size} bytes"
-        buffer, content = self.source.buffers[report.slot], self.data[report.slot]
-        offset = report.offset - content.origin
-        part = f" + {offset % content.item} bytes" if offset % content.item else ""
-        return f"{verb} {buffer.name}[{offset // content.item}]{part}"
-
-    def extent(self) -> str:
-        report = self.report
-        if self.in_threadgroup_memory():
-            return "outside of it"
-        if report.slot >= len(self.data):
-            return "at an address far outside every buffer"
-        content = self.data[report.slot]
-        return f"which has {content.raw.nbytes // content.item} elements (shape {content.shape})"
-
-
-@functools.cache
-def _symbol_offset(path: Path) -> int:
-    """The offset of the entry within its file."""
-    listing = subprocess.run(["nm", "-D", str(path)], capture_output=True, text=True, check=True).stdout
-    return next(int(line.split()[0], 16) for line in listing.splitlines() if line.endswith(" emulator_entry"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from qwen_mlx import ops
 
 from . import launch
 from .errors import InvalidLaunch
-from .source import Source, Template, generate, instance, preamble
+from .source import TYPES, Source, Template, generate, instance, preamble
 
 _options = launch.Options()
 on_text: Callable[[Source], None] = lambda source: None  # called with the text of every launch  # noqa: E731
@@ -68,20 +69,39 @@ class MetalKernel:
         text = self.text(arrays, output_dtypes, template or (), output_shapes)
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{text.text}\n```")
+        self._check(arrays, output_dtypes, output_shapes)
         on_text(text)
         return launch.run(
             self.name,
             text,
             instance(template or ()),
             arrays,
-            tuple(grid),
-            tuple(threadgroup),
+            grid,
+            threadgroup,
             [tuple(shape) for shape in output_shapes],
             output_dtypes,
             init_value,
             self.ensure_row_contiguous,
             _options,
         )
+
+    def _check(self, inputs: Sequence[mx.array], output_dtypes: Sequence[mx.Dtype], shapes: Sequence[tuple]) -> None:
+        """What MLX would put into the text, and Metal's compiler or MLX refuse."""
+        if not re.fullmatch(r"\w+", self.name, re.ASCII):
+            raise InvalidLaunch(
+                f"kernel name {self.name!r}: expected letters, digits and _, it becomes part of a function's."
+            )
+        for parameter in (*self.input_names, *self.output_names):
+            if not _is_name(parameter):
+                raise InvalidLaunch(f"kernel {self.name}: {parameter!r} names an array, expected a name of C++.")
+        for what, dtype in zip(
+            (*self.input_names, *self.output_names), (*(x.dtype for x in inputs), *output_dtypes), strict=True
+        ):
+            if dtype == mx.float64:
+                raise InvalidLaunch(f"kernel {self.name}: {what} is float64, which Metal does not have.")
+        for shape in shapes:
+            if any(not isinstance(n, int) or n < 0 for n in shape):
+                raise InvalidLaunch(f"kernel {self.name}: output shape {tuple(shape)}, expected sizes of 0 or more.")
 
     def text(
         self,
@@ -90,7 +110,7 @@ class MetalKernel:
         template: Template = (),
         output_shapes: Sequence[Sequence[int]] | None = None,
     ) -> Source:
-        """The text for these arguments. Raises InvalidLaunch if their number is wrong."""
+        """The text for these arguments. Raises InvalidLaunch if there are too few or too many, or for a wrong one."""
         for what, given, names in (
             ("inputs", inputs, self.input_names),
             ("output_dtypes", output_dtypes, self.output_names),
@@ -98,6 +118,12 @@ class MetalKernel:
         ):
             if len(given) != len(names):
                 raise InvalidLaunch(f"kernel {self.name}: {what} has {len(given)} entries, expected {len(names)}.")
+        for entry in template:
+            if not _is_template_argument(entry):
+                raise InvalidLaunch(
+                    f"kernel {self.name}: template has {entry!r}, expected a name with a bool, an int of 32 bits or a "
+                    "dtype of Metal."
+                )
         return generate(
             self.name,
             self.input_names,
@@ -109,6 +135,21 @@ class MetalKernel:
             output_dtypes,
             template,
         )
+
+
+def _is_template_argument(entry: object) -> bool:
+    if not isinstance(entry, tuple | list) or len(entry) != 2 or not _is_name(entry[0]):
+        return False
+    value = entry[1]
+    return value in TYPES and value != mx.float64 if isinstance(value, mx.Dtype) else _is_int32(value)
+
+
+def _is_int32(value: object) -> bool:
+    return isinstance(value, int) and -(2**31) <= value < 2**31
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None
 
 
 def metal_kernel(
