@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.run import model_of, ours
+from benchmarks.engines import QwenMLX
+from benchmarks.run import model_of
 from qwen_mlx import ops
 from qwen_mlx.backend import describe, mx
 
@@ -66,8 +67,8 @@ def main() -> None:
     torch.cuda.init()
     report = {"device": describe(), "system": platform.platform(), "prompt": arguments.prompt, "models": {}}
     for case in arguments.models:
-        model = model_of(case)
-        tokens = ours(model, [(7919 * i) % 150000 for i in range(arguments.prompt)])
+        model = model_of(case)[0]
+        tokens = QwenMLX(model).start([[(7919 * i) % 150000 for i in range(arguments.prompt)]])
         list(itertools.islice(tokens, 24))
         begin = time.perf_counter()
         list(itertools.islice(tokens, 64))

@@ -1,137 +1,61 @@
-"""`python -m benchmarks.run`: qwen_mlx against mlx-lm on the same weights, prefill and decode, in one process.
+"""`python -m benchmarks.run`: qwen_mlx against mlx-lm, transformers and llama.cpp on the same weights, in one run.
 
-Random weights of the true shapes, so that no file is needed; both engines hold the very same arrays. Repeats are
-interleaved and medians compared. Prints a table and writes JSON with machine and versions.
+Random weights of the true shapes, so that no file is needed; or a file of yours. Each case is a prompt's length (which
+is the context that decoding starts from) and a number of sequences. Engines take turns, medians are compared. Prints a
+table, writes JSON with machine and versions, to send us, and with --plot a picture. `--full` is the whole matrix:
+prompts of 1 to 32,768 tokens and up to 64 sequences.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import itertools
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from qwen_mlx import ModelConfig, Qwen2, SamplingSettings, ops
-from qwen_mlx.backend import describe, mx, nn
-from qwen_mlx.generation import generate_ids
-from qwen_mlx.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from mlx.utils import tree_flatten
 
-# hidden, intermediate, layers, heads, kv heads, vocabulary, tied: Qwen2.5's published config.json files
-SHAPES = {
-    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "3B": (2048, 11008, 36, 16, 2, 151936, True),
-    "7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "14B": (5120, 13824, 48, 40, 8, 152064, False),
-}
+from benchmarks.engines import Tokens, engines_of, llama_bench
+from benchmarks.random_models import SHAPES, random_model, raw_model
+from qwen_mlx import Qwen2, load, ops
+from qwen_mlx.backend import describe, mx
 
-
-def config_of(size: str) -> ModelConfig:
-    """The configuration of a published size."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
-    return ModelConfig(
-        hidden, intermediate, layers, heads, kv_heads, hidden // heads, vocabulary, 1e-6, 1e6, 32768, tied
-    )
+MODELS = ("0.5B", "0.5B:4", "1.5B", "7B", "7B:4", "7B:q4_k_m")
+ENGINES = ("qwen_mlx", "mlx-lm", "transformers", "transformers-static")
+FULL_PROMPTS = (1, 128, 512, 2048, 8192, 32768)
+FULL_BATCHES = (1, 4, 16, 32, 64)
+BATCH_PROMPT = 128  # tokens of each prompt where there are several
 
 
-def random_model(size: str, bits: int | None) -> Qwen2:
-    """bfloat16 weights small enough for finite activations; with `bits`, matrices packed in groups of 64."""
-    model = Qwen2(config_of(size))
-    model.set_dtype(mx.bfloat16)
-    mx.eval(model.parameters())
-    if bits:
-        for name, module in model.named_modules():  # a joined matrix is packed as one
-            if not isinstance(module, nn.Linear | nn.Embedding):
-                continue
-            packed = mx.quantize(module.weight, group_size=64, bits=bits)
-            if isinstance(module, nn.Embedding):
-                new = QuantizedEmbedding(*packed, 64, bits, mx.bfloat16)
-            else:
-                new = QuantizedLinear(*packed, 64, bits)
-                if "bias" in module:
-                    new.bias = module.bias
-            mx.eval(new.parameters())
-            *path, last = name.split(".")
-            parent = model
-            for part in path:
-                parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
-            setattr(parent, last, new)
-    return model
-
-
-def raw_model(size: str) -> Qwen2:
-    """Random Q4_K and Q6_K blocks as in llama.cpp's Q4_K_M: Q6_K for the head and, in half of the layers, v and
-    down_proj."""
-    config = config_of(size)
-    model = Qwen2(config)
-    model.set_dtype(mx.bfloat16)
-    vocabulary, hidden, intermediate = config.vocab_size, config.hidden_size, config.intermediate_size
-    kv = config.n_kv_heads * config.head_dim
-    model.model.embed_tokens = RawEmbedding(random_blocks("q4_k", vocabulary, hidden), mx.bfloat16)
-    if not config.tie_word_embeddings:
-        model.lm_head = RawLinear(random_blocks("q6_k", vocabulary, hidden))
-    for n, layer in enumerate(model.model.layers):
-        eighth = config.n_layers // 8
-        finer = "q6_k" if n < eighth or n >= 7 * eighth or (n - eighth) % 3 == 2 else "q4_k"
-        attention, mlp = layer.self_attn, layer.mlp
-        rows = {"q4_k": [(hidden + 2 * kv, "q4_k")], "q6_k": [(hidden + kv, "q4_k"), (kv, "q6_k")]}[finer]
-        parts = [RawLinear(random_blocks(kind, count, hidden)) for count, kind in rows]
-        attention.qkv_proj = parts[0] if len(parts) == 1 else SideBySide(parts)
-        attention.o_proj = RawLinear(random_blocks("q4_k", hidden, hidden))
-        mlp.gate_up_proj = RawLinear(random_blocks("q4_k", 2 * intermediate, hidden))
-        mlp.down_proj = RawLinear(random_blocks(finer, hidden, intermediate))
+def model_of(case: str) -> tuple[Qwen2, Qwen2, int | None, float]:
+    """What "size", "size:bits", "size:q4_k_m" or a file's path names: the model, one with weights that mlx-lm can hold,
+    their bits (None: dense), and the seconds it took to load."""
+    begin = time.perf_counter()
+    if Path(case).exists():
+        model = load(case)[0]
         mx.eval(model.parameters())
-    return model
-
-
-def random_blocks(kind: str, rows: int, columns: int) -> ops.Matrix:
-    """A matrix of random codes, and scales that keep its values within 0.05."""
-    words = lambda *shape: mx.random.randint(0, 2**31 - 1, shape).astype(mx.uint32)  # noqa: E731
-    if kind == "q4_k":
-        blocks = words(rows, columns // 256, 36)
-        blocks[..., 0] = mx.array([5e-5, 5e-5 * 7.5], mx.float16).view(mx.uint32)
-        return ops.Matrix(ops.Format(kind, rows, columns), (blocks,))
-    parts = [words(rows, columns // share) for share in (8, 16, 64)]
-    factors = mx.full((rows, columns // 256), 1e-5, mx.float16)
-    return ops.Matrix(ops.Format(kind, rows, columns), (*parts, factors))
-
-
-def model_of(case: str) -> Qwen2:
-    """The random model that "size", "size:bits" or "size:q4_k_m" names."""
+        seconds = time.perf_counter() - begin
+        return model, load(case, quantized=False)[0], None, seconds
     size, _, bits = case.partition(":")
-    return raw_model(size) if bits == "q4_k_m" else random_model(size, int(bits) if bits else None)
+    if size not in SHAPES or bits not in ("", "4", "8", "q4_k_m"):
+        sys.exit(f"No model {case!r}: expected a file, or {', '.join(SHAPES)}, optionally with :4, :8 or :q4_k_m.")
+    if bits == "q4_k_m":  # mlx-lm reads no GGUF: its own 4 bits stand beside it
+        return raw_model(size), random_model(size, 4), 4, 0.0
+    model = random_model(size, int(bits) if bits else None)
+    return model, model, int(bits) if bits else None, 0.0
 
 
-def mlx_lm_twin(model: Qwen2, bits: int | None):
-    """mlx-lm's model on the same arrays."""
-    from mlx_lm.models import qwen2
-
-    twin = qwen2.Model(qwen2.ModelArgs.from_dict(model.config.to_hf()))
-    if bits:
-        nn.quantize(twin, group_size=64, bits=bits)
-    twin.load_weights(list(model.hf_parameters().items()), strict=True)
-    mx.eval(twin.parameters())
-    return twin.eval()
-
-
-def ours(model: Qwen2, prompt: list[int]) -> Iterator[int]:
-    return generate_ids(model, prompt, sampling=SamplingSettings(), prefill_chunk=2048)
-
-
-def theirs(model, prompt: list[int]) -> Iterator[int]:
-    from mlx_lm.generate import generate_step
-
-    return (token for token, _ in generate_step(mx.array(prompt), model, max_tokens=-1))
-
-
-def timed(start: Callable[[], Iterator[int]], tokens: int) -> tuple[float, float, list[int]]:
-    """Seconds to the first token, tokens per second after it, and the tokens."""
+def timed(start: Callable[[], Tokens], tokens: int) -> tuple[float, float, list[list[int]]]:
+    """Seconds to the first token, tokens per second and sequence after it, and the tokens."""
     mx.synchronize()
     begin = time.perf_counter()
     steps = start()
@@ -141,54 +65,147 @@ def timed(start: Callable[[], Iterator[int]], tokens: int) -> tuple[float, float
     return first - begin, tokens / (time.perf_counter() - first), made
 
 
+def copy_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float:
+    """Bytes per second read and written by negating `size` bytes, at best."""
+    x = mx.zeros((size // 4,), mx.float32)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        mx.eval(x)
+        mx.synchronize()
+        begin = time.perf_counter()
+        mx.eval(mx.negative(x))
+        mx.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size / best
+
+
+def weight_bytes(model: Qwen2) -> int:
+    """Bytes that a decoded token reads of the weights: all, but of an embedding that is not the head only a row."""
+    embeds = 0 if model.config.tie_word_embeddings else sum(a.nbytes for _, a in tree_flatten(model.model.embed_tokens))
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters())) - embeds
+
+
+def cases_of(arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    """(tokens of a prompt, prompts) of each case."""
+    prompts = arguments.prompts or (FULL_PROMPTS if arguments.full else (512,))
+    batches = arguments.batches or (FULL_BATCHES if arguments.full else (1,))
+    return [(prompt, 1) for prompt in prompts] + [(BATCH_PROMPT, size) for size in batches if size > 1]
+
+
+def measure(model: Qwen2, makers: Any, cases: list[tuple[int, int]], tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """A row for each case and engine."""
+    engines = [maker() for maker in makers]
+    rows = []
+    for prompt, batch in cases:
+        prompts = [
+            [(7919 * i + 104729 * n) % 150000 % model.config.vocab_size for i in range(prompt)] for n in range(batch)
+        ]
+        runs: dict[str, list[tuple[float, float]]] = {engine.name: [] for engine in engines}
+        made, peaks = {}, {}
+        for repeat in range(repeats + 1):
+            for engine in engines:
+                engine.peak()
+                prefill, decode, made[engine.name] = timed(partial(engine.start, prompts), tokens)
+                gc.collect()  # a generator that was left midway holds its cache
+                peaks[engine.name] = engine.peak()
+                if repeat:  # the first round warms up
+                    runs[engine.name].append((prefill, decode))
+        first = made[engines[0].name]
+        for engine in engines:
+            seconds, speeds = zip(*runs[engine.name])
+            different = next((i for i, (a, b) in enumerate(zip(first, made[engine.name])) if list(a) != list(b)), None)
+            row = {"prompt": prompt, "batch": batch, "engine": engine.name, "peak_bytes": peaks[engine.name]}
+            row |= {"prefill_seconds": seconds, "decode_tokens_per_second": speeds, "first_different_token": different}
+            rows.append(row)
+    return rows
+
+
+def show(case: str, rows: list[dict[str, Any]], copy: float, weights: int) -> None:
+    """One line a row; ratios are qwen_mlx's speed over the engine's."""
+    for (prompt, batch), group in itertools.groupby(rows, key=lambda row: (row["prompt"], row["batch"])):
+        ours = None
+        for row in group:
+            prefill, decode = (statistics.median(row[key]) for key in ("prefill_seconds", "decode_tokens_per_second"))
+            ours = ours or (prefill, decode)
+            low, high = min(row["decode_tokens_per_second"]), max(row["decode_tokens_per_second"])
+            speed = f"{decode * batch:9.1f} ({low * batch:.0f} to {high * batch:.0f}) {ours[1] / decode:6.2f}"
+            share, peak = f"{weights * decode / copy:5.0%}", f"{row['peak_bytes'] / 1e9:6.2f} GB"
+            print(f"{case:10} {prompt:6} x {batch:<3} {row['engine']:20} {prompt * batch / prefill:9.0f}", end=" ")
+            print(f"{prefill / ours[0]:6.2f} {speed} {share} {peak}", flush=True)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Decoding speed by context and by number of sequences, a line for each model and engine."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for model, found in report["models"].items():
+        for engine in dict.fromkeys(row["engine"] for row in found["rows"]):
+            rows = [row for row in found["rows"] if row["engine"] == engine]
+            for axis, key, chosen in (
+                (axes[0], "prompt", [row for row in rows if row["batch"] == 1]),
+                (axes[1], "batch", [row for row in rows if row["prompt"] == BATCH_PROMPT]),
+            ):
+                speeds = [statistics.median(row["decode_tokens_per_second"]) * row["batch"] for row in chosen]
+                if chosen:
+                    axis.plot([row[key] for row in chosen], speeds, marker="o", label=f"{model}, {engine}")
+    for axis, label in zip(axes, ("tokens before", f"sequences of {BATCH_PROMPT} tokens"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="decoded tokens per second")
+        axis.grid(alpha=0.3, which="both")
+        if axis.lines:
+            axis.legend(fontsize="small")
+    figure.suptitle(f"{report['device']}, MLX {report['versions']['mlx']}")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Parses the arguments, runs every case, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=["0.5B", "0.5B:4", "1.5B", "7B", "7B:4", "7B:q4_k_m"],
-        help="size[:bits or :q4_k_m]",
-    )
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens after it (default 256)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="size[:4, :8 or :q4_k_m], or a file of yours")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:2])
+    parser.add_argument("--full", action="store_true", help="every prompt length and number of sequences, all engines")
+    parser.add_argument("--prompts", nargs="+", type=int, help="tokens of the prompt (default 512)")
+    parser.add_argument("--batches", nargs="+", type=int, help="sequences at once (default 1)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens made after it (default 256)")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds after a first that warms up")
     parser.add_argument("--output", type=Path, default=Path("run.json"))
+    parser.add_argument("--plot", type=Path, help="also a picture, for which matplotlib is needed")
     arguments = parser.parse_args()
-    rows = []
-    print(f"{describe()}\n{ops.explain()}\n")
-    print(f"{'model':8} {'prefill ms':>22} {'ratio':>6} {'decode tok/s':>22} {'ratio':>6}  first different token")
+    names = ENGINES if arguments.full else arguments.engines
+    if arguments.tokens < 1 or arguments.repeats < 1 or names[0] != "qwen_mlx":
+        sys.exit("--tokens and --repeats must be at least 1, and the first of --engines qwen_mlx.")
+    copy = copy_bandwidth()
+    versions = {}
+    for name in ("mlx", "mlx-lm", "transformers", "torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    report: dict[str, Any] = {"device": describe(), "system": platform.platform(), "versions": versions}
+    report |= {"kernels": ops.explain(), "tokens": arguments.tokens, "copy_bytes_per_second": copy, "models": {}}
+    print(f"{describe()}\n{ops.explain()}\ncopy: {copy / 1e9:.0f} GB/s\n")
+    print("model, prompt x sequences, engine; prefill tok/s, ours as a multiple of it; decode tok/s (least to most),")
+    print("ours as a multiple; the weights' bytes a second as a share of the copy's; peak memory\n")
     for case in arguments.models:
-        size, _, bits = case.partition(":")
-        raw = bits == "q4_k_m"
-        bits = 4 if raw else int(bits) if bits else None
-        model = random_model(size, bits)
-        twin = mlx_lm_twin(model, bits)
-        if raw:  # mlx-lm reads no GGUF: its own 4 bits stand beside it
-            model = raw_model(size)
-        prompt = [(7919 * i) % 150000 for i in range(arguments.prompt)]
-        engines = {"qwen_mlx": partial(ours, model, prompt), "mlx-lm": partial(theirs, twin, prompt)}
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-        made = {}
-        for repeat in range(arguments.repeats + 1):
-            for name, start in engines.items():
-                prefill, decode, made[name] = timed(start, arguments.tokens)
-                if repeat:  # the first round warms up
-                    runs[name].append((prefill, decode))
-        a, b = ([statistics.median(column) for column in zip(*runs[name])] for name in engines)
-        same = "-" if raw else next((i for i, (x, y) in enumerate(zip(*made.values())) if x != y), None)
-        print(
-            f"{case:8} {a[0] * 1e3:10.1f} {b[0] * 1e3:11.1f} {b[0] / a[0]:6.2f} {a[1]:10.1f} {b[1]:11.1f} "
-            f"{a[1] / b[1]:6.2f}  {same}",
-            flush=True,
-        )
-        rows.append({"model": case, "runs": runs, "first_different_token": same})
-        del model, twin, engines
+        model, twin, bits, seconds = model_of(case)
+        weights = weight_bytes(model)
+        makers = engines_of(model, bits, twin, names)
+        rows = measure(model, makers, cases_of(arguments), arguments.tokens, arguments.repeats)
+        show(case, rows, copy, weights)
+        found = {"weight_bytes": weights, "load_seconds": seconds, "rows": rows}
+        if case.endswith(".gguf"):
+            found["llama.cpp"] = llama_bench(Path(case), 512, arguments.tokens, arguments.repeats)
+            print(f"{case}: loaded in {seconds:.1f} s; llama-bench: {found['llama.cpp'] or 'not installed'}")
+        report["models"][case] = found
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")  # what there is, should a later case fail
+        del model, twin, makers, rows
+        gc.collect()
         mx.clear_cache()
-    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
-    report = {"device": describe(), "system": platform.platform(), "versions": versions, "rows": rows}
-    report |= {"prompt": arguments.prompt, "tokens": arguments.tokens}
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.plot:
+        plot(report, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -205,12 +205,12 @@ def batch_generate(
         except QwenMLXError as error:
             raise QwenMLXError(f"Prompt {number} of {len(prompts)}: {error}") from None
         rows.append(_Row(ids, limit, TextStream(tokenizer, stop, limit), BatchResult(len(ids), stats)))
-    _answer(_Loop(model, settings, seed, prefill_chunk), rows, batch_size, stats, progress)
+    _answer(BatchLoop(model, settings, seed, prefill_chunk), rows, batch_size, stats, progress)
     return [row.result for row in rows]
 
 
 def _answer(
-    loop: _Loop, rows: list[_Row], batch_size: int, stats: BatchStats, progress: Callable[[int, int], None] | None
+    loop: BatchLoop, rows: list[_Row], batch_size: int, stats: BatchStats, progress: Callable[[int, int], None] | None
 ) -> None:
     waiting = sorted(rows, key=lambda row: len(row.ids))  # the longest first, beside others of like length
     active: list[_Row] = []
@@ -241,7 +241,7 @@ def _answer(
             active = [active[i] for i in alive]
 
 
-class _Loop:
+class BatchLoop:
     """The device's side: a batch's cache, its newest tokens (not in the cache yet) and what penalties count."""
 
     def __init__(self, model: Qwen2, settings: SamplingSettings, seed: int | None, prefill_chunk: int) -> None:
@@ -306,6 +306,8 @@ class _Loop:
             self._key, now = mx.random.split(self._key)
         choice = sample(logits, self._settings, seen, now).astype(mx.int32)
         tokens = mx.where(mx.isfinite(logits.sum(axis=-1)), choice, -1)
+        if self._model.ranks is not None:
+            tokens = self._model.ranks.first(tokens)
         mx.async_eval(tokens)
         return tokens
 

@@ -29,3 +29,24 @@ def test_cpu_generate(tmp_path: Path):
     assert report["start_to_first_token"][0]["seconds"] > 0
     float32 = [runs[0]["tokens"] for engine, runs in report["runs"].items() if "float16" not in engine]
     assert float32 == [float32[0]] * 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mlx-lm would run on Apple's GPU")
+def test_run_compares_engines_that_make_the_same_tokens(tmp_path: Path):
+    output, picture = tmp_path / "run.json", tmp_path / "run.png"
+    command = [sys.executable, "-m", "benchmarks.run", "--models", "tiny", "tiny:q4_k_m", "--output", output]
+    command += ["--engines", "qwen_mlx", "mlx-lm", "transformers", "--prompts", "1", "40", "--batches", "1", "3"]
+    command += ["--tokens", "4", "--repeats", "1", "--plot", picture]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    dense, packed = (report["models"][name]["rows"] for name in ("tiny", "tiny:q4_k_m"))
+    assert [row["engine"] for row in dense] == ["qwen_mlx", "mlx-lm", "transformers dynamic"] * 3
+    assert [row["engine"] for row in packed] == ["qwen_mlx", "mlx-lm"] * 3
+    assert [(row["prompt"], row["batch"]) for row in packed[::2]] == [(1, 1), (40, 1), (128, 3)]
+    # bfloat16 rounds differently in each engine: the first token is nobody's luck.
+    assert all(row["first_different_token"] != 0 for row in dense)
+    assert picture.stat().st_size > 1000
+    again = subprocess.run([*command[:3], "--models", "9B"], capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "No model '9B': expected a file, or tiny, 0.5B" in again.stderr

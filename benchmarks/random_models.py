@@ -1,0 +1,87 @@
+"""Qwen2.5 of the published sizes with random weights: what the benchmarks run where no file is present."""
+
+from __future__ import annotations
+
+from qwen_mlx import ModelConfig, Qwen2, ops
+from qwen_mlx.backend import mx, nn
+from qwen_mlx.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+
+# hidden, intermediate, layers, heads, kv heads, vocabulary, tied: Qwen2.5's published config.json files
+SHAPES = {
+    "tiny": (256, 512, 2, 4, 2, 1000, True),  # no published size: to try the benchmarks
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "3B": (2048, 11008, 36, 16, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "14B": (5120, 13824, 48, 40, 8, 152064, False),
+}
+
+
+def config_of(size: str) -> ModelConfig:
+    """The configuration of a published size."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
+    return ModelConfig(
+        hidden, intermediate, layers, heads, kv_heads, hidden // heads, vocabulary, 1e-6, 1e6, 32768, tied
+    )
+
+
+def random_model(size: str, bits: int | None) -> Qwen2:
+    """bfloat16 weights small enough for finite activations; with `bits`, matrices packed in groups of 64."""
+    model = Qwen2(config_of(size))
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    if bits:
+        for name, module in model.named_modules():  # a joined matrix is packed as one
+            if not isinstance(module, nn.Linear | nn.Embedding):
+                continue
+            packed = mx.quantize(module.weight, group_size=64, bits=bits)
+            if isinstance(module, nn.Embedding):
+                new = QuantizedEmbedding(*packed, 64, bits, mx.bfloat16)
+            else:
+                new = QuantizedLinear(*packed, 64, bits)
+                if "bias" in module:
+                    new.bias = module.bias
+            mx.eval(new.parameters())
+            *path, last = name.split(".")
+            parent = model
+            for part in path:
+                parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+            setattr(parent, last, new)
+    return model
+
+
+def raw_model(size: str) -> Qwen2:
+    """Random Q4_K and Q6_K blocks as in llama.cpp's Q4_K_M: Q6_K for the head and, in half of the layers, v and
+    down_proj."""
+    config = config_of(size)
+    model = Qwen2(config)
+    model.set_dtype(mx.bfloat16)
+    vocabulary, hidden, intermediate = config.vocab_size, config.hidden_size, config.intermediate_size
+    kv = config.n_kv_heads * config.head_dim
+    model.model.embed_tokens = RawEmbedding(random_blocks("q4_k", vocabulary, hidden), mx.bfloat16)
+    if not config.tie_word_embeddings:
+        model.lm_head = RawLinear(random_blocks("q6_k", vocabulary, hidden))
+    for n, layer in enumerate(model.model.layers):
+        eighth = config.n_layers // 8
+        finer = "q6_k" if n < eighth or n >= 7 * eighth or (n - eighth) % 3 == 2 else "q4_k"
+        attention, mlp = layer.self_attn, layer.mlp
+        rows = {"q4_k": [(hidden + 2 * kv, "q4_k")], "q6_k": [(hidden + kv, "q4_k"), (kv, "q6_k")]}[finer]
+        parts = [RawLinear(random_blocks(kind, count, hidden)) for count, kind in rows]
+        attention.qkv_proj = parts[0] if len(parts) == 1 else SideBySide(parts)
+        attention.o_proj = RawLinear(random_blocks("q4_k", hidden, hidden))
+        mlp.gate_up_proj = RawLinear(random_blocks("q4_k", 2 * intermediate, hidden))
+        mlp.down_proj = RawLinear(random_blocks(finer, hidden, intermediate))
+        mx.eval(model.parameters())
+    return model
+
+
+def random_blocks(kind: str, rows: int, columns: int) -> ops.Matrix:
+    """A matrix of random codes, and scales that keep its values within 0.05."""
+    words = lambda *shape: mx.random.randint(0, 2**31 - 1, shape).astype(mx.uint32)  # noqa: E731
+    if kind == "q4_k":
+        blocks = words(rows, columns // 256, 36)
+        blocks[..., 0] = mx.array([5e-5, 5e-5 * 7.5], mx.float16).view(mx.uint32)
+        return ops.Matrix(ops.Format(kind, rows, columns), (blocks,))
+    parts = [words(rows, columns // share) for share in (8, 16, 64)]
+    factors = mx.full((rows, columns // 256), 1e-5, mx.float16)
+    return ops.Matrix(ops.Format(kind, rows, columns), (*parts, factors))
