@@ -7,14 +7,16 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import cli
 from .errors import QwenMLXError
-from .generate import add_arguments, open_model
+from .generate import add_arguments, open_model, ranks
+from .link import alone, on_first
 from .terminal import Pipe, Terminal
 
 if TYPE_CHECKING:
+    from .backend import mx
     from .session import Chat, GenerationChunk, ToolResult
     from .tools import Tool
 
@@ -56,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
-    arguments = parser().parse_args(argv)
+    with ranks() as group:
+        return _main(parser().parse_args(argv), group)
+
+
+def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> int:
     if arguments.max_tool_rounds < 1:
         raise QwenMLXError(f"--max-tool-rounds is {arguments.max_tool_rounds}, expected 1 or more.")
     from .tools import load_tools
@@ -65,13 +71,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.load:
         from .session import read_messages
 
-        read_messages(arguments.load)
-    model, tokenizer, settings, cache = open_model(arguments)
+        on_first(lambda: read_messages(arguments.load))
+    model, tokenizer, settings, cache = open_model(arguments, group)
 
     from .session import Chat
 
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    window: Pipe | Terminal = Terminal() if interactive else Pipe()
+    interactive = on_first(lambda: sys.stdin.isatty() and sys.stdout.isatty())
+    window: Pipe | Terminal = Terminal() if interactive and (group is None or group.rank() == 0) else Pipe()
+    window.interactive = interactive
     chat = Chat(
         model,
         tokenizer,
@@ -82,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         **settings,
     )
     if arguments.load:
-        chat.load(arguments.load)
+        _read(chat, arguments.load)
     if interactive:
         window.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.")
     try:
@@ -101,7 +108,7 @@ def turn(chat: Chat, window: Pipe | Terminal) -> bool:
     On a terminal a mistake is told and Ctrl-C ends the answer; in a pipe both end the program.
     """
     try:
-        text = window.read()
+        text = on_first(window.read)
         if not text.strip():
             return True
         if text.startswith("/") and not text.startswith("//") and "\n" not in text:
@@ -119,7 +126,7 @@ def turn(chat: Chat, window: Pipe | Terminal) -> bool:
             raise
         window.note(f"error: {error}")
     except KeyboardInterrupt:
-        if not window.interactive:
+        if not window.interactive or not alone():
             raise
     return True
 
@@ -149,7 +156,7 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Iterator[GenerationChunk
                     written = shown = ""
                     window.note(f"{event.call}: {event.text}")
     except KeyboardInterrupt:
-        if not window.interactive:
+        if not window.interactive or not alone():
             raise
     finally:
         progress.clear()
@@ -188,7 +195,7 @@ def _edit(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
     before = list(chat.messages)
     old = chat.edit(int(number))
     try:
-        text = text or window.read(default=old)
+        text = text or on_first(lambda: window.read(default=old))
         answer(chat, window, chat.send(text))
     finally:
         if not chat.turn or not text:
@@ -216,15 +223,23 @@ def _undo(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
 def _save(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
     if not rest:
         raise QwenMLXError("There is no file name; write /save FILE.")
-    chat.save(rest)
+    on_first(lambda: chat.save(rest))
     window.note(f"{len(chat.messages)} messages in {rest}")
 
 
 def _load(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
     if not rest:
         raise QwenMLXError("There is no file name; write /load FILE.")
-    chat.load(rest)
+    _read(chat, rest)
     window.note(f"{len(chat.messages)} messages; /history shows them")
+
+
+def _read(chat: Chat, path: str) -> None:
+    def load() -> list[dict[str, Any]]:
+        chat.load(path)
+        return chat.messages
+
+    chat.messages = on_first(load)
 
 
 COMMANDS: dict[str, Callable[[Chat, Pipe | Terminal, str], None]] = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import hub, ops
+from . import hub, ops, parallel
 from .backend import mx, nn
 from .config import ModelConfig
 from .defaults import folder_defaults, gguf_defaults
@@ -24,6 +24,7 @@ from .gguf import blocks, names
 from .gguf.reader import GGUFFile
 from .layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
 from .model import JOINED, JOINED_BIASES, Qwen2
+from .shards import Shard, whole
 from .tokenizer import Tokenizer
 from .weights import FolderWeights, GGUFWeights, Packing, Weights
 
@@ -38,6 +39,7 @@ def load(
     quantized: bool | None = None,
     yarn: float | None = None,
     progress: Progress | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Qwen2, Tokenizer]:
     """Loads a Qwen2.5 model and its tokenizer.
 
@@ -46,14 +48,18 @@ def load(
     dtype: of activations and dense weights, "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on GPU.
     quantized: keep packed weights packed; None: on a GPU only. yarn: extends the context so many times, see
     ModelConfig.with_yarn; None: what the file says. progress: called with (bytes done, bytes in all).
+    group: of mx.distributed.init(); every rank calls this, reads its own part of the files (see shards.Shard) and then
+    runs the same program. The end of one rank ends all.
     Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, what was found and what was expected.
     """
+    if group is not None:
+        parallel.join(group)
     path = hub.resolve(model)
     on_gpu = mx.default_device() != mx.cpu
     target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)
     keep_packed = on_gpu if quantized is None else quantized
     try:
-        return _load(path, target, keep_packed, yarn, progress or _silent)
+        return _load(path, target, keep_packed, yarn, progress or _silent, group)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError) as error:
         # What no check above this foresaw in files that anyone may have written.
         raise QwenMLXError(
@@ -62,26 +68,42 @@ def load(
 
 
 def _load(
-    path: Path, dtype: mx.Dtype, keep_packed: bool, yarn: float | None, progress: Progress
+    path: Path,
+    dtype: mx.Dtype,
+    keep_packed: bool,
+    yarn: float | None,
+    progress: Progress,
+    group: mx.distributed.Group | None,
 ) -> tuple[Qwen2, Tokenizer]:
+    shard, cut = None, whole
+
     def read(config: ModelConfig) -> ModelConfig:
-        return config if yarn is None else config.with_yarn(yarn)
+        nonlocal shard, cut
+        config = config if yarn is None else config.with_yarn(yarn)
+        if group is not None and group.size() > 1:
+            shard = Shard(group.rank(), group.size(), config)
+            cut = shard.cut
+            settings = {"dtype": str(dtype), "quantized": str(keep_packed), "yarn": str(yarn)}
+            parallel.check_same(group, path, settings)
+        return config
 
     if path.is_dir():
         config = read(ModelConfig.from_folder(path))
         tokenizer, defaults, factors = Tokenizer.from_folder(path), folder_defaults(path), None
-        weights: Weights = FolderWeights(path, config)
+        weights: Weights = FolderWeights(path, config, cut)
     else:
         file = GGUFFile(path)
         config = read(ModelConfig.from_gguf(file))
-        weights = GGUFWeights(file, config)
+        weights = GGUFWeights(file, config, cut)
         tokenizer, defaults, factors = (
             Tokenizer.from_gguf(file.metadata),
             gguf_defaults(file),
             _rope_factors(file, config),
         )
-    qwen = Qwen2(config, factors)
+    qwen = Qwen2(config if shard is None else shard.local, factors)
     _fill(qwen, weights, dtype, keep_packed, progress)
+    if shard is not None:
+        parallel.share(qwen, shard, group)
     qwen.generation_defaults = defaults
     return qwen.eval(), tokenizer
 

@@ -13,6 +13,7 @@ Other parameters have Hugging Face's names; `Qwen2.hf_parameters` gives all of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from mlx.utils import tree_flatten
@@ -125,6 +126,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self._step: step.Step | None = None
+        self.ranks: Any = None  # parallel.Ranks, where others hold parts of the model
         self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -13,6 +13,7 @@ from typing import Any
 from .errors import QwenMLXError
 from .files import whole
 from .generation import GenerationChunk, GenerationStats, stream_generate
+from .link import on_first
 from .model import Qwen2
 from .prompt_cache import PromptCache
 from .tokenizer import Tokenizer
@@ -209,7 +210,7 @@ class Chat:
             for call in calls:
                 result = "error: interrupted"
                 try:
-                    result = refused or run(call, self.tools)
+                    result = refused or on_first(lambda call=call: run(call, self.tools))
                 finally:
                     self.messages.append({"role": "tool", "content": result})
                 yield ToolResult(call, result)

@@ -5,7 +5,9 @@ Both know how a parameter is packed (`packing`), give it packed (`packed`), or g
 
 from __future__ import annotations
 
+import json
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +20,17 @@ from .errors import GGUFError, QwenMLXError
 from .gguf import blocks
 from .gguf.names import model_tensors
 from .gguf.reader import GGUFFile
+from .shards import ALL, Cut, whole
 
 # (group_size, bits) of MLX's affine mode, "q4_k" or "q6_k" for GGUF's blocks as they are, None for dense.
 Packing = tuple[int, int] | str | None
+# safetensors' dtypes: as NumPy reads them, and what they are.
+STORED = {
+    "BF16": (np.uint16, mx.bfloat16),
+    "F16": (np.float16, mx.float16),
+    "F32": (np.float32, mx.float32),
+    "U32": (np.uint32, mx.uint32),
+}
 RAW = {"Q4_K": "q4_k", "Q6_K": "q6_k"}
 
 
@@ -47,13 +57,14 @@ class Weights(Protocol):
 
 
 class GGUFWeights:
-    """A GGUF's tensors, dequantized from its memory map straight into MLX's memory.
+    """A GGUF's tensors, or the parts of them that `cut` says, dequantized from its memory map straight into MLX's
+    memory.
 
     Raises GGUFError if they are not exactly those of `config`.
     """
 
-    def __init__(self, file: GGUFFile, config: ModelConfig):
-        self._file = file
+    def __init__(self, file: GGUFFile, config: ModelConfig, cut: Cut = whole):
+        self._file, self._cut = file, cut
         self._infos = model_tensors(file, config)
         for info in self._infos.values():
             if info.type.name in ("I8", "I16", "I32", "I64"):
@@ -61,18 +72,22 @@ class GGUFWeights:
         self._rooms: Iterator[mx.array] = iter(())
 
     def nbytes(self, name: str) -> int:
-        return self._infos[name].nbytes
+        info = self._infos[name]
+        return info.nbytes * math.prod(self._shape(name)) // math.prod(info.shape)
 
     def packing(self, name: str) -> Packing:
         info = self._infos[name]
         if len(info.shape) != 2:
             return None
-        affine = info.type.affine
-        return RAW.get(info.type.name) or ((affine.group_size, affine.bits) if affine else None)
+        affine, raw = info.type.affine, RAW.get(info.type.name)
+        packing = raw or ((affine.group_size, affine.bits) if affine else None)
+        if self._within_blocks(name, info.type.block_size):
+            return packing
+        # A rank's heads may end within a block of 256: Q4_K then takes MLX's groups of 32, Q6_K has none and is dense.
+        return (affine.group_size, affine.bits) if affine and self._within_blocks(name, affine.group_size) else None
 
     def raw(self, names: Sequence[str]) -> np.ndarray:
-        parts = [self._file.raw(self._infos[name].name) for name in names]
-        rows = np.concatenate(parts)
+        rows = np.concatenate([self._bytes(name)[0] for name in names])
         for name in names:
             self._file.release(self._infos[name].name)
         return rows
@@ -80,9 +95,13 @@ class GGUFWeights:
     def packed(self, name: str) -> tuple[mx.array, mx.array, mx.array]:
         """Scales are float32 even where float16 would do: MLX would widen them for every product with bfloat16."""
         info = self._infos[name]
-        codes, scales, biases = blocks.affine(self._file.raw(info.name), info.type, np.float32)
+        raw, columns = self._bytes(name)
+        parts = blocks.affine(raw, info.type, np.float32)
         self._file.release(info.name)
-        return mx.array(codes), mx.array(scales), mx.array(biases)
+        if columns != ALL:
+            n = raw.shape[1] // info.type.type_size * info.type.block_size
+            parts = tuple(a[:, columns.start * a.shape[1] // n : columns.stop * a.shape[1] // n] for a in parts)
+        return tuple(mx.array(part) for part in parts)
 
     def expect_dense(self, groups: Sequence[Sequence[str]]) -> None:
         self._rooms = _rooms([self._stacked_shape(names) for names in groups])
@@ -92,21 +111,45 @@ class GGUFWeights:
         view = np.array(room, copy=False).reshape(-1, room.shape[-1])
         start = 0
         for name in names:
-            info = self._infos[name]
-            rows = math.prod(info.shape) // info.shape[-1]
-            if len(info.shape) == 1:  # vectors are stacked end to end
-                out = view[0, start : start + info.shape[0]][None]
-                start += info.shape[0]
+            info, shape = self._infos[name], self._shape(name)
+            # Vectors are stacked end to end.
+            out = view[0, start : start + shape[0]][None] if len(shape) == 1 else view[start : start + shape[0]]
+            start += shape[0]
+            raw, columns = self._bytes(name)
+            if columns == ALL:
+                blocks.dequantize(raw, info.type, out)
             else:
-                out = view[start : start + rows]
-                start += rows
-            blocks.dequantize(self._file.raw(info.name), info.type, out)
+                step = max(1, blocks.CHUNK_WEIGHTS // info.shape[-1])
+                for row in range(0, len(raw), step):
+                    out[row : row + step] = blocks.dequantize(raw[row : row + step], info.type)[:, columns]
             self._file.release(info.name)
         return room
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(len(range(*part.indices(n))) for part, n in zip(self._cut(name), self._infos[name].shape))
+
     def _stacked_shape(self, names: Sequence[str]) -> tuple[int, ...]:
-        first = self._infos[names[0]].shape
-        return (sum(self._infos[name].shape[0] for name in names), *first[1:])
+        shapes = [self._shape(name) for name in names]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def _bytes(self, name: str) -> tuple[np.ndarray, slice]:
+        """The bytes of whole blocks, uint8 (rows, bytes of a row), that hold the part, and its columns within them."""
+        info, (rows, columns) = self._infos[name], self._cut(name)
+        raw = self._file.raw(info.name)
+        if len(info.shape) == 1:  # a row of the file, and small
+            return raw, rows
+        raw = raw[rows]
+        if columns == ALL:
+            return raw, ALL
+        block = info.type.block_size
+        first, last = columns.start // block, -(-columns.stop // block)
+        raw = np.ascontiguousarray(raw[:, first * info.type.type_size : last * info.type.type_size])
+        part = slice(columns.start - first * block, columns.stop - first * block)
+        return raw, ALL if part == slice(0, (last - first) * block) else part
+
+    def _within_blocks(self, name: str, block: int) -> bool:
+        columns = self._cut(name)[1]
+        return columns == ALL or columns.start % block == columns.stop % block == 0
 
 
 def _rooms(shapes: list[tuple[int, ...]]) -> Iterator[mx.array]:
@@ -123,23 +166,25 @@ def _rooms(shapes: list[tuple[int, ...]]) -> Iterator[mx.array]:
 
 
 class FolderWeights:
-    """A folder's safetensors, dense or packed as mlx-lm packs them, read lazily by MLX.
+    """A folder's safetensors, dense or packed as mlx-lm packs them, read lazily by MLX, or the parts that `cut` says,
+    read through a memory map.
 
     Raises QwenMLXError if they are not exactly those of `config`.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig):
-        self._arrays = {
-            name: array
-            for file in safetensors_files(folder)
-            for name, array in load_safetensors(file).items()
-            if not name.endswith("rotary_emb.inv_freq")
-        }
+    def __init__(self, folder: Path, config: ModelConfig, cut: Cut = whole):
+        self._cut, self._files = cut, {}
+        self._arrays = {}
+        for file in safetensors_files(folder):
+            arrays = load_safetensors(file)
+            self._arrays |= {k: array for k, array in arrays.items() if not k.endswith("rotary_emb.inv_freq")}
+            self._files |= dict.fromkeys(arrays, file)
         if config.tie_word_embeddings:
             self._arrays.pop("lm_head.weight", None)  # some writers store the shared matrix twice
         quantization = read_json(folder / "config.json").get("quantization") or {}
         self._packings: dict[str, tuple[int, int]] = {}
         known = set()
+        self._columns = {name: shape[-1] for name, shape in config.parameter_shapes().items()}
         for name, shape in config.parameter_shapes().items():
             array = self._arrays.get(name)
             if array is None:
@@ -158,7 +203,7 @@ class FolderWeights:
             elif _is_mxfp4(quantization, module, array, scales):
                 array = mx.dequantize(array, scales, group_size=32, bits=4, mode="mxfp4")  # lazily
                 self._arrays[name], found = array, array.shape
-                del self._arrays[f"{module}.scales"]
+                del self._arrays[f"{module}.scales"], self._files[name]
             expected = (mx.uint32,) if name in self._packings else (mx.float32, mx.float16, mx.bfloat16)
             if array.dtype not in expected:
                 kinds = " or ".join(str(dtype).removeprefix("mlx.core.") for dtype in expected)
@@ -171,17 +216,19 @@ class FolderWeights:
             raise QwenMLXError(f"{folder}: tensor {extra[0]!r} is not part of this model ({len(extra)} such in all).")
 
     def nbytes(self, name: str) -> int:
-        return self._arrays[name].nbytes
+        shape = self._arrays[name].shape
+        kept = math.prod(len(range(*part.indices(n))) for part, n in zip(self._cut_of(name, shape), shape))
+        return self._arrays[name].nbytes * kept // math.prod(shape)
 
     def packing(self, name: str) -> Packing:
-        return self._packings.get(name)
+        return None if self._is_loose(name) else self._packings.get(name)
 
     def raw(self, names: Sequence[str]) -> np.ndarray:
         raise NotImplementedError("safetensors hold no blocks of GGUF")
 
     def packed(self, name: str) -> tuple[mx.array, mx.array, mx.array]:
         module = name.removesuffix(".weight")
-        return self._arrays.pop(name), self._arrays.pop(f"{module}.scales"), self._arrays.pop(f"{module}.biases")
+        return self._take(name), self._take(f"{module}.scales", name), self._take(f"{module}.biases", name)
 
     def expect_dense(self, groups: Sequence[Sequence[str]]) -> None:
         pass
@@ -192,11 +239,36 @@ class FolderWeights:
 
     def _one(self, name: str) -> mx.array:
         if name not in self._packings:
-            return self._arrays.pop(name)
+            return self._take(name)
         group_size, bits = self._packings[name]
         codes, scales, biases = self.packed(name)
         wide = scales.astype(mx.float32), biases.astype(mx.float32)
-        return mx.dequantize(codes, *wide, group_size=group_size, bits=bits)
+        values = mx.dequantize(codes, *wide, group_size=group_size, bits=bits)
+        return values[:, self._cut(name)[1]] if self._is_loose(name) else values
+
+    def _is_loose(self, name: str) -> bool:
+        """Whether the cut ends within a group: the parameter then is read with all its columns, and becomes dense."""
+        columns = self._cut(name)[1]
+        group_size = self._packings[name][0] if name in self._packings else 1
+        return columns != ALL and not columns.start % group_size == columns.stop % group_size == 0
+
+    def _take(self, name: str, parameter: str | None = None) -> mx.array:
+        """A stored array, or the part of it that belongs to the cut of `parameter`."""
+        array = self._arrays.pop(name)
+        cut = self._cut_of(parameter or name, array.shape)
+        if all(part == slice(0, n) for part, n in zip(cut, array.shape)):
+            return array
+        return mapped(self._files[name], name, cut) if name in self._files else array[cut]
+
+    def _cut_of(self, parameter: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """The cut in elements of an array that is the parameter, or its codes, scales or biases."""
+        rows, columns = self._cut(parameter)
+        if self._is_loose(parameter):
+            columns = ALL
+        if columns != ALL:
+            n = self._columns[parameter]
+            columns = slice(columns.start * shape[1] // n, columns.stop * shape[1] // n)
+        return tuple(slice(*part.indices(n)[:2]) for part, n in zip((rows, columns), shape))
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -226,6 +298,22 @@ def load_safetensors(file: Path) -> dict[str, mx.array]:
         return mx.load(str(file))
     except (RuntimeError, ValueError) as error:
         raise QwenMLXError(f"{file}: not a readable safetensors file ({error}); download it again.") from None
+
+
+def mapped(file: Path, name: str, part: tuple[slice, ...]) -> mx.array:
+    """A part of one tensor of a safetensors file, of which nothing else is read (mx.load would read the whole tensor).
+    Format: 8 bytes with the header's length, the header in JSON, the tensors' bytes."""
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = 8 + int.from_bytes(data[:8], "little")
+        entry = json.loads(data[8:start])[name]
+        stored, dtype = STORED[entry["dtype"]]
+        view = np.frombuffer(data, stored, math.prod(entry["shape"]), start + entry["data_offsets"][0])
+        values = np.ascontiguousarray(view.reshape(entry["shape"])[part])
+        if values.base is not None:  # it would keep the file open
+            values = values.copy()
+        del view
+    array = mx.array(values)
+    return array if array.dtype == dtype else array.view(dtype)
 
 
 def _is_mxfp4(quantization: dict[str, Any], module: str, codes: mx.array, scales: mx.array | None) -> bool:

@@ -1,0 +1,133 @@
+"""What one of several ranks holds of a model: tensor parallelism as in Megatron-LM (Shoeybi et al. 2019,
+arXiv:1909.08053).
+
+Heads, the MLP's inner width and the vocabulary are cut; what reads a cut width (o_proj, down_proj) is cut by columns,
+so that each rank's product is a part of a sum. Norms are whole everywhere. Pure arithmetic: nothing here needs MLX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .config import ModelConfig
+from .errors import QwenMLXError
+
+ALIGNMENT = 256  # columns: the longest block or group of any packed format
+ALL = slice(None)
+Cut = Callable[[str], tuple[slice, slice]]  # a parameter's Hugging Face name to the rows and columns that are read
+
+
+def whole(name: str) -> tuple[slice, slice]:
+    """The cut of a model that is not shared."""
+    return ALL, ALL
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rank `rank` of `size`, and the whole model's `config`.
+
+    Key/value heads are copied where there are fewer than ranks. The MLP is cut between blocks of a packed format, so
+    that ranks may differ by one block; the vocabulary's last part may be shorter.
+    Raises QwenMLXError, naming the counts that work, for a number of ranks that cannot share the heads.
+    """
+
+    rank: int
+    size: int
+    config: ModelConfig
+
+    def __post_init__(self) -> None:
+        if not _divides(self.config, self.size):
+            counts = [n for n in range(2, self.config.n_heads + 1) if _divides(self.config, n)]
+            fix = f"start {_either(counts)} ranks, or one" if counts else "start one"
+            raise QwenMLXError(
+                f"{self.size} ranks cannot share this model's {self.config.n_heads} heads and "
+                f"{self.config.n_kv_heads} key/value heads evenly; {fix}."
+            )
+
+    @property
+    def heads(self) -> slice:
+        """Of the queries."""
+        n = self.config.n_heads // self.size
+        return slice(self.rank * n, (self.rank + 1) * n)
+
+    @property
+    def kv_heads(self) -> slice:
+        """Of keys and values: those that `heads` read."""
+        n = max(1, self.config.n_kv_heads // self.size)
+        start = self.rank * self.config.n_kv_heads // self.size
+        return slice(start, start + n)
+
+    @property
+    def mlp(self) -> slice:
+        """Of the MLP's inner width."""
+        unit, count = _mlp_units(self.config)
+        return slice(unit * (count * self.rank // self.size), unit * (count * (self.rank + 1) // self.size))
+
+    @property
+    def vocabulary(self) -> slice:
+        """Of the embedding's and the head's rows."""
+        n = _vocabulary_rows(self.config, self.size)
+        return slice(self.rank * n, min((self.rank + 1) * n, self.config.vocab_size))
+
+    @property
+    def local(self) -> ModelConfig:
+        """The configuration of a model of this rank's parts alone."""
+        sizes = {"n_heads": self.heads, "n_kv_heads": self.kv_heads}
+        sizes |= {"intermediate_size": self.mlp, "vocab_size": self.vocabulary}
+        return replace(self.config, **{name: part.stop - part.start for name, part in sizes.items()})
+
+    def cut(self, name: str) -> tuple[slice, slice]:
+        """The rows and columns of the parameter `name` (Hugging Face's) that this rank holds."""
+        module, _, kind = name.rpartition(".")
+        module = module.rpartition(".")[2]
+        dim = self.config.head_dim
+        heads, kv = (slice(part.start * dim, part.stop * dim) for part in (self.heads, self.kv_heads))
+        rows = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "gate_proj": self.mlp, "up_proj": self.mlp}
+        rows |= {"embed_tokens": self.vocabulary, "lm_head": self.vocabulary}
+        columns = {"o_proj": heads, "down_proj": self.mlp} if kind == "weight" else {}
+        return rows.get(module, ALL), columns.get(module, ALL)
+
+
+def rank_bytes(
+    config: ModelConfig, size: int, bits: Callable[[str], float], context: int = 0, itemsize: int = 2
+) -> int:
+    """Bytes that the fullest of `size` ranks holds: its weights, and keys and values of `context` tokens.
+
+    bits: of one weight of the matrix `name` (4.5 for Q4_K, scales included); norms, biases and the cache take
+    `itemsize` bytes an element. Raises QwenMLXError as Shard does.
+    """
+    most = 0
+    for rank in range(size):
+        shard = Shard(rank, size, config)
+        total = 2 * config.n_layers * shard.local.n_kv_heads * config.head_dim * context * itemsize
+        for name, shape in config.parameter_shapes().items():
+            sizes = [len(range(*part.indices(n))) for part, n in zip(shard.cut(name), shape)]
+            each = bits(name) / 8 if len(shape) == 2 else itemsize
+            total += round(math.prod(sizes) * each)
+        most = max(most, total)
+    return most
+
+
+def _divides(config: ModelConfig, size: int) -> bool:
+    """Whether every rank gets as many heads as the others, which read key/value heads of its own or a single one."""
+    kv = config.n_kv_heads
+    whole_heads = config.n_heads % size == 0 and (kv % size == 0 or size % kv == 0)
+    filled = (size - 1) * _vocabulary_rows(config, size) < config.vocab_size
+    return whole_heads and filled and _mlp_units(config)[1] >= size
+
+
+def _mlp_units(config: ModelConfig) -> tuple[int, int]:
+    """The MLP's width as (columns of a unit that is never cut, units): every packed format's blocks divide a unit."""
+    unit = math.gcd(config.intermediate_size, ALIGNMENT)
+    return unit, config.intermediate_size // unit
+
+
+def _vocabulary_rows(config: ModelConfig, size: int) -> int:
+    return -(-config.vocab_size // size)
+
+
+def _either(counts: list[int]) -> str:
+    *most, last = map(str, counts)
+    return f"{', '.join(most)} or {last}" if most else last
