@@ -91,19 +91,32 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.json:
             document = {**about, "comparisons": [comparison.json() for comparison in comparisons]}
-            Path(options.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
+            _write(Path(options.json), json.dumps(document, indent=1))
         if options.report:
             from .report import write_report
 
-            print(f"report: {write_report(Path(options.report), comparisons, about)}")
+            page = write_report(Path(options.report), comparisons, about)
     except OSError as error:
         print(verdict(comparisons))
-        raise QwenMLXError(f"{error.filename or options.report}: cannot be written ({error.strerror}).") from None
+        place = error.filename or options.report
+        raise QwenMLXError(f"{place}: cannot be written ({error.strerror}); name another place.") from None
+    if options.report:
+        print(f"report: {page}")
     passed = all(comparison.passed for comparison in comparisons)
     if not passed and not floors:
         print("The limits are those of the 0.5B model on 64 tokens; --noise measures this model's own.")
     print(verdict(comparisons))
     return 0 if passed else 1
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file; none is left if it cannot be whole."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        if file.is_file():
+            file.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def _check_outputs(options) -> None:
@@ -160,13 +173,14 @@ def _ids(options, config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text)
     if not ids:
         raise QwenMLXError("--prompt is empty; give some text.")
-    if options.prompt is None:
+    if options.prompt is None and options.tokens <= config.max_position_embeddings:
         ids = (ids * -(-options.tokens // len(ids)))[: options.tokens]
     elif len(ids) > options.tokens and len(ids) <= config.max_position_embeddings:
         ids = ids[: options.tokens]
-    if len(ids) > config.max_position_embeddings:
+    asked = len(ids) if options.prompt is not None else options.tokens
+    if asked > config.max_position_embeddings:
         raise QwenMLXError(
-            f"The prompt has {len(ids)} tokens, more than the model's context of {config.max_position_embeddings}; "
+            f"The prompt has {asked} tokens, more than the model's context of {config.max_position_embeddings}; "
             "give a shorter --prompt or fewer --tokens."
         )
     return ids

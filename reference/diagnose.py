@@ -144,7 +144,7 @@ def _hypotheses(model: Qwen2, run: Run, ours: Trace, theirs: Trace, key: str) ->
     elif tap in NORMS:
         yield from _norm(model, weight, theirs, prefix, layer, tap, found)
     elif tap in ("q_rope", "k_rope"):
-        yield from _rope(model, theirs[prefix + tap[0]].reshape(found.shape), run, call, found)
+        yield from _rope(model, theirs[prefix + tap[0]].reshape(found.shape), run, call, found, expected)
     elif tap == "probs":
         for text, probs in _score_variants(theirs[prefix + "q_rope"], theirs[prefix + "cache_k"], run):
             yield text, probs, found
@@ -237,9 +237,8 @@ def _norm(
     w = weight(own)
     square, mean, eps = (x * x).mean(-1, keepdims=True), x.mean(-1, keepdims=True), model.config.rms_norm_eps
     normed = x / np.sqrt(square + eps)
-    right = _distance(w * normed, found)
+    right, expected = _distance(w * normed, found), theirs[prefix + tap]
     if right < 1e-3:  # the formula is right, so the weight is not
-        expected = theirs[prefix + tap]
         if (w == 1).all():
             yield "its weight is not applied: it is all ones", w * normed, found
         yield "its weight is applied as 1 + weight, as in Gemma", (w - 1) * normed, expected
@@ -251,9 +250,11 @@ def _norm(
                     expected,
                 )
     with np.errstate(divide="ignore", invalid="ignore"):
-        kinds = {f"eps is {other:g}, expected {eps:g}": np.sqrt(square + other) for other in EPS if other != eps}
-        kinds["eps is added outside the root"] = np.sqrt(square) + eps
-        for text, size in kinds.items():
+        sizes = {other: np.sqrt(square + other) for other in EPS if other != eps}
+        for other, size in sizes.items():
+            yield f"eps is {eps:g}, the reference's {other:g}", w * x / size, expected
+        texts = {f"eps is {other:g}, expected {eps:g}": size for other, size in sizes.items()}
+        for text, size in {**texts, "eps is added outside the root": np.sqrt(square) + eps}.items():
             if _distance(w * x / size, found) <= 0.1 * right:  # else any eps explains what none has done
                 yield text, w * x / size, found
     yield "its weight is not applied", normed, found
@@ -262,7 +263,9 @@ def _norm(
     yield "the sum of squares is not divided by the size", w * x / np.sqrt((x * x).sum(-1, keepdims=True) + eps), found
 
 
-def _rope(model: Qwen2, x: np.ndarray, run: Run, call: int, found: np.ndarray) -> Iterator[Hypothesis]:
+def _rope(
+    model: Qwen2, x: np.ndarray, run: Run, call: int, found: np.ndarray, expected: np.ndarray
+) -> Iterator[Hypothesis]:
     rotary = model.model.layers[0].self_attn.rotary
     half = x.shape[-1] // 2
     inv_freq = np.array(rotary.inv_freq)
@@ -282,6 +285,7 @@ def _rope(model: Qwen2, x: np.ndarray, run: Run, call: int, found: np.ndarray) -
         suffix = f", with {text}" if text else ""
         if text:
             yield f"RoPE's {text}, expected {model.config.rope_theta:g}", turn(angles), found
+            yield f"RoPE's theta is {model.config.rope_theta:g}, the reference's {text[9:]}", turn(angles), expected
         yield f"RoPE pairs neighbours instead of halves{suffix}", turn(angles, interleaved=True), found
         yield f"RoPE turns the wrong way{suffix}", turn(-angles), found
     for shift in (1, -1):

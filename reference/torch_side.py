@@ -72,7 +72,13 @@ def load(path: Path, dtype: str = "float32") -> Qwen2ForCausalLM:
             f"{path}: transformers {transformers.__version__} finds no {absent[0]} in it ({len(absent)} tensors are "
             "missing or of another shape); give a model that it reads whole with --reference."
         )
-    add_mlp_biases(model, _mlp_biases(path))
+    biases = _mlp_biases(path)
+    if unread := sorted(key for key in info["unexpected_keys"] - biases.keys() if not key.endswith("inv_freq")):
+        raise QwenMLXError(
+            f"{path}: transformers {transformers.__version__} leaves out {unread[0]} ({len(unread)} such tensors), so "
+            "what it computes is not this model; give one that it reads whole with --reference."
+        )
+    add_mlp_biases(model, biases)
     return in_dtype(model.eval(), dtype)
 
 

@@ -141,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
         source, header = options.kernel.read_text(), "\n".join(path.read_text() for path in options.header)
     except OSError as error:
         command.error(f"cannot read {error.filename}: {error.strerror}")
+    if re.search(r"\bkernel\s+void\b|\[\[\s*kernel\s*\]\]", source):
+        command.error(f"{options.kernel} holds a whole kernel: leave its body only, MLX writes the signature")
     names, dtypes, shapes = zip(*options.output)
     arrays = [make() for _, make in options.input]
     found = False
@@ -158,8 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(text)
         if not options.no_lint:
             for finding in lint(text):
-                found = True
-                print(f"lint: {finding}")
+                found |= not finding.only_cuda
+                print(f"{'note' if finding.only_cuda else 'lint'}: {finding}")
         results = []
         for order in _ORDERS if options.order == "all" else (options.order,):
             with emulate(not options.unchecked, order, options.seed, options.contract):

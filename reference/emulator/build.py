@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -209,7 +210,18 @@ def _flags(checked: bool, contract: bool) -> list[str]:
 @functools.cache
 def _preamble_text() -> str:
     shim = (HERE / "shim" / "metal_stdlib").read_text()
-    return shim + "\n" + translate(preamble())
+    return re.sub(r"\bSWIZZLES_([234])$", _swizzles, shim, flags=re.MULTILINE) + "\n" + translate(preamble())
+
+
+def _swizzles(match: re.Match[str]) -> str:
+    """A union's members for every choice of two to four of a vector's names."""
+    n = int(match[1])
+    return " ".join(
+        f"swizzle<T, {n}, {', '.join(map(str, chosen))}> {''.join(letters[i] for i in chosen)};"
+        for letters in ("xyzw", "rgba")
+        for length in (2, 3, 4)
+        for chosen in itertools.product(range(n), repeat=length)
+    )
 
 
 @functools.cache

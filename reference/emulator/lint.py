@@ -41,6 +41,7 @@ _ARGUMENTS = (
 )
 _SPACES = {"__global": "device", "__local": "threadgroup", "__constant": "constant", "__private": "thread"}
 _UNSUFFIXED = re.compile(r"(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?|0[xX][0-9a-fA-F.]+[pP][+-]?\d+")
+_VECTOR_IN_METAL = re.compile(r"\bmetal::(?=(?:bool|u?char|u?short|u?int|u?long|half|bfloat|float)[234]\b)")
 _MACRO = re.compile(r"__[A-Z][A-Z_]*__")
 
 
@@ -52,6 +53,11 @@ class Finding:
     part: str
     line: int
     message: str
+
+    @property
+    def only_cuda(self) -> bool:
+        """Whether Metal accepts it: only the same body as CUDA would be wrong."""
+        return self.rule == "literal"
 
     def __str__(self) -> str:
         return f"{self.part} line {self.line}: {self.message} [{self.rule}]"
@@ -94,13 +100,15 @@ def _translation_unit(match: re.Match[str]) -> str:
         else:
             locals_.append(f"{kind} {name} = lint_argument_{name}();")
     standard = (Path(__file__).parent / "shim" / "lint.h").read_text()
+    # Vector types are global in lint.h, and what makes them is a macro.
+    in_header, in_body = (_VECTOR_IN_METAL.sub("", match[part]) for part in _PARTS)
     includes = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<metal_\w+>", re.MULTILINE)
     before = includes.sub("", preamble())
-    header = includes.sub("", match["header"])
+    header = includes.sub("", in_header)
     return (
         f'#line 1 "lint.h"\n{standard}\n#line 1 "preamble"\n{before}\n#line 1 "header"\n{header}\n'
         f'#line 1 "arguments"\n{" ".join(prototypes)}\n__kernel void lint_kernel() {{\n{" ".join(locals_)}\n'
-        f'#line 1 "body"\n{match["body"]}\n}}\n'
+        f'#line 1 "body"\n{in_body}\n}}\n'
     )
 
 

@@ -145,6 +145,12 @@ def _(model, patch):
     change_rotary(model, lambda rotary: ops.Rotary.plain(model.config.head_dim, 1e4))
 
 
+@bug("the configuration's theta is another", "0.layers.0.q_rope", "theta is 10000, the reference's 1e+06")
+def _(model, patch):
+    model.config = replace(model.config, rope_theta=1e4)
+    change_rotary(model, lambda rotary: ops.Rotary.plain(model.config.head_dim, 1e4))
+
+
 @bug(
     "YaRN's factor on cosine and sine missing",
     "0.layers.0.q_rope",
@@ -209,6 +215,13 @@ def _(model, patch):
 def _(model, patch):
     for layer in model.model.layers:
         layer.input_layernorm.eps = layer.post_attention_layernorm.eps = 1e-5
+
+
+@bug("the configuration's eps is another", "0.layers.0.input_norm", "eps is 0.0001, the reference's 1e-06")
+def _(model, patch):
+    model.config = replace(model.config, rms_norm_eps=1e-4)
+    for layer in model.model.layers:
+        layer.input_layernorm.eps = layer.post_attention_layernorm.eps = 1e-4
 
 
 @bug("eps added outside the root", "0.layers.0.input_norm", "outside the root")

@@ -16,6 +16,7 @@ from qwen_mlx.errors import QwenMLXError
 from reference.compare import main
 from tests.small_models import hf_model, save_folder, write_gguf
 
+FULL = [name for name in ("/dev/full",) if os.path.exists(name)]  # Linux's, where every write fails
 PROMPT = ["--prompt", "hello hell, ll he!" * 4]
 
 
@@ -120,10 +121,12 @@ def test_other_dtypes_are_compared_with_the_reference_s_float32(folder: Path, qu
 
 def test_mistakes_are_one_sentence_and_exit_code_2(folder: Path, tmp_path: Path, capsys):
     other = save_folder(tmp_path / "other", hf_model(vocab_size=300))
-    broken, incomplete, pickled = (save_folder(tmp_path / name, hf_model()) for name in "bip")
+    broken, incomplete, more, pickled = (save_folder(tmp_path / name, hf_model()) for name in "bixp")
     weights = load_file(incomplete / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, incomplete / "model.safetensors", {"format": "pt"})
+    weights = load_file(more / "model.safetensors") | {"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}
+    save_file(weights, more / "model.safetensors", {"format": "pt"})
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     (tmp_path / "file").write_text("in the way")
@@ -136,6 +139,9 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder: Path, tmp_path: Path,
         (["--model", broken, *PROMPT], ("transformers", "cannot load it", "--reference")),
         (["--model", folder, "--reference", pickled], ("transformers", "cannot load it", "--reference")),
         (["--model", folder, "--reference", incomplete], ("finds no model.layers.1.mlp.up_proj.weight", "--reference")),
+        (["--model", folder, "--reference", more], ("leaves out model.layers.0.self_attn.o_proj.bias", "--reference")),
+        (["--model", folder, "--tokens", "1" + "0" * 12], ("more than the model's context of 512",)),
+        *[(["--model", folder, *PROMPT, "--json", full], (f"{full}: cannot be written",)) for full in FULL],
         (["--model", folder, "--json", tmp_path], ("is a folder", "--json")),
         (["--model", folder, "--json", tmp_path / "file" / "c.json"], ("cannot be written",)),
         (["--model", folder, "--report", tmp_path / "file"], ("cannot be written",)),

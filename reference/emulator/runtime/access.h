@@ -91,6 +91,7 @@ void access(void* pointer, size_t size, bool write, bool atomic, bool needed, vo
   if (place >= uintptr_t(kSlots) << kSlotBits) return outside(uintptr_t(pointer), size, write, pc);
   const int slot = int(place >> kSlotBits);
   Region& region = regions[slot];
+  if (slot >= kFirstThreadgroupSlot && !region.start) return outside(uintptr_t(pointer), size, write, pc);
   const uintptr_t offset = uintptr_t(pointer) - uintptr_t(region.data);
   if (offset >= region.size || region.size - offset < size) {
     report_access(kOutOfBounds, slot, offset, size, write, pc);

@@ -11,6 +11,17 @@
 #define __METAL_FAST_MATH__ 1
 #define __METAL_PRECISE_MATH__ 2
 
+// Names of OpenCL that Metal leaves to the kernel.
+#define local local_
+#define global global_
+#define generic generic_
+#define vec_step vec_step_
+#define read_only read_only_
+#define write_only write_only_
+#define read_write read_write_
+#define pipe pipe_
+#define addrspace_cast addrspace_cast_
+
 typedef __bf16 bfloat;
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -43,17 +54,47 @@ VECTORS(half)
 VECTORS(bfloat)
 VECTORS(float)
 #undef VECTORS
+// Comparisons of vectors give vectors of integers here.
+typedef int2 bool2;
+typedef int3 bool3;
+typedef int4 bool4;
 // float2(x, y): clang has the form (float2)(x, y) only.
-#define float2(...) ((float2)(__VA_ARGS__))
-#define float3(...) ((float3)(__VA_ARGS__))
-#define float4(...) ((float4)(__VA_ARGS__))
-#define half2(...) ((half2)(__VA_ARGS__))
-#define half4(...) ((half4)(__VA_ARGS__))
+#define char2(...) ((char2)(__VA_ARGS__))
+#define char3(...) ((char3)(__VA_ARGS__))
+#define char4(...) ((char4)(__VA_ARGS__))
+#define uchar2(...) ((uchar2)(__VA_ARGS__))
+#define uchar3(...) ((uchar3)(__VA_ARGS__))
+#define uchar4(...) ((uchar4)(__VA_ARGS__))
+#define short2(...) ((short2)(__VA_ARGS__))
+#define short3(...) ((short3)(__VA_ARGS__))
+#define short4(...) ((short4)(__VA_ARGS__))
+#define ushort2(...) ((ushort2)(__VA_ARGS__))
+#define ushort3(...) ((ushort3)(__VA_ARGS__))
+#define ushort4(...) ((ushort4)(__VA_ARGS__))
+#define int2(...) ((int2)(__VA_ARGS__))
+#define int3(...) ((int3)(__VA_ARGS__))
+#define int4(...) ((int4)(__VA_ARGS__))
 #define uint2(...) ((uint2)(__VA_ARGS__))
 #define uint3(...) ((uint3)(__VA_ARGS__))
 #define uint4(...) ((uint4)(__VA_ARGS__))
-#define int2(...) ((int2)(__VA_ARGS__))
-#define int4(...) ((int4)(__VA_ARGS__))
+#define long2(...) ((long2)(__VA_ARGS__))
+#define long3(...) ((long3)(__VA_ARGS__))
+#define long4(...) ((long4)(__VA_ARGS__))
+#define ulong2(...) ((ulong2)(__VA_ARGS__))
+#define ulong3(...) ((ulong3)(__VA_ARGS__))
+#define ulong4(...) ((ulong4)(__VA_ARGS__))
+#define half2(...) ((half2)(__VA_ARGS__))
+#define half3(...) ((half3)(__VA_ARGS__))
+#define half4(...) ((half4)(__VA_ARGS__))
+#define bfloat2(...) ((bfloat2)(__VA_ARGS__))
+#define bfloat3(...) ((bfloat3)(__VA_ARGS__))
+#define bfloat4(...) ((bfloat4)(__VA_ARGS__))
+#define float2(...) ((float2)(__VA_ARGS__))
+#define float3(...) ((float3)(__VA_ARGS__))
+#define float4(...) ((float4)(__VA_ARGS__))
+#define bool2(...) ((bool2)(__VA_ARGS__))
+#define bool3(...) ((bool3)(__VA_ARGS__))
+#define bool4(...) ((bool4)(__VA_ARGS__))
 
 #define HALF_MAX 65504.0h
 #define FLT_MAX 3.40282346638528859812e+38f
@@ -196,10 +237,58 @@ CLASSIFY(isnormal)
 CLASSIFY(signbit)
 template <typename T>
 T select(T, T, bool);
+template <typename T, typename B, int N>
+vec<T, N> select(vec<T, N>, vec<T, N>, vec<B, N>);
+template <typename B, int N>
+bool all(vec<B, N>);
+template <typename B, int N>
+bool any(vec<B, N>);
 template <typename T, int N>
 T dot(vec<T, N>, vec<T, N>);
 template <typename T, int N>
 T length(vec<T, N>);
+template <typename T, int N>
+T length_squared(vec<T, N>);
+template <typename T, int N>
+T distance(vec<T, N>, vec<T, N>);
+template <typename T, int N>
+vec<T, N> normalize(vec<T, N>);
+template <typename T>
+vec<T, 3> cross(vec<T, 3>, vec<T, 3>);
+
+// A vector without padding.
+template <typename T, int N>
+struct packed_vec {
+  T v[N];
+  packed_vec() = default;
+  packed_vec(vec<T, N>);
+  packed_vec(T);
+  packed_vec(T, T);
+  packed_vec(T, T, T);
+  packed_vec(T, T, T, T);
+  operator vec<T, N>() const;
+  operator vec<T, N>() const constant;
+  T operator[](size_t) const;
+  T operator[](size_t) const constant;
+  device T& operator[](size_t) device;
+  threadgroup T& operator[](size_t) threadgroup;
+  thread T& operator[](size_t) thread;
+};
+#define PACKED(T) \
+  typedef packed_vec<T, 2> packed_##T##2; \
+  typedef packed_vec<T, 3> packed_##T##3; \
+  typedef packed_vec<T, 4> packed_##T##4;
+PACKED(char)
+PACKED(uchar)
+PACKED(short)
+PACKED(ushort)
+PACKED(int)
+PACKED(uint)
+PACKED(long)
+PACKED(half)
+PACKED(bfloat)
+PACKED(float)
+#undef PACKED
 
 // Overloads, not templates for any T: MLX's preamble adds bfloat's own.
 #define SIMD(T)                                                                                                        \
@@ -238,8 +327,10 @@ bool simd_all(bool);
 bool simd_any(bool);
 bool simd_is_first();
 struct simd_vote {
-  ulong bits;
-  explicit operator ulong() const thread { return bits; }
+  typedef ulong vote_t;
+  vote_t bits;
+  explicit constexpr simd_vote(vote_t b = 0) : bits(b) {}
+  explicit operator vote_t() const thread { return bits; }
   bool all() const thread;
   bool any() const thread;
 };
