@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from . import cli, hub
 from .errors import QwenMLXError
 from .files import check_folder
+from .link import alone, launched, on_first
 
 if TYPE_CHECKING:
+    from .backend import mx
     from .generation import GenerationChunk, GenerationStats
     from .model import Qwen2
     from .prompt_cache import PromptCache
@@ -113,6 +116,8 @@ def read_prompt(arguments: argparse.Namespace) -> str:
             where = arguments.prompt_file
             with open(where, "rb") as file:
                 data = file.read()
+        elif arguments.prompt == "-" and launched():
+            raise QwenMLXError("--prompt - never ends under a launcher such as mlx.launch; use --prompt-file FILE.")
         elif arguments.prompt == "-":
             where, data = "standard input", sys.stdin.buffer.read()
         elif arguments.prompt is not None:
@@ -147,9 +152,22 @@ def read_bias(texts: list[str] | None) -> dict[int, float] | None:
     return bias or None
 
 
-def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[str, Any], PromptCache | None]:
+def ranks() -> contextlib.AbstractContextManager[mx.distributed.Group | None]:
+    """parallel.together() where a launcher started several processes, without MLX where it did not."""
+    if not launched():
+        return contextlib.nullcontext()
+    from .parallel import together
+
+    return together()
+
+
+def open_model(
+    arguments: argparse.Namespace, group: mx.distributed.Group | None = None
+) -> tuple[Qwen2, Tokenizer, dict[str, Any], PromptCache | None]:
     """(model, tokenizer, arguments for stream_generate, prompt cache) as the command line says. Raises QwenMLXError,
     for what can be known without the weights before they are read."""
+    if group is not None and (arguments.draft or arguments.prompt_cache):
+        raise QwenMLXError("--draft and --prompt-cache do not work with several ranks; leave them out.")
     if arguments.max_tokens < 1:
         raise QwenMLXError(f"--max-tokens is {arguments.max_tokens}, expected 1 or more.")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
@@ -193,7 +211,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Qwen2, Tokenizer, dict[st
         check_folder(arguments.prompt_cache, "--prompt-cache")
     line = cli.ProgressLine("Loading")
     try:
-        model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
+        model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line, group=group)
         if draft not in (None, speculative.LOOKUP):
             draft = speculative.ModelDraft(
                 load(draft_path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)[0]
@@ -229,12 +247,16 @@ def chance(tokenizer: Tokenizer, chunk: GenerationChunk) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
-    arguments = parser().parse_args(argv)
+    with ranks() as group:
+        return _main(parser().parse_args(argv), group)
+
+
+def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> int:
     if arguments.list_models:
         list_models()
         return 0
-    prompt = read_prompt(arguments)
-    model, tokenizer, settings, cache = open_model(arguments)
+    prompt = on_first(lambda: read_prompt(arguments))
+    model, tokenizer, settings, cache = open_model(arguments, group)
 
     from .generation import GenerationStats, stream_generate
 
@@ -281,9 +303,11 @@ def statistics(stats: GenerationStats, drafted: bool) -> str:
         off = f", off for {stats.paused_tokens}" if stats.paused_tokens else ""
         accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance_rate:.0%})"
         draft = f"draft: {accepted}{off}; "
+    together = stats.prompt_seconds + stats.generation_seconds
+    shared = f"communication: {stats.communication_seconds / together:.0%} of the time; " if not alone() else ""
     return (
         f"prompt: {stats.prompt_tokens} tokens{reused}, {stats.prompt_per_second:.1f} tok/s; "
-        f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; {draft}"
+        f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; {draft}{shared}"
         f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}"
     )
 

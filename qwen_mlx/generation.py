@@ -36,7 +36,8 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 class GenerationStats:
     """What a generation cost so far; times in seconds. The first token's time belongs to the prompt, whose tokens were
     computed (prompt_tokens) or already in a prompt cache (reused_tokens). A draft proposed drafted_tokens, of which
-    accepted_tokens were kept; while it was slower than plain decoding, paused_tokens were made without it."""
+    accepted_tokens were kept; while it was slower than plain decoding, paused_tokens were made without it. With several
+    ranks, communication_seconds of the time went into communication and waiting for each other."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
@@ -46,6 +47,7 @@ class GenerationStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     paused_tokens: int = 0
+    communication_seconds: float = 0.0
 
     @property
     def prompt_per_second(self) -> float:
@@ -159,6 +161,8 @@ def generate_ids(
         launched += 1
         choice = sample(logits, sampling, seen, now, n_prompt=n_prompt, ruled_out=ruled_out, end_ids=end_ids)
         token = mx.where(mx.isfinite(logits.sum()), choice.astype(mx.int32), -1)
+        if model.ranks is not None:
+            token = model.ranks.first(token)
         more = () if logprobs is None else log_probabilities(logits, choice, logprobs)
         mx.async_eval(token, *more)
         return token, *more
@@ -261,6 +265,8 @@ def stream_generate(
         loop |= {"end_ids": tuple(sorted(tokenizer.eos_ids))}
     if logprobs is not None:
         loop |= {"logprobs": logprobs}
+    if draft is not None and model.ranks is not None:
+        raise QwenMLXError("A draft cannot be used with a model on several ranks; leave it out.")
     if draft is not None:
         from . import speculative
 
@@ -358,6 +364,7 @@ def _stream(
     chances: list[Any] = [None, ()]
     if "logprobs" in loop:
         loop = loop | {"on_logprobs": lambda *found: chances.__setitem__(slice(None), found)}
+    before = 0.0 if model.ranks is None else model.ranks.seconds
     start = time.perf_counter()
     for token in _tokens(model, ids, prompt_cache, stats, loop):
         now = time.perf_counter()
@@ -366,6 +373,8 @@ def _stream(
             stats.prompt_seconds, start = now - start, now
         else:
             stats.generation_seconds = now - start
+        if model.ranks is not None:
+            stats.communication_seconds = model.ranks.seconds - before
         text, finish_reason = stream.add(token)
         yield GenerationChunk(text, token, finish_reason, stats, *chances)
         if finish_reason is not None:

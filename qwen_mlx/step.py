@@ -25,6 +25,7 @@ def serves(model: Qwen2, input_ids: mx.array, cache: Sequence[KVCache]) -> bool:
     """Whether `Step` computes this call: one token after others, kernels in use, no gradient wanted, a plain cache."""
     return (
         input_ids.size == 1
+        and model.ranks is None
         and ops.executor("step") != "reference"
         and not ops.recording()
         and not model.config.mlp_bias
