@@ -178,7 +178,7 @@ def open_model(
 
     from . import backend, blas, ops, speculative
     from .cache import make_caches
-    from .generation import check_choices, check_with_draft
+    from .generation import check_choices
     from .loading import load
     from .prompt_cache import PromptCache, check
     from .sampling import SamplingSettings
@@ -188,8 +188,6 @@ def open_model(
     # Refuses what is impossible before the model is loaded; only a bias's token needs its vocabulary.
     given, logprobs = SamplingSettings().override(**sampling), getattr(arguments, "logprobs", None)
     check_choices(given, arguments.min_tokens, logprobs, arguments.max_tokens, 2**31)
-    if arguments.draft is not None:
-        check_with_draft(given, arguments.min_tokens, logprobs)
     kind = {"bits": arguments.kv_bits, "max_size": arguments.max_kv_size}
     caches = make_caches(1, 128, **kind)  # refuses an impossible kind, too
     if arguments.prompt_cache is not None and any(kind.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from . import ops
 from .backend import mx
 from .cache import KVCache
-from .errors import QwenMLXError
+from .errors import QwenMLXError, refuse_unknown
 from .model import Qwen2
 from .sampling import SamplingSettings, log_probabilities, sample
 from .tokenizer import Tokenizer
@@ -113,6 +114,7 @@ def generate_ids(
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
     cached_ids: Sequence[int] = (),
+    n_made: int = 0,
     min_tokens: int = 0,
     end_ids: Sequence[int] = (),
     logprobs: int | None = None,
@@ -124,7 +126,8 @@ def generate_ids(
 
     sampling: None is the model's own defaults. seed: None draws one. cache: continues it (`prompt_ids` are new tokens);
     afterwards it holds the prompt and every token yielded but the last. cached_ids: what it holds, for the penalties.
-    min_tokens: end_ids are ruled out before so many tokens. logprobs: with it, on_logprobs is called before each token
+    n_made: how many of the newest tokens given were generated, and count as such. min_tokens: end_ids are ruled out
+    before so many tokens, those included; XTC keeps end_ids. logprobs: with it, on_logprobs is called before each token
     with its ln p and so many of the likeliest (id, ln p). progress: called with (prompt tokens done, prompt tokens in
     all). Raises QwenMLXError if the logits are not finite.
     """
@@ -135,7 +138,7 @@ def generate_ids(
     length = prompt.shape[1]
     start, yielded = cache[0].offset, 0
     seen = mx.array([*cached_ids, *prompt_ids], mx.int32)[None] if sampling.looks_back else None
-    n_prompt, launched = len(cached_ids) + length, 0
+    n_prompt, launched = len(cached_ids) + length - n_made, n_made
     for layer in cache:
         layer.reserve(start + length)
     done = 0
@@ -150,12 +153,12 @@ def generate_ids(
 
     def step(ids: mx.array) -> tuple[mx.array, ...]:
         """The next token, -1 if a logit is not finite: checked on the device, because a later question would wait for
-        the step that is under way by then. Log-probabilities too, if they are wanted."""
+        the step that is under way by then. The logits too, if log-probabilities are wanted."""
         nonlocal key, launched
         with ops.no_grad():
             logits = model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
         now = None
-        if sampling.temperature > 0:
+        if not sampling.greedy:
             key, now = mx.random.split(key)
         ruled_out = end_ids if launched < min_tokens else ()
         launched += 1
@@ -163,12 +166,12 @@ def generate_ids(
         token = mx.where(mx.isfinite(logits.sum()), choice.astype(mx.int32), -1)
         if model.ranks is not None:
             token = model.ranks.first(token)
-        more = () if logprobs is None else log_probabilities(logits, choice, logprobs)
-        mx.async_eval(token, *more)
-        return token, *more
+        found = (token,) if logprobs is None else (token, logits)
+        mx.async_eval(found)
+        return found
 
     try:
-        token, *more = step(prompt[:, done:])
+        token, *logits = step(prompt[:, done:])
         while True:
             following = None
             if seen is not None:
@@ -185,13 +188,19 @@ def generate_ids(
             yielded += 1
             if yielded % 256 == 0:
                 mx.clear_cache()  # buffers that a cache has outgrown
-            if more and on_logprobs is not None:
-                on_logprobs(more[0].item(), tuple(zip(more[1][0].tolist(), more[2][0].tolist())))
+            if on_logprobs is not None and logprobs is not None:
+                on_logprobs(*chances(logits[0], made, logprobs))
             yield made
-            token, *more = step(token[:, None]) if following is None else following
+            token, *logits = step(token[:, None]) if following is None else following
     finally:
         for layer in cache:  # a step may be under way
             layer.trim(max(0, layer.offset - start - length - max(yielded - 1, 0)))
+
+
+def chances(logits: mx.array, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """ln p of a token under logits (1, V), and the n likeliest (id, ln p)."""
+    chosen, ids, values = log_probabilities(logits, mx.array([token]), n)
+    return float(chosen[0]), tuple(zip(ids[0].tolist(), values[0].tolist()))
 
 
 def stream_generate(
@@ -224,6 +233,7 @@ def stream_generate(
     draft_tokens: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
+    **unknown: Any,
 ) -> Iterator[GenerationChunk]:
     """Generates and yields text as it becomes complete: never half a character, never part of a stop string.
 
@@ -238,6 +248,7 @@ def stream_generate(
     at a time, 1 to 32.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
+    refuse_unknown(unknown, ARGUMENTS)
     check_settings(seed, stop, max_tokens=max_tokens, prefill_chunk=prefill_chunk)
     if cache is not None and prompt_cache is not None:
         raise QwenMLXError("Both cache and prompt_cache are given; a prompt cache has its own.")
@@ -259,18 +270,11 @@ def stream_generate(
     ids = encode_prompt(tokenizer, prompt, system, raw)
     max_tokens = min(max_tokens, check_ids(model, ids, cache[0].offset if cache else 0))
     loop = {"sampling": sampling, "seed": seed, "cache": cache, "prefill_chunk": prefill_chunk, "progress": progress}
-    if min_tokens:
-        loop |= {"min_tokens": min_tokens}
-    if min_tokens or sampling.xtc_probability:
-        loop |= {"end_ids": tuple(sorted(tokenizer.eos_ids))}
-    if logprobs is not None:
-        loop |= {"logprobs": logprobs}
+    loop |= {"min_tokens": min_tokens, "end_ids": tuple(sorted(tokenizer.eos_ids)), "logprobs": logprobs}
     if draft is not None and model.ranks is not None:
         raise QwenMLXError("A draft cannot be used with a model on several ranks; leave it out.")
     if draft is not None:
         from . import speculative
-
-        check_with_draft(sampling, min_tokens, logprobs)
 
         held = prompt_cache.layers if cache is None and prompt_cache is not None else cache
         loop |= speculative.check_draft(draft, draft_tokens, held or ()) | {"max_tokens": max_tokens}
@@ -301,13 +305,6 @@ def check_choices(
     bad = next((token for token, _ in sampling.logit_bias if token >= vocab_size), None)
     if bad is not None:
         raise QwenMLXError(f"logit_bias names token {bad}, expected 0 to {vocab_size - 1}.")
-
-
-def check_with_draft(sampling: SamplingSettings, min_tokens: int, logprobs: int | None) -> None:
-    """Raises QwenMLXError for what a draft does not serve."""
-    sampling.refuse_beyond_basics("a draft")
-    if min_tokens or logprobs is not None:
-        raise QwenMLXError("min_tokens and logprobs cannot be used with a draft; leave out one of the two.")
 
 
 def check_ids(model: Qwen2, ids: Sequence[int], held: int = 0) -> int:
@@ -361,9 +358,8 @@ def _stream(
 ) -> Iterator[GenerationChunk]:
     stats = GenerationStats(prompt_tokens=len(ids))
     stream = TextStream(tokenizer, stop, max_tokens)
-    chances: list[Any] = [None, ()]
-    if "logprobs" in loop:
-        loop = loop | {"on_logprobs": lambda *found: chances.__setitem__(slice(None), found)}
+    found: list[Any] = [None, ()]
+    loop = loop | {"on_logprobs": lambda *new: found.__setitem__(slice(None), new)}
     before = 0.0 if model.ranks is None else model.ranks.seconds
     start = time.perf_counter()
     for token in _tokens(model, ids, prompt_cache, stats, loop):
@@ -376,9 +372,12 @@ def _stream(
         if model.ranks is not None:
             stats.communication_seconds = model.ranks.seconds - before
         text, finish_reason = stream.add(token)
-        yield GenerationChunk(text, token, finish_reason, stats, *chances)
+        yield GenerationChunk(text, token, finish_reason, stats, *found)
         if finish_reason is not None:
             return
+
+
+ARGUMENTS = [name for name in inspect.signature(stream_generate).parameters if name != "unknown"]
 
 
 class TextStream:

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from .backend import mx
-from .errors import QwenMLXError
+from .errors import QwenMLXError, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         for name, low, high, why in (
-            ("temperature", 0, math.inf, "0 (greedy) or more"),
+            ("temperature", 0, 1e6, "from 0 (greedy) to 1000000"),
             ("top_k", 0, math.inf, "0 (off) or more"),
             ("top_p", 0, 1, "more than 0 and at most 1 (off)"),
             ("min_p", 0, 1, "from 0 (off) to 1"),
@@ -66,12 +68,17 @@ class SamplingSettings:
             bias = tuple(sorted((int(token), float(value)) for token, value in pairs))
         except (TypeError, ValueError):
             raise QwenMLXError(f"logit_bias is {self.logit_bias!r}, expected {{token id: number}}.") from None
-        bad = next((pair for pair in bias if pair[0] < 0 or math.isnan(pair[1]) or pair[1] == math.inf), None)
+        bad = next((pair for pair in bias if pair[0] < 0 or not (pair[1] == -math.inf or abs(pair[1]) <= 1e6)), None)
         if bad:
             raise QwenMLXError(
-                f"logit_bias gives token {bad[0]} {bad[1]!r}, expected an id and a number below infinity."
+                f"logit_bias gives token {bad[0]} {bad[1]!r}, expected an id and -inf or a number from -1e6 to 1e6."
             )
         object.__setattr__(self, "logit_bias", bias)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing but the likeliest token is left: below this temperature float32 would divide by zero."""
+        return self.temperature < 1e-30
 
     @property
     def looks_back(self) -> bool:
@@ -83,15 +90,11 @@ class SamplingSettings:
         """Whether it matters how often a token was generated."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
-    def refuse_beyond_basics(self, what: str) -> None:
-        """Raises QwenMLXError, saying that `what` serves no other settings than transformers' usual ones."""
-        for name in ("presence_penalty", "frequency_penalty", "no_repeat_ngram", "xtc_probability", "logit_bias"):
-            if getattr(self, name):
-                raise QwenMLXError(f"{name} cannot be used with {what}; leave out one of the two.")
-
     def override(self, **given: Any) -> SamplingSettings:
         """The same settings with those of `given` that are not None. A temperature of 0 drops a default penalty,
-        because greedy means the likeliest token; a penalty that is given stays."""
+        because greedy means the likeliest token; a penalty that is given stays. Raises QwenMLXError for an impossible
+        value or a name that is no setting's."""
+        refuse_unknown(given, [f.name for f in fields(self) if f.name != "source"])
         given = {name: value for name, value in given.items() if value is not None}
         if not given:
             return self
@@ -208,46 +211,76 @@ def xtc(logits: mx.array, threshold: float, probability: float, keep: mx.array, 
 
 
 def penalized(
-    logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None, n_prompt: int = 0
+    logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None, n_prompt: int | mx.array = 0
 ) -> mx.array:
-    """Logits (B, V) float32 with bias and penalties. `seen` (B, N): the text so far, n_prompt of it prompt."""
-    logits = logits.astype(mx.float32)
+    """Logits (B, V) float32 with bias and penalties. `seen` (B, N): the text so far, n_prompt of it prompt.
+
+    Rows of other lengths: `seen` is padded on the left with V, which is no token, and n_prompt is (B,), the columns of
+    padding and prompt.
+    """
+    logits, width = logits.astype(mx.float32), logits.shape[-1]
     if settings.logit_bias:
         ids, values = zip(*settings.logit_bias)
         logits = logits.at[:, mx.array(ids)].add(mx.array(values))
     if seen is None or not seen.size:
         return logits
+    if isinstance(n_prompt, int):
+        made = seen[:, n_prompt:]
+    else:
+        made = mx.where(mx.arange(seen.shape[1]) < n_prompt[:, None], width, seen)
+        logits = mx.pad(logits, [(0, 0), (0, 1)])  # what befalls V is cut off below
     if settings.repetition_penalty != 1:
         logits = repetition_penalty(logits, seen, settings.repetition_penalty)
-    if settings.counts and seen.shape[1] > n_prompt:
-        logits = count_penalties(logits, seen[:, n_prompt:], settings.presence_penalty, settings.frequency_penalty)
-    return no_repeat_ngram(logits, seen, settings.no_repeat_ngram) if settings.no_repeat_ngram else logits
+    if settings.counts and made.size:
+        logits = count_penalties(logits, made, settings.presence_penalty, settings.frequency_penalty)
+    if settings.no_repeat_ngram:
+        logits = no_repeat_ngram(logits, seen, settings.no_repeat_ngram)
+    return logits[:, :width]
 
 
-def narrowed(logits: mx.array, settings: SamplingSettings) -> tuple[mx.array, mx.array | None]:
-    """What is left to draw from after temperature, top-k, top-p, min-p and typical-p: logits (B, K), and the token ids
-    (B, K) they belong to, None if that is the whole vocabulary."""
+def candidates(
+    logits: mx.array,
+    settings: SamplingSettings,
+    seen: mx.array | None = None,
+    *,
+    n_prompt: int | mx.array = 0,
+    ruled_out: Sequence[int] = (),
+    end_ids: Sequence[int] = (),
+    xtc_key: mx.array | None = None,
+) -> tuple[mx.array, mx.array | None]:
+    """All that `settings` ask for: the logits (B, K) that are left to draw from, and the token ids (B, K) they belong
+    to, None if that is the whole vocabulary. Greedy: of the whole vocabulary, and their argmax is the choice.
+
+    Arguments as `sample`; without xtc_key, which decides whether it applies, XTC does not.
+    """
+    logits, ids = penalized(logits, settings, seen, n_prompt), None
+    if ruled_out:
+        logits = logits.at[:, mx.array(ruled_out)].add(-mx.inf)
+    if settings.greedy:
+        return logits, None
+    if 0 < settings.top_k < logits.shape[-1]:  # first: the rest works on k candidates instead of the whole vocabulary
+        logits, ids = top_k_candidates(logits, settings.top_k)
     # Shifted first, so that no temperature, however small, makes inf - inf.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / settings.temperature
-    ids = None
-    if 0 < settings.top_k < logits.shape[-1]:  # the rest then works on k candidates instead of the whole vocabulary
-        logits, ids = top_k_candidates(logits, settings.top_k)
     if settings.top_p < 1:
         logits = top_p(logits, settings.top_p)
     if settings.min_p > 0:
         logits = min_p(logits, settings.min_p)
     if settings.typical_p < 1:
         logits = typical_p(logits, settings.typical_p)
+    if settings.xtc_probability > 0 and xtc_key is not None:
+        tokens = mx.arange(logits.shape[-1])[None] if ids is None else ids
+        keep = mx.any(tokens[..., None] == mx.array([*end_ids, -1]), axis=-1)
+        logits = xtc(logits, settings.xtc_threshold, settings.xtc_probability, keep, xtc_key)
     return logits, ids
 
 
-def processed_logits(logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None) -> mx.array:
-    """Logits (B, V) float32 after all that `settings` ask for but XTC, which is drawn, -inf where a token is ruled out:
-    softmax of them is the distribution that `sample` draws from; at temperature 0 its choice is their argmax."""
-    logits = penalized(logits, settings, seen)
-    if settings.temperature < 1e-30:
-        return logits
-    left, ids = narrowed(logits, settings)
+def processed_logits(
+    logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None, **arguments: Any
+) -> mx.array:
+    """What `candidates` leaves, with its arguments, over the whole vocabulary (B, V), -inf where a token is ruled out:
+    softmax of it is the distribution that `sample` draws from; greedy, its argmax is the choice."""
+    left, ids = candidates(logits, settings, seen, **arguments)
     return left if ids is None else mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, left, axis=-1)
 
 
@@ -257,37 +290,35 @@ def sample(
     seen: mx.array | None = None,
     key: mx.array | None = None,
     *,
-    n_prompt: int = 0,
+    n_prompt: int | mx.array = 0,
     ruled_out: Sequence[int] = (),
     end_ids: Sequence[int] = (),
 ) -> mx.array:
-    """Draws one token id (B,) from float logits (B, V). `seen` (B, N): the text so far, for the penalties, its first
-    n_prompt tokens the prompt's; ruled_out: ids that cannot be drawn now; end_ids: XTC keeps them."""
-    logits = penalized(logits, settings, seen, n_prompt)
-    if ruled_out:
-        logits = logits.at[:, mx.array(ruled_out)].add(-mx.inf)
-    if settings.temperature < 1e-30:  # nothing but the likeliest token is left, and float32 would divide by zero
-        return mx.argmax(logits, axis=-1)
-    logits, ids = narrowed(logits, settings)
+    """Draws one token id (B,) from float logits (B, V). `seen` (B, N), n_prompt: the text so far, for the penalties, as
+    `penalized` takes it; ruled_out: ids that cannot be drawn now; end_ids: XTC keeps them."""
+    key, xtc_key = (mx.random.key(0) if key is None else key), None
     if settings.xtc_probability > 0:
-        key, second = mx.random.split(mx.random.key(0) if key is None else key)
-        tokens = mx.arange(logits.shape[-1])[None] if ids is None else ids
-        keep = mx.any(tokens[..., None] == mx.array([*end_ids, -1]), axis=-1)
-        logits = xtc(logits, settings.xtc_threshold, settings.xtc_probability, keep, second)
-    choice = mx.random.categorical(logits, axis=-1, key=key)
+        key, xtc_key = mx.random.split(key)
+    left, ids = candidates(
+        logits, settings, seen, n_prompt=n_prompt, ruled_out=ruled_out, end_ids=end_ids, xtc_key=xtc_key
+    )
+    if settings.greedy:
+        return mx.argmax(left, axis=-1)
+    choice = mx.random.categorical(left, axis=-1, key=key)
     return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
 
 
-def log_probabilities(logits: mx.array, tokens: mx.array, n: int) -> tuple[mx.array, mx.array, mx.array]:
-    """ln p of `tokens` (B,) under raw logits (B, V), and the n likeliest tokens with theirs: (B,), (B, n), (B, n)."""
-    top = logits.max(axis=-1, keepdims=True)
-    # Summed in two levels: MLX's own sum of a whole vocabulary in float32 is off by 2e-4 on a CPU.
-    width = logits.shape[-1]
-    size = min(width & -width, 512)
-    parts = mx.exp(logits - top).reshape(logits.shape[0], -1, size).sum(axis=-1)
-    total = top + mx.log(parts.sum(axis=-1, keepdims=True))
-    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total[:, 0]
-    if not n:
-        return chosen, mx.zeros((logits.shape[0], 0), mx.int32), logits[:, :0]
-    values, ids = top_k_candidates(logits, n)
-    return chosen, ids, values - total
+def log_probabilities(logits: mx.array, tokens: mx.array, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ln p of `tokens` (B,) under raw logits (B, V), and the n likeliest tokens with theirs: (B,), (B, n), (B, n).
+
+    Waits for the logits and computes in numpy, whose exp of a vocabulary takes a CPU 0.06 ms where MLX's takes 2, and
+    whose sums are pairwise: MLX's of a whole vocabulary in float32 is off by 2e-4.
+    """
+    rows = np.asarray(logits.astype(mx.float32))
+    top = rows.max(axis=-1, keepdims=True)
+    total = top + np.log(np.exp(rows - top).sum(axis=-1, keepdims=True), dtype=np.float64)
+    ids = np.argpartition(rows, -n, axis=-1)[:, -n:] if n else np.zeros((len(rows), 0), np.int64)
+    values = np.take_along_axis(rows, ids, axis=-1)
+    order = np.argsort(-values, axis=-1)
+    chosen = np.take_along_axis(rows, np.asarray(tokens)[:, None], axis=-1) - total
+    return chosen[:, 0], np.take_along_axis(ids, order, axis=-1), np.take_along_axis(values, order, axis=-1) - total

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +24,7 @@ from . import hub, ops
 from .backend import mx
 from .cache import KVCache
 from .errors import QwenMLXError
-from .generation import NOT_FINITE, PREFILL_CHUNK, GenerationStats, generate_ids
+from .generation import NOT_FINITE, PREFILL_CHUNK, GenerationStats, chances, generate_ids
 from .model import Qwen2
 from .prompt_cache import PromptCache, common_prefix
 from .sampling import SamplingSettings, processed_logits
@@ -88,7 +88,8 @@ class PromptLookup:
 class ModelDraft:
     """A smaller model with the same vocabulary. It keeps its own cache: what two texts have in common is read once.
 
-    Sampling draws from the draft with the same settings as from the model.
+    Sampling draws from the draft with the model's settings but XTC, bias and the penalties on what was generated: the
+    model's own choice makes up for what a draft leaves out.
     """
 
     draft_tokens = 4
@@ -102,6 +103,7 @@ class ModelDraft:
         if len(ids) + count > self.model.config.context_length or max(ids) >= vocabulary:
             return Proposal([])
         held = self._cache.keep(ids)
+        sampling = replace(sampling, presence_penalty=0, frequency_penalty=0, xtc_probability=0, logit_bias=())
         found: list[int] = []
         distributions: list[mx.array] = []
         rest = ids[held:]
@@ -112,8 +114,8 @@ class ModelDraft:
                     with ops.no_grad():
                         logits = self.model(chunk, self._cache.layers, logits_to_keep=1)[:, -1]
                     mx.eval(logits)
-                logits = processed_logits(logits, sampling, mx.array([ids + found], mx.int32))
-                if sampling.temperature < 1e-30:
+                logits = processed_logits(logits, sampling, _seen(sampling, ids + found))
+                if sampling.greedy:
                     token = int(mx.argmax(logits).item())
                 else:
                     key, now = mx.random.split(key)
@@ -181,6 +183,10 @@ def speculative_ids(
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
     cached_ids: Sequence[int] = (),
+    min_tokens: int = 0,
+    end_ids: Sequence[int] = (),
+    logprobs: int | None = None,
+    on_logprobs: Callable[[float, tuple[tuple[int, float], ...]], None] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -199,6 +205,7 @@ def speculative_ids(
     most = check_draft_tokens(draft.draft_tokens if draft_tokens is None else draft_tokens)
     key = mx.random.key(secrets.randbits(63) if seed is None else seed)
     ids = [*cached_ids, *prompt_ids]
+    rules = Rules(sampling, len(ids), min_tokens, tuple(end_ids))
     before, yielded, length, pace = cache[0].offset + len(prompt_ids), 0, min(2, most), Pace()
 
     def plainly(new: Sequence[int]) -> contextlib.closing[Iterator[int]]:
@@ -214,6 +221,11 @@ def speculative_ids(
                 seed=draw,
                 cache=cache,
                 cached_ids=held,
+                n_made=yielded,
+                min_tokens=min_tokens,
+                end_ids=end_ids,
+                logprobs=logprobs,
+                on_logprobs=on_logprobs,
                 prefill_chunk=prefill_chunk,
                 progress=progress if len(new) > 1 else None,
             )
@@ -241,7 +253,7 @@ def speculative_ids(
             proposal = Proposal([])
             if count > 0 and not pace.wants_plain:
                 proposal = draft.propose(ids, count, sampling, first)
-            made = _check(model, cache, ids, proposal, sampling, second)
+            made, logits = _check(model, cache, ids, proposal, rules, second)
             proposed, kept = len(proposal.ids), len(made) - 1
             for layer in cache:
                 layer.trim(proposed - kept)
@@ -253,7 +265,9 @@ def speculative_ids(
                 length = most if kept == proposed else min(2, most)
             else:
                 pace.plain(clock() - begin)
-            for token in made:
+            for i, token in enumerate(made):
+                if on_logprobs is not None and logprobs is not None:
+                    on_logprobs(*chances(logits[i : i + 1], token, logprobs))
                 yielded += 1
                 yield token
     finally:  # as generate_ids: all but the last token that was yielded
@@ -261,26 +275,45 @@ def speculative_ids(
             layer.trim(max(0, layer.offset - before - max(yielded - 1, 0)))
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How tokens are chosen in one generation; the arguments of generate_ids, n_prompt: tokens before the first."""
+
+    sampling: SamplingSettings
+    n_prompt: int
+    min_tokens: int
+    end_ids: tuple[int, ...]
+
+
+def _seen(sampling: SamplingSettings, ids: list[int]) -> mx.array | None:
+    return mx.array([ids], mx.int32) if sampling.looks_back else None
+
+
 def _check(
-    model: Qwen2,
-    cache: Sequence[KVCache],
-    ids: list[int],
-    proposal: Proposal,
-    sampling: SamplingSettings,
-    key: mx.array,
-) -> list[int]:
-    """The proposals that are kept, and one token more. The cache grows by the last of `ids` and all proposals."""
+    model: Qwen2, cache: Sequence[KVCache], ids: list[int], proposal: Proposal, rules: Rules, key: mx.array
+) -> tuple[list[int], mx.array]:
+    """The proposals that are kept, and one token more; the model's logits for them, (proposals + 1, V) float32. The
+    cache grows by the last of `ids` and all proposals."""
     inputs = [ids[-1], *proposal.ids]
     with ops.no_grad():
         logits = model(mx.array([inputs], mx.int32), cache)[0].astype(mx.float32)
     finite = mx.isfinite(logits.sum())
     made: list[int] = []
     for i, proposed in enumerate([*proposal.ids, None]):
-        row = processed_logits(logits[i : i + 1], sampling, mx.array([ids + made], mx.int32))
-        if sampling.temperature < 1e-30:
+        text = ids + made
+        key, coin, now = mx.random.split(key, 3)
+        row = processed_logits(
+            logits[i : i + 1],
+            rules.sampling,
+            _seen(rules.sampling, text),
+            n_prompt=rules.n_prompt,
+            ruled_out=rules.end_ids if len(text) - rules.n_prompt < rules.min_tokens else (),
+            end_ids=rules.end_ids,
+            xtc_key=coin,  # thrown first: what is kept and what replaces it then have one distribution
+        )
+        if rules.sampling.greedy:
             token = int(mx.argmax(row).item())
         else:
-            key, now = mx.random.split(key)
             q = proposal.distributions[i] if proposal.distributions and proposed is not None else None
             token = _accept_or_draw(row, proposed, q, now)
         if i == 0 and not finite.item():
@@ -288,7 +321,7 @@ def _check(
         made.append(token)
         if token != proposed:
             break
-    return made
+    return made, logits
 
 
 def _accept_or_draw(logits: mx.array, proposed: int | None, q: mx.array | None, key: mx.array) -> int:

@@ -95,21 +95,15 @@ def test_logprobs_are_those_of_the_model_s_own_logits(small):
         ({"min_tokens": -1}, "min_tokens"),
         ({"logprobs": 101}, "logprobs is 101"),
         ({"logit_bias": {10**6: 1.0}}, "names token 1000000"),
-        ({"presence_penalty": 1.0, "draft": "prompt-lookup"}, "presence_penalty cannot be used with a draft"),
-        ({"logprobs": 1, "draft": "prompt-lookup"}, "logprobs cannot be used with a draft"),
+        ({"temp": 0}, "There is no argument 'temp': did you mean 'temperature'"),
+        ({"max_new_tokens": 5}, "did you mean 'max_tokens'"),
+        ({"zzzzqqqq": 5}, "There is no argument 'zzzzqqqq': there are cache, "),
     ],
 )
 def test_settings_beyond_the_basics_are_refused_before_any_work(small, arguments, words):
     model, tokenizer = small
     with pytest.raises(QwenMLXError, match=words):
         stream_generate(model, tokenizer, PROMPT, **arguments)
-
-
-def test_a_batch_refuses_what_it_does_not_serve(small):
-    from qwen_mlx import batch_generate
-
-    with pytest.raises(QwenMLXError, match="no_repeat_ngram cannot be used with batch_generate"):
-        batch_generate(*small, ["hello"], no_repeat_ngram=2)
 
 
 def test_a_prompt_is_a_message_a_list_of_messages_raw_text_or_ids(small):
