@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,18 @@ import numpy as np
 from . import ops
 from .backend import mx
 from .cache import KVCache
-from .errors import QwenMLXError
-from .generation import NOT_FINITE, GenerationStats, Prompt, TextStream, check_ids, check_settings, encode_prompt
+from .errors import QwenMLXError, refuse_unknown
+from .generation import (
+    NOT_FINITE,
+    GenerationStats,
+    Prompt,
+    TextStream,
+    chances,
+    check_choices,
+    check_ids,
+    check_settings,
+    encode_prompt,
+)
 from .model import Qwen2
 from .sampling import SamplingSettings, sample
 from .tokenizer import Tokenizer
@@ -36,13 +47,16 @@ class BatchStats(GenerationStats):
 @dataclass
 class BatchResult:
     """What became of one prompt. token_ids: all that were made, an end token included; finish_reason: "stop" or
-    "length", as GenerationChunk says; stats: the whole batch's."""
+    "length", as GenerationChunk says; stats: the whole batch's; logprobs, top_logprobs: of each token, where asked
+    for, as GenerationChunk's."""
 
     prompt_tokens: int
     stats: BatchStats = field(repr=False)
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
 
 class Padding:
@@ -173,6 +187,8 @@ def batch_generate(
     system: str | None = None,
     raw: bool = False,
     stop: Sequence[str] = (),
+    min_tokens: int = 0,
+    logprobs: int | None = None,
     seed: int | None = None,
     batch_size: int = 64,
     prefill_chunk: int = PREFILL_CHUNK,
@@ -192,25 +208,35 @@ def batch_generate(
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     if len(limits) != len(prompts):
         raise QwenMLXError(f"max_tokens has {len(limits)} values for {len(prompts)} prompts.")
+    refuse_unknown(sampling, ARGUMENTS)
     settings = model.generation_defaults.override(**sampling)
-    settings.refuse_beyond_basics("batch_generate")
     check_settings(seed, stop, batch_size=batch_size, prefill_chunk=prefill_chunk)
     stats = BatchStats(prompts=len(prompts))
     rows = []
     for number, (prompt, limit) in enumerate(zip(prompts, limits), 1):
         try:
             check_settings(seed, stop, max_tokens=limit)
+            check_choices(settings, min_tokens, logprobs, limit, model.config.vocab_size)
             ids = encode_prompt(tokenizer, prompt, system, raw)
             limit = min(limit, check_ids(model, ids))
         except QwenMLXError as error:
             raise QwenMLXError(f"Prompt {number} of {len(prompts)}: {error}") from None
         rows.append(_Row(ids, limit, TextStream(tokenizer, stop, limit), BatchResult(len(ids), stats)))
-    _answer(BatchLoop(model, settings, seed, prefill_chunk), rows, batch_size, stats, progress)
+    end_ids = tuple(sorted(tokenizer.eos_ids))
+    loop = BatchLoop(
+        model, settings, seed, prefill_chunk, min_tokens=min_tokens, end_ids=end_ids, keep_logits=logprobs is not None
+    )
+    _answer(loop, rows, batch_size, stats, logprobs, progress)
     return [row.result for row in rows]
 
 
 def _answer(
-    loop: BatchLoop, rows: list[_Row], batch_size: int, stats: BatchStats, progress: Callable[[int, int], None] | None
+    loop: BatchLoop,
+    rows: list[_Row],
+    batch_size: int,
+    stats: BatchStats,
+    logprobs: int | None,
+    progress: Callable[[int, int], None] | None,
 ) -> None:
     waiting = sorted(rows, key=lambda row: len(row.ids))  # the longest first, beside others of like length
     active: list[_Row] = []
@@ -227,9 +253,13 @@ def _answer(
             stats.prompt_tokens += sum(len(row.ids) for row in group)
             stats.prompt_seconds += time.perf_counter() - began
         made = loop.step(more=any(row.left > 1 for row in active))
-        for row, token in zip(active, made):
+        for i, (row, token) in enumerate(zip(active, made)):
             if not row.ended:
                 row.add(token)
+                if logprobs is not None:
+                    chosen, likeliest = chances(loop.logits[i : i + 1], token, logprobs)
+                    row.result.logprobs.append(chosen)
+                    row.result.top_logprobs.append(likeliest)
                 stats.generated_tokens += 1
         stats.generation_seconds = time.perf_counter() - start - stats.prompt_seconds
         alive = [i for i, row in enumerate(active) if not row.ended]
@@ -241,21 +271,45 @@ def _answer(
             active = [active[i] for i in alive]
 
 
-class BatchLoop:
-    """The device's side: a batch's cache, its newest tokens (not in the cache yet) and what penalties count."""
+@dataclass(frozen=True)
+class _State:
+    """Of some rows: their cache, their newest tokens (not in the cache yet), and what the choice looks at."""
 
-    def __init__(self, model: Qwen2, settings: SamplingSettings, seed: int | None, prefill_chunk: int) -> None:
-        self._model, self._settings, self._chunk = model, settings, prefill_chunk
+    cache: list[BatchKVCache]
+    tokens: mx.array  # (B,)
+    logits: mx.array | None  # (B, V) that the tokens were chosen from, where they are kept
+    seen: mx.array | None  # (B, columns), padded on the left with V, which is no token
+    n_prompt: mx.array  # (B,) columns of padding and prompt
+    made: mx.array  # (B,) tokens generated, the newest included
+
+
+class BatchLoop:
+    """The device's side of a batch; arguments as generate_ids. keep_logits: `logits` are then (B, V) float32, what the
+    tokens that `step` returned last were chosen from."""
+
+    def __init__(
+        self,
+        model: Qwen2,
+        sampling: SamplingSettings,
+        seed: int | None,
+        prefill_chunk: int,
+        *,
+        min_tokens: int = 0,
+        end_ids: Sequence[int] = (),
+        keep_logits: bool = False,
+    ) -> None:
+        self.logits: mx.array | None = None
+        self._model, self._sampling, self._chunk = model, sampling, prefill_chunk
+        self._min_tokens, self._end_ids, self._keep_logits = min_tokens, end_ids, keep_logits
         self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
-        self._cache: list[BatchKVCache] = []
-        self._tokens: mx.array | None = None  # (B,)
-        self._seen: mx.array | None = None  # (B, columns), padded with ids that the row has anyway
+        self._state: _State | None = None
 
     def read(self, prompts: list[list[int]]) -> None:
         """Computes prompts of one group, and adds them to the batch as its last rows."""
-        longest = max(map(len, prompts))
-        padding = Padding([longest - len(ids) for ids in prompts])
-        ids = mx.array([[ids[0]] * (longest - len(ids)) + ids for ids in prompts], mx.int32)
+        longest, nothing = max(map(len, prompts)), self._model.config.vocab_size
+        pads = [longest - len(ids) for ids in prompts]
+        padding = Padding(pads)
+        ids = mx.array([[ids[0]] * pad + ids for pad, ids in zip(pads, prompts)], mx.int32)
         cache = [BatchKVCache(padding) for _ in range(self._model.config.n_layers)]
         for layer in cache:
             layer.reserve(longest)
@@ -267,51 +321,69 @@ class BatchLoop:
             mx.eval([layer.arrays for layer in cache])
             mx.clear_cache()
             done += columns
-        seen = ids if self._settings.repetition_penalty != 1 else None
-        tokens = self._next(ids[:, done:], cache, seen)
-        mx.eval(tokens)
-        if self._tokens is None:
-            self._cache, self._tokens, self._seen = cache, tokens, seen
-            return
-        self._cache, self._tokens = join(self._cache, cache), mx.concatenate([self._tokens, tokens])
-        if seen is not None:
-            columns = max(seen.shape[1], self._seen.shape[1])
-            self._seen = mx.concatenate([_widened(part, columns) for part in (self._seen, seen)])
+        seen = None
+        if self._sampling.looks_back:
+            seen = mx.where(mx.arange(longest) < mx.array(pads)[:, None], nothing, ids)
+        n_prompt, made = mx.full((len(prompts),), longest, mx.int32), mx.zeros((len(prompts),), mx.int32)
+        new = self._next(ids[:, done:], cache, seen, n_prompt, made)
+        mx.eval(new.tokens)
+        self._state = new if self._state is None else self._joined(self._state, new)
 
     def step(self, more: bool) -> list[int]:
         """The newest token of each row; with `more`, the step after it is launched before that is waited for."""
-        tokens = self._tokens
-        if self._seen is not None:
-            self._seen = mx.concatenate([self._seen, tokens[:, None]], axis=1)
+        now = self._state
         if more:
-            self._tokens = self._next(tokens[:, None], self._cache, self._seen)
-        return tokens.tolist()
+            seen = None if now.seen is None else mx.concatenate([now.seen, now.tokens[:, None]], axis=1)
+            self._state = self._next(now.tokens[:, None], now.cache, seen, now.n_prompt, now.made)
+        self.logits = now.logits
+        return now.tokens.tolist()
 
     def keep(self, rows: list[int]) -> None:
         """Forgets all rows but these."""
         if not rows:
-            self._cache, self._tokens, self._seen = [], None, None
+            self._state = None
             return
-        self._cache, index = select(self._cache, rows), mx.array(rows, mx.int32)
-        self._tokens = self._tokens[index]
-        self._seen = None if self._seen is None else self._seen[index]
+        now, index = self._state, mx.array(rows, mx.int32)
+        rest = [None if part is None else part[index] for part in (now.tokens, now.logits, now.seen)]
+        self._state = _State(select(now.cache, rows), *rest, now.n_prompt[index], now.made[index])
         mx.clear_cache()
 
-    def _next(self, ids: mx.array, cache: list[BatchKVCache], seen: mx.array | None) -> mx.array:
+    def _joined(self, first: _State, second: _State) -> _State:
+        both, seen, n_prompts = (first, second), None, [first.n_prompt, second.n_prompt]
+        if first.seen is not None:
+            longest, nothing = max(state.seen.shape[1] for state in both), self._model.config.vocab_size
+            more = [longest - state.seen.shape[1] for state in both]
+            seen = mx.concatenate([mx.pad(s.seen, [(0, 0), (m, 0)], mx.array(nothing)) for s, m in zip(both, more)])
+            n_prompts = [state.n_prompt + m for state, m in zip(both, more)]
+        return _State(
+            join(first.cache, second.cache),
+            mx.concatenate([first.tokens, second.tokens]),
+            None if first.logits is None else mx.concatenate([first.logits, second.logits]),
+            seen,
+            mx.concatenate(n_prompts),
+            mx.concatenate([first.made, second.made]),
+        )
+
+    def _next(
+        self, ids: mx.array, cache: list[BatchKVCache], seen: mx.array | None, n_prompt: mx.array, made: mx.array
+    ) -> _State:
         """The next token of each row, -1 where a logit is not finite; on its way when this returns."""
         with ops.no_grad():
             logits = self._model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
-        now = None
-        if self._settings.temperature > 0:
+        now, allowed = None, logits
+        if not self._sampling.greedy:
             self._key, now = mx.random.split(self._key)
-        choice = sample(logits, self._settings, seen, now).astype(mx.int32)
-        tokens = mx.where(mx.isfinite(logits.sum(axis=-1)), choice, -1)
+        if self._min_tokens:
+            early = mx.where(made < self._min_tokens, -mx.inf, 0.0)[:, None]
+            allowed = logits.at[:, mx.array(self._end_ids)].add(early)
+        choice = sample(allowed, self._sampling, seen, now, n_prompt=n_prompt, end_ids=self._end_ids)
+        tokens = mx.where(mx.isfinite(logits.sum(axis=-1)), choice.astype(mx.int32), -1)
         if self._model.ranks is not None:
             tokens = self._model.ranks.first(tokens)
-        mx.async_eval(tokens)
-        return tokens
+        kept = logits if self._keep_logits else None
+        mx.async_eval([tokens] if kept is None else [tokens, kept])
+        return _State(cache, tokens, kept, seen, n_prompt, made + 1)
 
 
-def _widened(ids: mx.array, columns: int) -> mx.array:
-    """With repeats of its first column on the left, up to `columns`."""
-    return mx.concatenate([mx.repeat(ids[:, :1], columns - ids.shape[1], axis=1), ids], axis=1)
+ARGUMENTS = [name for name in inspect.signature(batch_generate).parameters if name != "sampling"]
+ARGUMENTS += [field.name for field in fields(SamplingSettings) if field.name != "source"]
