@@ -226,7 +226,10 @@ def batch_generate(
     loop = BatchLoop(
         model, settings, seed, prefill_chunk, min_tokens=min_tokens, end_ids=end_ids, keep_logits=logprobs is not None
     )
+    before = 0.0 if model.ranks is None else model.ranks.seconds
     _answer(loop, rows, batch_size, stats, logprobs, progress)
+    if model.ranks is not None:
+        stats.communication_seconds = model.ranks.seconds - before
     return [row.result for row in rows]
 
 
