@@ -10,7 +10,7 @@ from . import ops
 from .backend import mx
 from .ops import Format, Matrix
 
-FORMATS = ("dense", "affine4", "affine8", "q4_k", "q6_k")
+FORMATS = ("dense", "affine4", "affine5", "affine8", "q4_k", "q6_k")
 EPS = 1e-6
 SHAPES = {False: (1024, 14, 2, 64, 4864), True: (256, 3, 1, 64, 40)}  # hidden, heads, key/value heads, head_dim, width
 
@@ -55,7 +55,7 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
         yield f"matvec_swiglu {form}", lambda m=joined: [ops.matvec_swiglu(x, m, (weight, EPS))]
         yield (
             f"matvec_qkv {form}",
-            lambda m=square: list(ops.matvec_qkv(x, m, bias, (weight, EPS), table, tail, place, heads)),
+            lambda m=square: list(ops.matvec_qkv(x, [m], bias, (weight, EPS), table, tail, place, heads)),
         )
         if form in ("q4_k", "q6_k"):
             yield f"unpack {form}", lambda m=square: [ops.unpack(m, dtype)]

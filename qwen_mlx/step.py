@@ -86,9 +86,9 @@ class Step:
         table = ops.rotation_table(place, self._rotary)
         h = ops.unpack(self._embedding[0], tails[0].dtype, input_ids)
         for i, (norm, mlp_norm, (qkv, bias), o_proj, (gate_up, down_proj)) in enumerate(self._layers):
-            if len(qkv) == 1:
-                q, tails[i] = ops.matvec_qkv(h, qkv[0], bias, (norm, eps), table, tails[i], place, n_heads)
-            else:  # q, k and v are stored differently, as in most files of mixed types
+            if len(qkv) <= 2:
+                q, tails[i] = ops.matvec_qkv(h, qkv, bias, (norm, eps), table, tails[i], place, n_heads)
+            else:  # q, k and v are stored in three ways
                 joined = mx.concatenate([ops.matvec(h, part, (norm, eps)) for part in qkv], axis=-1)
                 q, kv = ops.qkv_rope(joined, bias, place[:1], self._rotary, n_heads, config.n_kv_heads, join_kv=True)
                 q, kv = q.reshape(1, n_heads, 1, -1), kv.reshape(1, 2 * config.n_kv_heads, 1, -1)

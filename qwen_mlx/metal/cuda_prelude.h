@@ -116,12 +116,15 @@ struct Words {
 template <int N, bool ALIGNED>
 FUNCTION Words<N> load_words(const uint* from, uint index) {
   Words<N> words;
-  if (ALIGNED && N == 4) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from + index);
-    words.v[0] = raw.x;
-    words.v[1 % N] = raw.y;
-    words.v[2 % N] = raw.z;
-    words.v[3 % N] = raw.w;
+  if (ALIGNED && N % 4 == 0) {
+#pragma unroll
+    for (int k = 0; k < N; k += 4) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(from + index + k);
+      words.v[k] = raw.x;
+      words.v[(k + 1) % N] = raw.y;
+      words.v[(k + 2) % N] = raw.z;
+      words.v[(k + 3) % N] = raw.w;
+    }
   } else {
 #pragma unroll
     for (int k = 0; k < N; ++k) {

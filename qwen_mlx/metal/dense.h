@@ -1,13 +1,13 @@
 // A dense matrix w (rows, K) of T. Chunk: 16 bytes.
-#define MATRIX w
+struct Dense {};
 
 template <typename T, int BITS, int K>
-FUNCTION constexpr int row_length() {
+FUNCTION constexpr int row_length(Dense) {
   return K;
 }
 
 template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W>
-FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
+FUNCTION Pack<R> row_dots(Dense, X x, Rows<R> rows, uint first, W w) {
   constexpr int N = 16 / sizeof(T);
   constexpr int CHUNKS = K / N;
   Pack<R> sums;

@@ -66,13 +66,13 @@ FUNCTION void fetch_ahead(Rows<R> rows, uint lane, W w) {
 // The products of a unit's R rows with x, for all its lanes. A unit belongs to SPLIT simdgroups, whose sums meet in
 // `partial`; with more than one, all threads of the threadgroup have to come here.
 template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int SPLIT, int DEPTH, typename X, typename Partial,
-          typename W, typename... Rest>
-FUNCTION Pack<R> row_sums(X x, Rows<R> rows, Partial partial, uint lane, uint simd, W w, Rest... rest) {
+          typename Format, typename W, typename... Rest>
+FUNCTION Pack<R> row_sums(Format format, X x, Rows<R> rows, Partial partial, uint lane, uint simd, W w, Rest... rest) {
   const uint first = simd % uint(SPLIT) * uint(SIMD_WIDTH) + lane;
   constexpr int STEP = SIMD_WIDTH * SPLIT;
   Pack<R> sums = is_aligned(w) && is_aligned(x)
-                     ? row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, true>(x, rows, first, w, rest...)
-                     : row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, false>(x, rows, first, w, rest...);
+                     ? row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, true>(format, x, rows, first, w, rest...)
+                     : row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, false>(format, x, rows, first, w, rest...);
   UNROLL
   for (int r = 0; r < R; ++r) {
     sums.v[r] = metal::simd_sum(sums.v[r]);

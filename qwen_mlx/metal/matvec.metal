@@ -1,4 +1,4 @@
-// out = T(W x) + residual for one vector x (K); MATRIX: the matrix (ROWS, K), see its format's header; residual and
+// out = T(W x) + residual for one vector x (K); FORMAT and MATRIX: the matrix (ROWS, K), see its format's header; residual and
 // out (ROWS), T. With NORM x is normed first, with weight (K) and EPS, the bits of eps. A unit is R rows.
 // Template: T, K, ROWS, R, SPLIT, DEPTH, THREADS, GROUPS threadgroups, NORM, ADD, EPS, BITS, GROUP.
 constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
@@ -10,15 +10,15 @@ const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
 if (NORM) {
-  fetch_ahead<R, row_length<T, BITS, K>()>(rows_of<R, 0, ROWS>(unit), lane, w);
+  fetch_ahead<R, row_length<T, BITS, K>(FORMAT())>(rows_of<R, 0, ROWS>(unit), lane, w);
   norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
 }
 // As many rounds for each unit: row_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * R < ROWS; ++round) {
   const Rows<R> rows = rows_of<R, 0, ROWS>(unit);
   const Pack<R> sums =
-      NORM ? row_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(&normed[0].v[0], rows, partial, lane, simd, MATRIX)
-           : row_sums<T, false, BITS, GROUP, K, R, SPLIT, DEPTH>(x, rows, partial, lane, simd, MATRIX);
+      NORM ? row_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], rows, partial, lane, simd, MATRIX)
+           : row_sums<T, false, BITS, GROUP, K, R, SPLIT, DEPTH>(FORMAT(), x, rows, partial, lane, simd, MATRIX);
   const uint row = unit * uint(R) + lane;
   if (simd % uint(SPLIT) == 0u && lane < uint(R) && row < uint(ROWS)) {
     const float sum = float(T(chosen<R>(sums, lane)));

@@ -1,4 +1,4 @@
-// out = T(T(silu(g)) u) with g | u = T(W norm(x)) for one vector x (K); MATRIX: the matrix (2 F, K), gate first, see its
+// out = T(T(silu(g)) u) with g | u = T(W norm(x)) for one vector x (K); FORMAT, MATRIX: the matrix (2 F, K), gate first, see its
 // format's header; weight (K) and EPS, the bits of eps, of the norm; out (F), T. A unit is R / 2 columns.
 // Template: T, K, F, R, SPLIT, DEPTH, THREADS, GROUPS threadgroups, EPS, BITS, GROUP.
 constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
@@ -9,12 +9,12 @@ const uint id = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
-fetch_ahead<R, row_length<T, BITS, K>()>(rows_of<R, F, F>(unit), lane, w);
+fetch_ahead<R, row_length<T, BITS, K>(FORMAT())>(rows_of<R, F, F>(unit), lane, w);
 norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
 // As many rounds for each unit: row_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * (R / 2) < F; ++round) {
-  const Pack<R> sums = row_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(&normed[0].v[0], rows_of<R, F, F>(unit), partial,
-                                                                          lane, simd, MATRIX);
+  const Pack<R> sums = row_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(
+      FORMAT(), &normed[0].v[0], rows_of<R, F, F>(unit), partial, lane, simd, MATRIX);
   const uint column = unit * uint(R / 2) + lane;
   if (simd % uint(SPLIT) == 0u && lane < uint(R / 2) && column < uint(F)) {
     const float gate = float(T(chosen<R>(sums, lane)));

@@ -1,7 +1,7 @@
 // GGUF's Q4_K as in the file: w (rows, K / 256, 36) words a block: d and dmin (float16), 8 scales and 8 minima of 6 bits in
 // 12 bytes, 128 bytes of codes; of each 32 bytes the low halves are one group of 32, the high halves the next.
 // An element is d * scale * code - dmin * minimum. Chunk: 32 bytes of codes, two groups.
-#define MATRIX w
+struct Q4K {};
 
 struct Q4KGroup {
   float scale, minimum;
@@ -22,7 +22,7 @@ FUNCTION Q4KGroup q4_k_group(Words<4> head, uint group) {
 }
 
 template <typename T, int BITS, int K>
-FUNCTION constexpr int row_length() {
+FUNCTION constexpr int row_length(Q4K) {
   return K / 256 * 36;
 }
 
@@ -33,7 +33,7 @@ FUNCTION float q4_k_times(uint pair, int shift, float d) {
 
 template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X,
           typename W>
-FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w) {
+FUNCTION Pack<R> row_dots(Q4K, X x, Rows<R> rows, uint first, W w) {
   constexpr int CHUNKS = K / 64;
   constexpr int LOAD = 16 / sizeof(T);
   Pack<R> sums;

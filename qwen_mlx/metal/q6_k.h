@@ -3,10 +3,10 @@
 // elements, d (rows, K / 256) float16 factors. An element is d * scale * (code - 32). Chunk: 64 elements of a block's
 // half, at 0, 32, 64 and 96 from its start and the same 16 further on.
 // As `mantissa<6>` of a code whose low 4 and high 2 bits lie in two words.
-#define MATRIX w, high, scales, factors
+struct Q6K {};
 
 template <typename T, int BITS, int K>
-FUNCTION constexpr int row_length() {
+FUNCTION constexpr int row_length(Q6K) {
   return K / 8;
 }
 
@@ -18,7 +18,7 @@ FUNCTION float mantissa6(uint low, int low_shift, uint high, int high_shift) {
 
 template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W,
           typename H, typename S, typename F>
-FUNCTION Pack<R> row_dots(X x, Rows<R> rows, uint first, W w, H high_bits, S scales, F factors) {
+FUNCTION Pack<R> row_dots(Q6K, X x, Rows<R> rows, uint first, W w, H high_bits, S scales, F factors) {
   constexpr int CHUNKS = K / 64;
   constexpr int LOAD = 16 / sizeof(T);
   Pack<R> sums;

@@ -1,4 +1,5 @@
-// What the readers of a matrix's formats (dense.h, affine.h, q4_k.h, q6_k.h) need. Each of those defines `row_dots`, which
+// What the readers of a matrix's formats (dense.h, affine.h, q4_k.h, q6_k.h) need. Each of those has a type for its name and,
+// for that, `row_dots`, which
 // multiplies R rows by a vector, and `row_length`, how many elements
 // of `w` a row has; matvec.h calls them.
 

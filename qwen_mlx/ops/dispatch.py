@@ -100,7 +100,7 @@ def compiled(function: Callable) -> Callable:
 class Kernel:
     """One file of qwen_mlx/metal with the names of its inputs and outputs and the helper headers it needs.
 
-    variant: tells kernels of one file apart that differ in a header.
+    variant: tells kernels of one file apart that differ in a header or in `macros`, names and texts.
     """
 
     name: str
@@ -108,6 +108,7 @@ class Kernel:
     outputs: tuple[str, ...]
     headers: tuple[str, ...] = ()
     variant: str = ""
+    macros: tuple[tuple[str, str], ...] = ()
 
     def __call__(
         self,
@@ -138,7 +139,8 @@ class Kernel:
 
     def header(self, dialect: str) -> str:
         """The text before the kernel in "metal" or "cuda"."""
-        return "\n".join(_without_comments(file) for file in (f"{dialect}_prelude.h", *self.headers))
+        texts = [_without_comments(file) for file in (f"{dialect}_prelude.h", *self.headers)]
+        return "\n".join(texts + [f"#define {name} {text}\n" for name, text in self.macros])
 
     def source(self) -> str:
         """The kernel's body, the same in both dialects."""
@@ -232,8 +234,7 @@ def explain() -> str:
     if kind != "reference":
         lines += [
             "plain MLX for rows above 16384 (rms_norm), heads above 1024 (rope) and arrays of 2^31 elements or more",
-            "one token after others: fused kernels on dense, 4- and 8-bit affine, Q4_K and Q6_K matrices; else MLX's "
-            "products",
+            "one token after others: fused kernels on dense, affine, Q4_K and Q6_K matrices; else MLX's products",
         ]
         if switched_off():
             lines.append(f"but {', '.join(sorted(switched_off()))}: plain MLX (QWEN_MLX_KERNELS)")

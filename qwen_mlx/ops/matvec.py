@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .dispatch import Kernel, executor, float_bits, require, require_float, requ
 from .rms_norm import rms_norm
 from .rope import Rotary, scale_template, turns_of
 from .swiglu import swiglu_joined_reference
-from .unpack import ARRAYS, Format, Matrix, unpack_reference
+from .unpack import Format, Matrix, array_names, format_macros, unpack_reference
 
 MAX_STAGED = 16384  # bytes of a normed vector in threadgroup memory
 
@@ -37,14 +37,17 @@ _ROTATION = Kernel("rotation", ("turns", "offset"), ("out",), ("rotary.h",))
 
 
 @functools.cache
-def _kernel(name: str, kind: str) -> Kernel:
+def _kernel(name: str, kinds: tuple[str, ...]) -> Kernel:
     last, outputs, headers = {
         "matvec": (("residual",), ("out",), ()),
         "matvec_swiglu": ((), ("out",), ("silu.h",)),
         "matvec_qkv": (("bias", "table", "tail", "place"), ("q", "new_tail"), ("rotary.h",)),
     }[name]
-    headers = ("rms.h", "rows.h", f"{kind}.h", "matvec.h", *headers)
-    return Kernel(name, ("x", "weight", *ARRAYS[kind], *last), outputs, headers, kind)
+    headers = ("rms.h", "rows.h", *dict.fromkeys(f"{kind}.h" for kind in kinds), "matvec.h", *headers)
+    numbered = list(zip(kinds, ("", "2")))
+    arrays = [array for kind, number in numbered for array in array_names(kind, number)]
+    macros = tuple(macro for kind, number in numbered for macro in format_macros(kind, number))
+    return Kernel(name, ("x", "weight", *arrays, *last), outputs, headers, "_".join(kinds), macros)
 
 
 def matvec(
@@ -72,7 +75,7 @@ def matvec(
     template = (("ROWS", rows), ("NORM", norm is not None), ("ADD", residual is not None))
     extra = (x if residual is None else residual,)  # not read without ADD
     units = -(-rows // tuning.rows)
-    return _launch("matvec", x, matrix, norm, extra, template, tuning, units, [(1, 1, rows)])[0]
+    return _launch("matvec", x, [matrix], norm, extra, template, tuning, units, [(1, 1, rows)])[0]
 
 
 def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> mx.array:
@@ -87,12 +90,12 @@ def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> 
     tuning = _tuning("matvec_swiglu", matrix.format)
     width = matrix.format.rows // 2
     units = -(-width // (tuning.rows // 2))
-    return _launch("matvec_swiglu", x, matrix, norm, (), (("F", width),), tuning, units, [(1, 1, width)])[0]
+    return _launch("matvec_swiglu", x, [matrix], norm, (), (("F", width),), tuning, units, [(1, 1, width)])[0]
 
 
 def matvec_qkv(
     x: mx.array,
-    matrix: Matrix,
+    parts: Sequence[Matrix],
     bias: mx.array,
     norm: tuple[mx.array, float],
     table: mx.array,
@@ -102,13 +105,15 @@ def matvec_qkv(
 ) -> tuple[mx.array, mx.array]:
     """qkv_rope(matrix @ norm(x), bias) for one vector, its key and value put among those of the tokens before it.
 
-    matrix: ((n_heads + 2 n_kv_heads) head_dim, columns); bias: its rows; table: rotation_table(...);
+    parts: one or two matrices, one above the other, ((n_heads + 2 n_kv_heads) head_dim, columns); the first one's rows
+    are whole heads; bias: of all rows; table: rotation_table(...);
     tail (1, 2 n_kv_heads, tokens, head_dim): keys, then values, of the newest tokens; place: int32 (2,), the token's
     position and the tail's. Returns q (1, n_heads, 1, head_dim) and the new tail. Rounding and errors as matvec's and
     qkv_rope's.
     """
-    _check(x, matrix, norm)
-    rows, half = matrix.format.rows, table.shape[0]
+    for part in parts:
+        _check(x, part, norm)
+    rows, half = sum(part.format.rows for part in parts), table.shape[0]
     require(
         tail.ndim == 4 and tail.shape[3] == 2 * half and tail.shape[1] % 2 == 0 and tail.dtype == x.dtype,
         lambda: (
@@ -117,20 +122,27 @@ def matvec_qkv(
         ),
     )
     require(
-        rows == (n_heads + tail.shape[1]) * 2 * half,
-        lambda: f"matrix has {rows} rows, expected {n_heads} + {tail.shape[1]} heads of {2 * half}.",
+        rows == (n_heads + tail.shape[1]) * 2 * half and parts[0].format.rows % (2 * half) == 0 and len(parts) < 3,
+        lambda: (
+            f"parts have {[part.format.rows for part in parts]} rows, expected one or two matrices of whole heads, "
+            f"{n_heads} + {tail.shape[1]} of {2 * half}."
+        ),
     )
     require_like("bias", bias, (rows,), x.dtype)
     require_like("place", place, (2,), mx.int32)
     shape = (1, n_heads, 1, 2 * half)
-    if not _on_kernel(x, matrix, norm):
-        q, kv = _turned(matvec_reference(x, matrix, norm) + bias, table, n_heads, tail.shape[1] // 2)
+    tuning = _tuning("matvec_qkv", parts[0].format)
+    if len(parts) > 1:
+        tuning = replace(tuning, split=1)
+    if not all(_on_kernel(x, part, norm) for part in parts) or half % (tuning.rows // 2):
+        y = mx.concatenate([matvec_reference(x, part, norm) for part in parts], axis=-1) + bias
+        q, kv = _turned(y, table, n_heads, tail.shape[1] // 2)
         return q.reshape(shape), put_in_tail(tail, kv, place)
-    tuning = _tuning("matvec_qkv", matrix.format)
     units = -(-rows // tuning.rows)
     template = (("HEADS", n_heads), ("KV", tail.shape[1] // 2), ("HALF", half), ("TAIL", tail.shape[2]))
+    template += (("PAIRS1", parts[0].format.rows // 2),)
     extra = (bias, table, tail, place)
-    return tuple(_launch("matvec_qkv", x, matrix, norm, extra, template, tuning, units, [shape, tail.shape]))
+    return tuple(_launch("matvec_qkv", x, parts, norm, extra, template, tuning, units, [shape, tail.shape]))
 
 
 def put_in_tail(tail: mx.array, kv: mx.array, place: mx.array) -> mx.array:
@@ -213,7 +225,7 @@ def _tuning(name: str, form: Format) -> Tuning:
 def _launch(
     name: str,
     x: mx.array,
-    matrix: Matrix,
+    parts: Sequence[Matrix],
     norm: tuple[mx.array, float] | None,
     extra: tuple[mx.array, ...],
     template: tuple[tuple[str, object], ...],
@@ -221,15 +233,17 @@ def _launch(
     units: int,
     shapes: Sequence[tuple[int, ...]],
 ) -> list[mx.array]:
-    form = matrix.format
     weight, eps = (x, 0.0) if norm is None else norm
     groups = min(-(-units // (tuning.threads // 32 // tuning.split)), tuning.groups)
     template = (
         *template,
-        *(("K", form.columns), ("R", tuning.rows), ("SPLIT", tuning.split), ("DEPTH", tuning.depth)),
+        *(("K", x.size), ("R", tuning.rows), ("SPLIT", tuning.split), ("DEPTH", tuning.depth)),
         *(("THREADS", tuning.threads), ("GROUPS", groups), ("EPS", float_bits(eps))),
-        *(("BITS", form.bits or 4), ("GROUP", form.group_size or 32)),
     )
+    for part, number in zip(parts, ("", "2")):
+        template += ((f"BITS{number}", part.format.bits or 4), (f"GROUP{number}", part.format.group_size or 32))
     grid = (groups * tuning.threads, 1, 1)
-    inputs = (x, weight, *matrix.arrays, *extra)
-    return _kernel(name, form.kind)(inputs, template, grid, (tuning.threads, 1, 1), shapes)
+    inputs = (x, weight, *(array for part in parts for array in part.arrays), *extra)
+    return _kernel(name, tuple(part.format.kind for part in parts))(
+        inputs, template, grid, (tuning.threads, 1, 1), shapes
+    )

@@ -21,6 +21,19 @@ ARRAYS = {
 }
 
 
+_TAGS = {"dense": "Dense", "affine": "Affine", "q4_k": "Q4K", "q6_k": "Q6K"}
+
+
+def array_names(kind: str, number: str = "") -> tuple[str, ...]:
+    """What a kernel calls the arrays of its matrix, or of its matrix `number`."""
+    return tuple(f"{name}{number}" for name in ARRAYS[kind])
+
+
+def format_macros(kind: str, number: str = "") -> tuple[tuple[str, str], ...]:
+    """FORMAT and MATRIX of such a matrix."""
+    return (f"FORMAT{number}", _TAGS[kind]), (f"MATRIX{number}", ", ".join(array_names(kind, number)))
+
+
 @dataclass(frozen=True, eq=False)  # compared by identity, which is fast; made once by the layers
 class Format:
     """How a matrix (rows, columns) is stored.
@@ -41,7 +54,7 @@ class Format:
     def served(self) -> bool:
         """Whether the matrix-vector kernels read it."""
         if self.kind == "affine":
-            return self.bits in (4, 8) and self.columns % max(self.group_size, 128 // self.bits) == 0
+            return self.bits in (2, 3, 4, 5, 6, 8) and self.columns % 32 == 0
         return self.columns % (256 if self.kind in RAW else 16) == 0
 
 
@@ -55,7 +68,8 @@ class Matrix(NamedTuple):
 @functools.cache
 def _kernel(kind: str, chosen: bool) -> Kernel:
     inputs = (*ARRAYS[kind], "ids") if chosen else ARRAYS[kind]
-    return Kernel("unpack_rows" if chosen else "unpack", inputs, ("out",), ("rows.h", f"{kind}.h"), kind)
+    name, headers = "unpack_rows" if chosen else "unpack", ("rows.h", f"{kind}.h")
+    return Kernel(name, inputs, ("out",), headers, kind, format_macros(kind))
 
 
 def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:

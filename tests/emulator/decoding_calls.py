@@ -31,13 +31,15 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
         "attend_split": lambda: [ops.attend_one(q, long, new, seen, 0.125)],
         "matvec dense, split": lambda: [ops.matvec(wide, matrix("dense", 21, 8192, dtype))],
     }
+    mixed = [matrix("affine5", rows - head_dim, columns, dtype), matrix("q6_k", head_dim, columns, dtype)]
+    found["matvec_qkv mixed"] = lambda: list(ops.matvec_qkv(x, mixed, bias, (weight, EPS), table, tail, place, heads))
     for form in FORMATS:
         odd, qkv, ffn = (matrix(form, n, columns, dtype) for n in (37, rows, 38))
         found |= {
             f"matvec {form}": lambda odd=odd: [ops.matvec(x, odd, (weight, EPS), residual)],
             f"matvec_swiglu {form}": lambda ffn=ffn: [ops.matvec_swiglu(x, ffn, (weight, EPS))],
             f"matvec_qkv {form}": lambda qkv=qkv: list(
-                ops.matvec_qkv(x, qkv, bias, (weight, EPS), table, tail, place, heads)
+                ops.matvec_qkv(x, [qkv], bias, (weight, EPS), table, tail, place, heads)
             ),
         }
         if form in ("q4_k", "q6_k"):

@@ -44,6 +44,14 @@ EDITS: dict[str, tuple[str, Edit]] = {
         "matvec_qkv dense",
         Edit("matvec_qkv.metal", "table[t + 1u], -a,", "table[t + 1u], a,", WrongNumbers),
     ),
+    "matvec_qkv: the second matrix from the first one's unit on": (
+        "matvec_qkv mixed",
+        Edit("matvec_qkv.metal", "(unit - UNITS1)", "(unit)", (OutOfBounds, WrongNumbers)),
+    ),
+    "affine: a code's bits in the second word lost": (
+        "matvec_qkv mixed",
+        Edit("affine.h", "(words.v[(word + 1) % BITS] << uint(32 - shift))", "0u", WrongNumbers),
+    ),
     "Q4_K: upper bits of later scales lost": (
         "matvec q4_k",
         Edit("q4_k.h", "(tops & 0x0f0fu) | ((scale >> 2) & 0x3030u)", "(tops & 0x0f0fu)", WrongNumbers),

@@ -10,7 +10,7 @@ import pytest
 from qwen_mlx import ops
 from qwen_mlx.ops import Format, Matrix
 
-FORMATS = ["dense", "affine4", "affine8", "q4_k", "q6_k"]
+FORMATS = ["dense", *(f"affine{bits}" for bits in (2, 3, 4, 5, 6, 8)), "q4_k", "q6_k"]
 ULP = {mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}
 
 
@@ -96,12 +96,15 @@ def test_swiglu_is_what_the_separate_operations_give(executor: str, form: str):
     np.testing.assert_allclose(wide(y), wide(expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("forms", [*FORMATS, "affine5 affine8", "q4_k q6_k", "dense q4_k", "q6_k affine6"])
 @pytest.mark.parametrize("factor", [1.0, 1.1386])
-def test_qkv_is_what_the_separate_operations_give(executor: str, form: str, factor: float):
+def test_qkv_is_what_the_separate_operations_give(executor: str, forms: str, factor: float):
     heads, kv_heads, head_dim = 3, 1, 16
     rows = (heads + 2 * kv_heads) * head_dim
-    matrix, _ = matrix_of(form, rows, 256, mx.float32)
+    first, *second = forms.split()
+    cut = rows - kv_heads * head_dim if second else rows  # v is stored differently, as in most files of mixed types
+    parts = [matrix_of(first, cut, 256, mx.float32)[0]]
+    parts += [matrix_of(form, rows - cut, 256, mx.float32, 5)[0] for form in second]
     x, weight, bias = vector(256, mx.float32), vector(256, mx.float32, 2).reshape(-1), vector(rows, mx.float32, 3)
     plain = ops.Rotary.plain(head_dim, 1e6)
     rotary = ops.Rotary(plain.inv_freq, factor)
@@ -109,8 +112,8 @@ def test_qkv_is_what_the_separate_operations_give(executor: str, form: str, fact
     place = mx.array([100_000, 99_998], mx.int32)
     with ops.no_grad():
         table = ops.rotation_table(place, rotary)
-        q, new_tail = ops.matvec_qkv(x, matrix, bias.reshape(-1), (weight, 1e-6), table, tail, place, heads)
-        joined = ops.matvec(x, matrix, (weight, 1e-6))
+        q, new_tail = ops.matvec_qkv(x, parts, bias.reshape(-1), (weight, 1e-6), table, tail, place, heads)
+        joined = mx.concatenate([ops.matvec(x, part, (weight, 1e-6)) for part in parts], axis=-1)
         q2, kv2 = ops.qkv_rope(joined, bias.reshape(-1), 100_000, rotary, heads, kv_heads, join_kv=True)
     assert q.shape == (1, heads, 1, head_dim)
     assert new_tail.shape == tail.shape
