@@ -1,7 +1,8 @@
 """`python -m benchmarks.profile`: where one decoded token's time goes on an NVIDIA GPU, kernel by kernel.
 
 Random weights of the true shapes. The kernels of some tokens are traced by CUPTI through torch's profiler, which sees
-all of a process, MLX's too. Prints a table for each model and writes JSON. "gaps" is when no kernel ran.
+all of a process, MLX's too. Prints a table for each model and writes JSON. "gaps" is when no kernel ran; the share is a
+product's bytes per second over a copy's.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.engines import QwenMLX
-from benchmarks.run import model_of
-from qwen_mlx import ops
+from benchmarks.run import copy_bandwidth, model_of
+from qwen_mlx import Qwen2, ops
 from qwen_mlx.backend import describe, mx
+from qwen_mlx.layers import matrices
 
 
 def traced(tokens, count: int) -> list[tuple[str, int, int]]:
@@ -56,6 +58,20 @@ def summary(kernels: list[tuple[str, int, int]], count: int) -> dict:
     return {"us_a_token": whole / count / 1e3, "gaps_us_a_token": (whole - busy) / count / 1e3, "kernels": rows}
 
 
+def bytes_read(model: Qwen2, kernel: str) -> int | None:
+    """What a launch must read of a matrix at least, by its kernel's name, in which its sizes stand; None: no matrix."""
+    layer = model.model.layers[0]
+    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    modules = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj, head)
+    for place, module in enumerate(modules):
+        for matrix in matrices(module):
+            rows, columns = matrix.format.rows, matrix.format.columns
+            sizes = f"matvec_qkv.*_{columns}" if place == 0 else f"(_swiglu.*_{rows // 2}|_{rows}_[tf]_[tf])_{columns}"
+            if re.search(f"_{matrix.format.kind}_", kernel) and re.search(f"{sizes}_", kernel):
+                return sum(array.nbytes for array in matrix.arrays)
+    return None
+
+
 def main() -> None:
     """Parses the arguments, profiles every case, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,6 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.cuda.init()
     report = {"device": describe(), "system": platform.platform(), "prompt": arguments.prompt, "models": {}}
+    copy = report["copy_bytes_per_second"] = copy_bandwidth()
     for case in arguments.models:
         model = model_of(case)[0]
         tokens = QwenMLX(model).start([[(7919 * i) % 150000 for i in range(arguments.prompt)]])
@@ -75,13 +92,16 @@ def main() -> None:
         untraced = (time.perf_counter() - begin) / 64 * 1e6
         traced(tokens, 2)  # the profiler's own start
         found = summary(traced(tokens, arguments.tokens), arguments.tokens)
+        for row in found["kernels"]:  # the roofline of a product with one vector is the reading of its matrix
+            if (size := bytes_read(model, row["kernel"])) is not None:
+                row |= {"bytes": size, "share_of_copy": size / (row["us"] * 1e-6) / copy}
         report["models"][case] = {"untraced_us_a_token": untraced, **found}
         whole, gaps = found["us_a_token"], found["gaps_us_a_token"]
         print(f"\n{case}: {untraced:.0f} us a token, traced {whole:.0f}, gaps {gaps:.0f}")
         for row in found["kernels"][:14]:
-            print(
-                f"  {row['us_a_token']:8.1f} = {row['launches']:6.1f} x {row['us']:7.2f}  {row['kernel']}", flush=True
-            )
+            share = f"{row['share_of_copy']:5.0%}" if "share_of_copy" in row else "     "
+            counts = f"{row['us_a_token']:8.1f} = {row['launches']:6.1f} x {row['us']:7.2f}"
+            print(f"  {counts} {share}  {row['kernel'][:100]}", flush=True)
         del model, tokens
         mx.clear_cache()
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
