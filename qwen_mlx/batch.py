@@ -226,10 +226,9 @@ def batch_generate(
     loop = BatchLoop(
         model, settings, seed, prefill_chunk, min_tokens=min_tokens, end_ids=end_ids, keep_logits=logprobs is not None
     )
-    before = 0.0 if model.ranks is None else model.ranks.seconds
     _answer(loop, rows, batch_size, stats, logprobs, progress)
     if model.ranks is not None:
-        stats.communication_seconds = model.ranks.seconds - before
+        stats.communication_seconds = model.ranks.seconds(stats.prompt_seconds, stats.generation_seconds)
     return [row.result for row in rows]
 
 
@@ -356,7 +355,9 @@ class BatchLoop:
         if first.seen is not None:
             longest, nothing = max(state.seen.shape[1] for state in both), self._model.config.vocab_size
             more = [longest - state.seen.shape[1] for state in both]
-            seen = mx.concatenate([mx.pad(s.seen, [(0, 0), (m, 0)], mx.array(nothing)) for s, m in zip(both, more)])
+            seen = mx.concatenate(
+                [mx.pad(s.seen, [(0, 0), (m, 0)], constant_values=nothing) for s, m in zip(both, more)]
+            )
             n_prompts = [state.n_prompt + m for state, m in zip(both, more)]
         return _State(
             join(first.cache, second.cache),

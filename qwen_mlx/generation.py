@@ -360,7 +360,6 @@ def _stream(
     stream = TextStream(tokenizer, stop, max_tokens)
     found: list[Any] = [None, ()]
     loop = loop | {"on_logprobs": lambda *new: found.__setitem__(slice(None), new)}
-    before = 0.0 if model.ranks is None else model.ranks.seconds
     start = time.perf_counter()
     for token in _tokens(model, ids, prompt_cache, stats, loop):
         now = time.perf_counter()
@@ -370,7 +369,7 @@ def _stream(
         else:
             stats.generation_seconds = now - start
         if model.ranks is not None:
-            stats.communication_seconds = model.ranks.seconds - before
+            stats.communication_seconds = model.ranks.seconds(stats.prompt_seconds, stats.generation_seconds)
         text, finish_reason = stream.add(token)
         yield GenerationChunk(text, token, finish_reason, stats, *found)
         if finish_reason is not None:

@@ -115,6 +115,7 @@ class Link:
             time.sleep(2 * GRACE)  # rank 0 answers with the end
         self._ending = True
         self._send({"end": True, "now": error is not None or (all_end and self.rank == 0)})
+        _quiet()
         if all_end and self.rank:
             time.sleep(2 * GRACE)  # rank 0 goes first: MLX's threads complain of every other that does
 
@@ -253,18 +254,27 @@ class Link:
         self._ending = True
         if text:
             with contextlib.suppress(OSError, ValueError):
-                print(f"\nerror: {text}" if sys.stdout.isatty() else f"error: {text}", file=self._error, flush=True)
+                print(f"\nerror: {text}", file=self._error, flush=True)  # MLX may have begun a line
         self._send({"end": True, "now": True})
         os._exit(code)
 
 
 def _await_end(connection: socket.socket) -> None:
     """Until the other process is gone, or for GRACE seconds, with MLX's complaints about that turned off."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    _quiet()
     with contextlib.suppress(OSError):
         connection.settimeout(GRACE)
         while connection.recv(1 << 16):
             pass
+
+
+def _quiet() -> None:
+    """Turns off what MLX's threads say when connections close, and nothing that Python prints."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if sys.stderr.fileno() == 2:
+            sys.stderr.flush()
+            sys.stderr = open(os.dup(2), "w", buffering=1)  # noqa: SIM115 (for the rest of the process)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _addresses() -> list[str]:

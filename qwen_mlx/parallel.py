@@ -64,7 +64,8 @@ def together() -> Iterator[mx.distributed.Group | None]:
     except BaseException as error:
         link.leave(error)
         raise
-    sys.stdout.flush()
+    if not link.rank:
+        sys.stdout.flush()
     link.leave(all_end=True)
 
 
@@ -124,31 +125,29 @@ def _digest(files: Sequence[Path]) -> str:
 class Ranks:
     """A group as the model's layers use it, and what its communication costs.
 
-    seconds: in communication so far, waiting for slower ranks included. One step of 32 and one chunk of a prompt of 4
-    is computed piece by piece, so that each transfer can be timed; the others are taken to cost the same a token.
+    One step of 32 and one chunk of a prompt of 4 is computed piece by piece, so that each transfer can be timed, waiting
+    for slower ranks included; the others are taken to spend the same share of their time.
     """
 
     def __init__(self, group: mx.distributed.Group):
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self._timed = False
-        self._calls = [0, 0]  # steps; chunks
-        self._tokens = [[0, 0], [0, 0]]  # of each: all, timed
-        self._spent = [0.0, 0.0]
+        self._kind, self._mark = 0, 0.0
+        self._calls, self._spent, self._whole = [0, 0], [0.0, 0.0], [0.0, 0.0]  # of steps; of chunks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self
 
-    @property
-    def seconds(self) -> float:
-        """See the class."""
-        return sum(spent * all_ / timed for spent, (all_, timed) in zip(self._spent, self._tokens) if timed)
+    def seconds(self, prompt_seconds: float, generation_seconds: float) -> float:
+        """How much of these was communication."""
+        times = zip((generation_seconds, prompt_seconds), self._spent, self._whole)
+        return sum(seconds * spent / whole for seconds, spent, whole in times if whole)
 
-    def begin(self, n_tokens: int, chunk: bool) -> None:
-        """A pass through the model begins."""
+    def begin(self, chunk: bool) -> None:
+        """A pass through the model begins, with one new token of each row or a chunk of a prompt."""
         self._kind, self._timed = int(chunk), self._calls[chunk] % MEASURED[chunk] == 0
         self._calls[chunk] += 1
-        self._tokens[chunk][0] += n_tokens
-        self._tokens[chunk][1] += n_tokens * self._timed
+        self._mark = time.perf_counter()
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum of every rank's x, the same bits on all."""
@@ -171,7 +170,10 @@ class Ranks:
         start = time.perf_counter()
         result = transfer(x, group=self.group)
         mx.eval(result)
-        self._spent[self._kind] += time.perf_counter() - start
+        now = time.perf_counter()
+        self._spent[self._kind] += now - start
+        self._whole[self._kind] += now - self._mark
+        self._mark = now
         return result
 
 
@@ -215,7 +217,7 @@ class SummedEmbedding(JoinedLinear):
         self._rows = rows
 
     def __call__(self, ids: mx.array) -> mx.array:
-        self._ranks.begin(ids.size, chunk=ids.shape[-1] > 1)
+        self._ranks.begin(chunk=ids.shape[-1] > 1)
         mine = (ids >= self._rows.start) & (ids < self._rows.stop)
         found = self.part(mx.where(mine, ids - self._rows.start, 0))
         return self._ranks.sum(mx.where(mine[..., None], found, mx.zeros_like(found)))
