@@ -1,0 +1,62 @@
+"""What every rank runs in tests/test_parallel.py: loads models and writes down what it computed.
+
+python parallel_worker.py JOBS.json FOLDER: FOLDER/RANK.json gets the results of each job.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+
+from qwen_mlx import batch_generate, load
+from qwen_mlx.backend import mx
+from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.generation import generate_ids
+from qwen_mlx.sampling import SamplingSettings
+
+PROMPTS = [list(range(3, 23)), [7, 1, 9]]
+
+
+def peak() -> int:
+    """The most bytes this process has had in memory; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def run(job: dict, group: mx.distributed.Group | None) -> dict:
+    """The results of one model: greedy ids, sampled ids, a batch's, and the bytes of this rank's parameters."""
+    before = peak()
+    try:
+        model, tokenizer = load(job["model"], quantized=job.get("quantized"), group=group)
+    except QwenMLXError as error:
+        return {"error": str(error)}
+    found: dict = {"peak": peak() - before}
+    found["bytes"] = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    tokens = job.get("tokens", 6)
+    prompt = job.get("prompt", PROMPTS[0])
+    # Without a seed each rank would draw its own tokens; a chunk of 8 makes several passes of the prompt.
+    for name, sampling in (("greedy", SamplingSettings(temperature=0)), ("sampled", SamplingSettings(temperature=1.5))):
+        if name in job.get("kinds", ("greedy",)):
+            made = generate_ids(model, prompt, sampling=sampling, prefill_chunk=job.get("chunk", 8))
+            found[name] = [next(made) for _ in range(tokens)]
+            made.close()
+    if "batch" in job.get("kinds", ()):
+        results = batch_generate(model, tokenizer, PROMPTS, max_tokens=tokens, temperature=0)
+        found["batch"] = [result.token_ids for result in results]
+        found["communication"] = results[0].stats.communication_seconds
+    return found
+
+
+def main() -> None:
+    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    group = mx.distributed.init()
+    results = {job["name"]: run(job, group) for job in jobs}
+    (folder / f"{group.rank()}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
