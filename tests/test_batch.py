@@ -13,7 +13,6 @@ from qwen_mlx.backend import mx
 from qwen_mlx.batch import BatchKVCache, Padding, join, select
 from qwen_mlx.cache import KVCache
 from qwen_mlx.generation import GenerationChunk
-from qwen_mlx.sampling import sample
 from tests.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
 
 LENGTHS = (3, 90, 1, 41, 17, 150, 2, 64, 33, 5, 120, 18)
@@ -92,24 +91,49 @@ def test_rows_equal_transformers_on_a_padded_batch(small, theirs):
         assert len(result.token_ids) == 30 or result.token_ids[-1] == IM_END
 
 
-def test_a_penalty_counts_a_rows_own_tokens(small, monkeypatch):
+FEATURES = {
+    "repetition": {"repetition_penalty": 1.3},
+    "counts": {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    "n-grams": {"no_repeat_ngram": 2},
+    "bias": {"logit_bias": {5: -3.0, 9: 4.0, IM_END: 2.0}},
+    "minimum": {"min_tokens": 9, "logit_bias": {IM_END: 4.0}},
+    "all": {
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.7,
+        "no_repeat_ngram": 3,
+        "min_tokens": 5,
+        "logit_bias": {IM_END: 5.0},
+        "logprobs": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("case", FEATURES)
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_what_is_asked_for_is_done_to_each_row_by_its_own_tokens(small, case, batch_size):
+    """Rows of very different lengths that come and go: each as alone, log-probabilities too."""
     model, tokenizer = small
-    counted = []
-
-    def watched(logits, settings, seen=None, key=None):
-        counted.extend(seen.tolist())
-        return sample(logits, settings, seen, key)
-
-    monkeypatch.setattr("qwen_mlx.batch.sample", watched)
-    prompts = prompts_of((20, 4, 9, 31, 6))
-    results = batch_generate(
-        model, tokenizer, prompts, max_tokens=[30, 12, 25, 9, 30], temperature=0, repetition_penalty=1.3, batch_size=3
-    )
-    for ids, limit, result in zip(prompts, [30, 12, 25, 9, 30], results):
-        single = stream_generate(model, tokenizer, ids, max_tokens=limit, temperature=0, repetition_penalty=1.3)
+    prompts, limits = prompts_of((20, 4, 9, 31, 6, 1, 60)), [30, 12, 25, 9, 30, 18, 11]
+    arguments = {"temperature": 0, **FEATURES[case]}
+    results = batch_generate(model, tokenizer, prompts, max_tokens=limits, batch_size=batch_size, **arguments)
+    plain = 0
+    for ids, limit, result in zip(prompts, limits, results):
+        single = list(stream_generate(model, tokenizer, ids, max_tokens=limit, **arguments))
         assert result.token_ids == [chunk.token for chunk in single]
-    own = [{*ids, *result.token_ids} for ids, result in zip(prompts, results)]
-    assert all(any(set(seen) <= ids for ids in own) for seen in counted)
+        plain += result.token_ids == [chunk.token for chunk in alone(model, tokenizer, ids, limit)]
+        assert len(result.logprobs) == len(result.top_logprobs) == ("logprobs" in arguments) * len(single)
+        np.testing.assert_allclose(result.logprobs, [c.logprob for c in single][: len(result.logprobs)], atol=1e-4)
+        for ours, chunk in zip(result.top_logprobs, single):
+            assert [token for token, _ in ours] == [token for token, _ in chunk.top_logprobs]
+    assert plain < len(prompts) - 1, "the feature changes nothing here, so that nothing is tested"
+
+
+def test_xtc_of_a_row_leaves_the_least_likely_choice(small):
+    """Always applied and with a threshold of 0, it decides the token."""
+    settings = {"temperature": 1.0, "top_k": 3, "top_p": 1.0, "repetition_penalty": 1.0, "logit_bias": {IM_END: -50.0}}
+    settings |= {"xtc_probability": 1.0, "xtc_threshold": 0.0, "max_tokens": 9, "logprobs": 3}
+    for result in batch_generate(*small, prompts_of((20, 4, 9)), **settings):
+        assert result.token_ids == [top[-1][0] for top in result.top_logprobs]
 
 
 def test_stop_strings_end_their_row_alone(small):
@@ -201,6 +225,8 @@ def test_padding_is_never_seen(window):
         ([[1]], {"seed": -1}, "seed is -1"),
         ([[1]], {"stop": [""]}, "stop is"),
         ([[1]], {"top_p": 0}, "top_p is 0"),
+        ([[1]], {"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9"),
+        ([[1]], {"batchsize": 9}, "There is no argument 'batchsize': did you mean 'batch_size'"),
     ],
     ids=str,
 )
