@@ -6,7 +6,9 @@ alike; rules on the syntax tree and on the words add what the two languages diff
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,7 +120,14 @@ def _index() -> Index:
         from clang.cindex import Index
     except ImportError as error:
         raise Unavailable("The lint needs libclang: `pip install libclang`.") from error
+    atexit.register(_release)
     return Index.create()
+
+
+def _release() -> None:
+    """Frees libclang's objects before the interpreter clears the module that their destructors call."""
+    _index.cache_clear()
+    gc.collect()
 
 
 def _parse(text: str) -> TranslationUnit:

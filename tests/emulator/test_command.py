@@ -62,10 +62,23 @@ def test_a_race(files, capsys, order):
 
 
 def test_a_finding_of_the_lint(files, capsys):
-    (files / "reverse.metal").write_text(REVERSE.replace("63u", "int(63.0)"))
+    (files / "reverse.metal").write_text(REVERSE.replace("63u", "__builtin_abs(63)"))
     assert main(arguments(files)) == 1
-    assert "lint: body line 5: 63.0 has no suffix" in capsys.readouterr().out
+    assert "lint: body line 5: __builtin_abs: names that start with __" in capsys.readouterr().out
     assert main(arguments(files, "--no-lint")) == 0
+
+
+def test_what_only_cuda_refuses_is_a_note(files, capsys):
+    (files / "reverse.metal").write_text(REVERSE.replace("63u", "int(63.0)"))
+    assert main(arguments(files)) == 0
+    assert "note: body line 5: 63.0 has no suffix" in capsys.readouterr().out
+
+
+def test_a_whole_kernel_instead_of_a_body(files, capsys):
+    (files / "reverse.metal").write_text("kernel void reverse(device float* y [[buffer(0)]]) {}")
+    with pytest.raises(SystemExit):
+        main(arguments(files))
+    assert "reverse.metal holds a whole kernel: leave its body only" in capsys.readouterr().err
 
 
 def test_results_that_depend_on_the_order(files, capsys):

@@ -1,4 +1,4 @@
-"""What a launch means: arrays, sizes, attributes, simd operations, rounding, atomics; and what it refuses."""
+"""What a launch means: arrays, sizes, attributes, simd operations, rounding, atomics."""
 
 from __future__ import annotations
 
@@ -9,40 +9,9 @@ import numpy as np
 import pytest
 
 from qwen_mlx import ops
-from reference.emulator import (
-    CompileError,
-    DataRace,
-    InvalidLaunch,
-    OutOfBounds,
-    Unavailable,
-    UninitialisedRead,
-    emulate,
-    metal_kernel,
-    source,
-)
+from reference.emulator import DataRace, OutOfBounds, Unavailable, UninitialisedRead, emulate, metal_kernel, source
 
-
-def run(body: str, inputs: dict, outputs: dict, grid=(1, 1, 1), threadgroup=(1, 1, 1), template=None, **options):
-    """One launch. outputs: name to (shape, dtype). Returns one array, or a list of them."""
-    settings = {key: options.pop(key) for key in ("checked", "order", "seed", "contract") if key in options}
-    init_value = options.pop("init_value", None)
-    with emulate(**settings):
-        kernel = mx.fast.metal_kernel(
-            name="k", input_names=list(inputs), output_names=list(outputs), source=body, **options
-        )
-        results = kernel(
-            inputs=list(inputs.values()),
-            template=template,
-            grid=grid,
-            threadgroup=threadgroup,
-            output_shapes=[shape for shape, _ in outputs.values()],
-            output_dtypes=[dtype for _, dtype in outputs.values()],
-            init_value=init_value,
-        )
-    return results[0] if len(results) == 1 else results
-
-
-I = "uint i = thread_position_in_grid.x; "  # noqa: E741
+from .launching import I, run
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in source.TYPES if dtype != mx.float64], ids=str)
@@ -275,6 +244,40 @@ def test_vectors():
     assert y.tolist() == [3, 9, 6, 12, 3, 6, 1, 4]
 
 
+def test_swizzles_and_packed_vectors():
+    body = """
+    half4 h = *(const device half4*)(x);
+    h.xy *= 2.0h;
+    h = h.wzyx;
+    h.bg += 1.0h;
+    float3 v = ((const device packed_float3*)p)[1];
+    float3 normal = cross(v.xyz, float3(1.0f, 0.0f, 0.0f));
+    packed_float3 w = packed_float3(v.zzx);
+    ((device packed_float3*)z)[1] = w;
+    ((device packed_float3*)z)[0] = packed_float3(dot(v.xyz, v.zyx), length(v.xz), normal.z);
+    for (int i = 0; i < 4; ++i) y[i] = h[i];
+    """
+    x, p = mx.array([1, 2, 3, 4] * 2, mx.float16), mx.array([0, 0, 0, 3, 5, 4, 0, 0, 0], mx.float32)
+    y, z = run(body, {"x": x, "p": p}, {"y": ((4,), mx.float16), "z": ((6,), mx.float32)})
+    assert y.tolist() == [4, 4, 5, 2]
+    assert z.tolist() == [49, 5, -5, 4, 4, 3]
+
+
+def test_votes():
+    body = I + "y[i] = popcount(uint((simd_vote::vote_t)(simd_ballot(i % 3u == 0u))));"
+    assert run(body, {"x": mx.zeros((1,))}, {"y": ((32,), mx.int32)}, (32, 1, 1), (32, 1, 1)).tolist() == [11] * 32
+
+
+def test_many_threadgroup_variables():
+    def body(n: int) -> str:
+        return " ".join(f"threadgroup float s{k}[1]; s{k}[0] = 1.0f;" for k in range(n)) + "y[0] = s7[0];"
+
+    call = ({"x": mx.zeros((1,))}, {"y": ((1,), mx.float32)})
+    assert run(body(96), *call).item() == 1
+    with pytest.raises(Unavailable, match="more threadgroup variables than the 96"):
+        run(body(97), *call)
+
+
 def test_atomics():
     body = I + "atomic_fetch_add_explicit(&y[i % 4u], x[i], memory_order_relaxed);"
     body += "atomic_fetch_max_explicit(&z[0], int(i), memory_order_relaxed);"
@@ -397,41 +400,6 @@ def test_without_checks_a_wild_access_is_an_error_still():
     with pytest.raises(OutOfBounds, match="256 KiB of stack"):
         run(body, {"x": mx.zeros((2,))}, {"y": ((1,), mx.float32)}, checked=False)
     assert run("y[0] = x[0];", {"x": mx.ones((1,))}, {"y": ((1,), mx.float32)}, checked=False).item() == 1
-
-
-REFUSED = {
-    "empty grid": ({"grid": (0, 1, 1)}, r"kernel k: grid is \(0, 1, 1\), expected three positive integers"),
-    "no threads": ({"threadgroup": (1, 0, 1)}, "threadgroup is"),
-    "2048 threads": ({"threadgroup": (2048, 1, 1)}, "has 2048 threads, Metal allows at most 1024"),
-    "2^32 threads": ({"grid": (2**30, 4, 1), "threadgroup": (1024, 1, 1)}, r"has 2\^32 threads or more"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_launches_that_metal_refuses(name):
-    sizes, message = REFUSED[name]
-    with pytest.raises(InvalidLaunch, match=message):
-        run("y[0] = x[0];", {"x": mx.zeros((1,))}, {"y": ((1,), mx.float32)}, **sizes)
-
-
-def test_too_many_buffers_and_wrong_numbers():
-    inputs = {f"x{i}": mx.zeros((1,)) for i in range(31)}
-    with pytest.raises(InvalidLaunch, match="has 32 buffers, Metal allows 31"):
-        run("y[0] = 0.0f;", inputs, {"y": ((1,), mx.float32)})
-    with pytest.raises(ValueError, match="order is 'sideways'"), emulate(order="sideways"):
-        pass
-
-
-def test_the_signature_mlx_gets_wrong_does_not_compile():
-    """Shapes, two outputs and no attribute: MLX ends the parameters after the first output."""
-    outputs = {"y": ((1,), mx.float32), "z": ((1,), mx.float32)}
-    with pytest.raises(CompileError, match="signature"):
-        run("y[0] = float(x_shape[0]); z[0] = 1.0f;", {"x": mx.zeros((9,))}, outputs)
-
-
-def test_within_compile_it_says_what_is_missing():
-    with emulate(), pytest.raises(Unavailable, match=r"cannot run within mx\.compile"):
-        mx.compile(lambda x: ops.rms_norm(x, mx.ones((32,)), 1e-6))(mx.ones((2, 32)))
 
 
 def test_what_emulate_changes_it_changes_back():

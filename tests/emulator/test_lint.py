@@ -216,6 +216,26 @@ def test_the_preamble_can_be_used_and_given():
     assert lint(text) == []
 
 
+# Metal that clang's C++ for OpenCL would not take as it is.
+ACCEPTED = {
+    "names that are OpenCL's": "float local = x[0], global = 1.0f, generic = 2.0f, pipe = 3.0f, read_only = 4.0f;"
+    "y[0] = local + global + generic + pipe + read_only;",
+    "packed vectors": "const device packed_float3* p = (const device packed_float3*)(x); float3 v = p[1];"
+    "v.x = p[0][2]; ((device packed_float3*)y)[0] = packed_float3(v); ((device packed_float3*)y)[1][2] = 1.0f;",
+    "vectors of every type": "half3 a = half3(1.0h); short2 s = short2(1, 2); bool2 c = bool2(true, false);"
+    "uchar4 d = uchar4(1); ulong2 e = metal::ulong2(1ul); y[0] = float(a.x) + float(s.y) + float(d.z) + float(e.x);",
+    "vectors compared": "float4 v = metal::float4(x[0]); v = select(v, metal::float4(0.0f), v > float4(1.0f));"
+    "y[0] = all(v < float4(1.0f)) ? v.wzyx.x : dot(v.xyz, cross(v.xyz, normalize(v.yzw)));",
+    "votes": "simd_vote v = simd_ballot(x[0] > 0.0f); simd_vote::vote_t bits = (simd_vote::vote_t)(v);"
+    "y[0] = float(bits);",
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_no_false_alarm(name):
+    assert findings(ACCEPTED[name]) == []
+
+
 def test_another_text_is_refused():
     with pytest.raises(InvalidLaunch, match="not one kernel as MLX writes it"):
         lint("kernel void f() {}")
