@@ -125,8 +125,8 @@ def _digest(files: Sequence[Path]) -> str:
 class Ranks:
     """A group as the model's layers use it, and what its communication costs.
 
-    One step of 32 and one chunk of a prompt of 4 is computed piece by piece, so that each transfer can be timed, waiting
-    for slower ranks included; the others are taken to spend the same share of their time.
+    One step of 32 and one chunk of a prompt of 4 is computed piece by piece, so that each transfer can be timed,
+    waiting for slower ranks included; the others are taken to spend the same share of their time.
     """
 
     def __init__(self, group: mx.distributed.Group):

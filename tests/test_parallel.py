@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from benchmarks.parallel import SHAPES, config_of, table
 from qwen_mlx import convert
 from qwen_mlx.config import ModelConfig
 from qwen_mlx.errors import QwenMLXError
@@ -88,6 +89,7 @@ def run_jobs(tmp_path: Path, n: int, jobs: list[dict]) -> list[dict]:
     return [json.loads(file.read_text()) for file in files]
 
 
+SIZES = {size: config_of(size) for size in SHAPES}
 RATIOS = [(28, 4), (12, 2), (16, 2), (40, 8), (4, 4), (4, 1)]  # queries to keys: all of Qwen2.5's, and the extremes
 
 
@@ -143,6 +145,71 @@ def test_real_model_on_two_ranks(real_gguf, tmp_path):
         assert results["real"]["peak"] < 1.15 * alone["bytes"] / 2
 
 
+@pytest.mark.parametrize(
+    ("size", "counts"),
+    [("0.5B", "2 or 14"), ("1.5B", "2, 4, 6 or 12"), ("7B", "2, 4 or 28"), ("72B", "2, 4, 8, 16, 32 or 64")],
+)
+def test_counts_that_do_not_divide_the_heads_are_refused_naming_those_that_do(size, counts):
+    config = SIZES[size]
+    with pytest.raises(QwenMLXError) as caught:
+        Shard(0, 3 if size != "1.5B" else 5, config)
+    assert f"{config.n_heads} heads and {config.n_kv_heads} key/value heads evenly; start {counts} ranks" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_hold_every_part_once_and_their_heads_read_their_keys(size):
+    config = SIZES[size]
+    shapes = config.parameter_shapes()
+    for n in (n for n in range(2, config.n_heads + 1) if config.n_heads % n == 0):
+        try:
+            shards = [Shard(rank, n, config) for rank in range(n)]
+        except QwenMLXError:
+            continue
+        for name in ("model.embed_tokens.weight", *(name for name in shapes if name.startswith("model.layers.0."))):
+            held = [[range(size)[part] for part, size in zip(shard.cut(name), shapes[name])] for shard in shards]
+            for axis, whole in enumerate(map(range, shapes[name])):
+                parts = [one[axis] for one in held]
+                if all(part == whole for part in parts):
+                    continue
+                joined = [i for part in parts for i in part]
+                copies = max(1, n // config.n_kv_heads) if ".k_proj" in name or ".v_proj" in name else 1
+                assert sorted(joined) == sorted([*whole] * copies), name
+        group = config.n_heads // config.n_kv_heads
+        for shard in shards:
+            heads, kv = shard.heads, shard.kv_heads
+            local = shard.local
+            for i, head in enumerate(range(heads.start, heads.stop)):
+                assert head // group == kv.start + i // (local.n_heads // local.n_kv_heads)
+
+
+def test_accounting_is_what_a_rank_holds(jobs, tmp_path):
+    """On one rank alone: no group is needed to read a shard."""
+    from mlx.utils import tree_flatten
+
+    from qwen_mlx.backend import mx
+    from qwen_mlx.gguf.reader import GGUFFile
+    from qwen_mlx.loading import _fill, _silent
+    from qwen_mlx.model import Qwen2
+    from qwen_mlx.weights import GGUFWeights
+
+    file = GGUFFile(next(job["model"] for job in jobs if job["name"] == "Q8_0"))
+    config = ModelConfig.from_gguf(file)
+    sizes = []
+    for rank in range(4):
+        shard = Shard(rank, 4, config)
+        model = Qwen2(shard.local)
+        _fill(model, GGUFWeights(file, config, shard.cut), mx.float32, True, _silent)
+        sizes.append(sum(array.nbytes for _, array in tree_flatten(model.parameters())))
+    assert max(sizes) == rank_bytes(config, 4, lambda name: 8 + 2 * 32 / 32, itemsize=4)
+
+
+def test_table_of_the_docs_is_the_code_s():
+    text = (ROOT / "docs/parallel.md").read_text()
+    assert table() == text.partition("<!-- table -->\n")[2].partition("<!-- end -->")[0]
+
+
 def command(jobs: list[dict], *more: str) -> list[str]:
     """A generation that goes on for long."""
     return ["-m", "qwen_mlx.generate", "--model", jobs[0]["model"], "--prompt", "hello", "--temp", "0", *more]
@@ -167,7 +234,7 @@ def test_a_rank_that_dies_or_hangs_ends_all_and_is_named(jobs, rank, how):
     ranks = launch.ranks()
     os.kill(ranks[rank], how)
     start = time.monotonic()
-    code, _, err = launch.finish(30)
+    _, _, err = launch.finish(30)
     assert time.monotonic() - start < 10
     said = [line for line in err.splitlines() if line.startswith("error:")]
     verb = "has died" if how == signal.SIGKILL else "has not answered for 7 s"
@@ -191,3 +258,63 @@ def test_ctrl_c_ends_all_ranks(jobs):
     for pid in ranks.values():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_refusals_come_from_rank_0_alone(jobs, tmp_path):
+    """Each before any weights are read: too many ranks, an argument, files that differ."""
+    _, out, err = Launch(2, *command(jobs[:1], "--temp", "-1")).finish()
+    assert out == ""
+    assert err.count("error:") == 1
+    assert "temperature" in err
+    three = {"name": "three", "model": jobs[0]["model"]}
+    for results in run_jobs(tmp_path, 3, [three]):
+        assert "3 ranks cannot share this model's 28 heads and 4 key/value heads" in results["three"]["error"]
+
+
+def test_files_that_differ_are_refused_by_digest(jobs, tmp_path):
+    """Rank 1 sees another file under the same name, as on another machine."""
+    name = Path("model.gguf")
+    source = Path(next(job["model"] for job in jobs if job["name"] == "Q8_0"))
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        data = bytearray(source.read_bytes())
+        data[-1] ^= rank
+        (tmp_path / str(rank) / name).write_bytes(data)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom qwen_mlx import cli\nfrom qwen_mlx.generate import main\n"
+        f"os.chdir(os.path.join({str(tmp_path)!r}, os.environ['MLX_RANK']))\n"
+        "cli.run(lambda: main(['--model', 'model.gguf', '--prompt', 'hi']))\n"
+    )
+    _, out, err = Launch(2, script).finish()
+    assert out == ""
+    assert err.count("error:") == 1
+    assert re.search("error: Rank 1 differs from rank 0 in the model's files at .*: [0-9a-f]{64} instead of", err), err
+
+
+def test_an_error_of_one_rank_is_told_by_rank_0(jobs, tmp_path):
+    """Rank 1's machine lacks the file."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom qwen_mlx import cli\nfrom qwen_mlx.generate import main\n"
+        f"model = {jobs[0]['model']!r} if os.environ['MLX_RANK'] == '0' else './no-such.gguf'\n"
+        "cli.run(lambda: main(['--model', model, '--prompt', 'hi']))\n"
+    )
+    start = time.monotonic()
+    _, _, err = Launch(2, script).finish()
+    assert time.monotonic() - start < 20
+    assert err.count("error:") == 1
+    assert re.search(r"error: rank 1 of 2 \(process \d+ on .*\): .*no-such.gguf", err), err
+
+
+def test_chat_reads_on_rank_0(jobs, tmp_path):
+    """A conversation with tools of its own commands: the same text as alone, saved once."""
+    lines = f"hello\n/save {tmp_path}/one.json\nhell\n/retry\n/load {tmp_path}/one.json\nhello\n/exit\n"
+    arguments = ["-m", "qwen_mlx.chat", "--model", jobs[0]["model"], "--temp", "0", "--max-tokens", "5"]
+    launch = Launch(2, *arguments)
+    os.write(launch.write, lines.encode())
+    _, out, err = launch.finish()
+    alone = subprocess.run([sys.executable, *arguments], input=lines, capture_output=True, text=True, check=True)
+    assert out == alone.stdout
+    assert "error" not in err
+    assert err.count("messages in") == 1
