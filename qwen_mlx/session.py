@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import QwenMLXError
+from .errors import QwenMLXError, refuse_unknown
 from .files import whole
+from .generation import ARGUMENTS as STREAM_ARGUMENTS
 from .generation import GenerationChunk, GenerationStats, stream_generate
 from .link import on_first
 from .model import Qwen2
 from .prompt_cache import PromptCache
+from .speculative import make_draft
 from .tokenizer import Tokenizer
 from .tools import Tool, ToolCall, parse_tool_calls, run, tools_by_name
 
+# Of stream_generate; a conversation makes the others.
+ARGUMENTS = [name for name in STREAM_ARGUMENTS if name not in ("prompt", "raw", "cache")]
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -83,8 +87,10 @@ class Chat:
         """tools: Python functions with type hints and Google docstrings, or JSON schemas. max_tool_rounds: answers of
         a turn whose calls are run. seed: of the first answer; the next takes seed + 1. arguments: of stream_generate.
 
-        Raises QwenMLXError for a tool that cannot be described, or tools that the model's chat template ignores.
+        Raises QwenMLXError for an argument that stream_generate refuses, a tool that cannot be described, or tools that
+        the model's chat template ignores.
         """
+        refuse_unknown(arguments, [*ARGUMENTS, "tools", "max_tool_rounds"])
         if not isinstance(max_tool_rounds, int) or max_tool_rounds < 1:
             raise QwenMLXError(f"max_tool_rounds is {max_tool_rounds!r}, expected 1 or more.")
         self.model, self.tokenizer = model, tokenizer
@@ -92,6 +98,10 @@ class Chat:
         self.max_tool_rounds = max_tool_rounds
         self.prompt_cache = PromptCache(model) if prompt_cache is None else prompt_cache
         self.seed = seed
+        if arguments.get("draft") is not None:  # one object, so that what it has read is kept from turn to turn
+            arguments["draft"] = make_draft(arguments["draft"])
+        # Everything but the messages is checked here; what is never asked for a chunk does no work.
+        stream_generate(model, tokenizer, [0], prompt_cache=self.prompt_cache, seed=seed, **arguments)
         self.arguments = arguments
         self.messages: list[dict[str, Any]] = []
         self.turn: list[GenerationStats] = []
@@ -117,8 +127,13 @@ class Chat:
         Closed or interrupted, what was answered so far stays in the conversation; a message without any answer is
         taken out again. Raises QwenMLXError as stream_generate.
         """
+        if not isinstance(text, str):
+            raise QwenMLXError(f"The message is {type(text).__name__}, expected a string.")
         if not text:
             raise QwenMLXError("The message is empty; give at least one character.")
+        return self._send(text)
+
+    def _send(self, text: str) -> Iterator[GenerationChunk | ToolResult]:
         self.turn = []
         self.messages.append({"role": "user", "content": text})
         yield from self._answer()
@@ -126,10 +141,15 @@ class Chat:
     def retry(self) -> Iterator[GenerationChunk | ToolResult]:
         """Answers the last user's message again; interrupted before a token is made, the old answer stays. Raises
         QwenMLXError if there is none."""
+        if not self.questions:
+            self.undo()  # says so
+        return self._retry()
+
+    def _retry(self) -> Iterator[GenerationChunk | ToolResult]:
         before = list(self.messages)
         question = self.undo()
         try:
-            yield from self.send(question)
+            yield from self._send(question)
         finally:
             if not self.turn:
                 self.messages = before

@@ -241,6 +241,30 @@ def test_a_message_that_cannot_be_answered_is_not_kept(chat: Chat):
         Chat(chat.model, chat.tokenizer, max_tool_rounds=0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"temp": 0}, "no argument 'temp': did you mean 'temperature'"),
+        ({"max_tool_round": 3}, "did you mean 'max_tool_rounds'"),
+        ({"raw": True}, "no argument 'raw'"),
+        ({"top_p": 7}, "top_p is 7"),
+        ({"draft": 7}, "draft is 7"),
+        ({"stop": "x"}, "stop is 'x'"),
+    ],
+)
+def test_an_impossible_argument_is_refused_before_the_first_message(small, arguments, words):
+    with pytest.raises(QwenMLXError, match=words):
+        Chat(*small, **arguments)
+
+
+def test_what_is_no_message_is_refused_at_the_call(chat: Chat):
+    for text in ("", None, 5, ["x"]):
+        with pytest.raises(QwenMLXError, match="The message is"):
+            chat.send(text)
+    with pytest.raises(QwenMLXError, match="no message of yours"):
+        chat.retry()
+
+
 def test_saved_and_loaded(small, chat: Chat, tmp_path: Path):
     say(chat, "hello")
     say(chat, "你好")
