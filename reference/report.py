@@ -57,7 +57,7 @@ body {{ background: var(--back); color: var(--text); font: 16px/1.5 system-ui, s
   margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem; }} .soft {{ color: var(--soft); }}
 .passed {{ color: var(--good); font-weight: 600; }} .failed {{ color: var(--bad); font-weight: 600; }}
-img {{ width: 100%; height: auto; display: block; margin: 1rem 0; }}
+img {{ width: 100%; min-width: 720px; height: auto; display: block; margin: 1rem 0; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font: 13px/1.4 ui-monospace, monospace; width: 100%; }}
 th, td {{ text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }}
@@ -124,8 +124,9 @@ def _verdict(comparison: Comparison) -> str:
 def _picture(images: dict[str, bytes], caption: str) -> str:
     light, dark = (base64.b64encode(images[theme]).decode() for theme in ("light", "dark"))
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{light}"></picture>'
+        '<div class="scroll"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{light}"></picture></div>'
         f'<p class="soft">{html.escape(caption)}</p>'
     )
 

@@ -42,12 +42,22 @@ def read(text: str | None = None) -> dict[str, Any]:
 
 def tolerances(model: str, dtype: str) -> dict[str, Tolerance]:
     """Tolerances by tap of a section, "small" or "real"."""
+    return {
+        tap: Tolerance(line["l2"], line["row"], line["l2_floor"], line["row_floor"])
+        for tap, line in lines(_section(model, dtype))
+    }
+
+
+def measured(model: str, dtype: str) -> str:
+    """What a section's floors were measured on, when and by which versions."""
+    return _section(model, dtype)["measured"]
+
+
+def _section(model: str, dtype: str) -> dict[str, Any]:
     section = read().get(model, {}).get(dtype)
     if section is None:
         raise QwenMLXError(f"{FILE}: has no section [{model}.{dtype}]; write it with python -m reference.noise.")
-    return {
-        tap: Tolerance(line["l2"], line["row"], line["l2_floor"], line["row_floor"]) for tap, line in lines(section)
-    }
+    return section
 
 
 def lines(section: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:

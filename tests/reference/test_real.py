@@ -12,6 +12,7 @@ import torch
 from qwen_mlx import SamplingSettings, load
 from qwen_mlx.generation import encode_prompt, generate_ids
 from reference import tolerances, torch_side
+from reference.compare import runs_of
 from reference.comparison import compare
 from reference.noise import by_tap, floors_of_run, load_tokens, measure_floors
 from reference.taps import Run, split_key
@@ -112,19 +113,26 @@ def test_long_prompt_in_float32(real_hf, real_gguf: Path):
 
 
 @pytest.mark.slow
-def test_bfloat16_is_no_further_from_float32_than_hugging_face_s(real_hf, real_gguf: Path):
-    """Beside Hugging Face's own bfloat16, both against its float32: closer on the whole, at most 1.1 times as far at
-    every kind of tap, and beyond that at one in a hundred of the 435 taps at most, as rounding has it.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_closer_to_float32_than_hugging_face_s(real_hf, real_gguf: Path, dtype: str):
+    """Beside Hugging Face's own half precision, both against its float32, 64 tokens in one pass: far closer on the
+    whole, at most 1.1 times as far at every kind of tap, and beyond that at one in a hundred of the 435 taps at most:
+    where the stream's one huge element, by its last bit, is most of a tap's error. Then tokens one by one and a batch.
     """
-    run = Run.prefill(load_tokens(real_gguf, 64))
-    theirs = floors_of_run(real_hf, run, "bfloat16")
-    model, _ = load(real_gguf, dtype="bfloat16")
-    result = compare(model, run, torch_side.record(real_hf, run), tolerances.tolerances("real", "bfloat16"), "bfloat16")
+    ids = load_tokens(real_gguf, 64)
+    run, limits = Run.prefill(ids), tolerances.tolerances("real", dtype)
+    theirs = floors_of_run(real_hf, run, dtype)
+    model, _ = load(real_gguf, dtype=dtype)
+    result = compare(model, run, torch_side.record(real_hf, run), limits, dtype)
     assert result.passed, result.first
     kinds = by_tap(theirs)
     for tap in result.results:
         assert tap.measure.l2 <= 1.1 * kinds[split_key(tap.key)[2]][0], tap
     ratios = np.array([tap.measure.l2 / theirs[tap.key][0] for tap in result.results])
-    assert np.exp(np.log(ratios).mean()) <= 1
+    assert np.exp(np.log(ratios).mean()) <= 0.8
     assert (ratios > 1.1).mean() <= 0.01
-    assert np.isfinite(result.logits[0].kl)
+    assert result.logits[0].kl <= {"bfloat16": 5e-3, "float16": 1e-4}[dtype]
+    for kind in ("decode", "padded"):
+        run = runs_of(ids)[kind]  # what the file's floors were measured on: one row of another's varies more
+        result = compare(model, run, torch_side.record(real_hf, run), limits, dtype)
+        assert result.passed, (kind, result.first)
