@@ -207,15 +207,26 @@ def require(condition: bool, message: Callable[[], str]) -> None:
 
 
 def require_float(name: str, x: mx.array) -> None:
-    require(x.dtype in FLOATS, lambda: f"{name} has dtype {x.dtype}, expected float32, float16 or bfloat16.")
+    """Raises ValueError unless x is an array of one of FLOATS."""
+    require(
+        isinstance(x, mx.array) and x.dtype in FLOATS,
+        lambda: f"{name} {described(x)}, expected an array of float32, float16 or bfloat16.",
+    )
 
 
 def require_like(name: str, x: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
-    """Raises ValueError unless x has this shape and dtype."""
+    """Raises ValueError unless x is an array of this shape and dtype."""
     require(
-        x.shape == shape and x.dtype == dtype,
-        lambda: f"{name} has shape {x.shape} and dtype {x.dtype}, expected {shape} and {dtype}.",
+        isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype,
+        lambda: f"{name} {described(x)}, expected {shape} and {dtype}.",
     )
+
+
+def described(x: object) -> str:
+    """ "has shape (2, 3) and dtype mlx.core.float32", or "is of type list" for what is no array."""
+    if isinstance(x, mx.array):
+        return f"has shape {x.shape} and dtype {x.dtype}"
+    return "is None" if x is None else f"is of type {type(x).__name__}"
 
 
 def explain() -> str:

@@ -29,9 +29,9 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
     x: (..., D), weight: (D,) in the same dtype; returns x's shape and dtype. Rounding: normalised in float32, rounded
     to x.dtype, then multiplied by weight, the order of transformers' Qwen2RMSNorm. Source: Zhang and Sennrich 2019,
-    eq. 4. Raises ValueError if the shapes or dtypes do not agree.
+    eq. 4. Raises ValueError if the shapes or dtypes do not agree, or eps is negative.
     """
-    _check(x, weight)
+    _check(x, weight, eps)
     if executor("rms_norm") == "reference" or not fits(x):
         return rms_norm_reference(x, weight, eps)
     return differentiable(
@@ -49,7 +49,7 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     and y = rms_norm(h, weight, eps). Rounding: h is rounded to x.dtype, y as rms_norm's.
     Raises ValueError if the shapes or dtypes do not agree.
     """
-    _check(x, weight)
+    _check(x, weight, eps)
     require_like("residual", residual, x.shape, x.dtype)
     if executor("rms_norm") == "reference" or not fits(x):
         return add_rms_norm_reference(x, residual, weight, eps)
@@ -83,9 +83,12 @@ def fits(x: mx.array) -> bool:
     return x.shape[-1] <= MAX_WIDTH and x.size <= MAX_ELEMENTS
 
 
-def _check(x: mx.array, weight: mx.array) -> None:
+def _check(x: mx.array, weight: mx.array, eps: float) -> None:
     require_float("x", x)
     require(x.ndim > 0, lambda: "x has shape (), expected (..., D).")
+    require(
+        isinstance(eps, float | int) and 0 <= eps < 3e38, lambda: f"eps is {eps!r}, expected a number from 0 to 3e38."
+    )
     require_like("weight", weight, (x.shape[-1],), x.dtype)
 
 

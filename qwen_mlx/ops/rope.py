@@ -13,6 +13,7 @@ from ..backend import mx
 from .dispatch import (
     MAX_ELEMENTS,
     Kernel,
+    described,
     differentiable,
     executor,
     float_bits,
@@ -36,9 +37,19 @@ class Rotary:
     inv_freq: tuple[float, ...]
     attention_factor: float = 1.0
 
+    def __post_init__(self) -> None:
+        require(
+            len(self.inv_freq) > 0 and all(map(math.isfinite, (*self.inv_freq, self.attention_factor))),
+            lambda: (
+                f"Rotary has frequencies {self.inv_freq} and the factor {self.attention_factor}, expected one or more "
+                "finite numbers and a finite factor: theta and scaling factors must be positive."
+            ),
+        )
+
     @classmethod
     def plain(cls, head_dim: int, theta: float, factor: float = 1.0) -> Rotary:
         """theta^(-2i / head_dim), divided by `factor` (linear scaling). Source: Su et al. 2021, eq. 15."""
+        _require_positive("factor", factor)
         return cls._rounded(_frequencies(head_dim, theta) / factor)
 
     @classmethod
@@ -58,11 +69,15 @@ class Rotary:
         Source: Peng et al. 2023, arXiv:2309.00071, section 3.2 and eq. 22; bounds rounded as in transformers.
         """
 
-        def pair_thatturns_of(times: float) -> float:
+        _require_positive("factor", factor)
+        _require_positive("original_context", original_context)
+        require(theta > 1, lambda: f"theta is {theta}, expected more than 1.")
+
+        def pair_that_turns(times: float) -> float:
             return head_dim * math.log(original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = max(math.floor(pair_thatturns_of(beta_fast)), 0)
-        high = min(math.ceil(pair_thatturns_of(beta_slow)), head_dim - 1)
+        low = max(math.floor(pair_that_turns(beta_fast)), 0)
+        high = min(math.ceil(pair_that_turns(beta_slow)), head_dim - 1)
         slow = np.clip((np.arange(head_dim // 2) - low) / (max(high - low, 0) or 0.001), 0, 1)
         fast = _frequencies(head_dim, theta)
         scale = 0.1 * math.log(factor) + 1 if attention_factor is None and factor > 1 else attention_factor or 1.0
@@ -70,6 +85,10 @@ class Rotary:
 
     def divided(self, factors: np.ndarray) -> Rotary:
         """The same with each frequency divided by its factor (a GGUF's rope_freqs), (head_dim / 2,)."""
+        require(
+            factors.shape == (len(self.inv_freq),) and bool((factors > 0).all()),
+            lambda: f"factors has shape {factors.shape}, expected {len(self.inv_freq)} positive numbers.",
+        )
         return self._rounded(np.array(self.inv_freq) / factors.astype(np.float64), self.attention_factor)
 
     @classmethod
@@ -79,7 +98,12 @@ class Rotary:
 
 def _frequencies(head_dim: int, theta: float) -> np.ndarray:
     require(head_dim > 0 and head_dim % 2 == 0, lambda: f"head_dim is {head_dim}, expected a positive even number.")
+    _require_positive("theta", theta)
     return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def _require_positive(name: str, value: float) -> None:
+    require(0 < value < math.inf, lambda: f"{name} is {value}, expected a positive number.")
 
 
 _ROPE = Kernel("rope", ("x", "turns", "offset"), ("out",), ("rotary.h",))
@@ -89,17 +113,19 @@ _QKV_ROPE = Kernel("qkv_rope", ("qkv", "bias", "turns", "offset"), ("q", "kv"), 
 def rope(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
     """Turns each head of x by its position.
 
-    x: (B, L, H, head_dim), positions offset to offset + L - 1; offset: one for all, or int32 (B,), one a sequence.
+    x: (B, L, H, head_dim), positions offset to offset + L - 1; offset: one for all, or int32 (B,), one a sequence (its
+    values are not looked at: that would wait for them).
     Returns x's shape and dtype. Rounding: angles, cosine and sine are exact to 2^-48, products are formed in at least
     float32 and rounded to x.dtype once (transformers rounds cosine, sine and both products to x.dtype as well).
     Raises ValueError if shapes or dtypes do not agree.
     """
     require_float("x", x)
+    _require_rotary(rotary)
     require(
         x.ndim == 4 and x.shape[-1] == 2 * len(rotary.inv_freq),
         lambda: f"x has shape {x.shape}, expected (B, L, H, {2 * len(rotary.inv_freq)}).",
     )
-    _check_offset(offset, x.shape[0])
+    _check_offset(offset, x.shape[0], x.shape[1])
     if executor("rope") == "reference" or not _fits(x, rotary):
         return rope_reference(x, offset, rotary)
     position = _position(offset)
@@ -130,6 +156,11 @@ def qkv_rope(
     rounded to the dtype, then as rope. Raises ValueError if shapes or dtypes do not agree.
     """
     require_float("qkv", qkv)
+    _require_rotary(rotary)
+    require(
+        isinstance(n_heads, int) and isinstance(n_kv_heads, int) and n_heads > 0 and n_kv_heads > 0,
+        lambda: f"n_heads is {n_heads} and n_kv_heads {n_kv_heads}, expected positive integers.",
+    )
     width = (n_heads + 2 * n_kv_heads) * 2 * len(rotary.inv_freq)
     require(
         qkv.ndim == 3 and qkv.shape[-1] == width,
@@ -140,7 +171,7 @@ def qkv_rope(
     )
     if bias is not None:
         require_like("bias", bias, (width,), qkv.dtype)
-    _check_offset(offset, qkv.shape[0])
+    _check_offset(offset, qkv.shape[0], qkv.shape[1])
     arrays = (qkv,) if bias is None else (qkv, bias)
 
     def twin(qkv: mx.array, *bias: mx.array) -> tuple[mx.array, mx.array]:
@@ -252,21 +283,23 @@ def _position(offset: int | mx.array) -> mx.array:
     return _position_of_int(offset) if isinstance(offset, int) else offset
 
 
-def _check_offset(offset: int | mx.array, batch: int) -> None:
-    if isinstance(offset, int):
-        require(0 <= offset < 2**31, lambda: f"offset is {offset}, expected 0 to {2**31 - 1}.")
+def _require_rotary(rotary: Rotary) -> None:
+    require(isinstance(rotary, Rotary), lambda: f"rotary is of type {type(rotary).__name__}, expected a Rotary.")
+
+
+def _check_offset(offset: int | mx.array, batch: int, length: int) -> None:
+    if isinstance(offset, int) and not isinstance(offset, bool):
+        last = 2**31 - max(length, 1)
+        require(0 <= offset <= last, lambda: f"offset is {offset}, expected 0 to {last} for {length} positions.")
         return
     require(
         isinstance(offset, mx.array) and offset.shape in ((batch,), (1,)) and offset.dtype == mx.int32,
-        lambda: (
-            f"offset has shape {getattr(offset, 'shape', None)} and type {getattr(offset, 'dtype', type(offset))}, "
-            f"expected an int, or int32 of shape ({batch},) or (1,)."
-        ),
+        lambda: f"offset {described(offset)}, expected an int, or int32 of shape ({batch},) or (1,).",
     )
 
 
 def _fits(x: mx.array, rotary: Rotary) -> bool:
-    return x.size <= MAX_ELEMENTS and len(rotary.inv_freq) <= MAX_HALF
+    return 0 < x.size <= MAX_ELEMENTS and len(rotary.inv_freq) <= MAX_HALF
 
 
 def _launch(

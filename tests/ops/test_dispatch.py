@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from qwen_mlx import ops, selftest, selftest_decoding
@@ -20,7 +21,7 @@ def x(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 REFUSED = {
-    "x is integer": (lambda: ops.rms_norm(x(2, 8, dtype=mx.int32), x(8), 1e-6), "x has dtype .*int32"),
+    "x is integer": (lambda: ops.rms_norm(x(2, 8, dtype=mx.int32), x(8), 1e-6), "x has shape .*int32, expected an array of float32"),
     "x has no axis": (lambda: ops.rms_norm(mx.array(1.0), x(1), 1e-6), r"x has shape \(\)"),
     "weight too long": (lambda: ops.rms_norm(x(2, 8), x(9), 1e-6), r"weight has shape \(9,\).*expected \(8,\)"),
     "weight of another dtype": (
@@ -45,6 +46,28 @@ REFUSED = {
     ),
     "offsets of floats": (lambda: ops.rope(x(1, 2, 3, 8), mx.array([1.0]), ROTARY), "offset .*float32.*int32"),
     "width of qkv": (lambda: ops.qkv_rope(x(1, 2, 30), None, 0, ROTARY, 2, 1), r"qkv has shape \(1, 2, 30\).*32"),
+    "x is None": (lambda: ops.rms_norm(None, x(8), 1e-6), "x is None, expected an array of float32"),
+    "x is a list": (lambda: ops.swiglu_joined([1.0, 2.0]), "gate_up is of type list, expected an array"),
+    "weight of numpy": (lambda: ops.rms_norm(x(2, 8), np.ones(8, np.float32), 1e-6), "weight is of type ndarray"),
+    "no residual": (lambda: ops.add_rms_norm(x(2, 8), None, x(8), 1e-6), r"residual is None, expected \(2, 8\)"),
+    "no up": (lambda: ops.swiglu(x(2, 8), None), r"up is None, expected \(2, 8\)"),
+    "negative eps": (lambda: ops.rms_norm(x(2, 8), x(8), -1.0), "eps is -1.0, expected a number from 0"),
+    "eps not a number": (lambda: ops.rms_norm(x(2, 8), x(8), float("nan")), "eps is nan"),
+    "eps as text": (lambda: ops.add_rms_norm(x(2, 8), x(2, 8), x(8), "1e-6"), "eps is '1e-6'"),
+    "offset beyond int32": (lambda: ops.rope(x(1, 2, 3, 8), 2**31 - 1, ROTARY), "expected 0 to 2147483646 for 2"),
+    "offset is True": (lambda: ops.rope(x(1, 2, 3, 8), True, ROTARY), "offset is of type bool, expected an int"),
+    "no rotary": (lambda: ops.rope(x(1, 2, 3, 8), 0, None), "rotary is of type NoneType, expected a Rotary"),
+    "no heads": (lambda: ops.qkv_rope(x(1, 2, 0), None, 0, ROTARY, 0, 0), "n_heads is 0 and n_kv_heads 0"),
+    "heads below none": (lambda: ops.qkv_rope(x(1, 2, 32), None, 0, ROTARY, 6, -1), "n_kv_heads -1, expected positive"),
+    "heads of floats": (lambda: ops.qkv_rope(x(1, 2, 32), None, 0, ROTARY, 2.0, 1), "n_heads is 2.0"),
+    "theta of 0": (lambda: ops.Rotary.plain(8, 0.0), "theta is 0.0, expected a positive number"),
+    "theta not a number": (lambda: ops.Rotary.plain(8, float("nan")), "theta is nan"),
+    "factor of 0": (lambda: ops.Rotary.plain(8, 1e4, 0.0), "factor is 0.0"),
+    "YaRN's theta": (lambda: ops.Rotary.yarn(8, 1.0, 4.0, 100), "theta is 1.0, expected more than 1"),
+    "YaRN's context": (lambda: ops.Rotary.yarn(8, 1e4, 4.0, 0), "original_context is 0"),
+    "infinite frequency": (lambda: ops.Rotary((float("inf"),)), "expected one or more finite numbers"),
+    "no frequency": (lambda: ops.Rotary(()), "expected one or more finite numbers"),
+    "factors of another length": (lambda: ROTARY.divided(np.ones(3)), r"factors has shape \(3,\), expected 4 positive"),
     "bias of qkv": (lambda: ops.qkv_rope(x(1, 2, 32), x(8), 0, ROTARY, 2, 1), r"bias has shape \(8,\).*\(32,\)"),
 }
 
@@ -55,6 +78,16 @@ def test_wrong_arguments_are_refused_by_name_before_any_launch(name, kind):
     call, message = REFUSED[name]
     with ops.forced(kind), pytest.raises(ValueError, match=message):
         call()
+
+
+def test_arrays_without_elements_launch_nothing():
+    for kind in ("reference", "metal"):  # without a stand-in a launch would raise
+        with ops.forced(kind):
+            assert ops.rms_norm(x(2, 0), x(0), 1e-6).shape == (2, 0)
+            assert ops.swiglu_joined(x(3, 0)).shape == (3, 0)
+            assert ops.rope(x(2, 3, 0, 8), 5, ROTARY).shape == (2, 3, 0, 8)
+            assert ops.rope(x(2, 0, 2, 8), 5, ROTARY).shape == (2, 0, 2, 8)
+            assert [y.shape for y in ops.qkv_rope(x(0, 2, 32), None, 5, ROTARY, 2, 1)][1:] == [(0, 2, 1, 8)] * 2
 
 
 def test_odd_head_dim_has_no_frequencies():
