@@ -171,9 +171,13 @@ def summary(chat: Chat) -> str:
         return "nothing was answered; the message is not part of the conversation"
     seconds = sum(stats.generation_seconds for stats in turn)
     steps = sum(stats.generated_tokens - 1 for stats in turn)
+    waited = sum(stats.communication_seconds for stats in turn)
+    whole = sum(stats.prompt_seconds + stats.generation_seconds for stats in turn)
+    shared = "" if alone() else f", {waited / whole:.0%} of the time in communication"
     return (
         f"{turn[0].reused_tokens} tokens reused, {sum(stats.prompt_tokens for stats in turn)} read, "
-        f"{sum(stats.generated_tokens for stats in turn)} written, {steps / seconds if seconds else 0:.1f} tok/s"
+        f"{sum(stats.generated_tokens for stats in turn)} written, "
+        f"{steps / seconds if seconds else 0:.1f} tok/s{shared}"
     )
 
 

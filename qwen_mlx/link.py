@@ -114,10 +114,14 @@ class Link:
             self._send({"error": text})
             time.sleep(2 * GRACE)  # rank 0 answers with the end
         self._ending = True
-        self._send({"end": True, "now": error is not None or (all_end and self.rank == 0)})
         _quiet()
+        now = error is not None or (all_end and self.rank == 0)
+        self._send({"end": True, "now": now})
         if all_end and self.rank:
             time.sleep(2 * GRACE)  # rank 0 goes first: MLX's threads complain of every other that does
+        deadline = time.monotonic() + GRACE
+        while self.rank == 0 and now and time.monotonic() < deadline and not all(one.ended for one in self._peers):
+            time.sleep(0.01)
 
     def _connect(self, exchange: Callable[[str], list[str]]) -> list[_Peer]:
         """Connects all to rank 0, whose addresses and password the others learn through the group."""
@@ -225,8 +229,10 @@ class Link:
             if "error" in message:
                 self._later(GRACE / 2, f"{peer.name}: {message['error']}", MISTAKE)
             elif "end" in message:
-                peer.ended = True
+                peer.ended = self.rank == 0 or not message["now"]
                 if message["now"] and peer.rank == 0:  # whatever this rank still waits for
+                    _quiet()
+                    self._send({"end": True, "now": False})
                     _await_end(peer.socket)
                     os._exit(0)
                 elif message["now"]:
@@ -261,8 +267,7 @@ class Link:
 
 
 def _await_end(connection: socket.socket) -> None:
-    """Until the other process is gone, or for GRACE seconds, with MLX's complaints about that turned off."""
-    _quiet()
+    """Until the other process is gone, or for GRACE seconds."""
     with contextlib.suppress(OSError):
         connection.settimeout(GRACE)
         while connection.recv(1 << 16):

@@ -143,6 +143,11 @@ class Ranks:
         times = zip((generation_seconds, prompt_seconds), self._spent, self._whole)
         return sum(seconds * spent / whole for seconds, spent, whole in times if whole)
 
+    @property
+    def times_next(self) -> bool:
+        """Whether the next step is to be timed."""
+        return self._calls[0] % MEASURED[0] == 0
+
     def begin(self, chunk: bool) -> None:
         """A pass through the model begins, with one new token of each row or a chunk of a prompt."""
         self._kind, self._timed = int(chunk), self._calls[chunk] % MEASURED[chunk] == 0
@@ -201,9 +206,10 @@ class JoinedLinear(nn.Module):
         self._vocab_size = vocab_size
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._join(self.part(x))
+        return self.join(self.part(x))
 
-    def _join(self, y: mx.array) -> mx.array:
+    def join(self, y: mx.array) -> mx.array:
+        """All ranks' logits, from this one's."""
         if self._missing:  # the last rank's part may be shorter
             y = mx.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, self._missing)])
         return self._ranks.join(y)[..., : self._vocab_size]
@@ -218,12 +224,16 @@ class SummedEmbedding(JoinedLinear):
 
     def __call__(self, ids: mx.array) -> mx.array:
         self._ranks.begin(chunk=ids.shape[-1] > 1)
+        return self.rows(ids)
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """The embeddings of token ids, within a pass that has begun."""
         mine = (ids >= self._rows.start) & (ids < self._rows.stop)
         found = self.part(mx.where(mine, ids - self._rows.start, 0))
         return self._ranks.sum(mx.where(mine[..., None], found, mx.zeros_like(found)))
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self._join(self.part.as_linear(x))
+        return self.join(self.part.as_linear(x))
 
 
 def share(model: Qwen2, shard: shards.Shard, group: mx.distributed.Group) -> None:

@@ -113,6 +113,8 @@ def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[i
     """
     where, config = Path(path), model.config
     other = next((type(layer).__name__ for layer in cache if type(layer) is not KVCache), None)
+    if model.ranks is not None:
+        raise QwenMLXError(f"{where}: the cache of a model on several ranks cannot be saved; each holds a part of it.")
     if other:
         raise QwenMLXError(f"{where}: a {other} cannot be saved; only the plain cache, without size or bits, can.")
     if not ids or any(layer.offset != len(ids) for layer in cache):
