@@ -25,7 +25,7 @@ def serves(model: Qwen2, input_ids: mx.array, cache: Sequence[KVCache]) -> bool:
     """Whether `Step` computes this call: one token after others, kernels in use, no gradient wanted, a plain cache."""
     return (
         input_ids.size == 1
-        and model.ranks is None
+        and (model.ranks is None or not model.ranks.times_next)
         and ops.executor("step") != "reference"
         and not ops.recording()
         and not model.config.mlp_bias
@@ -37,12 +37,13 @@ class Step:
     """A model's decoding step. Holds the model's arrays, and is `current` while they are still the model's."""
 
     def __init__(self, model: Qwen2):
-        self._config = model.config
+        self._config, self._ranks = model.config, model.ranks
         self._held: list[tuple[dict[str, Any], str, Any]] = []  # an owner, a name, and what the owner has under it
         body = model["model"]
         layers = body["layers"]
         self._rotary = layers[0]["self_attn"].rotary
         self._windows = [layer["self_attn"].sliding_window for layer in layers]
+        self._n_heads, self._n_kv_heads = layers[0]["self_attn"].n_heads, layers[0]["self_attn"].n_kv_heads
         self._embedding = self._matrices(body, "embed_tokens")
         self._layers = []
         for layer in layers:
@@ -53,6 +54,9 @@ class Step:
             self._layers.append((*norms, qkv, self._matrices(attention, "o_proj"), mlp))
         self._norm = self._array(body["norm"], "weight")
         self._head = self._embedding if model.config.tie_word_embeddings else self._matrices(model, "lm_head")
+        # With several ranks these know how their parts come together.
+        self._embed = body["embed_tokens"]
+        self._logits = self._embed if model.config.tie_word_embeddings else model["lm_head"]
         # The weights are constants of the graph: as arguments they cost 0.1 microseconds each at every token.
         mx.eval([array for _, _, array in self._held if isinstance(array, mx.array)])
         this = weakref.proxy(self)  # a cycle would keep a deleted model's memory until Python collects its garbage
@@ -74,6 +78,8 @@ class Step:
                 layer.flush()
             buffers, tails, filled = zip(*(layer.tail_for_one() for layer in cache))
         place = mx.array([cache[0].offset, filled[0]], mx.int32)
+        if self._ranks is not None:
+            self._ranks.begin(chunk=False)
         logits, *tails = self._compiled(input_ids, place, *buffers, *tails)
         for layer, tail in zip(cache, tails, strict=True):
             layer.advance(tail)
@@ -81,26 +87,36 @@ class Step:
 
     def _run(self, input_ids: mx.array, place: mx.array, *rest: mx.array) -> list[mx.array]:
         config, eps = self._config, self._config.rms_norm_eps
-        n_layers, n_heads, scale = config.n_layers, config.n_heads, config.head_dim**-0.5
+        n_layers, n_heads, n_kv_heads, scale = config.n_layers, self._n_heads, self._n_kv_heads, config.head_dim**-0.5
         buffers, tails = rest[:n_layers], list(rest[n_layers:])
         table = ops.rotation_table(place, self._rotary)
-        h = ops.unpack(self._embedding[0], tails[0].dtype, input_ids)
+        if self._ranks is None:
+            h = ops.unpack(self._embedding[0], tails[0].dtype, input_ids)
+        else:
+            h = self._embed.rows(input_ids)
         for i, (norm, mlp_norm, (qkv, bias), o_proj, (gate_up, down_proj)) in enumerate(self._layers):
             if len(qkv) <= 2:
                 q, tails[i] = ops.matvec_qkv(h, qkv, bias, (norm, eps), table, tails[i], place, n_heads)
             else:  # q, k and v are stored in three ways
                 joined = mx.concatenate([ops.matvec(h, part, (norm, eps)) for part in qkv], axis=-1)
-                q, kv = ops.qkv_rope(joined, bias, place[:1], self._rotary, n_heads, config.n_kv_heads, join_kv=True)
-                q, kv = q.reshape(1, n_heads, 1, -1), kv.reshape(1, 2 * config.n_kv_heads, 1, -1)
+                q, kv = ops.qkv_rope(joined, bias, place[:1], self._rotary, n_heads, n_kv_heads, join_kv=True)
+                q, kv = q.reshape(1, n_heads, 1, -1), kv.reshape(1, 2 * n_kv_heads, 1, -1)
                 tails[i] = ops.put_in_tail(tails[i], kv, place)
             out = ops.attend_one(q, buffers[i], tails[i], place, scale, self._windows[i])
-            h = ops.matvec(out, o_proj[0], residual=h)
+            h = self._add(h, out, o_proj[0])
             if len(gate_up) == 1:
                 act = ops.matvec_swiglu(h, gate_up[0], (mlp_norm, eps))
             else:
                 act = ops.swiglu(*(ops.matvec(h, part, (mlp_norm, eps)) for part in gate_up))
-            h = ops.matvec(act, down_proj[0], residual=h)
-        return [ops.matvec(h, self._head[0], (self._norm, eps)), *tails]
+            h = self._add(h, act, down_proj[0])
+        logits = ops.matvec(h, self._head[0], (self._norm, eps))
+        return [logits if self._ranks is None else self._logits.join(logits), *tails]
+
+    def _add(self, h: mx.array, x: mx.array, matrix: Matrix) -> mx.array:
+        """h + matrix @ x; of several ranks each has some columns, and the first has h."""
+        if self._ranks is None:
+            return ops.matvec(x, matrix, residual=h)
+        return self._ranks.sum(ops.matvec(x, matrix, residual=None if self._ranks.rank else h))
 
     def _array(self, owner: nn.Module, name: str) -> mx.array:
         """An array of a module, which the model must keep for this step to stay current."""
@@ -111,6 +127,8 @@ class Step:
         """The matrices of a projection, likewise."""
         module = owner[name]
         self._held.append((owner, name, module))
+        if self._ranks is not None and "part" in module:
+            return self._matrices(module, "part")
         for part in module.get("parts", [module]):
             self._held += [(part, key, value) for key, value in part.items() if isinstance(value, mx.array)]
         return matrices(module)

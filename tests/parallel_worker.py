@@ -1,6 +1,6 @@
 """What every rank runs in tests/test_parallel.py: loads models and writes down what it computed.
 
-python parallel_worker.py JOBS.json FOLDER: FOLDER/RANK.json gets the results of each job.
+python -m tests.parallel_worker JOBS.json FOLDER: FOLDER/RANK.json gets the results of each job.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from qwen_mlx import batch_generate, load
+from qwen_mlx import Qwen2, batch_generate, load, ops, step
 from qwen_mlx.backend import mx
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.generation import generate_ids
@@ -48,7 +48,28 @@ def run(job: dict, group: mx.distributed.Group | None) -> dict:
         results = batch_generate(model, tokenizer, PROMPTS, max_tokens=tokens, temperature=0)
         found["batch"] = [result.token_ids for result in results]
         found["communication"] = results[0].stats.communication_seconds
+    if "step" in job.get("kinds", ()):
+        found["step"] = step_error(model)
     return found
+
+
+def step_error(model: Qwen2) -> float:
+    """How far the fused step's logits are from the plain equations', relative to the largest."""
+    from reference.emulator import emulate
+
+    plain, fused, worst = model.make_cache(), model.make_cache(), 0.0
+    with ops.no_grad():
+        mx.eval(model(mx.array([PROMPTS[0]]), plain), model(mx.array([PROMPTS[0]]), fused))
+        for token in (9, 250):
+            expected = model(mx.array([[token]]), plain)
+            mx.eval(expected)
+            with emulate():
+                if model.ranks is not None:
+                    assert step.serves(model, mx.array([[token]]), fused)
+                logits = model(mx.array([[token]]), fused)
+                mx.eval(logits)
+            worst = max(worst, float(mx.abs(logits - expected).max() / mx.abs(expected).max()))
+    return worst
 
 
 def main() -> None:

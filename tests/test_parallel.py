@@ -83,7 +83,7 @@ def _free(port: int, n: int) -> bool:
 def run_jobs(tmp_path: Path, n: int, jobs: list[dict]) -> list[dict]:
     """Every rank's results."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    code, out, err = Launch(n, ROOT / "tests/parallel_worker.py", tmp_path / "jobs.json", tmp_path).finish()
+    code, out, err = Launch(n, "-m", "tests.parallel_worker", tmp_path / "jobs.json", tmp_path).finish()
     files = [tmp_path / f"{rank}.json" for rank in range(n)]
     assert all(file.exists() for file in files), (code, out, err)
     return [json.loads(file.read_text()) for file in files]
@@ -112,6 +112,7 @@ def jobs(tmp_path_factory) -> list[dict]:
     for kind in (T.Q4_K, T.Q6_K, T.Q8_0):
         path = write_gguf(folder / f"{kind.name}.gguf", hf_model(3, tie_word_embeddings=kind == T.Q6_K, **wide), kind)
         made.append({"name": kind.name, "model": str(path), "quantized": True})
+    made[-3]["kinds"] = ["greedy", "step"]
     made.append({"name": "Q4_K dense", "model": str(folder / "Q4_K.gguf"), "quantized": False})
     convert(folder / "Q8_0.gguf", folder / "affine", quantize=4)
     made.append({"name": "4 bits", "model": str(folder / "affine"), "quantized": True})
@@ -121,16 +122,20 @@ def jobs(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("n", [2, 4])
 def test_ranks_compute_what_one_process_computes(jobs, n, tmp_path):
     if n == 4:  # on two cores a sum of four ranks takes 50 ms: their waiting threads keep the cores busy
-        jobs = [job | {"tokens": 3, "chunk": 16} for job in jobs]
+        jobs = [job | {"tokens": 3, "chunk": 16, "kinds": job.get("kinds", ["greedy"])[:1]} for job in jobs]
     ranks = run_jobs(tmp_path, n, jobs)
     for job in jobs:
-        alone = parallel_worker.run({**job, "kinds": [k for k in job.get("kinds", ["greedy"]) if k != "sampled"]}, None)
+        kinds = [kind for kind in job.get("kinds", ["greedy"]) if kind in ("greedy", "batch")]
+        alone = parallel_worker.run(job | {"kinds": kinds}, None)
         for rank, results in enumerate(ranks):
             found = results[job["name"]]
             assert found.get("greedy") == alone["greedy"], (job["name"], rank, found)
             assert found.get("batch") == alone.get("batch"), (job["name"], rank)
+            assert found.get("step", 0) < 2e-5, (job["name"], rank)
             assert found.get("sampled") == ranks[0][job["name"]].get("sampled"), (job["name"], rank)
-    assert ranks[0][jobs[0]["name"]]["communication"] > 0
+    if n == 2:
+        assert ranks[0][jobs[0]["name"]]["communication"] > 0
+        assert "step" in ranks[0]["Q4_K"]
 
 
 def test_real_model_on_two_ranks(real_gguf, tmp_path):
@@ -316,5 +321,6 @@ def test_chat_reads_on_rank_0(jobs, tmp_path):
     _, out, err = launch.finish()
     alone = subprocess.run([sys.executable, *arguments], input=lines, capture_output=True, text=True, check=True)
     assert out == alone.stdout
-    assert "error" not in err
+    assert "error:" not in err
     assert err.count("messages in") == 1
+    assert re.search(r"5 written, .* tok/s, \d+% of the time in communication", err)
