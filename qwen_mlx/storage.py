@@ -12,12 +12,12 @@ from typing import TypeVar
 import numpy as np
 
 from .errors import QwenMLXError
-from .gguf.blocks import threads
+from .gguf.blocks import CHUNK_WEIGHTS, threads
 from .gguf.unpack import pack
 from .safetensors_writer import ShardedWriter, TensorSpec
 from .sources import SourceTensor
 
-PIECE_WEIGHTS = 1 << 19  # a thread works on whole rows of about this many weights: 2 MB in float32, which caches hold
+PIECE_WEIGHTS = CHUNK_WEIGHTS  # a thread works on whole rows of about this many weights: they stay in its L2 cache
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}  # ours -> safetensors'
 DENSE_TYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")  # of GGUF: not quantized
 FLOATS = ("bfloat16", "float16", "float32")
@@ -322,8 +322,11 @@ def affine_codes(values: np.ndarray, scales: np.ndarray, biases: np.ndarray, bit
     """
     groups = values.reshape(*scales.shape, -1)
     with np.errstate(all="ignore"):
-        codes = np.rint((groups - biases[..., None]) / np.where(scales == 0, np.float32(1), scales)[..., None])
-        return np.clip(np.nan_to_num(codes), 0, 2**bits - 1).astype(np.uint8).reshape(values.shape)
+        codes = groups - biases[..., None]
+        codes /= np.where(scales == 0, np.float32(1), scales)[..., None]
+        np.rint(codes, out=codes)
+        np.fmax(codes, 0, out=codes)  # NaN becomes 0
+        return np.fmin(codes, 2**bits - 1, out=codes).astype(np.uint8).reshape(values.shape)
 
 
 def unpack(codes: np.ndarray, bits: int) -> np.ndarray:
