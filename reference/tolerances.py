@@ -27,7 +27,10 @@ FIELDS = ("l2_floor", "l2", "row_floor", "row")
 # roundings, the worst row or a call of one token on a small model, varies more than an error over many.
 MULTIPLES = {
     "small": {"float32": (4.0, 4.0), "bfloat16": (1.5, 1.5), "float16": (1.5, 1.5)},
-    "real": {"float32": (4.0, 4.0), "bfloat16": (1.1, 1.5), "float16": (1.1, 1.5)},
+    "real": {"float32": (4.0, 4.0), "bfloat16": (1.1, 1.2), "float16": (1.1, 1.2)},
+    # Any model and prompt, whose floors are measured once (--noise). In calls of one token chance says more: the real
+    # file's logits are up to 1.7 times as far off as Hugging Face's in the same call, though 0.87 times on average.
+    "own": {"float32": (4.0, 4.0), "bfloat16": (2.0, 2.0), "float16": (2.0, 2.0)},
 }
 DTYPES = tuple(MULTIPLES["real"])
 
@@ -64,7 +67,7 @@ def lines(section: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     return [(tap, line) for tap, line in section.items() if isinstance(line, dict)]
 
 
-def from_floors(floors: dict[str, tuple[float, float]], dtype: str, model: str = "real") -> dict[str, Tolerance]:
+def from_floors(floors: dict[str, tuple[float, float]], dtype: str, model: str = "own") -> dict[str, Tolerance]:
     """Tolerances from measured (l2, row) floors."""
     whole, single = MULTIPLES[model][dtype]
     return {key: Tolerance(whole * l2, single * row, l2, row) for key, (l2, row) in floors.items()}

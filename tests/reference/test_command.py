@@ -113,7 +113,8 @@ def test_the_second_run_takes_the_reference_from_disk(folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_are_compared_with_the_reference_s_float32(folder: Path, quick: list[str], dtype: str, tmp_path):
-    main(["--model", str(folder), *quick, "--dtype", dtype, "--json", str(tmp_path / "c.json")])
+    runs = ["--runs", "prefill", "decode", "padded"]
+    assert main(["--model", str(folder), *quick, "--dtype", dtype, *runs, "--json", str(tmp_path / "c.json")]) == 0
     taps = json.loads((tmp_path / "c.json").read_text())["comparisons"][0]["taps"]
     smallest, largest = (0.001, 0.06) if dtype == "bfloat16" else (0.0001, 0.008)  # the dtype's rounding shows, no more
     assert smallest < taps["0.logits"]["l2"] < largest
