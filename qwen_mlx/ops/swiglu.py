@@ -14,7 +14,7 @@ from .dispatch import (
     require_like,
     threads,
 )
-from .exponential import exp
+from .exponential import exp_of_negative
 
 _SWIGLU = Kernel("swiglu", ("gate", "up", "gate_bias", "up_bias"), ("out",), ("silu.h",))
 
@@ -63,11 +63,15 @@ def swiglu_joined(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
 def swiglu_reference(
     gate: mx.array, up: mx.array, gate_bias: mx.array | None = None, up_bias: mx.array | None = None
 ) -> mx.array:
-    """swiglu in plain MLX."""
+    """swiglu in plain MLX.
+
+    In float32 each step rounds: 3.1 ulp at the most in 30 million elements, the same as torch's. Below -88.7 e^-gate
+    overflows and the result is -0, as torch's. Finishing in float64 would give 1.6 ulp, in 1.6 to 2.7 times the time.
+    """
     if gate_bias is not None:
         gate, up = gate + gate_bias, up + up_bias
     wide = gate.astype(mx.float32)
-    power = exp(-wide) if mx.default_device() == mx.cpu else mx.exp(-wide)
+    power = exp_of_negative(wide) if mx.default_device() == mx.cpu else mx.exp(-wide)
     return (wide / (1 + power)).astype(gate.dtype) * up
 
 
