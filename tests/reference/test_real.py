@@ -117,7 +117,8 @@ def test_long_prompt_in_float32(real_hf, real_gguf: Path):
 def test_half_precision_is_closer_to_float32_than_hugging_face_s(real_hf, real_gguf: Path, dtype: str):
     """Beside Hugging Face's own half precision, both against its float32, 64 tokens in one pass: far closer on the
     whole, at most 1.1 times as far at every kind of tap, and beyond that at one in a hundred of the 435 taps at most:
-    where the stream's one huge element, by its last bit, is most of a tap's error. Then tokens one by one and a batch.
+    where the stream's one huge element, by its last bit, is most of a tap's error. Then a padded batch, which goes on
+    token by token.
     """
     ids = load_tokens(real_gguf, 64)
     run, limits = Run.prefill(ids), tolerances.tolerances("real", dtype)
@@ -132,7 +133,6 @@ def test_half_precision_is_closer_to_float32_than_hugging_face_s(real_hf, real_g
     assert np.exp(np.log(ratios).mean()) <= 0.8
     assert (ratios > 1.1).mean() <= 0.01
     assert result.logits[0].kl <= {"bfloat16": 5e-3, "float16": 1e-4}[dtype]
-    for kind in ("decode", "padded"):
-        run = runs_of(ids)[kind]  # what the file's floors were measured on: one row of another's varies more
-        result = compare(model, run, torch_side.record(real_hf, run), limits, dtype)
-        assert result.passed, (kind, result.first)
+    run = runs_of(ids)["padded"]  # of those that the file's floors were measured on; one row of another's varies more
+    result = compare(model, run, torch_side.record(real_hf, run), limits, dtype)
+    assert result.passed, result.first
