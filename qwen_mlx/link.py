@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from .errors import QwenMLXError
 
 BEAT = 1.0  # seconds between two signs of life
-SILENCE = 7.0  # seconds without one that end all
+SILENCE = 6.0  # seconds without one that end all
 GRACE = 2.0  # seconds for an orderly end, before the thread ends the process
 CONNECT = 30.0  # seconds for all ranks to connect
 ENDED, MISTAKE = 1, 2  # exit codes

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from . import shards
 from .backend import mx, nn
 from .errors import QwenMLXError
-from .link import Link
+from .link import ENDING, Link
 
 if TYPE_CHECKING:
     from .model import Qwen2
@@ -52,8 +53,15 @@ def join(group: mx.distributed.Group) -> Link | None:
 def together() -> Iterator[mx.distributed.Group | None]:
     """The group of the ranks that a launcher started, or None for one rank. Inside, only rank 0 prints; its end, or any
     rank's error, ends all."""
-    group = mx.distributed.init()
-    link = join(group)
+    # Until the link's thread watches, this waits in C++, where no handler of Python's would run.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
+    try:
+        group = mx.distributed.init()
+        link = join(group)
+    except RuntimeError as error:
+        raise QwenMLXError(f"The ranks cannot connect to each other ({error}); check the host file.") from None
+    for number in ENDING if link is None or link.rank == 0 else ENDING[1:]:  # other ranks ignore Ctrl-C
+        signal.signal(number, handlers[number])
     if link is None:
         yield None
         return

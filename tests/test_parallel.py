@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
@@ -93,6 +94,15 @@ SIZES = {size: config_of(size) for size in SHAPES}
 RATIOS = [(28, 4), (12, 2), (16, 2), (40, 8), (4, 4), (4, 1)]  # queries to keys: all of Qwen2.5's, and the extremes
 
 
+def add_mlp_biases(writer, tensors) -> None:
+    rng = np.random.default_rng(1)
+    for name in [
+        name for name in tensors if ".ffn_" in name and name.endswith(("gate.weight", "up.weight", "down.weight"))
+    ]:
+        bias = rng.standard_normal(tensors[name][0].shape[0]).astype(np.float32)
+        tensors[name.replace("weight", "bias")] = (bias, T.F32)
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory) -> list[dict]:
     """Small random models: dense ones of every head ratio, and packed ones."""
@@ -107,6 +117,8 @@ def jobs(tmp_path_factory) -> list[dict]:
         path = save_folder(folder / f"{heads}to{kv}", model)
         made.append({"name": f"{heads} heads, {kv} keys", "model": str(path)})
     made[0]["kinds"] = ["greedy", "sampled", "batch"]
+    path = write_gguf(folder / "biases.gguf", hf_model(5, **small), edit=add_mlp_biases)
+    made.append({"name": "MLP biases", "model": str(path)})
     # Two heads of 64 a rank of two: o_proj is cut within Q4_K's and Q6_K's blocks of 256, down_proj between them.
     wide = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 1024}
     for kind in (T.Q4_K, T.Q6_K, T.Q8_0):
@@ -240,9 +252,9 @@ def test_a_rank_that_dies_or_hangs_ends_all_and_is_named(jobs, rank, how):
     os.kill(ranks[rank], how)
     start = time.monotonic()
     _, _, err = launch.finish(30)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < (10 if how == signal.SIGKILL else 15)  # 10 on a machine without other work
     said = [line for line in err.splitlines() if line.startswith("error:")]
-    verb = "has died" if how == signal.SIGKILL else "has not answered for 7 s"
+    verb = "has died" if how == signal.SIGKILL else "has not answered for 6 s"
     name = f"rank {rank} of 2 (process {ranks[rank]} on {socket.gethostname()})"
     assert said == [f"error: {name} {verb}; all ranks end."], err
     for pid in ranks.values():  # no orphan
