@@ -205,7 +205,7 @@ def batch_generate(
     """
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
         raise QwenMLXError(f"prompts is {type(prompts).__name__}, expected a list of prompts.")
-    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    limits = list(max_tokens) if isinstance(max_tokens, Sequence) else [max_tokens] * len(prompts)
     if len(limits) != len(prompts):
         raise QwenMLXError(f"max_tokens has {len(limits)} values for {len(prompts)} prompts.")
     refuse_unknown(sampling, ARGUMENTS)

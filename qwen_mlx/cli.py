@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from .errors import QwenMLXError
+from .errors import QwenMLXError, Stopped
 
 # What a model or a file says is text: on a terminal it must not move the cursor, or more.
 CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
@@ -20,10 +20,6 @@ CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr
 def shown(text: str, stream: TextIO) -> str:
     """`text` as `stream` gets it: whole, but without control characters where that is a terminal."""
     return text.translate(CONTROLS) if stream.isatty() else text
-
-
-class Stopped(BaseException):
-    """The process was asked to end (SIGTERM), or its terminal is gone (SIGHUP)."""
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

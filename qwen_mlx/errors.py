@@ -10,6 +10,10 @@ class QwenMLXError(ValueError):
     """A mistake in what the user gave. Command lines print its sentence on standard error and exit with 2."""
 
 
+class Stopped(BaseException):
+    """The process was asked to end (SIGTERM), or its terminal is gone (SIGHUP): its argument is the signal."""
+
+
 class GGUFError(QwenMLXError):
     """A GGUF file that cannot be read, or does not hold what it should; names the file and the field or tensor."""
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import cli, hub
 from .errors import QwenMLXError
-from .files import check_folder, whole
+from .files import check_folder, read_text, whole
 
 if TYPE_CHECKING:
     from .evaluation import Estimate, Evaluation
@@ -37,24 +36,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_text(name: str) -> str:
-    """The text of a file, or of standard input for "-". Raises QwenMLXError if it cannot be read or is not UTF-8."""
-    where = "standard input" if name == "-" else name
-    try:
-        if name == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(name, "rb") as file:
-                data = file.read()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise QwenMLXError(f"--text {where}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise QwenMLXError(
-            f"--text {where}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start})."
-        ) from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
     arguments = parser().parse_args(argv)
@@ -67,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         raise QwenMLXError(f"--tokens is {arguments.tokens}, expected 2 or more: the first is not predicted.")
     if arguments.json is not None:
         check_folder(arguments.json, "--json")
-    text = read_text(arguments.text)
+    text = read_text(arguments.text, "--text")
     if not text:
         raise QwenMLXError(f"--text {arguments.text}: is empty.")
     paths = [hub.resolve(arguments.model)]

@@ -5,10 +5,49 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import QwenMLXError
+
+LARGEST = 1 << 28  # bytes: text beyond that is a mistake, or a device without an end
+
+
+def read(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes, standard input's for "-". Raises QwenMLXError for more than 256 MB, else OSError."""
+    if path == "-":
+        data = sys.stdin.buffer.read(LARGEST + 1)
+    else:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        where = "standard input" if path == "-" else path
+        raise QwenMLXError(f"{where}: has more than {LARGEST >> 20} MB, which is no text for a model.")
+    return data
+
+
+def read_text(path: str, what: str = "") -> str:
+    """The text of a file, or of standard input for "-". Raises QwenMLXError, beginning with `what`, if it cannot be
+    read, is not UTF-8, or has more than 256 MB."""
+    where = f"{what} standard input".strip() if path == "-" else f"{what} {path}".strip()
+    try:
+        return decoded(read(path), where)
+    except OSError as error:
+        raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
+
+
+def decoded(data: bytes, where: str) -> str:
+    """`data` as text. Raises QwenMLXError, naming the first byte that is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise QwenMLXError(f"{where}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start}).") from None
+
+
+def check_utf8(text: str, where: str) -> None:
+    """Raises QwenMLXError for a command line's argument that was not UTF-8."""
+    decoded(text.encode("utf-8", "surrogateescape"), where)
 
 
 @contextlib.contextmanager
@@ -32,7 +71,7 @@ def whole(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
             os.replace(made, where)
         finally:
             made.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # MLX raises the latter
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # MLX raises a RuntimeError
         raise QwenMLXError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
 
 

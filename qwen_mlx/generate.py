@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cli, hub
 from .errors import QwenMLXError
-from .files import check_folder
+from .files import check_folder, check_utf8, read_text
 from .link import alone, launched, on_first
 
 if TYPE_CHECKING:
@@ -111,24 +111,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def read_prompt(arguments: argparse.Namespace) -> str:
     """The prompt's text from wherever it was said to be. Raises QwenMLXError if it cannot be read, or is not UTF-8."""
-    try:
-        if arguments.prompt_file is not None:
-            where = arguments.prompt_file
-            with open(where, "rb") as file:
-                data = file.read()
-        elif arguments.prompt == "-" and launched():
-            raise QwenMLXError("--prompt - never ends under a launcher such as mlx.launch; use --prompt-file FILE.")
-        elif arguments.prompt == "-":
-            where, data = "standard input", sys.stdin.buffer.read()
-        elif arguments.prompt is not None:
-            where, data = "--prompt", arguments.prompt.encode("utf-8", "surrogateescape")
-        else:
-            raise QwenMLXError("no prompt: give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE.")
-        return data.decode("utf-8")
-    except OSError as error:
-        raise QwenMLXError(f"{arguments.prompt_file}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise QwenMLXError(f"{where}: not valid UTF-8 (byte {data[error.start]:#04x} at {error.start}).") from None
+    if arguments.prompt_file is not None:
+        return read_text(arguments.prompt_file)
+    if arguments.prompt is None:
+        raise QwenMLXError("no prompt: give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE.")
+    if arguments.prompt != "-":
+        check_utf8(arguments.prompt, "--prompt")
+        return arguments.prompt
+    if launched():
+        raise QwenMLXError("--prompt - never ends under a launcher such as mlx.launch; use --prompt-file FILE.")
+    return read_text("-")
 
 
 def list_models() -> None:
@@ -166,6 +158,10 @@ def open_model(
 ) -> tuple[Qwen2, Tokenizer, dict[str, Any], PromptCache | None]:
     """(model, tokenizer, arguments for stream_generate, prompt cache) as the command line says. Raises QwenMLXError,
     for what can be known without the weights before they are read."""
+    if arguments.system is not None:
+        check_utf8(arguments.system, "--system")
+    for text in arguments.stop:
+        check_utf8(text, "--stop")
     if group is not None and (arguments.draft or arguments.prompt_cache):
         raise QwenMLXError("--draft and --prompt-cache do not work with several ranks; leave them out.")
     if arguments.max_tokens < 1:

@@ -252,6 +252,7 @@ def stream_generate(
     check_settings(seed, stop, max_tokens=max_tokens, prefill_chunk=prefill_chunk)
     if cache is not None and prompt_cache is not None:
         raise QwenMLXError("Both cache and prompt_cache are given; a prompt cache has its own.")
+    check_caches(model, cache, prompt_cache)
     sampling = model.generation_defaults.override(
         temperature=temperature,
         top_k=top_k,
@@ -288,7 +289,7 @@ def check_settings(seed: int | None, stop: Sequence[str], **counts: int) -> None
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise QwenMLXError(f"{name} is {value!r}, expected 1 or more.")
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**64):
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64):
         raise QwenMLXError(f"seed is {seed!r}, expected an integer from 0 to 2^64 - 1.")
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
         raise QwenMLXError(f"stop is {stop!r}, expected a list of strings that are not empty.")
@@ -300,11 +301,20 @@ def check_choices(
     """Raises QwenMLXError for a count out of range or a bias of no token."""
     if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or not 0 <= min_tokens <= max_tokens:
         raise QwenMLXError(f"min_tokens is {min_tokens!r}, expected 0 to max_tokens, {max_tokens}.")
-    if logprobs is not None and (not isinstance(logprobs, int) or not 0 <= logprobs <= 100):
+    if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= 100):
         raise QwenMLXError(f"logprobs is {logprobs!r}, expected 0 to 100.")
     bad = next((token for token, _ in sampling.logit_bias if token >= vocab_size), None)
     if bad is not None:
         raise QwenMLXError(f"logit_bias names token {bad}, expected 0 to {vocab_size - 1}.")
+
+
+def check_caches(model: Qwen2, cache: Any, prompt_cache: Any) -> None:
+    """Raises QwenMLXError for caches that are not this model's."""
+    layers = model.config.n_layers
+    if cache is not None and (not isinstance(cache, Sequence) or len(cache) != layers):
+        raise QwenMLXError(f"cache is {str(cache)[:60]!r}, expected what model.make_cache() gives, {layers} layers.")
+    if prompt_cache is not None and getattr(prompt_cache, "model", None) is not model:
+        raise QwenMLXError("prompt_cache is not one of this model; make it with PromptCache(model).")
 
 
 def check_ids(model: Qwen2, ids: Sequence[int], held: int = 0) -> int:
@@ -337,14 +347,15 @@ def _tokens(
     stats.prompt_tokens -= stats.reused_tokens
     held, rest = ids[: stats.reused_tokens], ids[stats.reused_tokens :]
     made: list[int] = []
-    loop = loop | {"cache": prompt_cache.layers, "cached_ids": held}
+    layers = prompt_cache.layers
+    loop = loop | {"cache": layers, "cached_ids": held}
     try:
         with contextlib.closing(make(model, rest, **loop)) as tokens:
             for token in tokens:
                 made.append(token)
                 yield token
     finally:
-        prompt_cache.record([*ids, *made])
+        prompt_cache.record([*ids, *made], layers)
 
 
 def _stream(

@@ -34,7 +34,8 @@ class PromptCache:
     """A model's caches together with the ids they hold: `ids` are the tokens whose keys and values are in `layers`.
 
     Give it to `stream_generate(..., prompt_cache=...)`: tokens that it shares with the prompt are not computed again,
-    and afterwards it holds the prompt and the answer. It belongs to one model and to one generation at a time.
+    and afterwards it holds the prompt and the answer. It belongs to one model, and serves one generation at a time:
+    another that begins meanwhile computes everything, and it is the newest whose tokens are held afterwards.
     """
 
     def __init__(self, model: Qwen2, make: Callable[[], Sequence[KVCache]] | None = None):
@@ -43,16 +44,24 @@ class PromptCache:
         self._make = make or model.make_cache
         self.layers: Sequence[KVCache] = self._make()
         self.ids: list[int] = []
+        self._in_use = False
 
     def keep(self, prompt: Sequence[int]) -> int:
         """Forgets what differs from `prompt` and returns how many of its tokens are held: all but one at most, because
-        the model must compute something to go on from."""
+        the model must compute something to go on from. `layers` are then the caller's until it calls `record`."""
+        if self._in_use:  # what an older generation is still writing to stays its own
+            self.layers, self.ids = self._make(), []
+        self._in_use = True
         self._cut(min(common_prefix(self.ids, prompt), len(prompt) - 1))
         return len(self.ids)
 
-    def record(self, ids: Sequence[int]) -> None:
-        """Says what was computed: `ids` from the first position on. The caches may hold fewer (the last token of an
-        answer, or what an interrupt left out), and layers that got further than others are cut back."""
+    def record(self, ids: Sequence[int], layers: Sequence[KVCache]) -> None:
+        """Says what was computed into `layers`, which `keep` gave: `ids` from the first position on. They may hold
+        fewer (the last token of an answer, or what an interrupt left out), and layers that got further than others are
+        cut back. Nothing is recorded if a newer generation has begun."""
+        if layers is not self.layers:
+            return
+        self._in_use = False
         self.ids = list(ids)
         self._cut(min(len(ids), *(layer.offset for layer in self.layers)))
 
@@ -224,8 +233,9 @@ def _checksum(arrays: dict[str, mx.array]) -> str:
 
 def _short(value: object) -> str:
     """What a file says, for a sentence: it can be anything, and of any length."""
-    return repr(str(value)[:60])
+    return repr(str(value)[:80])
 
 
 def _describe(config: Any) -> str:
-    return f"{config.n_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"
+    size = f"{config.n_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"
+    return f"{size}, context {config.context_length}"  # which --yarn changes, and with it all keys

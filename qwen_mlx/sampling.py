@@ -7,6 +7,7 @@ All take and return float32 logits (B, V); a token that is ruled out gets -inf.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -65,7 +66,7 @@ class SamplingSettings:
 
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         try:
-            bias = tuple(sorted((int(token), float(value)) for token, value in pairs))
+            bias = tuple(sorted((operator.index(token), float(value)) for token, value in pairs))
         except (TypeError, ValueError):
             raise QwenMLXError(f"logit_bias is {self.logit_bias!r}, expected {{token id: number}}.") from None
         bad = next((pair for pair in bias if pair[0] < 0 or not (pair[1] == -math.inf or abs(pair[1]) <= 1e6)), None)

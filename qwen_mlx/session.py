@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import QwenMLXError, refuse_unknown
-from .files import whole
+from .files import read_text, whole
 from .generation import ARGUMENTS as STREAM_ARGUMENTS
 from .generation import GenerationChunk, GenerationStats, stream_generate
 from .link import on_first
@@ -31,9 +32,9 @@ def read_messages(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     have "ids". Raises QwenMLXError naming the message that is something else."""
     where = Path(path)
     try:
-        data = json.loads(where.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
+        data = json.loads(read_text(str(where)))
+    except QwenMLXError:
+        raise
     except (RecursionError, ValueError) as error:
         raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
     if not isinstance(data, list):
@@ -105,6 +106,7 @@ class Chat:
         self.arguments = arguments
         self.messages: list[dict[str, Any]] = []
         self.turn: list[GenerationStats] = []
+        self._running: weakref.ref[Any] | None = None
         self.system = system
         if self.tools and self._render([{"role": "user", "content": ""}]) == tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}]
@@ -131,7 +133,18 @@ class Chat:
             raise QwenMLXError(f"The message is {type(text).__name__}, expected a string.")
         if not text:
             raise QwenMLXError("The message is empty; give at least one character.")
-        return self._send(text)
+        return self._begin(self._send(text))
+
+    def _begin(self, turn: Iterator[GenerationChunk | ToolResult]) -> Iterator[GenerationChunk | ToolResult]:
+        self._end()
+        self._running = weakref.ref(turn)  # one that nobody holds any more ends by itself
+        return turn
+
+    def _end(self) -> None:
+        """Ends a turn that is under way, so that the conversation is whole before it changes."""
+        turn = self._running and self._running()
+        if turn is not None and not turn.gi_running:
+            turn.close()
 
     def _send(self, text: str) -> Iterator[GenerationChunk | ToolResult]:
         self.turn = []
@@ -143,7 +156,7 @@ class Chat:
         QwenMLXError if there is none."""
         if not self.questions:
             self.undo()  # says so
-        return self._retry()
+        return self._begin(self._retry())
 
     def _retry(self) -> Iterator[GenerationChunk | ToolResult]:
         before = list(self.messages)
@@ -161,6 +174,7 @@ class Chat:
 
     def edit(self, number: int) -> str:
         """Takes the user's message `number`, from 1, and what came after it out, and returns it, to be sent again."""
+        self._end()
         questions = self.questions
         if not 1 <= number <= len(questions):
             has = f"{len(questions)} of yours" if questions else "no message of yours yet"
@@ -177,6 +191,7 @@ class Chat:
 
     def clear(self) -> None:
         """Forgets everything but the system message."""
+        self._end()
         del self.messages[0 if self.system is None else 1 :]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -191,6 +206,7 @@ class Chat:
         Ids that are not what the tokenizer reads the content from are left out. Raises QwenMLXError, and changes
         nothing, for a file that is something else."""
         messages = read_messages(path)
+        self._end()
         vocabulary = range(min(self.tokenizer.vocab_size, self.model.config.vocab_size))
         for message in messages:
             ids = message.get("ids", [])
@@ -230,12 +246,19 @@ class Chat:
             for call in calls:
                 result = "error: interrupted"
                 try:
-                    result = refused or on_first(lambda call=call: run(call, self.tools))
+                    result = refused or on_first(lambda call=call: self._fitting(run(call, self.tools)))
                 finally:
                     self.messages.append({"role": "tool", "content": result})
                 yield ToolResult(call, result)
             if refused:
                 return
+
+    def _fitting(self, result: str) -> str:
+        """A tool's answer, or an error in place of one that would leave no room in the model's context."""
+        most = self.model.config.context_length // 2
+        if len(result) <= most or (len(result) <= 16 * most and len(self.tokenizer.encode(result)) <= most):
+            return result
+        return f"error: the result has {len(result)} characters, more than the {most} tokens that there is room for"
 
     def _as_written(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The answer with the ids that make its text: a stop string or a Ctrl-C may leave more, or half a character.

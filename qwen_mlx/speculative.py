@@ -124,7 +124,7 @@ class ModelDraft:
                 found.append(token)
                 rest = [token]
         finally:
-            self._cache.record([*ids, *found])
+            self._cache.record([*ids, *found], self._cache.layers)
         return Proposal(found, distributions or None)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .cli import CONTROLS, shown
-from .errors import QwenMLXError
+from .files import LARGEST, decoded
 
 PAUSE = 0.08  # seconds between two drawings, so that drawing takes little of the time that answering has
 BLOCK = '"""'
@@ -30,13 +30,10 @@ class Pipe:
 
     @staticmethod
     def _line(prompt: str) -> str:
-        data = sys.stdin.buffer.readline()
+        data = sys.stdin.buffer.readline(LARGEST)
         if not data:
             raise EOFError
-        try:
-            return data.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise QwenMLXError(f"standard input: not valid UTF-8 (byte {data[error.start]:#04x} in a line).") from None
+        return decoded(data, "standard input").rstrip("\r\n")
 
     def show(self, text: str) -> None:
         self._within_line |= bool(text)

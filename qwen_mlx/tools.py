@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import inspect
 import json
+import math
 import os
 import re
 import runpy
@@ -19,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from .errors import QwenMLXError
+from .errors import QwenMLXError, Stopped
+from .files import read_text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 UNTAGGED = f"a call must stand between {OPEN} and {CLOSE}"
@@ -106,7 +108,7 @@ def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
     where = Path(path)
     try:
         if where.suffix == ".json":
-            data = json.loads(where.read_text(encoding="utf-8"))
+            data = json.loads(read_text(str(where)))
             sources = data if isinstance(data, list) else [data]
         elif where.suffix == ".py":
             names = runpy.run_path(str(where), run_name="__tools__")
@@ -244,9 +246,9 @@ def parse_tool_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
     that is nothing else than a call of one of the tools without its tags, as small models write it, is an error too.
     """
     calls = []
-    bare = re.fullmatch(r"\s*(?:```(?:json)?\s)?\s*(\{.*\})\s*(?:```)?\s*", text, re.DOTALL)
-    if bare and OPEN not in text:
-        call = _parse(bare[1], tools)
+    bare = text.strip().removesuffix("```").removeprefix("```").removeprefix("json").strip()
+    if OPEN not in text and bare.startswith("{") and bare.endswith("}"):
+        call = _parse(bare, tools)
         if call.name in tools:
             calls.append(replace(call, error=call.error or UNTAGGED))
     for piece in text.split(OPEN)[1:]:
@@ -257,7 +259,7 @@ def parse_tool_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
 
 def _parse(body: str, tools: Mapping[str, Tool]) -> ToolCall:
     try:
-        data = json.loads(body, object_pairs_hook=_no_twins, parse_constant=_no_constant)
+        data = json.loads(body, object_pairs_hook=_no_twins, parse_constant=_no_constant, parse_float=_finite)
     except (RecursionError, ValueError) as error:
         return ToolCall("", {}, f"not valid JSON ({error})")
     if not isinstance(data, dict):
@@ -280,6 +282,12 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key is given twice")
     return found
+
+
+def _finite(text: str) -> float:
+    if math.isinf(float(text)):
+        raise ValueError(f"{_short(text)} is beyond any float")
+    return float(text)
 
 
 def _no_constant(name: str) -> None:
@@ -326,7 +334,7 @@ def _is(value: Any, name: str) -> bool:
 
 def run(call: ToolCall, tools: Mapping[str, Tool]) -> str:
     """What the tool answers, as text for the model: a string as it is, anything else as JSON. A call that cannot run,
-    or that fails, answers `error: ` and the reason; only a KeyboardInterrupt goes through."""
+    or that fails, answers `error: ` and the reason; only Ctrl-C and the end of the process go through."""
     if call.error is not None:
         return f"error: {call.error}"
     function = tools[call.name].function
@@ -335,9 +343,18 @@ def run(call: ToolCall, tools: Mapping[str, Tool]) -> str:
     try:
         result = function(**call.arguments)
         text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    except (Exception, SystemExit) as error:  # a tool is anyone's code, and its failure is the model's to read
-        text = f"error: {call.name} failed ({type(error).__name__}: {error})"
-    return text.encode("utf-8", "replace").decode()  # no lone surrogates, which are not text
+    except (KeyboardInterrupt, Stopped):
+        raise
+    except BaseException as error:  # a tool is anyone's code, and its failure is the model's to read
+        text = f"error: {call.name} failed ({type(error).__name__}{_message(error)})"
+    return str.encode(text, "utf-8", "replace").decode()  # no lone surrogates, which are not text
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return f": {error}"
+    except Exception:  # its own code too
+        return ""
 
 
 def _short(value: Any) -> str:
