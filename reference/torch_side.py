@@ -34,7 +34,6 @@ except ImportError as error:
 
 Trace = dict[str, np.ndarray]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMAT = 2  # of the cached traces; raise it when taps change
 
 LAYER_MODULES = {
     "input_layernorm": (None, "input_norm"),
@@ -249,22 +248,20 @@ def cached_trace(
 ) -> tuple[Trace, bool]:
     """The float32 trace of a run, from `folder` if it is there, else made and kept there. Returns (trace, was there).
 
-    The name of the file is a hash of the model's bytes, the run and the versions of torch and transformers, so that a
-    trace is never taken for another's. model: a function that returns the loaded model, to load it once for many runs;
-    digest: its content_hash, if known.
+    The name of the file is a hash of the model's bytes and the run, and one of what made it (torch, transformers, these
+    hooks), so that a trace is never taken for another's; one that another version made goes. model: a function that
+    returns the loaded model, to load it once for many runs; digest: its content_hash, if known.
     """
-    identity = {
-        "model": digest or content_hash(path),
-        "run": [run.ids, run.chunks, run.padding],
-        "versions": [FORMAT, torch.__version__, transformers.__version__],
-    }
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    file = folder / f"{name}.safetensors"
+    wanted = _name([digest or content_hash(path), run.ids, run.chunks, run.padding])
+    hooks = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("torch_side.py", "taps.py")]
+    file = folder / f"{wanted}-{_name([*hooks, torch.__version__, transformers.__version__])[:8]}.safetensors"
     if (trace := _read_trace(file)) is not None:
         return trace, True
     trace = record(model() if model else load(path), run)
     try:
         _keep_trace(trace, file)
+        for old in set(folder.glob(f"{wanted}-*.safetensors")) - {file}:
+            old.unlink(missing_ok=True)
     except (SafetensorError, OSError) as error:
         print(
             f"warning: {folder}: the reference's activations cannot be kept there ({_first_line(error)}); the next run "
@@ -272,6 +269,10 @@ def cached_trace(
             file=sys.stderr,
         )
     return trace, False
+
+
+def _name(identity: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 def _checksum(trace: Trace) -> str:

@@ -183,6 +183,18 @@ def test_cached_traces_are_the_same_and_are_never_taken_for_others(tmp_path: Pat
         assert torch_side.cached_trace(path, run, folder)[1]
 
 
+def test_a_trace_that_another_version_made_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, run = save_folder(tmp_path / "m", hf_model(num_hidden_layers=1)), RUNS["prefill"]
+    for other in (RUNS["prefill"], RUNS["decode"]):
+        torch_side.cached_trace(path, other, tmp_path / "cache")
+    before = set((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(torch_side.transformers, "__version__", "9.9")
+    assert not torch_side.cached_trace(path, run, tmp_path / "cache")[1]
+    after = set((tmp_path / "cache").iterdir())
+    assert len(before) == len(after) == 2
+    assert len(before & after) == 1
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, capsys):
     path, run = save_folder(tmp_path / "m", hf_model(num_hidden_layers=1)), RUNS["prefill"]
     (tmp_path / "file").write_text("in the way")
