@@ -265,6 +265,20 @@ def test_what_is_no_message_is_refused_at_the_call(chat: Chat):
         chat.retry()
 
 
+@pytest.mark.parametrize("change", ["send", "retry", "undo", "clear"])
+def test_a_turn_under_way_ends_before_the_conversation_changes(chat: Chat, change: str):
+    say(chat, "one")
+    turn = chat.send("two")
+    next(turn)
+    if change in ("send", "retry"):
+        list(chat.send("three") if change == "send" else chat.retry())
+    else:
+        getattr(chat, change)()
+    assert list(turn) == []
+    roles = {"send": 6, "retry": 4, "undo": 2, "clear": 0}[change]
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * (roles // 2)
+
+
 def test_saved_and_loaded(small, chat: Chat, tmp_path: Path):
     say(chat, "hello")
     say(chat, "你好")

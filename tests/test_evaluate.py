@@ -195,7 +195,7 @@ def test_mistakes_are_one_sentence(pair, tmp_path: Path):
         (["--text", str(text), "--context", "257"], r"small\.gguf has 256: take a smaller one, or extend .*--yarn 4"),
         (["--text", str(text), "--stride", "256"], "stride is 256, expected 1 to 255"),
         (["--text", str(text), "--json", str(tmp_path / "no" / "r.json")], "its folder does not exist"),
-        (["--text", str(text), "--json", str(tmp_path)], "cannot be written"),
+        (["--text", str(text), "--json", str(tmp_path)], "is not a regular file"),
         (["--text", str(text), "--reference", str(other)], r"--reference .*other\.gguf has another vocabulary"),
     ):
         with pytest.raises(QwenMLXError, match=match):

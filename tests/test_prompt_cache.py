@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -20,6 +21,7 @@ from qwen_mlx import prompt_cache as module
 from qwen_mlx.backend import mx
 from qwen_mlx.model import Qwen2Model, TransformerBlock
 from qwen_mlx.prompt_cache import PromptCache, common_prefix, fingerprint
+from qwen_mlx.session import Chat
 from tests.small_models import TOKENS, hf_model, write_gguf
 
 
@@ -293,6 +295,69 @@ def test_a_disk_that_is_full_leaves_the_old_file(small, tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     with pytest.raises(QwenMLXError, match="cannot be written"):
         cache.save(tmp_path / "absent" / "c")
+
+
+@pytest.mark.parametrize("order", ["old first", "new first", "old closed", "old forgotten"])
+def test_a_cache_in_use_serves_a_second_generation_without_harm(small, order: str):
+    model, _ = small
+    first, second, cache = [3, 1, 4, 1, 5], [3, 1, 4, 9, 2], PromptCache(model)
+    settings = {"max_tokens": 12, "temperature": 0}
+
+    def ids(prompt: list[int], cache: PromptCache | None = None) -> list[int]:
+        return [chunk.token for chunk in stream_generate(*small, prompt, prompt_cache=cache, **settings)]
+
+    old = stream_generate(*small, first, prompt_cache=cache, **settings)
+    made = [next(old).token for _ in range(3)]
+    new = stream_generate(*small, second, prompt_cache=cache, **settings)
+    others = [next(new).token for _ in range(2)]
+    if order == "old first":
+        made += [chunk.token for chunk in old]
+    elif order == "old closed":
+        old.close()
+    elif order == "old forgotten":
+        del old
+    others += [chunk.token for chunk in new]
+    if order == "new first":
+        made += [chunk.token for chunk in old]
+    assert others == ids(second)
+    assert made == ids(first)[: len(made)]
+    assert cache.ids == [*second, *others][: len(cache.ids)]
+    assert len(cache.ids) == cache.layers[0].offset >= len(second) + len(others) - 1
+    assert ids(first, cache) == ids(first)
+
+
+def test_a_cache_of_another_model_object_is_refused(small, path: Path):
+    for arguments in ({"prompt_cache": PromptCache(load(path)[0])}, {"prompt_cache": 5}, {"cache": []}, {"cache": 5}):
+        with pytest.raises(QwenMLXError, match="cache is"):
+            stream_generate(*small, [1, 2], **arguments)
+
+
+def test_a_file_has_the_umasks_mode_and_replaces_no_device(small, tmp_path: Path):
+    """Both kinds of files that a person names, through a link too; a link stays one."""
+    model, tokenizer = small
+    cache, chat = PromptCache(model), Chat(model, tokenizer)
+    answer(small, [1, 2, 3], cache)
+    before = os.umask(0o027)
+    try:
+        for save in (cache.save, chat.save):
+            (tmp_path / "target").write_bytes(b"")
+            (tmp_path / "target").unlink()
+            (tmp_path / "link").unlink(missing_ok=True)
+            (tmp_path / "link").symlink_to(tmp_path / "target")
+            save(tmp_path / "link")
+            assert (tmp_path / "link").is_symlink()
+            assert (tmp_path / "target").stat().st_mode & 0o777 == 0o640
+            os.mkfifo(tmp_path / "pipe")
+            for name in (tmp_path / "pipe", "/dev/null", tmp_path):
+                with pytest.raises(QwenMLXError, match="is not a regular file"):
+                    save(name)
+            (tmp_path / "pipe").unlink()
+            for name in ("a\0b", "\ud800", tmp_path / ("x" * 300), "/proc/x"):
+                with pytest.raises(QwenMLXError, match=r"no file can|cannot be written"):
+                    save(name)
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
+    finally:
+        os.umask(before)
 
 
 def test_cache_and_prompt_cache_exclude_each_other(small):

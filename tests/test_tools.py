@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import time
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -11,6 +12,7 @@ import pytest
 from transformers.utils import get_json_schema
 
 from qwen_mlx import QwenMLXError
+from qwen_mlx.errors import Stopped
 from qwen_mlx.tools import Tool, ToolCall, function_schema, load_tools, parse_tool_calls, run, tool, tools_by_name
 
 
@@ -236,6 +238,60 @@ def test_a_tool_that_fails_or_cannot_run_is_the_answer():
     assert "cannot run" in run(ToolCall("described", {}), tools)
     assert "SystemExit: 3" in run(ToolCall("leaves", {}), tools)
     assert run(ToolCall("half", {}), tools) == "a?b"
+
+
+class Odd(BaseException):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+class Text(str):
+    def encode(self, *arguments):
+        raise ValueError
+
+
+def raises(error: BaseException):
+    def function():
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (raises(Odd()), "error: f failed (Odd)"),
+        (raises(GeneratorExit("x")), "error: f failed (GeneratorExit: x)"),
+        (raises(SystemExit(3)), "error: f failed (SystemExit: 3)"),
+        (lambda: Text("a\ud800"), "a?"),
+        (lambda: object(), "error: f failed (TypeError: Object of type object is not JSON serializable)"),
+    ],
+    ids=str,
+)
+def test_a_tool_of_any_kind_answers(function, expected: str):
+    schema = {"type": "function", "function": {"name": "f"}}
+    assert run(ToolCall("f", {}), {"f": Tool(schema, function)}) == expected
+
+
+def test_only_ctrl_c_and_the_end_of_the_process_go_through_a_tool():
+    schema = {"type": "function", "function": {"name": "f"}}
+    for error in (KeyboardInterrupt(), Stopped(15)):
+        with pytest.raises(type(error)):
+            run(ToolCall("f", {}), {"f": Tool(schema, raises(error))})
+
+
+def test_hostile_answers_are_read_in_linear_time():
+    """A pattern for a bare call once took half a minute for the spaces after one."""
+    tools = {"f": Tool({"type": "function", "function": {"name": "f"}}, None)}
+    for make in (lambda n: '{"name":"f","arguments":{}}' + " " * n + "x", lambda n: "<tool_call>" * n):
+        seconds = []
+        for size in (3_000, 30_000):
+            start = time.process_time()
+            parse_tool_calls(make(size), tools)
+            seconds.append(time.process_time() - start)
+        assert seconds[1] < 30 * seconds[0] + 0.05
+    (call,) = parse_tool_calls('<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', tools)
+    assert "beyond any float" in call.error
 
 
 def test_schemas_with_and_without_the_envelope():
