@@ -218,3 +218,15 @@ def _promoting(add_rms_norm: Callable, norm: Any) -> Callable:
         return total, out.astype(mx.float32) if weight is norm.weight else out
 
     return run
+
+
+@bug("attention that returns float32 in a bfloat16 model", "0.layers.0.attn", dtype="bfloat16")
+def _(model, patch):
+    """The norm behind it refuses what is left of that."""
+    attention = ops.attention
+    patch.setattr(ops, "attention", lambda *arguments: attention(*arguments).astype(mx.float32))
+
+
+@bug("a cache that cannot hold what it is given", "0.layers.0.probs")
+def _(model, patch):
+    patch.setattr(KVCache, "update", lambda self, kv: kv.reshape(1, 2, 3))
