@@ -1,6 +1,6 @@
 """Which executor computes an operation: the Metal kernel, the same kernel in CUDA, or plain MLX ("reference").
 
-The kernels' sources are qwen_mlx/metal/*.metal. QWEN_MLX_KERNELS, read once, switches them off, all or one by one.
+The kernels' sources are in qwen_mlx/metal. QWEN_MLX_KERNELS, read once, switches them off, all or one by one.
 """
 
 from __future__ import annotations
