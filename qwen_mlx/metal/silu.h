@@ -1,4 +1,4 @@
-// x / (1 + e^-x) to 0.6 ulp in float32, for every finite x: e^-|x| is kept as 2^-n (high + low), and 2^-n comes last,
+// x / (1 + e^-x) to 0.8 ulp in float32, for every finite x: e^-|x| is kept as 2^-n (high + low), and 2^-n comes last,
 // so that a small result is not formed from a subnormal factor. silu(inf) = inf, silu(-inf) = NaN, as in torch.
 FUNCTION float silu(float x) {
   if (!metal::isfinite(x)) {
