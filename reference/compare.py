@@ -283,7 +283,9 @@ def verdict(comparisons: list[Comparison]) -> str:
     if first.first is None:
         return f"FAILED: {first.run} compared nothing"
     m = first.first.measure
-    what = m.problem or f"relative L2 {m.l2:.1e}, worst row {m.row:.1e}, {first.first.ratio:.3g} times its tolerance"
+    ratio = first.first.ratio
+    beyond = f"{ratio:.3g} times its tolerance" if ratio < float("inf") else "where none is tolerated"
+    what = m.problem or f"relative L2 {m.l2:.1e}, worst row {m.row:.1e}, {beyond}"
     cause = f"; likeliest cause: {first.diagnosis}" if first.diagnosis else ""
     return f"FAILED: {first.run}, {first.dtype}: the first diverging tap is {first.first.key} ({what}){cause}"
 
