@@ -59,7 +59,7 @@ class _SumCase(Case):
 
 
 def ulp_error(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> float:
-    """The largest |got - want| in units of dtype's last place at want; inf where only one is NaN or infinite."""
+    """The largest difference, in units of dtype's last place at want; inf where only one is NaN or infinite."""
     if got.shape != want.shape or got.dtype != dtype:
         return float("inf")
     if not got.size:
@@ -324,6 +324,7 @@ def _run_part(part: int, parts: int) -> list[dict[str, object]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs every case, prints the table and writes the JSON; 0 if all passed, 1 if not, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m qwen_mlx.selftest", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, default=Path("qwen_mlx_selftest.json"), help="where to write the results")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile kernels side by side (default 1)")

@@ -127,6 +127,7 @@ class Stored:
 
     @property
     def exact(self) -> bool:
+        """Whether the stored values are the source's, all of them finite."""
         return not self.max_abs and not self.not_finite
 
 

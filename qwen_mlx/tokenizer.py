@@ -61,6 +61,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many ids have a token; a model's matrices may have more rows."""
         return len(self._names)
 
     @property

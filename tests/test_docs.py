@@ -1,0 +1,151 @@
+"""The documentation: it builds without a warning, says what the code says, and every public name has a docstring."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qwen_mlx
+from qwen_mlx import QwenMLXError, convert, generate, load
+
+from .small_models import hf_model, write_gguf
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = [
+    *("generation", "batch", "session", "prompt_cache", "sampling", "config", "model", "tokenizer", "cache", "loading"),
+    *("ops", "ops.rms_norm", "ops.rope", "ops.swiglu", "ops.attention", "ops.attend", "ops.matvec", "ops.unpack"),
+    *("conversion", "storage", "evaluation", "gguf.blocks", "gguf.reader", "gguf.names", "errors", "selftest"),
+]
+
+
+def test_the_site_builds_without_a_warning_and_has_what_the_code_generates(tmp_path: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        ROOT / "docs",
+        tmp_path / "site",
+    ]
+    done = subprocess.run([*command, "-d", tmp_path / "trees"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "IQ4_XS" in (tmp_path / "site" / "gguf.html").read_text()
+    assert (tmp_path / "site" / "report.html").exists()
+    pages = list((tmp_path / "site").rglob("*.html"))
+    anchors = {page: set(re.findall(r'id="([^"]+)"', page.read_text())) for page in pages}
+    for page in pages:
+        for target in re.findall(r'href="([^"]+)"', page.read_text()):
+            path, _, anchor = target.partition("#")
+            if re.match(r"[a-z]+:", target) or target.startswith("//") or "_static" in path:
+                continue
+            other = (page.parent / path).resolve() if path else page
+            assert other.exists(), f"{page.name}: {target}"
+            if anchor and other in anchors:
+                assert anchor in anchors[other], f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_between_files_lead_somewhere(page: str):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / target).exists(), target
+
+
+def names() -> list[str]:
+    found = [f"qwen_mlx.{name}" for name in qwen_mlx.__all__]
+    for module_name in PUBLIC:
+        module = importlib.import_module(f"qwen_mlx.{module_name}")
+        found += [
+            f"{module.__name__}.{name}"
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+            and (inspect.isclass(value) or inspect.isfunction(value))
+            and value.__module__ == module.__name__
+        ]
+    return found
+
+
+@pytest.mark.parametrize("name", names())
+def test_public_names_have_docstrings(name: str):
+    module, _, attribute = name.rpartition(".")
+    value = getattr(importlib.import_module(module), attribute)
+    text = value.__doc__ or ""
+    assert text.strip()
+    assert not text.startswith(f"{value.__name__}("), "dataclasses write themselves one: that is none"
+    for member, function in vars(value).items() if inspect.isclass(value) else ():
+        if not member.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)):
+            inherited = any(getattr(base, member, None) for base in value.__mro__[1:])
+            assert function.__doc__ or inherited, f"{name}.{member}"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple:
+    path = Path(write_gguf(tmp_path_factory.mktemp("docs") / "small.gguf", hf_model()))
+    return path, *load(path)
+
+
+def without_mlx() -> None:
+    code = "import sys; sys.modules['mlx.core'] = None; import qwen_mlx.backend"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    raise QwenMLXError(done.stderr.strip().splitlines()[-1].partition("QwenMLXError: ")[2])
+
+
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from qwen_mlx.ops import dispatch; dispatch.switched_off()"
+    environment = {**os.environ, "QWEN_MLX_KERNELS": "fast"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    raise QwenMLXError(done.stderr.strip().splitlines()[-1].partition("QwenMLXError: ")[2])
+
+
+def not_finite(model, tokenizer) -> None:
+    norm = model.model.norm
+    before, norm.weight = norm.weight, norm.weight * float("nan")
+    try:
+        generate(model, tokenizer, "x", max_tokens=2)
+    finally:
+        norm.weight = before
+
+
+def test_every_message_of_the_troubleshooting_page_is_raised(small, tmp_path: Path, monkeypatch):
+    path, model, tokenizer = small
+    (tmp_path / "text.gguf").write_text("hello " * 100)
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-5000])
+    (tmp_path / "bad.safetensors").write_bytes(b"xx")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    cases: dict[str, Callable[[], object]] = {
+        "MLX cannot be loaded": without_mlx,
+        "QWEN_MLX_KERNELS is": lambda: kernels(monkeypatch),
+        "…: no such file or folder; it": lambda: load(tmp_path / "missing.gguf"),
+        "…: no such file or folder, not": lambda: load("Qwen/Nothing-Here"),
+        "…: not a GGUF": lambda: load(tmp_path / "text.gguf"),
+        "…: tensor …": lambda: load(tmp_path / "cut.gguf"),
+        "…: damaged or not": lambda: qwen_mlx.PromptCache.load(tmp_path / "bad.safetensors", model),
+        "The prompt has": lambda: generate(model, tokenizer, "x " * 1000),
+        "The model's logits": lambda: not_finite(model, tokenizer),
+        "… is …, expected …": lambda: generate(model, tokenizer, "x", top_p=0),
+        "There is no argument": lambda: generate(model, tokenizer, "x", temperatur=0),
+    }
+    headings = re.findall(r"^### (.+)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(headings) == len(cases)
+    for heading, (start, call) in zip(headings, cases.items()):
+        assert heading.startswith(start)
+        with pytest.raises(QwenMLXError) as caught:
+            call()
+        pattern = ".*".join(re.escape(part) for part in heading.split("…"))
+        assert re.match(pattern, str(caught.value), re.DOTALL), f"{heading}\n{caught.value}"
+
+
+def test_the_convert_command_of_the_readme(small, tmp_path: Path):
+    convert(small[0], tmp_path / "out")
+    assert load(tmp_path / "out")[0].config == small[1].config
