@@ -62,13 +62,13 @@ def convert(
     expected.
     """
     options = Options(dtype, scales, requantize, quantize, group_size, allow_nan)
-    path, target = hub.resolve(source), Path(output).expanduser().resolve()
-    _check_target(target, path.resolve(), force)
+    path = hub.resolve(source)
+    target = _target(output, path, force)
     opened = open_source(path)
     forms = [choose_form(tensor, options) for tensor in opened.tensors]
     specs = [spec for tensor, form in zip(opened.tensors, forms) for spec in form.specs(tensor)]
     _keep_freed_memory()
-    with _sibling(target, sum(spec.nbytes for spec in specs)) as folder, _digests(opened.files) as digests:
+    with _sibling(target, sum(spec.nbytes for spec in specs), force) as folder, _digests(opened.files) as digests:
         report, done, total = [], 0, sum(tensor.nbytes for tensor in opened.tensors)
         with ShardedWriter(folder, specs, shard_bytes) as writer, ThreadPoolExecutor(threads()) as pool:
             for tensor, form in zip(opened.tensors, forms):
@@ -147,9 +147,23 @@ def _digests(files: list[Path]) -> Iterator[Callable[[], dict[str, str]]]:
 # The folder
 
 
-def _check_target(target: Path, source: Path, force: bool) -> None:
-    if target == source or target in source.parents:
-        raise QwenMLXError(f"{target}: holds the model to convert; give another folder for the output.")
+def _target(output: str | os.PathLike[str], source: Path, force: bool) -> Path:
+    """The folder to write, its links followed; QwenMLXError if it may not be written there."""
+    try:
+        target = Path(output).expanduser().resolve()
+        places = (source.resolve(), source.absolute().parent.resolve() / source.name)  # the file, and the link to it
+        if any(target == place or target in place.parents for place in places):
+            raise QwenMLXError(f"{target}: holds the model to convert; give another folder for the output.")
+        _check_replaceable(target, force)
+    except QwenMLXError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise QwenMLXError(f"{os.fspath(output)}: cannot be written ({reason}); give another name.") from None
+    return target
+
+
+def _check_replaceable(target: Path, force: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -186,7 +200,7 @@ def _runs(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def _sibling(target: Path, nbytes: int) -> Iterator[Path]:
+def _sibling(target: Path, nbytes: int, force: bool) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place at the end, or is removed, whatever ends the work. What a
     killed process left behind is removed by the next one."""
     folder = old = None
@@ -196,10 +210,11 @@ def _sibling(target: Path, nbytes: int) -> Iterator[Path]:
         _clear(target, mark)
         free = shutil.disk_usage(target.parent).free
         if free < nbytes:
-            raise QwenMLXError(f"{target}: needs {nbytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk.")
+            raise QwenMLXError(f"{target}: needs {nbytes / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free on its disk.")
         folder = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-", dir=target.parent))
         yield folder
         folder.chmod(0o777 & ~_umask())
+        _check_replaceable(target, force)  # it may have appeared meanwhile
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f"{mark}{os.getpid()}-", dir=target.parent))
             target.rename(old / "model")
@@ -267,13 +282,18 @@ def _model_card(path: Path, digests: dict[str, str], options: Options, report: l
             f"{worst.stored_as})"
         )
     chosen = {key: value for key, value in dataclasses.asdict(options).items() if value not in (None, False)}
-    sources = "\n".join(f"- `{name}`, sha256 `{digest}`" for name, digest in digests.items())
+    sources = "\n".join(f"- `{_in_markdown(name)}`, sha256 `{digest}`" for name, digest in digests.items())
     return (
-        f"---\nlibrary_name: mlx\npipeline_tag: text-generation\ntags:\n- mlx\n---\n\n# {path.stem}\n\n"
+        f"---\nlibrary_name: mlx\npipeline_tag: text-generation\ntags:\n- mlx\n---\n\n# {_in_markdown(path.stem)}\n\n"
         f"An MLX model converted by qwen_mlx {__version__} from\n\n{sources}\n\n"
         f"with {', '.join(f'{key} {value}' for key, value in chosen.items())}.\n\n"
         f"{verdict}. `conversion.json` lists how each tensor is stored and its error.\n"
     )
+
+
+def _in_markdown(name: str) -> str:
+    """A file's name in one line of text that ends no code span, whatever bytes it has."""
+    return re.sub(r"[^ -~\u00a1-\ud7ff\ue000-\U0010ffff]|`", "\ufffd", name)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -139,10 +138,5 @@ def _print_table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt  # so that a `kill` too leaves nothing half-written
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)
     cli.run(main)

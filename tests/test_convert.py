@@ -431,10 +431,64 @@ def test_force_replaces_model_folders_only(tmp_path: Path):
     (other / "cat.jpg").write_text("irreplaceable")
     before = snapshot(tmp_path)
     for target, message in ((other, "not a model folder"), (tmp_path, "holds the model"), (path, "holds the model")):
-        with pytest.raises(QwenMLXError, match=message):
+        with pytest.raises(QwenMLXError, match=f"^{target}: [^:]*{message}[^:]*$"):
             convert(path, target, force=True)
     assert snapshot(tmp_path) == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "out", "photos"]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "loop/out", "a\0b", "file/out"])
+def test_an_output_that_no_disk_can_hold_is_one_sentence(name: str, tmp_path: Path):
+    path = write_gguf(tmp_path / "m.gguf", hf_model())
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(QwenMLXError, match="cannot be written"):
+        convert(path, tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_folder_that_holds_a_link_to_the_model_is_not_replaced(tmp_path: Path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "m.gguf").symlink_to(write_gguf(tmp_path / "m.gguf", hf_model()))
+    (tmp_path / "here" / "config.json").touch()
+    with pytest.raises(QwenMLXError, match="holds the model to convert"):
+        convert(tmp_path / "here" / "m.gguf", tmp_path / "here", force=True)
+    assert len(list((tmp_path / "here").iterdir())) == 2
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path):
+    path = write_gguf(tmp_path / "m.gguf", hf_model())
+    out = tmp_path / "out"
+
+    def appear(*_: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text("another's")
+
+    with pytest.raises(QwenMLXError, match="exists already"):
+        convert(path, out, progress=appear)
+    assert snapshot(tmp_path).keys() == {"m.gguf", "out/config.json"}
+
+
+def test_two_conversions_into_one_folder_leave_one_whole_model(tmp_path: Path):
+    path = write_gguf(tmp_path / "m.gguf", hf_model(**WIDE), MIXED)
+    command = [sys.executable, "-m", "qwen_mlx.convert", str(path), str(tmp_path / "out")]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    assert "exists already" in "".join(errors)
+    convert(path, tmp_path / "alone")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "alone")
+    assert {file.name for file in tmp_path.iterdir()} == {"m.gguf", "out", "alone"}
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_the_card_of_a_file_with_an_odd_name_is_in_order(tmp_path: Path):
+    path = write_gguf(tmp_path / os.fsdecode(b"a`\n---\n# b\xff \xe2\x98\x83.gguf"), hf_model())
+    convert(path, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").splitlines()
+    assert card[7] == "# a\ufffd\ufffd---\ufffd# b\ufffd \u2603"
+    assert card[11].startswith("- `a\ufffd\ufffd---\ufffd# b\ufffd \u2603.gguf`, sha256")
 
 
 def run(*arguments: object, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -483,7 +537,7 @@ def test_an_interrupted_conversion_leaves_what_was_there(number: signal.Signals,
         time.sleep(0.02)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     assert snapshot(out.parent) == before
     assert [file.name for file in out.parent.iterdir()] == (["out"] if existing else [])
