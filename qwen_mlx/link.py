@@ -205,6 +205,9 @@ class Link:
             if not live:
                 return
             ready, _, _ = select.select(sockets, [], [], BEAT / 4)
+            if time.monotonic() - now > 2 * BEAT:  # this process itself was stopped, as by Ctrl-Z, or starved
+                for peer in live:
+                    peer.heard = time.monotonic()
             if self._wake in ready:
                 asked = [number for number in self._wake.recv(64) if number in ENDING]
                 if asked:

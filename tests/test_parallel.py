@@ -28,6 +28,7 @@ from .small_models import hf_model, save_folder, write_gguf
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' process ids in /proc")
 
 
 class Launch:
@@ -243,6 +244,7 @@ def test_command_line_prints_once_and_the_end_is_quiet(jobs):
     assert 0 < int(said[1]) <= 100
 
 
+@linux
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_hangs_ends_all_and_is_named(jobs, rank, how):
@@ -262,6 +264,22 @@ def test_a_rank_that_dies_or_hangs_ends_all_and_is_named(jobs, rank, how):
             os.kill(pid, 0)
 
 
+@linux
+def test_ranks_that_are_all_stopped_go_on(jobs):
+    """Ctrl-Z and fg: nobody takes it for a death."""
+    launch = Launch(2, *command(jobs, "--max-tokens", "20"))
+    assert launch.process.stdout.read(1)
+    ranks = launch.ranks()
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in ranks.values():
+            os.kill(pid, number)
+        time.sleep(8 if number == signal.SIGSTOP else 0)
+    _, _, err = launch.finish(60)
+    assert "error:" not in err
+    assert "generation: 20 tokens" in err
+
+
+@linux
 def test_ctrl_c_ends_all_ranks(jobs):
     launch = Launch(2, *command(jobs, "--max-tokens", "500"))
     assert launch.process.stdout.read(1)
