@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_flatten
 
-from . import ops, step
+from . import display, ops, step
 from .backend import mx, nn
 from .cache import KVCache, make_caches
 from .config import ModelConfig
@@ -164,6 +164,12 @@ class Qwen2(nn.Module):
                 found[f"{parent}.{part}.{kind}" if parent else f"{part}.{kind}"] = array[start : start + size]
                 start += size
         return found
+
+    def __repr__(self) -> str:
+        return f"Qwen2({'; '.join(f'{name}: {text}' for name, text in display.summary(self).items())})"
+
+    def _repr_html_(self) -> str:
+        return display.table(display.summary(self), "Qwen2")
 
     def make_cache(self, *, bits: int | None = None, max_size: int | None = None, n_sinks: int = 4) -> list[KVCache]:
         """An empty cache for every layer: see cache.make_caches."""

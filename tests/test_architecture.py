@@ -17,7 +17,7 @@ LAYERS = [
     {"gguf.blocks", "cli", "files", "link"},
     {"gguf.reader", "ops", "safetensors_writer", "hub"},
     {"config", "cache", "layers", "tools", "terminal"},
-    {"gguf.names", "model", "step", "tokenizer", "sampling", "shards"},
+    {"gguf.names", "model", "step", "display", "tokenizer", "sampling", "shards"},
     {"defaults", "weights", "parallel"},
     {"loading"},
     {"generation", "speculative", "prompt_cache", "evaluation", "sources", "storage"},

@@ -1,0 +1,83 @@
+"""How a model and its answers look in a notebook: HTML in which all text is escaped, legible on light and on dark."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from mlx.utils import tree_flatten
+
+from .layers import matrices
+
+if TYPE_CHECKING:
+    from .model import Qwen2
+    from .tokenizer import Tokenizer
+
+
+class Html:
+    """A piece of HTML that a notebook shows."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def _repr_html_(self) -> str:
+        return self.text
+
+
+def summary(model: Qwen2) -> dict[str, str]:
+    """What a model is, a line each: architecture, number of parameters, how its matrices are stored, its memory.
+
+    Memory is that of the arrays as they are; shared ones count once.
+    """
+    config = model.config
+    mix: Counter[str] = Counter()
+    for module in model.modules():
+        if "weight" in module and module["weight"].ndim > 1 and "parts" not in module:
+            (matrix,) = matrices(module)
+            form = matrix.format
+            name = f"{form.bits} bits, group {form.group_size}" if form.kind == "affine" else form.kind.upper()
+            mix[str(matrix.arrays[0].dtype).rpartition(".")[2] if form.kind == "dense" else name] += (
+                form.rows * form.columns
+            )
+    arrays = {id(array): array for _, array in tree_flatten(model.parameters())}
+    vectors = sum(array.size for array in arrays.values() if array.ndim == 1)
+    total = sum(mix.values())
+    return {
+        "layers": f"{config.n_layers} of hidden size {config.hidden_size}, {config.intermediate_size} in the MLP",
+        "heads": f"{config.n_heads} of {config.head_dim}, {config.n_kv_heads} for keys and values",
+        "vocabulary": f"{config.vocab_size}{', the embedding is the head too' if config.tie_word_embeddings else ''}",
+        "context": f"{config.context_length} tokens",
+        "parameters": f"{(total + vectors) / 1e6:.0f} million",
+        "matrices": ", ".join(f"{100 * count / total:.0f} % {name}" for name, count in mix.most_common()),
+        "memory": f"{sum(array.nbytes for array in arrays.values()) / 1e9:.2f} GB",
+    }
+
+
+def table(rows: dict[str, str], title: str) -> str:
+    """A small HTML table of names and texts."""
+    left = 'style="text-align:left"'
+    cells = "".join(
+        f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(text)}</td></tr>"
+        for name, text in rows.items()
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
+
+
+def coloured(chunks: Iterable[Any], tokenizer: Tokenizer) -> Html:
+    """Tokens on a ground from clear (probability 1) to orange (1 in 1,000 or less); the mouse shows the alternatives.
+
+    chunks: GenerationChunks of stream_generate(..., logprobs=n). Raises ValueError where a chunk has no log-probability.
+    """
+    spans = []
+    for chunk in chunks:
+        if chunk.logprob is None:
+            raise ValueError("A chunk has no log-probability; generate with logprobs=3, for example.")
+        doubt = min(1.0, -chunk.logprob / math.log(1000))
+        others = ", ".join(f"{tokenizer.decode([i])!r} {math.exp(p):.1%}" for i, p in chunk.top_logprobs)
+        title = html.escape(f"{math.exp(chunk.logprob):.1%}; {others}", quote=True)
+        text = html.escape(tokenizer.decode([chunk.token], skip_special=False)).replace("\n", "⏎<br>")
+        spans.append(f'<span style="background:rgba(255,140,0,{doubt:.2f})" title="{title}">{text}</span>')
+    return Html(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>')

@@ -1,0 +1,55 @@
+"""Models and answers as a notebook shows them: right numbers, and no text of a model becomes HTML."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gguf
+import pytest
+
+from qwen_mlx import load, stream_generate
+from qwen_mlx.display import coloured, summary, table
+from qwen_mlx.generation import GenerationChunk, GenerationStats
+
+from .small_models import hf_model, write_gguf
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return load(Path(write_gguf(tmp_path_factory.mktemp("display") / "small.gguf", hf_model())))
+
+
+def test_a_model_says_what_it_is(small):
+    model = small[0]
+    theirs = sum(parameter.numel() for parameter in hf_model().parameters())
+    found = summary(model)
+    assert found["parameters"] == f"{theirs / 1e6:.0f} million"
+    assert found["memory"] == f"{theirs * 4 / 1e9:.2f} GB"
+    assert found["matrices"] == "100 % float32"
+    assert repr(model).startswith("Qwen2(layers: 3 of hidden size 64")
+    assert model._repr_html_().count("<tr>") == len(found)
+
+
+def test_a_packed_model_says_how(tmp_path: Path, real_gguf: Path):
+    found = summary(load(real_gguf, quantized=True)[0])
+    size = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(real_gguf).tensors)  # its head is stored apart
+    assert found["parameters"] == f"{size / 1e6:.0f} million"
+    assert re.match(r"\d+ % 5 bits, group 32, ", found["matrices"])
+    assert {"Q4_K", "Q6_K"} <= set(re.split(r"[ ,]+", found["matrices"]))
+
+
+def test_tokens_are_coloured_and_escaped(small):
+    model, tokenizer = small
+    chunks = list(stream_generate(model, tokenizer, "hello", max_tokens=5, logprobs=2, temperature=0))
+    text = coloured(chunks, tokenizer)._repr_html_()
+    assert text.count("<span") == len(chunks)
+    hostile = tokenizer.encode("<script>\"'&")
+    text = coloured(
+        [GenerationChunk("", i, None, GenerationStats(), -1.0, ((i, -1.0),)) for i in hostile], tokenizer
+    ).text
+    assert "<script" not in text
+    assert all(sign in text for sign in ("&lt;", "&gt;", "&amp;", "&quot;", "&#x27;"))
+    assert "<b>" not in table({"<b>": "<b>"}, "<b>")
+    with pytest.raises(ValueError, match="generate with logprobs"):
+        coloured([GenerationChunk("", 1, None, GenerationStats())], tokenizer)
