@@ -119,11 +119,12 @@ class GGUFFile:
             if not path.exists():
                 raise GGUFError(f"{self.path}: part {number} of {count} is missing; put {path.name} beside it.")
             header = self._open(path)
-            if header.metadata.get("split.no") != number - 1:
-                raise GGUFError(
-                    f"{path}: split.no is {header.metadata.get('split.no')!r}, expected {number - 1}; "
-                    "the parts are mixed up, download them again."
-                )
+            for field, expected in (("split.no", number - 1), ("split.count", count)):
+                if header.metadata.get(field) != expected:
+                    raise GGUFError(
+                        f"{path}: {field} is {header.metadata.get(field)!r}, expected {expected}; "
+                        "the parts are mixed up, download them again."
+                    )
         total = self.metadata.get("split.tensors.count", len(self._tensors))
         if total != len(self._tensors):
             raise GGUFError(

@@ -226,6 +226,15 @@ SEED = build(
 )
 
 
+def test_split_file_with_a_part_of_another_split(tmp_path: Path):
+    parts = split_files(tmp_path)
+    raw = parts[1].read_bytes()
+    at = raw.index(b"split.count") + len(b"split.count") + 4
+    parts[1].write_bytes(raw[:at] + struct.pack("<H", 9) + raw[at + 2 :])
+    with pytest.raises(GGUFError, match=r"-00002-of-.*split\.count is 9, expected \d+; the parts are mixed up"):
+        GGUFFile(parts[0])
+
+
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_mutated_file_opens_or_is_refused(tmp_path: Path, data):
