@@ -63,6 +63,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: standard output cannot be written ({error.strerror}).", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 2
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while Python ends, is quiet
     sys.exit(code)
 
 

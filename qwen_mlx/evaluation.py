@@ -21,7 +21,7 @@ import numpy as np
 from . import ops
 from .backend import mx
 from .errors import QwenMLXError
-from .generation import NOT_FINITE
+from .generation import NOT_FINITE, PREFILL_CHUNK
 from .model import Qwen2
 
 CONTEXT = 1024
@@ -146,11 +146,11 @@ def evaluate(
         hidden = [_hidden(each, inputs, end - first) for each in (model, reference) if each is not None]
         for row in range(0, end - first, ROWS):
             target = targets[row : row + ROWS]
-            logits = _head(model, hidden[0][row : row + ROWS])
-            losses = [_losses(logits, target)]
+            ours = _log_softmax(_head(model, hidden[0][row : row + ROWS]))
+            losses = [_losses(ours, target)]
             if reference is not None:
-                other = _head(reference, hidden[1][row : row + ROWS])
-                losses += [_losses(other, target), *_divergence(logits[:, : min(sizes)], other[:, : min(sizes)])]
+                other = _log_softmax(_head(reference, hidden[1][row : row + ROWS]))
+                losses += [_losses(other, target), *_divergence(*(_first(logp, min(sizes)) for logp in (ours, other)))]
             mx.eval(losses)
             found = [np.array(values) for values in losses]
             if not all(np.isfinite(values).all() for values in found):
@@ -167,10 +167,14 @@ def evaluate(
 
 def _hidden(model: Qwen2, inputs: mx.array, keep: int) -> mx.array:
     """The last `keep` positions' states below the head, (keep, hidden_size)."""
-    with ops.no_grad():
-        hidden = model.model(inputs, model.make_cache(), keep)[0]
-    mx.eval(hidden)
-    return hidden
+    cache, skipped, found = model.make_cache(), inputs.shape[1] - keep, []
+    for start in range(0, inputs.shape[1], PREFILL_CHUNK):  # bounds memory, and how long a Ctrl-C waits
+        chunk = inputs[:, start : start + PREFILL_CHUNK]
+        with ops.no_grad():
+            hidden = model.model(chunk, cache)[0, max(0, skipped - start) :]
+        mx.eval(hidden, [layer.arrays for layer in cache])
+        found.append(hidden)
+    return mx.concatenate(found)
 
 
 def _head(model: Qwen2, hidden: mx.array) -> mx.array:
@@ -185,18 +189,23 @@ def _sum(values: mx.array) -> mx.array:
     return mx.pad(values, [(0, 0), (0, -size % 512)]).reshape(length, -1, 512).sum(axis=-1).sum(axis=-1, keepdims=True)
 
 
-def _log_sum_exp(logits: mx.array) -> mx.array:
+def _log_softmax(logits: mx.array) -> mx.array:
+    """ln p (L, V)."""
     top = logits.max(axis=-1, keepdims=True)
-    return top + mx.log(_sum(mx.exp(logits - top)))
+    return logits - (top + mx.log(_sum(mx.exp(logits - top))))
 
 
-def _losses(logits: mx.array, targets: mx.array) -> mx.array:
-    """-ln p of each target (L,), from logits (L, V)."""
-    return (_log_sum_exp(logits) - mx.take_along_axis(logits, targets[:, None], axis=-1))[:, 0]
+def _first(logp: mx.array, size: int) -> mx.array:
+    """ln p among the first `size` tokens: the two models' vocabularies may be padded differently."""
+    return logp if logp.shape[1] == size else _log_softmax(logp[:, :size])
 
 
-def _divergence(logits: mx.array, reference: mx.array) -> tuple[mx.array, mx.array]:
+def _losses(logp: mx.array, targets: mx.array) -> mx.array:
+    """-ln p of each target (L,)."""
+    return -mx.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+
+
+def _divergence(ours: mx.array, theirs: mx.array) -> tuple[mx.array, mx.array]:
     """KL(reference || model) and whether the likeliest tokens agree, (L,) each."""
-    ours, theirs = logits - _log_sum_exp(logits), reference - _log_sum_exp(reference)
     kl = _sum(mx.exp(theirs) * (theirs - ours))[:, 0]
-    return kl, (logits.argmax(-1) == reference.argmax(-1)).astype(mx.float32)
+    return kl, (ours.argmax(-1) == theirs.argmax(-1)).astype(mx.float32)

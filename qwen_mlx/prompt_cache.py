@@ -157,9 +157,10 @@ def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], lis
             "dtype, or delete the file."
         )
     digest = fingerprint(model)
+    found = f"{_short(metadata['shape'])}, {_short(metadata['model'][:12])}"
     if metadata["shape"] != _describe(config) or metadata["model"] != digest:
         raise QwenMLXError(
-            f"{where}: a prompt cache of another model ({_short(metadata['shape'])}, {_short(metadata['model'])}), "
+            f"{where}: a prompt cache of another model ({found}), "
             f"expected {_describe(config)}, {digest[:12]}; use that model, or delete the file."
         )
     count = header["ids"]["shape"][0]

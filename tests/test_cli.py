@@ -133,6 +133,57 @@ def test_ctrl_c_keeps_what_was_written_and_exits_130(small: Path):
     assert b"generation: " in error
 
 
+def test_told_to_stop_before_the_first_token_says_so_and_twice_is_quiet(small: Path):
+    """Ctrl-C twice while the model is loading or reading; no statistics of nothing."""
+    code = (
+        "import atexit, importlib, os, signal; from qwen_mlx import cli, generation\n"
+        "def never(*a, **b):\n    os.kill(os.getpid(), signal.SIGINT)\n    yield 0\n"
+        "generation.generate_ids = never; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "main = importlib.import_module('qwen_mlx.generate').main\n"
+        f"cli.run(lambda: main(['--model', {str(small)!r}, '--prompt', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert done.stderr == "interrupted before the first token\n"
+
+
+def test_a_terminal_gets_no_control_characters(tmp_path: Path):
+    """This model writes them; a pipe gets its text as it is."""
+    path = write_gguf(tmp_path / "m.gguf", hf_model())
+    arguments = ["--model", str(path), "--prompt", "hello", "--temp", "0", "--max-tokens", "200"]
+    raw = run(*arguments).stdout
+    assert set(raw) & {*range(9), *range(11, 32)}
+    master, slave = pty.openpty()
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=slave, stderr=subprocess.DEVNULL)
+    os.close(slave)
+    written = b""
+    try:
+        while piece := os.read(master, 4096):
+            written += piece
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait(60) == 0
+    text = written.decode().replace("\r\n", "\n")
+    assert not {ord(c) for c in text} & {*range(9), *range(11, 32), *range(0x7F, 0xA0)}
+    assert len(text) == len(raw.decode())
+
+
+def test_an_input_without_an_end_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch):
+    from qwen_mlx import QwenMLXError, files
+    from qwen_mlx.generate import main
+
+    monkeypatch.setattr(files, "LARGEST", 1 << 20)
+    for source in (["--prompt-file", "/dev/zero"], ["--prompt-file", "/dev/urandom"]):
+        with pytest.raises(QwenMLXError, match="has more than 1 MB"):
+            main(["--model", str(small), *source])
+
+
+def test_bytes_that_are_not_utf8_in_any_argument_are_named(small: Path):
+    for name in ("--prompt", "--system", "--stop"):
+        result = run("--model", small, "--prompt", "x", name, os.fsdecode(b"ab\xff"))
+        refused(result, f"{name}: not valid UTF-8 (byte 0xff at 2)")
+
+
 def test_progress_line_appears_on_a_terminal_and_is_cleared(small: Path):
     """The line is for work over a second: the clock is moved, the terminal is a real pseudo-terminal."""
     master, slave = pty.openpty()

@@ -54,8 +54,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory):
     return models, {name: write_gguf(folder / f"{name}.gguf", model) for name, model in models.items()}
 
 
-@pytest.mark.parametrize(("context", "stride"), [(64, 32), (64, 63), (16, 1), (200, 7), (256, 128)])
-def test_perplexity_and_divergence_equal_transformers(pair, context: int, stride: int):
+@pytest.mark.parametrize(
+    ("context", "stride", "chunk"), [(64, 32, 512), (64, 63, 23), (16, 1, 512), (200, 7, 23), (256, 128, 512)]
+)
+def test_perplexity_and_divergence_equal_transformers(pair, monkeypatch, context: int, stride: int, chunk: int):
+    monkeypatch.setattr("qwen_mlx.evaluation.PREFILL_CHUNK", chunk)
     theirs, files = pair
     (model, tokenizer), (reference, _) = load(files["small"]), load(files["original"])
     ids = tokenizer.encode(TEXT)[:230]
