@@ -329,8 +329,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=Path("qwen_mlx_selftest.json"), help="where to write the results")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile kernels side by side (default 1)")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}, expected 1 or more")
+    if not options.json.parent.is_dir() or options.json.is_dir():
+        parser.error(f"--json is {options.json}, expected a file in a folder that exists")
     if ops.executor() == "reference":
-        print(f"No kernel to test: {ops.explain()}", file=sys.stderr)
+        reason = ops.explain().splitlines()[0].rpartition("(")[2].rstrip(")")
+        print(
+            f"No kernel to test: {reason}. Run it on a Mac with an Apple GPU, or on an NVIDIA GPU with the extra "
+            "cuda12 or cuda13.",
+            file=sys.stderr,
+        )
         return 2
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
         parts = pool.map(_run_part, range(options.jobs), [options.jobs] * options.jobs)

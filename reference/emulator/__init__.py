@@ -19,7 +19,9 @@ spaces. `python -m reference.emulator --help` does all of it for a file.
 Stricter than Metal: a simd operation must be reached by all threads of its simdgroup; two threads that store the same
 value to one place race. Not modelled: the accuracy of Apple's functions (these are rounded from double), its choice
 where to contract (contract=True contracts everywhere), flushing of subnormal numbers, memory order between
-threadgroups, simdgroup_matrix, textures, and the limit on threads that a kernel's registers set.
+threadgroups, and the limit on threads that a kernel's registers set. Unknown, and so compile errors: matrices
+(float4x4, simdgroup_matrix), textures, arithmetic on packed vectors without a conversion (float3(p[i]) * 2.0f works),
+swizzles of swizzles. Kernels run as native code with the rights of this process: run only what you would run yourself.
 """
 
 from __future__ import annotations

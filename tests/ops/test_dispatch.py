@@ -21,7 +21,10 @@ def x(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 REFUSED = {
-    "x is integer": (lambda: ops.rms_norm(x(2, 8, dtype=mx.int32), x(8), 1e-6), "x has shape .*int32, expected an array of float32"),
+    "x is integer": (
+        lambda: ops.rms_norm(x(2, 8, dtype=mx.int32), x(8), 1e-6),
+        "x has shape .*int32, expected an array of float32",
+    ),
     "x has no axis": (lambda: ops.rms_norm(mx.array(1.0), x(1), 1e-6), r"x has shape \(\)"),
     "weight too long": (lambda: ops.rms_norm(x(2, 8), x(9), 1e-6), r"weight has shape \(9,\).*expected \(8,\)"),
     "weight of another dtype": (
@@ -231,4 +234,11 @@ def test_a_kernel_that_does_not_compile_fails_the_test_of_it(tmp_path, monkeypat
 
 def test_selftest_needs_a_gpu(capsys):
     assert selftest.main([]) == 2
-    assert "the default device is the CPU" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("No kernel to test: the default device is the CPU. Run it on a Mac")
+    for wrong, message in (
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--json", "nowhere/x.json"], "--json is nowhere/x.json"),
+    ):
+        with pytest.raises(SystemExit):
+            selftest.main(wrong)
+        assert message in capsys.readouterr().err
