@@ -41,6 +41,7 @@ class BatchStats(GenerationStats):
 
     @property
     def generated_per_second(self) -> float:
+        """Tokens of all rows made per second after the rows' first ones."""
         return (self.generated_tokens - self.prompts) / self.generation_seconds if self.generation_seconds else 0.0
 
 
@@ -101,10 +102,12 @@ class BatchKVCache:
 
     @property
     def offset(self) -> mx.array:
+        """Each row's next position, int32 (B,)."""
         return self.padding.offset(self._plain.offset)
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
+        """What has to be evaluated to hold the cache."""
         return self._plain.arrays
 
     @property
@@ -118,6 +121,7 @@ class BatchKVCache:
         return ops.attention(q, *self._plain.update(kv), scale, mask)
 
     def reserve(self, n_columns: int) -> None:
+        """Makes room for so many columns at once."""
         self._plain.reserve(n_columns)
 
 

@@ -52,6 +52,7 @@ class GenerationStats:
 
     @property
     def prompt_per_second(self) -> float:
+        """Prompt tokens computed per second; 0.0 before any was."""
         return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
@@ -61,6 +62,7 @@ class GenerationStats:
 
     @property
     def generated_per_second(self) -> float:
+        """Tokens made per second after the first, which belongs to the prompt."""
         return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
 
 
