@@ -13,6 +13,7 @@ import ctypes
 import importlib.metadata
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 # Distribution: (name, the files to load in order), the fastest first (benchmarks/cpu_primitives.py compares).
@@ -36,12 +37,17 @@ def preload() -> None:
         return
     if not sys.platform.startswith("linux"):
         _report = "MLX's own"
-    elif "mlx.core" in sys.modules:
-        _report = "not preloaded: MLX was imported before qwen_mlx"
     elif _version("mlx-cpu") is None:
         _report = "not preloaded: MLX has a GPU backend"
     elif choice.lower() == "off":
         _report = "MLX's reference BLAS (QWEN_MLX_BLAS=off)"
+    elif "mlx.core" in sys.modules:
+        _report = "not preloaded: MLX was imported before qwen_mlx"
+        warnings.warn(
+            "MLX was imported before qwen_mlx, which then cannot bring a fast BLAS: products on this CPU may take 50 "
+            "times as long. Import qwen_mlx first.",
+            stacklevel=3,
+        )
     elif hasattr(ctypes.CDLL(None), "cblas_sgemm"):
         _report = "not preloaded: the process has one already"  # LD_PRELOAD, for example
     elif not any(_load(name, files) for name, files in _candidates(choice)):

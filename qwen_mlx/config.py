@@ -81,6 +81,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not _is_number(value) or value <= 0:
                 raise QwenMLXError(f"{name} is {value!r}, expected a positive number.")
+        if self.rope_theta <= 1:
+            raise QwenMLXError(f"rope_theta is {self.rope_theta!r}, expected more than 1 (Qwen2.5 has 1000000).")
         if self.n_heads % self.n_kv_heads:
             raise QwenMLXError(f"n_heads is {self.n_heads}, expected a multiple of n_kv_heads, {self.n_kv_heads}.")
         if self.head_dim % 2:

@@ -94,6 +94,12 @@ def test_a_library_that_the_user_preloads_is_left_alone():
 
 def test_mlx_imported_first_is_said():
     assert run("import mlx.core" + PRODUCTS) == "not preloaded: MLX was imported before qwen_mlx"
+    code = "import mlx.core, qwen_mlx.backend"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert "UserWarning: MLX was imported before qwen_mlx" in said
+    assert "Import qwen_mlx first." in said
+    quiet = {**os.environ, "QWEN_MLX_BLAS": "off"}
+    assert not subprocess.run([sys.executable, "-c", code], capture_output=True, env=quiet, check=True).stderr
 
 
 @pytest.mark.parametrize(
