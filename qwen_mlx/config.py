@@ -357,6 +357,8 @@ def _check_layer_types(layer_types: Any, config: ModelConfig) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; QwenMLXError, naming the file, for anything else."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+        raise QwenMLXError(f"{path}: is not a regular file.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

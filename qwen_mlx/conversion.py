@@ -30,7 +30,7 @@ from .errors import GGUFError, QwenMLXError
 from .gguf.blocks import threads
 from .safetensors_writer import ShardedWriter
 from .sources import Source, SourceTensor, open_source
-from .storage import PIECE_WEIGHTS, Form, Options, Stored, choose_form, in_order, store
+from .storage import PIECE_WEIGHTS, Form, Options, Stored, choose_form, count_bad, in_order, store
 
 SHARD_BYTES = 5 * 10**9
 Progress = Callable[[int, int, int, int], None]  # called with tensors done and in all, bytes done and in all
@@ -92,8 +92,9 @@ def check(source: str | os.PathLike[str], progress: Progress | None = None) -> l
     with ThreadPoolExecutor(threads()) as pool:
         for tensor in opened.tensors:
             step = max(1, PIECE_WEIGHTS // tensor.shape[-1])
-            jobs = (lambda a=a: _not_finite(tensor.values(a, a + step)) for a in range(0, tensor.rows, step))  # noqa: B023
-            rows.append((tensor, choose_form(tensor, Options()), sum(in_order(pool, jobs))))
+            form = choose_form(tensor, Options())
+            jobs = (lambda a=a: count_bad(tensor, form, a, a + step) for a in range(0, tensor.rows, step))  # noqa: B023
+            rows.append((tensor, form, sum(in_order(pool, jobs))))
             tensor.done()
             done += tensor.nbytes
             if progress:
@@ -107,10 +108,6 @@ def _keep_freed_memory() -> None:
     M_MMAP_THRESHOLD); it is never touched, and other allocators do not mind.
     """
     np.empty((32 << 20) - (1 << 16), np.uint8)
-
-
-def _not_finite(values: np.ndarray) -> int:
-    return values.size - int(np.isfinite(values).sum())
 
 
 @contextlib.contextmanager
@@ -152,6 +149,9 @@ def _target(output: str | os.PathLike[str], source: Path, force: bool) -> Path:
     try:
         target = Path(output).expanduser().resolve()
         places = (source.resolve(), source.absolute().parent.resolve() / source.name)  # the file, and the link to it
+        places += tuple(
+            file.resolve() for file in (source.iterdir() if source.is_dir() else ())
+        )  # its files' links too
         if any(target == place or target in place.parents for place in places):
             raise QwenMLXError(f"{target}: holds the model to convert; give another folder for the output.")
         _check_replaceable(target, force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     p = cli.Parser(
         prog="python -m qwen_mlx.convert",
+        allow_abbrev=False,
         description="Convert a GGUF (or a folder of safetensors, or a hub id) to an MLX model folder, which qwen_mlx "
         "and mlx-lm load. The error of every tensor is printed and written to conversion.json.",
     )
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check:
         with _Bar("Checking") as progress:
             rows = check(arguments.source, progress)
-        return _print_check(rows)
+        return _print_check(rows, arguments.source)
     with _Bar("Converting") as progress:
         report = convert(
             arguments.source,
@@ -75,6 +77,13 @@ def main(argv: list[str] | None = None) -> int:
             progress=progress,
         )
     _print_report(report)
+    wanted = arguments.quantize or arguments.requantize
+    dense = [row.name for row in report if len(row.shape) == 2 and row.shape[1] % arguments.group_size]
+    if wanted and dense:
+        print(
+            f"{len(dense)} matrices have rows that --group-size {arguments.group_size} does not divide: not quantized"
+        )
+    print(f"{arguments.output}: python -m qwen_mlx.generate --model {shlex.quote(arguments.output)} --prompt ...")
     return 0
 
 
@@ -98,7 +107,7 @@ class _Bar:
         self._bar.close()
 
 
-def _print_check(rows: list[tuple[SourceTensor, Form, int]]) -> int:
+def _print_check(rows: list[tuple[SourceTensor, Form, int]], source: str) -> int:
     table = [("tensor", "type", "shape", "bytes", "in MLX", "verdict")]
     for tensor, form, bad in rows:
         shape = " x ".join(map(str, tensor.shape))
@@ -109,8 +118,8 @@ def _print_check(rows: list[tuple[SourceTensor, Form, int]]) -> int:
     print(f"{len(rows)} tensors, {sum(tensor.nbytes for tensor, _, _ in rows) / 1e6:.1f} MB, {len(damaged)} damaged")
     if damaged:
         raise QwenMLXError(
-            f"tensor {damaged[0]!r} holds values that are not finite; download the file again, or convert it all the "
-            "same with --allow-nan."
+            f"{source}: tensor {damaged[0]!r} holds values that are not finite; download the file again, or convert it "
+            "all the same with --allow-nan."
         )
     return 0
 
@@ -119,12 +128,21 @@ def _print_report(report: list[Stored]) -> None:
     """The error of every tensor that changed, and a line for each way of storing."""
     changed = [row for row in report if not row.exact]
     if changed:
-        table = [("tensor", "type", "stored as", "relative L2", "max abs")]
+        print(f"{len(changed)} of {len(report)} tensors are not exactly the source's; their errors over finite values:")
+        table = [("tensor", "type", "stored as", "relative L2", "max abs", "not finite")]
         table += [
-            (row.name, row.source_type, row.stored_as, f"{row.relative_l2:.2e}", f"{row.max_abs:.2e}")
+            (
+                row.name,
+                row.source_type,
+                row.stored_as,
+                f"{row.relative_l2:.2e}",
+                f"{row.max_abs:.2e}",
+                f"{row.not_finite}",
+            )
             for row in changed
         ]
-        _print_table(table, right=(3, 4))
+        _print_table(table, right=(3, 4, 5))
+        print()
     for form in dict.fromkeys(row.stored_as for row in report):
         rows = [row for row in report if row.stored_as == form]
         exact = sum(row.exact for row in rows)

@@ -69,7 +69,7 @@ def table(rows: dict[str, str], title: str) -> str:
 def coloured(chunks: Iterable[Any], tokenizer: Tokenizer) -> Html:
     """Tokens on a ground from clear (probability 1) to orange (1 in 1,000 or less); the mouse shows the alternatives.
 
-    chunks: GenerationChunks of stream_generate(..., logprobs=n). Raises ValueError where a chunk has no log-probability.
+    chunks: GenerationChunks of stream_generate(..., logprobs=n). Raises ValueError where one has no log-probability.
     """
     spans = []
     for chunk in chunks:

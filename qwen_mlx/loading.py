@@ -100,6 +100,7 @@ def _load(
             gguf_defaults(file),
             _rope_factors(file, config),
         )
+    tokenizer.check_fits(config.vocab_size, path)
     qwen = Qwen2(config if shard is None else shard.local, factors)
     _fill(qwen, weights, dtype, keep_packed, progress)
     if shard is not None:

@@ -26,8 +26,8 @@ from .tokenizer import Tokenizer
 class SourceTensor:
     """One parameter. `name` is Hugging Face's, `source_name` the file's; `nbytes` are the file's.
 
-    values(a, b): rows a to b as float32 (rows, columns); a vector is one row. packed(a, b): the same rows as MLX holds
-    them exactly (codes, scales, biases; no biases in mode mxfp4), where `form` says how; scales are float32, or uint8
+    values(a, b): rows a to b as float32, of F64 as float64 (rows, columns); a vector is one row. packed(a, b): the same
+    rows as MLX holds them exactly (codes, scales, biases; no biases in mode mxfp4), where `form` says how; scales are float32, or uint8
     in mode mxfp4; they may be inf or NaN. done(): the bytes are no longer needed. scale_dtype(): the
     narrowest dtype in which packed's scales and biases are all exact, where `form` is affine.
     """
@@ -83,6 +83,7 @@ def _open_gguf(path: Path) -> Source:
     except QwenMLXError as error:
         message = str(error)
         raise GGUFError(message if str(path) in message else f"{path}: {message}") from None
+    tokenizer.check_fits(config.vocab_size, path)
     tensors = [_gguf_tensor(file, name, info) for name, info in found.items()]
     return Source(path, config, tensors, tokenizer, defaults, file.paths, [])
 
@@ -106,7 +107,7 @@ def _gguf_tensor(file: GGUFFile, name: str, info: TensorInfo) -> SourceTensor:
         info.shape,
         kind.name,
         info.nbytes,
-        lambda a, b: blocks.dequantize(raw[a:b], kind),
+        lambda a, b: raw[a:b].view("<f8") if kind.name == "F64" else blocks.dequantize(raw[a:b], kind),
         kind.packed if len(info.shape) == 2 else None,
         packed,
         lambda: file.release(info.name),
@@ -133,19 +134,23 @@ def _open_folder(folder: Path) -> Source:
         raise QwenMLXError(f"{folder}: is quantized for MLX already; convert the original instead.")
     config = ModelConfig.from_folder(folder)
     files = safetensors_files(folder)
-    tensors = _folder_tensors(folder, files, config)
+    tensors = _folder_tensors(folder, config)
     copies = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
-    return Source(folder, config, tensors, Tokenizer.from_folder(folder), folder_defaults(folder), files, copies)
+    for file in copies:
+        if not file.is_file():
+            raise QwenMLXError(f"{file}: is not a regular file; download the folder again.")
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.check_fits(config.vocab_size, folder)
+    return Source(folder, config, tensors, tokenizer, folder_defaults(folder), files, copies)
 
 
-def _folder_tensors(folder: Path, files: list[Path], config: ModelConfig) -> list[SourceTensor]:
+def _folder_tensors(folder: Path, config: ModelConfig) -> list[SourceTensor]:
     from .backend import mx
-    from .weights import load_safetensors
+    from .weights import folder_tensors, load_safetensors
 
-    found = {name: (file, array) for file in files for name, array in load_safetensors(file).items()}
+    found = folder_tensors(folder, packed=False)
     if config.tie_word_embeddings:
         found.pop("lm_head.weight", None)  # some writers store the shared matrix twice
-    found = {name: place for name, place in found.items() if not name.endswith("rotary_emb.inv_freq")}
     shapes = config.parameter_shapes()
     for name in itertools.chain(shapes, found):
         shape = found[name][1].shape if name in found else None

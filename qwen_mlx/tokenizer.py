@@ -16,6 +16,7 @@ from typing import Any
 
 from .config import read_json
 from .errors import GGUFError, QwenMLXError
+from .files import read_text
 
 # Qwen2's rule (transformers' Qwen2Converter): contractions in any case, digits one by one, newlines with punctuation.
 SPLIT = (
@@ -159,18 +160,28 @@ class Tokenizer:
 
         eos = {special[name] for name in (*END_TOKENS, named("eos_token")) if name in special}
         for raw in (generation.get("eos_token_id"), config.get("eos_token_id")):
-            eos |= set(raw if isinstance(raw, list) else [] if raw is None else [raw])
+            ids = raw if isinstance(raw, list) else [] if raw is None else [raw]
+            if not all(type(i) is int and 0 <= i < len(names) for i in ids):
+                raise QwenMLXError(f"{folder}: eos_token_id is {raw!r}, expected ids below {len(names)}.")
+            eos |= set(ids)
         if not eos:
             raise QwenMLXError(
                 f"{folder}: no end token in generation_config.json, config.json or tokenizer_config.json."
             )
         template = settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            template = read_text(str(folder / "chat_template.jinja"))
         elif isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         bos = special.get(named("bos_token") or "") if settings.get("add_bos_token") else None
         return cls(bpe, names, special, control, eos, template, bos)
+
+    def check_fits(self, vocab_size: int, path: Path) -> None:
+        """Raises QwenMLXError if there are tokens for which a model of `vocab_size` has no embedding."""
+        if self.vocab_size > vocab_size:
+            raise QwenMLXError(
+                f"{path}: has {self.vocab_size} tokens, but embeddings for {vocab_size}; they are not of one model."
+            )
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids of `text` (NFC-normalised). The names of control and added tokens are ordinary text, unless

@@ -16,7 +16,7 @@ import numpy as np
 
 from .backend import mx
 from .config import ModelConfig, read_json
-from .errors import GGUFError, QwenMLXError
+from .errors import QwenMLXError
 from .gguf import blocks
 from .gguf.names import model_tensors
 from .gguf.reader import GGUFFile
@@ -66,9 +66,6 @@ class GGUFWeights:
     def __init__(self, file: GGUFFile, config: ModelConfig, cut: Cut = whole):
         self._file, self._cut = file, cut
         self._infos = model_tensors(file, config)
-        for info in self._infos.values():
-            if info.type.name in ("I8", "I16", "I32", "I64"):
-                raise GGUFError(f"{file.path}: tensor {info.name!r} has type {info.type.name}, which holds no weights.")
         self._rooms: Iterator[mx.array] = iter(())
 
     def nbytes(self, name: str) -> int:
@@ -175,10 +172,8 @@ class FolderWeights:
     def __init__(self, folder: Path, config: ModelConfig, cut: Cut = whole):
         self._cut, self._files = cut, {}
         self._arrays = {}
-        for file in safetensors_files(folder):
-            arrays = load_safetensors(file)
-            self._arrays |= {k: array for k, array in arrays.items() if not k.endswith("rotary_emb.inv_freq")}
-            self._files |= dict.fromkeys(arrays, file)
+        for name, (file, array) in folder_tensors(folder).items():
+            self._arrays[name], self._files[name] = array, file
         if config.tie_word_embeddings:
             self._arrays.pop("lm_head.weight", None)  # some writers store the shared matrix twice
         quantization = read_json(folder / "config.json").get("quantization") or {}
@@ -304,8 +299,42 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
+def folder_tensors(folder: Path, packed: bool = True) -> dict[str, tuple[Path, mx.array]]:
+    """name -> (file, lazy array) of a folder's tensors; `packed`: MLX's packed ones are allowed.
+
+    Raises QwenMLXError for a dtype that is no weight's (MLX reads float8 as bytes) and a tensor that is there twice.
+    """
+    found: dict[str, tuple[Path, mx.array]] = {}
+    for file in safetensors_files(folder):
+        arrays = load_safetensors(file)
+        for name, entry in _header(file).items():
+            if name == "__metadata__" or name.endswith("rotary_emb.inv_freq"):
+                continue
+            kind = str(entry["dtype"])
+            codes = (kind == "U32" and name.endswith(".weight")) or (kind == "U8" and name.endswith(".scales"))
+            if kind not in ("F32", "F16", "BF16") and not (packed and codes):
+                raise QwenMLXError(
+                    f"{file}: tensor {name!r} has dtype {kind}, expected BF16, F16 or F32; save the model so."
+                )
+            if name in found:
+                raise QwenMLXError(
+                    f"{folder}: tensor {name!r} is in {found[name][0].name} and in {file.name}; remove the file that "
+                    "does not belong to the model."
+                )
+            found[name] = file, arrays[name]
+    return found
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """What a safetensors file that MLX has read says of its tensors: 8 bytes of length, then JSON."""
+    with open(file, "rb") as opened:
+        return json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+
+
 def load_safetensors(file: Path) -> dict[str, mx.array]:
     """A file's tensors, lazily: MLX reads each when it is evaluated."""
+    if file.exists() and not file.is_file():
+        raise QwenMLXError(f"{file}: is not a regular file; download the folder again.")
     try:
         return mx.load(str(file))
     except (RuntimeError, ValueError) as error:

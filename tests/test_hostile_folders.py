@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_mlx import QwenMLXError, SamplingSettings, load
+from qwen_mlx import QwenMLXError, SamplingSettings, convert, load
 from qwen_mlx.backend import mx
 from qwen_mlx.generation import generate_ids
 from qwen_mlx.sampling import sample
@@ -142,3 +143,57 @@ def test_a_token_outside_the_byte_alphabet_is_shown_as_it_is(folder: Path):
     data["model"]["merges"] = data["model"]["merges"][:-1]
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert Tokenizer.from_folder(folder).decode([259]) == "日1"
+
+
+@pytest.mark.parametrize("read", [load, lambda folder: convert(folder, folder.parent / "out")], ids=["load", "convert"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.int32], ids=str)
+def test_weights_of_a_dtype_that_mlx_reads_as_numbers_of_another(folder: Path, dtype: torch.dtype, read):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QwenMLXError, match=f"tensor '{name}' has dtype .*, expected BF16, F16 or F32"):
+        read(folder)
+    assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("read", [load, lambda folder: convert(folder, folder.parent / "out")], ids=["load", "convert"])
+def test_a_tensor_in_two_files(folder: Path, read):
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: load_file(folder / "model.safetensors")[name]}, folder / "more.safetensors")
+    with pytest.raises(QwenMLXError, match=f"tensor '{name}' is in model.safetensors and in more.safetensors"):
+        read(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors", "vocab.json"])
+def test_a_pipe_or_a_device_is_not_waited_for(folder: Path, file: str):
+    for place in ("pipe", "/dev/zero"):
+        (folder / file).unlink(missing_ok=True)
+        os.mkfifo(folder / file) if place == "pipe" else (folder / file).symlink_to(place)
+        with pytest.raises(QwenMLXError, match=f"{file}: is not a regular file"):
+            convert(folder, folder.parent / "out")
+
+
+@pytest.mark.parametrize("ids", [[[]], 10**10, -1, "a"])
+def test_end_tokens_beyond_the_vocabulary(folder: Path, ids):
+    edit(folder / "config.json", eos_token_id=ids)
+    with pytest.raises(QwenMLXError, match=r"eos_token_id is .*, expected"):
+        load(folder)
+
+
+def test_force_does_not_replace_a_folder_that_holds_what_the_source_links_to(folder: Path):
+    source = folder.parent / "links"
+    source.mkdir()
+    for file in folder.iterdir():
+        (source / file.name).symlink_to(file)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(QwenMLXError, match="holds the model to convert"):
+        convert(source, folder, force=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("read", [load, lambda folder: convert(folder, folder.parent / "out")], ids=["load", "convert"])
+def test_fewer_embeddings_than_tokens(tmp_path: Path, read):
+    folder = save_folder(tmp_path / "m", hf_model(vocab_size=200))
+    with pytest.raises(QwenMLXError, match=r"has 263 tokens, but embeddings for 200"):
+        read(folder)

@@ -53,7 +53,7 @@ def to_gguf(name: str) -> str:
 def model_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
     """The file's tensor for each of the model's parameters, by Hugging Face's names.
 
-    Raises GGUFError for a tensor that is missing, is not part of the model or has another shape.
+    Raises GGUFError for a tensor that is missing, is not part of the model, has another shape or holds integers.
     """
     shapes = config.parameter_shapes()
     found: dict[str, TensorInfo] = {}
@@ -66,6 +66,8 @@ def model_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
                 f"{file.path}: tensor {name!r} is not part of a qwen2 model of {config.n_layers} layers; "
                 "convert the model again."
             )
+        if info.type.name in ("I8", "I16", "I32", "I64"):
+            raise GGUFError(f"{file.path}: tensor {name!r} has type {info.type.name}, which holds no weights.")
         if info.shape != shapes[hf_name]:
             raise GGUFError(
                 f"{file.path}: tensor {name!r} has shape {info.shape}, expected {shapes[hf_name]} (rows, columns)."
