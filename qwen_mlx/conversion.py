@@ -2,6 +2,8 @@
 
 What MLX can express exactly stays packed; the rest is made dense, or quantized on request, and the error of every
 tensor is measured and written. The folder loads in qwen_mlx, in mlx-lm and in transformers' tokenizers.
+The source is memory-mapped: if another program shortens it meanwhile, the system ends the process (a bus error), and
+the next conversion removes what that left behind.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ def convert(
     path = hub.resolve(source)
     target = _target(output, path, force)
     opened = open_source(path)
+    if any(target in file.resolve().parents for file in opened.files):  # a part of a split file may be a link
+        raise QwenMLXError(f"{target}: holds a part of the model to convert; give another folder for the output.")
     forms = [choose_form(tensor, options) for tensor in opened.tensors]
     specs = [spec for tensor, form in zip(opened.tensors, forms) for spec in form.specs(tensor)]
     _keep_freed_memory()

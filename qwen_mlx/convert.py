@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from . import cli
 from .errors import QwenMLXError
@@ -156,5 +158,12 @@ def _print_table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> None:
         print("  ".join(cells).rstrip())
 
 
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: what follows removes the unfinished folder
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     cli.run(main)

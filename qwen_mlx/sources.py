@@ -27,8 +27,8 @@ class SourceTensor:
     """One parameter. `name` is Hugging Face's, `source_name` the file's; `nbytes` are the file's.
 
     values(a, b): rows a to b as float32, of F64 as float64 (rows, columns); a vector is one row. packed(a, b): the same
-    rows as MLX holds them exactly (codes, scales, biases; no biases in mode mxfp4), where `form` says how; scales are float32, or uint8
-    in mode mxfp4; they may be inf or NaN. done(): the bytes are no longer needed. scale_dtype(): the
+    rows as MLX holds them exactly (codes, scales, biases; no biases in mode mxfp4), where `form` says how; scales are
+    float32, or uint8 in mode mxfp4; they may be inf or NaN. done(): the bytes are no longer needed. scale_dtype(): the
     narrowest dtype in which packed's scales and biases are all exact, where `form` is affine.
     """
 
@@ -130,7 +130,7 @@ _TOKENIZER_FILES = (
 def _open_folder(folder: Path) -> Source:
     from .weights import safetensors_files
 
-    if "quantization" in read_json(folder / "config.json"):
+    if read_json(folder / "config.json").get("quantization"):
         raise QwenMLXError(f"{folder}: is quantized for MLX already; convert the original instead.")
     config = ModelConfig.from_folder(folder)
     files = safetensors_files(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -92,18 +92,17 @@ class Form:
 
 def choose_form(tensor: SourceTensor, options: Options) -> Form:
     """The source's own codes where MLX has their arithmetic, unless `quantize` is given; else dense, or quantized as
-    the user asked. Matrices whose rows the group size does not divide stay dense.
+    the user asked. Matrices whose rows the group size does not divide stay as they would be without being asked.
     """
-
-    matrix = len(tensor.shape) == 2
-    if tensor.form is not None and not options.quantize:
+    divided = len(tensor.shape) == 2 and tensor.shape[1] % options.group_size == 0
+    if tensor.form is not None and not (options.quantize and divided):
         form = tensor.form
         dtype = form.scale_dtype
         if form.mode == "affine":
             dtype = tensor.scale_dtype() if options.scales == "auto" else options.scales
         return Form(form.mode, dtype, form.bits, form.group_size, from_source=True)
     bits = options.quantize or (None if tensor.type_name in DENSE_TYPES else options.requantize)
-    if bits and matrix and tensor.shape[1] % options.group_size == 0:
+    if bits and divided:
         dtype = options.dtype if options.scales == "auto" else options.scales
         return Form("affine", dtype, bits, options.group_size)
     return Form("dense", options.dtype)
@@ -112,7 +111,8 @@ def choose_form(tensor: SourceTensor, options: Options) -> Form:
 @dataclass(frozen=True)
 class Stored:
     """How one tensor was stored, and what that changed: relative_l2 = ||stored - source|| / ||source|| and max_abs, the
-    largest difference, over finite values; both 0.0 if nothing changed. `not_finite` counts values that are not finite.
+    largest difference, over finite values; both 0.0 if nothing changed. `not_finite` counts the values that are not
+    finite, or of which the file's format and MLX disagree whether they are.
     """
 
     name: str
@@ -221,68 +221,96 @@ def _encode(
 ) -> tuple[tuple[np.ndarray, ...], _Cost]:
     """Rows start to stop as they are written, and what that costs."""
     cost = _Cost()
-
-    def encoded(array: np.ndarray, dtype: str = form.dtype) -> tuple[np.ndarray, np.ndarray]:
-        stored, rounded = encode(array, dtype)
-        cost.not_finite += _check_finite(tensor, form, array, rounded, allow_nan)
-        return stored, rounded
-
-    if form.mode == "dense":
-        values = tensor.values(start, stop)
-        stored, rounded = encoded(values)
-        if rounded is not values:
-            cost.compare(values, rounded)
-        return (stored,), cost
-    if form.mode == "mxfp4":
-        codes, scales = tensor.packed(start, stop)
-        wide = np.where(scales == 255, np.float32("nan"), np.float32(1))  # the exponent that stands for NaN
-        cost.not_finite += _check_finite(tensor, form, wide, wide, allow_nan)
-        return (codes, scales), cost
     if form.from_source:
         codes, *wide = tensor.packed(start, stop)
-        values = None
+        bad = _bad_values(tensor, form, start, stop, wide)
+        cost.not_finite = _check_bad(tensor, bad, allow_nan)
+        if form.mode == "mxfp4":
+            return (codes, *wide), cost
+        source, unpacked = None, None
     else:
-        values, _ = encoded(tensor.values(start, stop), "float32")
+        source = tensor.values(start, stop)
+        cost.not_finite = _check_bad(tensor, source.size - int(np.isfinite(source).sum()), allow_nan)
+        if form.mode == "dense":
+            stored, rounded = _narrowed(tensor, source, form.dtype, "--dtype")
+            if rounded is not source:
+                cost.compare(source, rounded)
+            return (stored,), cost
+        values = _narrowed(tensor, source, "float32", "--scales")[1]
         wide = affine_range(values, form.bits, form.group_size)
-    (scales, rounded_scales), (biases, rounded_biases) = (encoded(array) for array in wide)
-    if values is not None:
+        if not cost.not_finite and not math.isfinite(_largest(wide[0])):
+            raise QwenMLXError(
+                f"tensor {tensor.source_name!r} ({tensor.type_name}) has groups of weights whose range is beyond "
+                "float32; convert it without --quantize."
+            )
+    (scales, rounded_scales), (biases, rounded_biases) = (
+        _narrowed(tensor, array, form.dtype, "--scales") for array in wide
+    )
+    if source is not None:
         unpacked = affine_codes(values, rounded_scales, rounded_biases, form.bits)
         codes = pack(unpacked, form.bits)
     elif all(np.array_equal(*pair, equal_nan=True) for pair in zip(wide, (rounded_scales, rounded_biases))):
         return (codes, scales, biases), cost
     else:
-        values, unpacked = tensor.values(start, stop), unpack(codes, form.bits)
+        source, unpacked = tensor.values(start, stop), unpack(codes, form.bits)
     groups = unpacked.reshape(*rounded_scales.shape, form.group_size).astype(np.float32)
     with np.errstate(all="ignore"):
         groups *= rounded_scales[..., None]
         groups += rounded_biases[..., None]
-    cost.compare(values, groups.reshape(values.shape))
+    cost.compare(source, groups.reshape(source.shape))
     return (codes, scales, biases), cost
 
 
-def _check_finite(tensor: SourceTensor, form: Form, array: np.ndarray, rounded: np.ndarray, allow_nan: bool) -> int:
-    """The number of elements that are not finite in the source; QwenMLXError unless allow_nan, and for an overflow."""
-    if math.isfinite(_largest(rounded)):
+def count_bad(tensor: SourceTensor, form: Form, start: int, stop: int) -> int:
+    """How many values of rows start to stop are not finite: what store() refuses."""
+    if form.from_source:
+        return _bad_values(tensor, form, start, stop, tensor.packed(start, stop)[1:])
+    values = tensor.values(start, stop)
+    return values.size - int(np.isfinite(values).sum())
+
+
+def _bad_values(tensor: SourceTensor, form: Form, start: int, stop: int, scales: Sequence[np.ndarray]) -> int:
+    """Of packed rows: a whole group where a scale or bias is not finite."""
+    if form.mode == "affine":
+        finite = np.isfinite(scales[0])
+        finite &= np.isfinite(scales[1])
+        return (finite.size - int(finite.sum())) * form.group_size
+    if scales[0].max(initial=0) < 253:  # 6 * 2^(252 - 127) is the last that float32 holds whatever the codes
         return 0
-    where = f"tensor {tensor.source_name!r} ({tensor.type_name})"
-    finite = np.isfinite(array)
-    bad = int(array.size - finite.sum())
+    values = tensor.values(start, stop).reshape(*scales[0].shape, form.group_size)
+    bad = (scales[0] == 255)[..., None] | ~np.isfinite(values)  # 255 is NaN in MLX, 2^128 in ggml
+    return int(bad.sum())
+
+
+def _check_bad(tensor: SourceTensor, bad: int, allow_nan: bool) -> int:
     if bad and not allow_nan:
         raise QwenMLXError(
-            f"{where} holds values or scales that are not finite: the file is damaged, download it again "
-            "(--allow-nan converts it as it is)."
+            f"tensor {tensor.source_name!r} ({tensor.type_name}) holds values or scales that are not finite: the file "
+            "is damaged, download it again (--allow-nan converts it all the same)."
         )
-    overflow = finite & ~np.isfinite(rounded)
-    if overflow.any():
-        option = "--dtype" if form.mode == "dense" else "--scales"
-        raise QwenMLXError(f"{where} holds {array[overflow][0]:g}, too much for {form.dtype}; give {option} float32.")
     return bad
 
 
+def _narrowed(tensor: SourceTensor, array: np.ndarray, dtype: str, option: str) -> tuple[np.ndarray, np.ndarray]:
+    """encode(); QwenMLXError for a finite element that `dtype` cannot hold."""
+    stored, rounded = encode(array, dtype)
+    if not math.isfinite(_largest(rounded)):
+        overflow = np.isfinite(array) & ~np.isfinite(rounded)
+        if overflow.any():
+            hint = f"; give {option} float32." if dtype != "float32" else ", the widest there is."
+            raise QwenMLXError(
+                f"tensor {tensor.source_name!r} ({tensor.type_name}) holds {array[overflow][0]:g}, too much for "
+                f"{dtype}{hint}"
+            )
+    return stored, rounded
+
+
 def encode(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """(array to store, the float32 values it stands for) of float32 `values` as "float32", "float16" or "bfloat16",
-    rounded to nearest even; bfloat16 is returned as uint16. float32 is returned as it is.
+    """(array to store, the float32 values it stands for) of float32 or float64 `values` as "float32", "float16" or
+    "bfloat16", rounded to nearest even; bfloat16 is returned as uint16. float32 is returned as it is.
     """
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32, copy=False)
     if dtype == "float32":
         return values, values
     if dtype == "float16":

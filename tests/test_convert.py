@@ -94,6 +94,10 @@ def test_every_type_is_stored_as_the_table_says_and_exactly(kind: blocks.BlockTy
     extremes = [bits for name, list_ in SCALES.items() if name not in ("infinite", "nan") for bits in list_]
     for halves in (None, extremes):
         expected = file_of_type(tmp_path / "m.gguf", kind, halves)
+        if kind.name in ("I8", "I16", "I32", "I64"):
+            with pytest.raises(GGUFError, match=f"has type {kind.name}, which holds no weights"):
+                convert(tmp_path / "m.gguf", tmp_path / "out")
+            continue
         report = convert(tmp_path / "m.gguf", tmp_path / "out", dtype="float32", scales="float32", force=True)
         found = stored_values(tmp_path / "out")
         assert found.keys() == expected.keys()
@@ -245,11 +249,10 @@ def test_mxfp4_loads_in_qwen_mlx_and_mlx_lm_alike(tmp_path: Path):
     assert_same_numbers(np.array(values), expected["model.layers.0.mlp.down_proj.weight"])
 
 
-def test_split_file_in(tmp_path: Path):
-    theirs = hf_model()
-    whole = write_gguf(tmp_path / "m.gguf", theirs, T.Q8_0)
+def split(whole: Path, folder: Path, tensors: int) -> list[Path]:
+    """Writes a GGUF's parts of so many tensors by gguf-py."""
     reader = gguf.GGUFReader(whole)
-    writer = gguf.GGUFWriter(tmp_path / "s.gguf", "qwen2", split_max_tensors=10)
+    writer = gguf.GGUFWriter(folder / "s.gguf", "qwen2", split_max_tensors=tensors)
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             kind = field.types[0]
@@ -260,7 +263,12 @@ def test_split_file_in(tmp_path: Path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    parts = sorted(tmp_path.glob("s-*.gguf"))
+    return sorted(folder.glob("s-*.gguf"))
+
+
+def test_split_file_in(tmp_path: Path):
+    whole = write_gguf(tmp_path / "m.gguf", hf_model(), T.Q8_0)
+    parts = split(whole, tmp_path, 10)
     assert len(parts) > 3
     convert(whole, tmp_path / "whole")
     convert(parts[0], tmp_path / "parts")
@@ -457,6 +465,20 @@ def test_the_folder_that_holds_a_link_to_the_model_is_not_replaced(tmp_path: Pat
     assert len(list((tmp_path / "here").iterdir())) == 2
 
 
+def test_a_folder_that_holds_a_part_of_the_model_is_not_replaced(tmp_path: Path):
+    whole = write_gguf(tmp_path / "m.gguf", hf_model())
+    here, source = tmp_path / "here", tmp_path / "source"
+    here.mkdir()
+    source.mkdir()
+    (here / "config.json").touch()
+    first, *_, last = split(whole, source, 20)
+    last.rename(here / last.name)
+    last.symlink_to(here / last.name)
+    with pytest.raises(QwenMLXError, match="holds a part of the model"):
+        convert(first, here, force=True)
+    assert (here / last.name).exists()
+
+
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path):
     path = write_gguf(tmp_path / "m.gguf", hf_model())
     out = tmp_path / "out"
@@ -535,9 +557,11 @@ def test_an_interrupted_conversion_leaves_what_was_there(number: signal.Signals,
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(number)
+    for _ in range(2):  # the second must not disturb the tidying up
+        process.send_signal(number)
+        time.sleep(0.02)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode in (128 + number, -signal.SIGINT)  # which ends it at once when all is tidy
     assert "Traceback" not in stderr
     assert snapshot(out.parent) == before
     assert [file.name for file in out.parent.iterdir()] == (["out"] if existing else [])
@@ -640,6 +664,63 @@ def test_damage_is_named_and_converted_on_request_only(kind: T, tmp_path: Path, 
     assert np.isfinite(values[:5]).all()
     assert np.isfinite(values[6:]).all()
     assert np.isfinite(values[5, block:]).all()
+
+
+@pytest.mark.parametrize(
+    ("exponent", "code", "bad"), [(255, 0x11, 32), (254, 0x77, 32), (253, 0x77, 32), (252, 0x77, 0), (254, 0x11, 0)]
+)
+def test_check_and_convert_agree_on_the_last_exponents_of_mxfp4(exponent: int, code: int, bad: int, tmp_path: Path):
+    """6 * 2^(253 - 127) is infinite in float32; 255 is NaN in MLX and not in ggml."""
+
+    def damage(writer, tensors) -> None:
+        raw = tensors["blk.0.ffn_down.weight"][0]
+        raw[5, :17] = [exponent, *[code] * 16]
+
+    path = write_gguf(tmp_path / "m.gguf", hf_model(**WIDE), T.MXFP4, edit=damage)
+    found = {tensor.source_name: bad for tensor, _, bad in conversion.check(path) if bad}
+    assert found == ({"blk.0.ffn_down.weight": bad} if bad else {})
+    if bad:
+        with pytest.raises(GGUFError, match=r"ffn_down.*not finite"):
+            convert(path, tmp_path / "out")
+    report = convert(path, tmp_path / "out", allow_nan=True)
+    assert sum(row.not_finite for row in report) == bad
+
+
+def test_float64_is_compared_before_it_is_rounded(tmp_path: Path):
+    def edit(writer, tensors) -> None:
+        tensors[name] = (tensors[name][0].astype(np.float64) + 1e-9, T.F64)
+
+    def huge(writer, tensors) -> None:
+        edit(writer, tensors)
+        tensors[name][0][0, 0] = 1e39
+
+    name = "blk.0.ffn_down.weight"
+    path = write_gguf(tmp_path / "m.gguf", hf_model(), edit=edit)
+    (row,) = [row for row in convert(path, tmp_path / "out", dtype="float32") if not row.exact]
+    assert row.source_name == name
+    assert 1e-9 < row.relative_l2 < 2**-24
+    path = write_gguf(tmp_path / "huge.gguf", hf_model(), edit=huge)
+    with pytest.raises(GGUFError, match=r"holds 1e\+39, too much for float32, the widest there is"):
+        convert(path, tmp_path / "out2", dtype="float32")
+
+
+def test_quantizing_says_what_it_cannot_and_keeps_the_sources_packing(tmp_path: Path, capsys):
+    """Rows of 32 * 5 are no multiple of 64: Q8_0 stays Q8_0, F32 dense."""
+    path = write_gguf(tmp_path / "m.gguf", hf_model(intermediate_size=160), T.Q8_0)
+    main([str(path), str(tmp_path / "out"), "--quantize", "4"])
+    assert "3 matrices have rows that --group-size 64 does not divide" in capsys.readouterr().out
+    forms = {row["source_name"]: row["stored_as"] for row in json.loads((tmp_path / "out/conversion.json").read_text())}
+    assert forms["blk.0.ffn_down.weight"] == "8 bits, group 32, float16 scales"
+    assert forms["blk.0.ffn_up.weight"].startswith("4 bits")
+
+
+def test_a_range_beyond_float32_is_no_damage(tmp_path: Path):
+    def edit(writer, tensors) -> None:
+        tensors["blk.0.ffn_up.weight"][0][0, :2] = -3e38, 3e38
+
+    path = write_gguf(tmp_path / "m.gguf", hf_model(), edit=edit)
+    with pytest.raises(GGUFError, match="range is beyond float32"):
+        convert(path, tmp_path / "out", quantize=4)
 
 
 def test_a_template_is_copied_and_never_run_by_the_converter(tmp_path: Path):
