@@ -212,6 +212,7 @@ def _sibling(target: Path, nbytes: int, force: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear(target, mark)
+        _check_replaceable(target, force)  # a model that a killed conversion had put aside may have returned
         free = shutil.disk_usage(target.parent).free
         if free < nbytes:
             raise QwenMLXError(f"{target}: needs {nbytes / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free on its disk.")

@@ -19,7 +19,7 @@ from .sources import SourceTensor
 
 PIECE_WEIGHTS = CHUNK_WEIGHTS  # a thread works on whole rows of about this many weights: they stay in its L2 cache
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}  # ours -> safetensors'
-DENSE_TYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")  # of GGUF: not quantized
+DENSE_TYPES = ("F32", "F16", "BF16", "F64")  # of GGUF: not quantized
 FLOATS = ("bfloat16", "float16", "float32")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

@@ -841,6 +841,7 @@ def test_a_model_that_a_killed_conversion_had_put_aside_returns(tmp_path: Path):
     aside = tmp_path / f".out.{conversion._host()}-{dead.pid}-x" / "model"
     aside.mkdir(parents=True)
     (aside / "config.json").write_text("{}")
-    conversion._clear(tmp_path / "out", f".out.{conversion._host()}-")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
+    with pytest.raises(QwenMLXError, match="exists already"):
+        convert(write_gguf(tmp_path / "m.gguf", hf_model()), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
     assert not list(tmp_path.glob(".out.*"))
