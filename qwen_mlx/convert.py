@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if not arguments.check and arguments.output is None:
         raise QwenMLXError("no output folder; give SOURCE and OUTPUT, or --check SOURCE.")
+    if arguments.check and arguments.output is not None:
+        raise QwenMLXError(f"--check writes nothing, so {arguments.output!r} is not needed; leave it out.")
     from .conversion import check, convert
 
     if arguments.check:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -292,7 +293,7 @@ def safetensors_files(folder: Path) -> list[Path]:
         hint = "; it holds PyTorch .bin files, save it again as safetensors" if list(folder.glob("*.bin")) else ""
         raise QwenMLXError(f"{folder}: no .safetensors file{hint}.")
     for file in files:
-        if not file.exists():
+        if not os.path.exists(file):  # False, too, for a name that no disk can hold
             raise QwenMLXError(
                 f"{folder}: {file.name} is missing, which {index.name} names; download the folder again."
             )

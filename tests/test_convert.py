@@ -631,6 +631,8 @@ def test_check_prints_every_tensor_and_writes_nothing(tmp_path: Path, capsys: py
         assert line.endswith("ok")
     assert lines[-1].endswith("0 damaged")
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(QwenMLXError, match="--check writes nothing"):
+        main(["--check", str(path), str(tmp_path / "out")])
     with pytest.raises(QwenMLXError, match="no output folder"):
         main([str(path)])
 

@@ -197,3 +197,10 @@ def test_fewer_embeddings_than_tokens(tmp_path: Path, read):
     folder = save_folder(tmp_path / "m", hf_model(vocab_size=200))
     with pytest.raises(QwenMLXError, match=r"has 263 tokens, but embeddings for 200"):
         read(folder)
+
+
+def test_an_index_that_names_what_no_disk_can_hold(folder: Path):
+    index = {"weight_map": {"x": "n" * 300 + ".safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(QwenMLXError, match="is missing, which"):
+        load(folder)
