@@ -17,7 +17,7 @@ from .gguf.unpack import pack
 from .safetensors_writer import ShardedWriter, TensorSpec
 from .sources import SourceTensor
 
-PIECE_WEIGHTS = CHUNK_WEIGHTS  # a thread works on whole rows of about this many weights: they stay in its L2 cache
+PIECE_WEIGHTS = CHUNK_WEIGHTS  # a thread works on whole rows of about this many weights
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}  # ours -> safetensors'
 DENSE_TYPES = ("F32", "F16", "BF16", "F64")  # of GGUF: not quantized
 FLOATS = ("bfloat16", "float16", "float32")
