@@ -105,7 +105,7 @@ def dequantize(raw: np.ndarray, kind: BlockType, out: np.ndarray | None = None) 
     """The float32 values of a tensor's bytes: gguf.quants.dequantize's, bit for bit.
 
     raw: uint8 (rows, bytes of a row). Returns float32 (rows, columns), which is `out` if given (contiguous; it may be a
-    view of an MLX array). An inf or NaN scale gives what IEEE arithmetic gives. Temporary memory: under 8 MB a thread.
+    view of an MLX array). An inf or NaN scale gives what IEEE arithmetic gives. Temporary memory: under 4 MB a thread.
     Raises GGUFError if raw is not rows of whole blocks or out does not fit.
     """
     blocks, shape = _blocks(raw, kind)
