@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import ops
+from . import display, ops
 from .backend import mx
 from .cache import KVCache
 from .errors import QwenMLXError, refuse_unknown
@@ -54,10 +54,14 @@ class BatchResult:
     prompt_tokens: int
     stats: BatchStats = field(repr=False)
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list, repr=False)
     finish_reason: str | None = None
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list, repr=False)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list, repr=False)
+
+    def _repr_html_(self) -> str:
+        made = f"{self.prompt_tokens} tokens read, {len(self.token_ids)} made"
+        return display.passage(self.text, f"{made}; ended by {self.finish_reason}")
 
 
 class Padding:

@@ -6,13 +6,14 @@ import html
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx.utils import tree_flatten
 
 from .layers import matrices
 
 if TYPE_CHECKING:
+    from .generation import GenerationChunk
     from .model import Qwen2
     from .tokenizer import Tokenizer
 
@@ -22,6 +23,9 @@ class Html:
 
     def __init__(self, text: str):
         self.text = text
+
+    def __repr__(self) -> str:
+        return f"Html({len(self.text)} characters, for a notebook)"
 
     def _repr_html_(self) -> str:
         return self.text
@@ -56,20 +60,24 @@ def summary(model: Qwen2) -> dict[str, str]:
     }
 
 
-def table(rows: dict[str, str], title: str) -> str:
-    """A small HTML table of names and texts."""
-    left = 'style="text-align:left"'
+def table(rows: Iterable[tuple[str, str]], title: str) -> str:
+    """A small HTML table of names and texts, whose line breaks and blanks stay."""
+    left = 'style="text-align:left; vertical-align:top; white-space:pre-wrap"'
     cells = "".join(
-        f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(text)}</td></tr>"
-        for name, text in rows.items()
+        f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(text)}</td></tr>" for name, text in rows
     )
     return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
 
 
-def coloured(chunks: Iterable[Any], tokenizer: Tokenizer) -> Html:
+def passage(text: str, note: str) -> str:
+    """A text as it is, and a line about it below."""
+    return f'<pre style="white-space:pre-wrap">{html.escape(text)}</pre><small>{html.escape(note)}</small>'
+
+
+def coloured(chunks: Iterable[GenerationChunk], tokenizer: Tokenizer) -> Html:
     """Tokens on a ground from clear (probability 1) to orange (1 in 1,000 or less); the mouse shows the alternatives.
 
-    chunks: GenerationChunks of stream_generate(..., logprobs=n). Raises ValueError where one has no log-probability.
+    chunks: of stream_generate(..., logprobs=n). Raises ValueError where one has no log-probability.
     """
     spans = []
     for chunk in chunks:
@@ -78,6 +86,10 @@ def coloured(chunks: Iterable[Any], tokenizer: Tokenizer) -> Html:
         doubt = min(1.0, -chunk.logprob / math.log(1000))
         others = ", ".join(f"{tokenizer.decode([i])!r} {math.exp(p):.1%}" for i, p in chunk.top_logprobs)
         title = html.escape(f"{math.exp(chunk.logprob):.1%}; {others}", quote=True)
-        text = html.escape(tokenizer.decode([chunk.token], skip_special=False)).replace("\n", "⏎<br>")
-        spans.append(f'<span style="background:rgba(255,140,0,{doubt:.2f})" title="{title}">{text}</span>')
+        text = tokenizer.decode([chunk.token], skip_special=False)
+        if "\ufffd" in text:  # a part of a character, which the chunk that completes it has whole
+            text = chunk.text or "·"
+        ink = "color:black;" if doubt > 0.65 else ""  # white on orange cannot be read
+        shown = html.escape(text).replace("\n", "⏎<br>")
+        spans.append(f'<span style="{ink}background:rgba(255,140,0,{doubt:.2f})" title="{title}">{shown}</span>')
     return Html(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>')

@@ -169,7 +169,7 @@ class Qwen2(nn.Module):
         return f"Qwen2({'; '.join(f'{name}: {text}' for name, text in display.summary(self).items())})"
 
     def _repr_html_(self) -> str:
-        return display.table(display.summary(self), "Qwen2")
+        return display.table(display.summary(self).items(), "Qwen2")
 
     def make_cache(self, *, bits: int | None = None, max_size: int | None = None, n_sinks: int = 4) -> list[KVCache]:
         """An empty cache for every layer: see cache.make_caches."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import display
 from .errors import QwenMLXError, refuse_unknown
 from .files import read_text, whole
 from .generation import ARGUMENTS as STREAM_ARGUMENTS
@@ -112,6 +113,12 @@ class Chat:
             [{"role": "user", "content": ""}]
         ):
             raise QwenMLXError("The model's chat template knows no tools; leave them out, or take an Instruct model.")
+
+    def __repr__(self) -> str:
+        return f"Chat({len(self.messages)} messages, {len(self.prompt_cache.ids)} tokens computed)"
+
+    def _repr_html_(self) -> str:
+        return display.table([(message["role"], message["content"]) for message in self.messages], repr(self))
 
     @property
     def system(self) -> str | None:

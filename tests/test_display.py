@@ -8,9 +8,11 @@ from pathlib import Path
 import gguf
 import pytest
 
-from qwen_mlx import load, stream_generate
+from qwen_mlx import Chat, batch_generate, load, stream_generate
 from qwen_mlx.display import coloured, summary, table
 from qwen_mlx.generation import GenerationChunk, GenerationStats
+from qwen_mlx.gguf.reader import GGUFFile
+from qwen_mlx.tokenizer import Tokenizer
 
 from .small_models import hf_model, write_gguf
 
@@ -39,6 +41,39 @@ def test_a_packed_model_says_how(tmp_path: Path, real_gguf: Path):
     assert {"Q4_K", "Q6_K"} <= set(re.split(r"[ ,]+", found["matrices"]))
 
 
+def test_answers_and_conversations_are_readable_and_escaped(small):
+    answer = batch_generate(*small, ["hello"], max_tokens=3, logprobs=2)[0]
+    assert repr(answer) == f"BatchResult(prompt_tokens={answer.prompt_tokens}, text={answer.text!r}, " + (
+        f"finish_reason={answer.finish_reason!r})"
+    )
+    answer.text = "<script>alert(1)</script>\n  x < y"
+    assert answer._repr_html_() == (
+        '<pre style="white-space:pre-wrap">&lt;script&gt;alert(1)&lt;/script&gt;\n  x &lt; y</pre>'
+        f"<small>{answer.prompt_tokens} tokens read, {len(answer.token_ids)} made; ended by {answer.finish_reason}</small>"
+    )
+    chat = Chat(*small, system="<script>", max_tokens=2)
+    list(chat.send("<img onerror=x>"))
+    assert repr(chat) == f"Chat(3 messages, {len(chat.prompt_cache.ids)} tokens computed)"
+    chat.messages[-1]["content"] = "</td><script>"
+    text = chat._repr_html_()
+    assert text.count("<tr>") == 3
+    assert "<script" not in text
+    assert "<img" not in text
+
+
+def test_a_character_of_several_tokens_is_shown_whole(real_gguf: Path):
+    tokenizer = Tokenizer.from_gguf(GGUFFile(real_gguf).metadata)
+    *parts, last = tokenizer.encode("🦜")
+    assert parts
+    stats = GenerationStats()
+    chunks = [GenerationChunk("", i, None, stats, -0.1) for i in parts] + [
+        GenerationChunk("🦜", last, None, stats, -9.0)
+    ]
+    shown = re.findall(">([^<]+)</span>", coloured(chunks, tokenizer).text)
+    assert shown == ["·"] * len(parts) + ["🦜"]
+    assert coloured(chunks, tokenizer).text.count("color:black") == 1  # on full orange
+
+
 def test_tokens_are_coloured_and_escaped(small):
     model, tokenizer = small
     chunks = list(stream_generate(model, tokenizer, "hello", max_tokens=5, logprobs=2, temperature=0))
@@ -50,6 +85,6 @@ def test_tokens_are_coloured_and_escaped(small):
     ).text
     assert "<script" not in text
     assert all(sign in text for sign in ("&lt;", "&gt;", "&amp;", "&quot;", "&#x27;"))
-    assert "<b>" not in table({"<b>": "<b>"}, "<b>")
+    assert "<b>" not in table([("<b>", "<b>")], "<b>")
     with pytest.raises(ValueError, match="generate with logprobs"):
         coloured([GenerationChunk("", 1, None, GenerationStats())], tokenizer)
