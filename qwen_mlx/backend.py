@@ -12,13 +12,14 @@ blas.preload()
 try:
     import mlx.core as mx
     from mlx import nn
+    from mlx.utils import tree_flatten
 except ImportError as error:
     raise QwenMLXError(
         f"MLX cannot be loaded ({error}); install qwen_mlx with exactly one of its extras cpu, cuda12 and cuda13 on "
         "Linux (pip install '.[cpu]' in its folder), with none of them on macOS."
     ) from None
 
-__all__ = ["describe", "mx", "nn"]
+__all__ = ["describe", "mx", "named_arrays", "nn"]
 
 
 def describe() -> str:
@@ -28,6 +29,13 @@ def describe() -> str:
     name = "Metal" if mx.metal.is_available() else "CUDA"
     device = mx.device_info().get("device_name", "")
     return f"{name} ({device})" if device else name
+
+
+def named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """A module's parameters by their names, parts with dots between."""
+    found: list[tuple[str, mx.array]] = []
+    tree_flatten(module.parameters(), destination=found)
+    return found
 
 
 def peak_memory() -> int:

@@ -141,9 +141,8 @@ class KVCache:
             spares = [mx.zeros((*new.shape[:2], room - start, *new.shape[3:]), new.dtype) for new in parts]
             # After `parts`, so that not all layers are copied at once: nothing else orders them.
             held = mx.depends([part[:, :, :start] for part in self._parts], list(parts)) if self._parts else []
-            self._parts = tuple(
-                mx.concatenate(pair, axis=2) for pair in (zip(held, spares) if held else ((s,) for s in spares))
-            )
+            pairs = zip(held, spares) if held else ((spare,) for spare in spares)
+            self._parts = tuple(mx.concatenate(list(pair), axis=2) for pair in pairs)
 
 
 class QuantizedKVCache(KVCache):
@@ -197,13 +196,14 @@ class QuantizedKVCache(KVCache):
 
     def trim(self, n_tokens: int) -> None:
         super().trim(n_tokens)
+        if self._tail is None:  # empty
+            return
         blocks = min(self._blocks, self.offset // BLOCK)
         if blocks < self._blocks:
             back = mx.concatenate(self._floats(blocks, self._blocks, self._tail), axis=1)
             self._tail = mx.concatenate([back, self._tail], axis=2)
             self._blocks = blocks
-        if self._tail is not None:
-            self._tail = self._tail[:, :, : self.offset - blocks * BLOCK]
+        self._tail = self._tail[:, :, : self.offset - blocks * BLOCK]
 
     def _joined(self, tail: mx.array, after: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values of all blocks and of `tail`, computed once `after` is."""
@@ -226,8 +226,8 @@ class QuantizedKVCache(KVCache):
         """Keys and values of blocks start to end, (B, n_kv_heads, tokens, head_dim) each."""
         # Without the dependency all layers could be dequantized at once: they wait for nothing else.
         parts = mx.depends([part[:, :, start:end] for part in self._parts], [after])
-        values = mx.dequantize(*parts[3:], group_size=_group_size(after.shape[3]), bits=self.bits)
-        keys = mx.dequantize(*parts[:3], group_size=BLOCK, bits=self.bits).swapaxes(3, 4)
+        values = mx.dequantize(parts[3], parts[4], parts[5], _group_size(after.shape[3]), self.bits)
+        keys = mx.dequantize(parts[0], parts[1], parts[2], BLOCK, self.bits).swapaxes(3, 4)
         return [keys.flatten(2, 3), values.flatten(2, 3)]
 
 
@@ -241,6 +241,7 @@ class RotatingKVCache(KVCache):
     """
 
     trimmable = False
+    max_size: int
 
     def __init__(self, max_size: int, n_sinks: int = 4) -> None:
         super().__init__()

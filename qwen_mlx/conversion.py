@@ -152,10 +152,8 @@ def _target(output: str | os.PathLike[str], source: Path, force: bool) -> Path:
     """The folder to write, its links followed; QwenMLXError if it may not be written there."""
     try:
         target = Path(output).expanduser().resolve()
-        places = (source.resolve(), source.absolute().parent.resolve() / source.name)  # the file, and the link to it
-        places += tuple(
-            file.resolve() for file in (source.iterdir() if source.is_dir() else ())
-        )  # its files' links too
+        places = [source.resolve(), source.absolute().parent.resolve() / source.name]  # the file, and the link to it
+        places += [file.resolve() for file in (source.iterdir() if source.is_dir() else ())]  # its files' links too
         if any(target == place or target in place.parents for place in places):
             raise QwenMLXError(f"{target}: holds the model to convert; give another folder for the output.")
         _check_replaceable(target, force)

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import cli
 from .errors import QwenMLXError
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "7e-4 and bfloat16 6e-3 in relative L2. mlx-lm computes in float32 with auto and float32 and in bfloat16 with "
         "--scales bfloat16 --dtype bfloat16",
     )
-    bits = {"type": int, "choices": (2, 3, 4, 5, 6, 8), "metavar": "BITS"}
+    bits: dict[str, Any] = {"type": int, "choices": (2, 3, 4, 5, 6, 8), "metavar": "BITS"}
     p.add_argument("--requantize", **bits, help="pack the types that MLX cannot express (Q6_K, Q3_K, ...); else dense")
     p.add_argument("--quantize", **bits, help="pack every matrix, whatever its type")
     p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="of both (default 64)")
@@ -112,7 +112,7 @@ class _Bar:
 
 
 def _print_check(rows: list[tuple[SourceTensor, Form, int]], source: str) -> int:
-    table = [("tensor", "type", "shape", "bytes", "in MLX", "verdict")]
+    table: list[tuple[str, ...]] = [("tensor", "type", "shape", "bytes", "in MLX", "verdict")]
     for tensor, form, bad in rows:
         shape = " x ".join(map(str, tensor.shape))
         verdict = f"{bad} values not finite" if bad else "ok"
@@ -133,7 +133,7 @@ def _print_report(report: list[Stored]) -> None:
     changed = [row for row in report if not row.exact]
     if changed:
         print(f"{len(changed)} of {len(report)} tensors are not exactly the source's; their errors over finite values:")
-        table = [("tensor", "type", "stored as", "relative L2", "max abs", "not finite")]
+        table: list[tuple[str, ...]] = [("tensor", "type", "stored as", "relative L2", "max abs", "not finite")]
         table += [
             (
                 row.name,

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlx.utils import tree_flatten
-
+from .backend import named_arrays
 from .layers import matrices
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def summary(model: Qwen2) -> dict[str, str]:
             mix[str(matrix.arrays[0].dtype).rpartition(".")[2] if form.kind == "dense" else name] += (
                 form.rows * form.columns
             )
-    arrays = {id(array): array for _, array in tree_flatten(model.parameters())}
+    arrays = {id(array): array for _, array in named_arrays(model)}
     vectors = sum(array.size for array in arrays.values() if array.ndim == 1)
     total = sum(mix.values())
     return {

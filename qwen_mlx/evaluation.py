@@ -141,8 +141,8 @@ def evaluate(
         raise QwenMLXError(f"The text holds token id {bad}, expected 0 to {min(sizes) - 1}.")
     nll, reference_nll, kl, agreement = _Mean(), _Mean(), _Mean(), _Mean()
     for start, end, first in windows(len(ids), context, stride):
-        inputs = mx.array(ids[start : end - 1], mx.int32)[None]
-        targets = mx.array(ids[first:end], mx.int32)
+        inputs = mx.array(list(ids[start : end - 1]), mx.int32)[None]
+        targets = mx.array(list(ids[first:end]), mx.int32)
         hidden = [_hidden(each, inputs, end - first) for each in (model, reference) if each is not None]
         for row in range(0, end - first, ROWS):
             target = targets[row : row + ROWS]
@@ -179,7 +179,7 @@ def _hidden(model: Qwen2, inputs: mx.array, keep: int) -> mx.array:
 
 def _head(model: Qwen2, hidden: mx.array) -> mx.array:
     tied = model.config.tie_word_embeddings
-    logits = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
+    logits: mx.array = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
     return logits.astype(mx.float32)
 
 

@@ -113,11 +113,12 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     """The prompt's text from wherever it was said to be. Raises QwenMLXError if it cannot be read, or is not UTF-8."""
     if arguments.prompt_file is not None:
         return read_text(arguments.prompt_file)
-    if arguments.prompt is None:
+    prompt: str | None = arguments.prompt
+    if prompt is None:
         raise QwenMLXError("no prompt: give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE.")
-    if arguments.prompt != "-":
-        check_utf8(arguments.prompt, "--prompt")
-        return arguments.prompt
+    if prompt != "-":
+        check_utf8(prompt, "--prompt")
+        return prompt
     if launched():
         raise QwenMLXError("--prompt - never ends under a launcher such as mlx.launch; use --prompt-file FILE.")
     return read_text("-")
@@ -234,7 +235,10 @@ def open_model(
 
 def chance(tokenizer: Tokenizer, chunk: GenerationChunk) -> str:
     """A line on a token: ln p, its id and text, and the likeliest tokens."""
-    name = lambda token: f"{token} {(tokenizer.decode([token]) or tokenizer.names[token])!r}"  # noqa: E731
+
+    def name(token: int) -> str:
+        return f"{token} {(tokenizer.decode([token]) or tokenizer.names[token])!r}"
+
     others = "  ".join(f"{name(token)} {value:.3f}" for token, value in chunk.top_logprobs)
     return f"{chunk.logprob:8.3f}  {name(chunk.token)}" + (f"  of  {others}" if others else "")
 
@@ -280,7 +284,7 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     for text in chances:
         print(text, file=sys.stderr)
     print(statistics(stats, arguments.draft is not None), file=sys.stderr)
-    if arguments.prompt_cache is not None and cache.ids:
+    if arguments.prompt_cache is not None and cache is not None and cache.ids:
         cache.save(arguments.prompt_cache)
     return 130 if interrupted else 0
 

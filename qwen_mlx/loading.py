@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mlx.utils import tree_flatten
 
 from . import hub, ops, parallel
-from .backend import mx, nn
+from .backend import mx, named_arrays, nn
 from .config import ModelConfig
 from .defaults import folder_defaults, gguf_defaults
 from .errors import GGUFError, QwenMLXError
@@ -103,10 +102,11 @@ def _load(
     tokenizer.check_fits(config.vocab_size, path)
     qwen = Qwen2(config if shard is None else shard.local, factors)
     _fill(qwen, weights, dtype, keep_packed, progress)
-    if shard is not None:
+    if shard is not None and group is not None:
         parallel.share(qwen, shard, group)
     qwen.generation_defaults = defaults
-    return qwen.eval(), tokenizer
+    qwen.eval()
+    return qwen, tokenizer
 
 
 def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
@@ -122,7 +122,7 @@ def _silent(done: int, total: int) -> None:
 
 def _fill(model: Qwen2, weights: Weights, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> None:
     """Gives every parameter of the model its values, joined ones (see model.JOINED) side by side."""
-    targets = [(name, _sources(name), array.size) for name, array in tree_flatten(model.parameters())]
+    targets = [(name, _sources(name), array.size) for name, array in named_arrays(model)]
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
     targets.sort(key=lambda target: -target[2])
     packings = {
@@ -182,7 +182,7 @@ def _module(weights: Weights, names: list[str], packing: Packing, old: nn.Module
             new.bias = old.bias
         return new
     parts = [weights.packed(name) for name in names]
-    codes, scales, biases = (mx.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts))
+    codes, scales, biases = (mx.concatenate(list(column)) if len(parts) > 1 else column[0] for column in zip(*parts))
     # Scales of another dtype than the activations' would be converted for every product: float32 keeps them exact.
     scales, biases = (array if array.dtype == dtype else array.astype(mx.float32) for array in (scales, biases))
     if isinstance(old, nn.Embedding):
@@ -201,7 +201,8 @@ def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
         raise GGUFError(
             f"{file.path}: tensor {info.name!r} has shape {info.shape}, expected {(config.head_dim // 2,)}."
         )
-    return blocks.dequantize(file.raw(info.name), info.type)[0]
+    factors: np.ndarray = blocks.dequantize(file.raw(info.name), info.type)[0]
+    return factors
 
 
 def _get(model: nn.Module, path: str) -> Any:

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mlx.utils import tree_flatten
 
 from . import display, ops, step
-from .backend import mx, nn
+from .backend import mx, named_arrays, nn
 from .cache import KVCache, make_caches
 from .config import ModelConfig
 
@@ -109,10 +108,11 @@ class Qwen2Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:
-        h, last = self.embed_tokens(input_ids), None
+        h: mx.array = self.embed_tokens(input_ids)
+        last: mx.array | None = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             h, last = layer(h, last, layer_cache)
-        return self.norm(h[:, -keep:], last[:, -keep:])[1]
+        return self.norm(h[:, -keep:], None if last is None else last[:, -keep:])[1]
 
 
 class Qwen2(nn.Module):
@@ -140,7 +140,9 @@ class Qwen2(nn.Module):
                 self._step = step.Step(self)
             return self._step(input_ids, cache)
         h = self.model(input_ids, cache, logits_to_keep)
-        return self.model.embed_tokens.as_linear(h) if self.config.tie_word_embeddings else self.lm_head(h)
+        head = self.model.embed_tokens.as_linear if self.config.tie_word_embeddings else self.lm_head
+        logits: mx.array = head(h)
+        return logits
 
     def hf_parameters(self) -> dict[str, mx.array]:
         """All parameters under Hugging Face's names: joined ones as views of their rows."""
@@ -148,7 +150,7 @@ class Qwen2(nn.Module):
         q, kv, mlp = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.intermediate_size
         rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": mlp, "up_proj": mlp}
         found: dict[str, mx.array] = {}
-        for name, array in tree_flatten(self.parameters()):
+        for name, array in named_arrays(self):
             path, _, kind = name.rpartition(".")
             if kind in JOINED_BIASES:
                 path, kind = f"{path}.{JOINED_BIASES[kind]}", "bias"

@@ -95,7 +95,7 @@ def check_same(group: mx.distributed.Group, path: Path, settings: dict[str, str]
 
     mine = {
         "qwen_mlx": f"{__version__} ({_digest(sorted(Path(__file__).parent.rglob('*.py')))[:12]})",
-        "MLX": mx.__version__,
+        "MLX": mx.__version__,  # type: ignore[attr-defined]  # not in its stub
         **settings,
         f"the model's files at {path}": _digest(_model_files(path)),
     }
@@ -250,8 +250,8 @@ def share(model: Qwen2, shard: shards.Shard, group: mx.distributed.Group) -> Non
     config = model.config = shard.config
     rows = shard.vocabulary
     for layer in model.model.layers:
-        layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj, ranks)
-        layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj, ranks)
-    model.model.embed_tokens = SummedEmbedding(model.model.embed_tokens, ranks, rows, config.vocab_size)
+        layer.self_attn["o_proj"] = SummedLinear(layer.self_attn.o_proj, ranks)
+        layer.mlp["down_proj"] = SummedLinear(layer.mlp.down_proj, ranks)
+    model.model["embed_tokens"] = SummedEmbedding(model.model.embed_tokens, ranks, rows, config.vocab_size)
     if not config.tie_word_embeddings:
-        model.lm_head = JoinedLinear(model.lm_head, ranks, rows, config.vocab_size)
+        model["lm_head"] = JoinedLinear(model.lm_head, ranks, rows, config.vocab_size)

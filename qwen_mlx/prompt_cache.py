@@ -14,11 +14,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from mlx.utils import tree_flatten
-
-from .backend import mx
+from .backend import mx, named_arrays
 from .cache import KVCache
 from .errors import QwenMLXError
 from .files import whole
@@ -101,15 +99,16 @@ def fingerprint(model: Qwen2) -> str:
     """
     rotary = model.model.layers[0].self_attn.rotary
     digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(rotary)], sort_keys=True).encode())
-    names, samples = [], []
-    for name, array in sorted(tree_flatten(model.parameters())):
+    names: list[str] = []
+    samples: list[mx.array] = []
+    for name, array in sorted(named_arrays(model)):
         names.append(f"{name} {array.dtype} {array.shape}")
         flat = array.reshape(-1)
         at = [i * (flat.size - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
         bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
         samples.append(flat[mx.array(at)].view(bits).astype(mx.uint32))
     digest.update("\n".join(names).encode())
-    digest.update(memoryview(mx.concatenate(samples)))
+    digest.update(memoryview(mx.concatenate(samples)))  # type: ignore[arg-type]  # a buffer untold
     return digest.hexdigest()
 
 
@@ -130,7 +129,7 @@ def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[i
         raise QwenMLXError(f"{where}: nothing to save; the cache holds {cache[0].offset} tokens for {len(ids)} ids.")
     arrays = {"ids": mx.array(list(ids), mx.int32)}
     for i, layer in enumerate(cache):
-        arrays[f"layers.{i}"] = mx.concatenate(layer.state, axis=1)
+        arrays[f"layers.{i}"] = mx.concatenate(list(layer.state), axis=1)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -169,8 +168,8 @@ def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], lis
         entry = header.get(name, {})
         if entry.get("shape") != shape or DTYPES.get(entry.get("dtype")) != model.model.norm.weight.dtype:
             raise QwenMLXError(f"{where}: damaged; {name!r} is {_short(entry)}, expected {shape} in {dtype}.")
-    arrays = mx.load(str(where), format="safetensors")
-    ids = arrays["ids"].tolist()
+    arrays = cast("dict[str, mx.array]", mx.load(str(where), format="safetensors"))
+    ids = cast("list[int]", arrays["ids"].tolist())
     if _checksum(arrays) != metadata["crc32"]:
         raise QwenMLXError(f"{where}: damaged; its bytes are not those that were written; delete the file.")
     if count >= config.context_length or not all(0 <= i < config.vocab_size for i in ids):
@@ -228,7 +227,7 @@ def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
 def _checksum(arrays: dict[str, mx.array]) -> str:
     total = 0
     for _, array in sorted(arrays.items()):
-        total = zlib.crc32(memoryview(array.reshape(-1).view(mx.uint8)), total)
+        total = zlib.crc32(memoryview(array.reshape(-1).view(mx.uint8)), total)  # type: ignore[arg-type]  # as above
     return f"{total:08x}"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,8 @@ class ShardedWriter:
             name = "model.safetensors"
             if len(shards) > 1:
                 name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            header, at = {"__metadata__": {"format": "mlx"}}, 0
+            header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+            at = 0
             for spec in group:
                 header[spec.name] = {
                     "dtype": spec.dtype,
@@ -87,7 +89,7 @@ class ShardedWriter:
     def write(self, name: str, piece: np.ndarray) -> None:
         """Appends the bytes of a contiguous array to tensor `name`."""
         number, at, end = self._places[name]
-        data = memoryview(np.ascontiguousarray(piece)).cast("B")
+        data = np.ascontiguousarray(piece).data.cast("B")
         if at + len(data) > end:
             raise ValueError(f"Tensor {name!r} is given more bytes than its shape holds.")
         file = self._files[number]

@@ -69,10 +69,10 @@ class SamplingSettings:
             bias = tuple(sorted((operator.index(token), float(value)) for token, value in pairs))
         except (TypeError, ValueError):
             raise QwenMLXError(f"logit_bias is {self.logit_bias!r}, expected {{token id: number}}.") from None
-        bad = next((pair for pair in bias if pair[0] < 0 or not (pair[1] == -math.inf or abs(pair[1]) <= 1e6)), None)
-        if bad:
+        wrong = next((pair for pair in bias if pair[0] < 0 or not (pair[1] == -math.inf or abs(pair[1]) <= 1e6)), None)
+        if wrong:
             raise QwenMLXError(
-                f"logit_bias gives token {bad[0]} {bad[1]!r}, expected an id and -inf or a number from -1e6 to 1e6."
+                f"logit_bias gives token {wrong[0]} {wrong[1]!r}, expected an id and -inf or a number from -1e6 to 1e6."
             )
         object.__setattr__(self, "logit_bias", bias)
 
@@ -256,7 +256,7 @@ def candidates(
     """
     logits, ids = penalized(logits, settings, seen, n_prompt), None
     if ruled_out:
-        logits = logits.at[:, mx.array(ruled_out)].add(-mx.inf)
+        logits = logits.at[:, mx.array(list(ruled_out))].add(-mx.inf)
     if settings.greedy:
         return logits, None
     if 0 < settings.top_k < logits.shape[-1]:  # first: the rest works on k candidates instead of the whole vocabulary

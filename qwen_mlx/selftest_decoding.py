@@ -48,18 +48,22 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     rotary = ops.Rotary.plain(head_dim, 1e6)
     table = ops.rotation_table(place, rotary)
     q, short, long = (random(1, n, m, head_dim) for n, m in ((heads, 1), (2 * kv_heads, 512), (2 * kv_heads, 2304)))
-    for form in FORMATS:
-        square, joined = matrix(form, rows, hidden, dtype), matrix(form, 2 * width, hidden, dtype)
-        yield f"matvec {form}", lambda m=square: [ops.matvec(x, m, None, residual)]
-        yield f"matvec {form}, norm", lambda m=square: [ops.matvec(x, m, (weight, EPS))]
-        yield f"matvec_swiglu {form}", lambda m=joined: [ops.matvec_swiglu(x, m, (weight, EPS))]
+
+    def products(form: str) -> Iterator[tuple[str, Call]]:
+        m, joined = matrix(form, rows, hidden, dtype), matrix(form, 2 * width, hidden, dtype)
+        yield f"matvec {form}", lambda: [ops.matvec(x, m, None, residual)]
+        yield f"matvec {form}, norm", lambda: [ops.matvec(x, m, (weight, EPS))]
+        yield f"matvec_swiglu {form}", lambda: [ops.matvec_swiglu(x, joined, (weight, EPS))]
         yield (
             f"matvec_qkv {form}",
-            lambda m=square: list(ops.matvec_qkv(x, [m], bias, (weight, EPS), table, tail, place, heads)),
+            lambda: list(ops.matvec_qkv(x, [m], bias, (weight, EPS), table, tail, place, heads)),
         )
         if form in ("q4_k", "q6_k"):
-            yield f"unpack {form}", lambda m=square: [ops.unpack(m, dtype)]
-            yield f"unpack_rows {form}", lambda m=square: [ops.unpack(m, dtype, mx.array([[rows - 1, 0], [5, 5]]))]
+            yield f"unpack {form}", lambda: [ops.unpack(m, dtype)]
+            yield f"unpack_rows {form}", lambda: [ops.unpack(m, dtype, mx.array([[rows - 1, 0], [5, 5]]))]
+
+    for form in FORMATS:
+        yield from products(form)
     yield "rotation", lambda: [ops.rotation_table(mx.array([999_999, 0], mx.int32), rotary)]
     yield "attend_one", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5)]
     yield "attend_one, window", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5, 77)]

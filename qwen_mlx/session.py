@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import weakref
@@ -187,7 +188,7 @@ class Chat:
             has = f"{len(questions)} of yours" if questions else "no message of yours yet"
             raise QwenMLXError(f"There is no message {number}; the conversation has {has}.")
         at = questions[number - 1]
-        text = self.messages[at]["content"]
+        text: str = self.messages[at]["content"]
         del self.messages[at:]
         return text
 
@@ -253,15 +254,16 @@ class Chat:
             for call in calls:
                 result = "error: interrupted"
                 try:
-                    result = refused or on_first(lambda call=call: self._fitting(run(call, self.tools)))
+                    result = refused or on_first(functools.partial(self._result, call))
                 finally:
                     self.messages.append({"role": "tool", "content": result})
                 yield ToolResult(call, result)
             if refused:
                 return
 
-    def _fitting(self, result: str) -> str:
+    def _result(self, call: ToolCall) -> str:
         """A tool's answer, or an error in place of one that would leave no room in the model's context."""
+        result = run(call, self.tools)
         most = self.model.config.context_length // 2
         if len(result) <= most or (len(result) <= 16 * most and len(self.tokenizer.encode(result)) <= most):
             return result

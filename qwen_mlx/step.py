@@ -8,7 +8,7 @@ that no shape changes from token to token: the graph is built once, until the ca
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import ops
@@ -19,6 +19,9 @@ from .ops import Matrix
 
 if TYPE_CHECKING:
     from .model import Qwen2
+
+# Norms' weights, the projections q, k and v with their bias, o, gate and up, down.
+Layer = tuple[mx.array, mx.array, tuple[Sequence[Matrix], mx.array], Sequence[Matrix], tuple[Sequence[Matrix], ...]]
 
 
 def serves(model: Qwen2, input_ids: mx.array, cache: Sequence[KVCache]) -> bool:
@@ -45,13 +48,14 @@ class Step:
         self._windows = [layer["self_attn"].sliding_window for layer in layers]
         self._n_heads, self._n_kv_heads = layers[0]["self_attn"].n_heads, layers[0]["self_attn"].n_kv_heads
         self._embedding = self._matrices(body, "embed_tokens")
-        self._layers = []
+        self._layers: list[Layer] = []
         for layer in layers:
             attention, mlp = layer["self_attn"], layer["mlp"]
             qkv = self._matrices(attention, "qkv_proj"), self._array(attention, "qkv_bias")
-            norms = (self._array(layer[name], "weight") for name in ("input_layernorm", "post_attention_layernorm"))
-            mlp = self._matrices(mlp, "gate_up_proj"), self._matrices(mlp, "down_proj")
-            self._layers.append((*norms, qkv, self._matrices(attention, "o_proj"), mlp))
+            norm = self._array(layer["input_layernorm"], "weight")
+            mlp_norm = self._array(layer["post_attention_layernorm"], "weight")
+            gate_up_down = self._matrices(mlp, "gate_up_proj"), self._matrices(mlp, "down_proj")
+            self._layers.append((norm, mlp_norm, qkv, self._matrices(attention, "o_proj"), gate_up_down))
         self._norm = self._array(body["norm"], "weight")
         self._head = self._embedding if model.config.tie_word_embeddings else self._matrices(model, "lm_head")
         # With several ranks these know how their parts come together.
@@ -60,7 +64,7 @@ class Step:
         # The weights are constants of the graph: as arguments they cost 0.1 microseconds each at every token.
         mx.eval([array for _, _, array in self._held if isinstance(array, mx.array)])
         this = weakref.proxy(self)  # a cycle would keep a deleted model's memory until Python collects its garbage
-        self._compiled = ops.compiled(lambda *arrays: this._run(*arrays))
+        self._compiled: Callable[..., list[mx.array]] = ops.compiled(lambda *arrays: this._run(*arrays))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the model makes its own
@@ -80,8 +84,8 @@ class Step:
         place = mx.array([cache[0].offset, filled[0]], mx.int32)
         if self._ranks is not None:
             self._ranks.begin(chunk=False)
-        logits, *tails = self._compiled(input_ids, place, *buffers, *tails)
-        for layer, tail in zip(cache, tails, strict=True):
+        logits, *longer = self._compiled(input_ids, place, *buffers, *tails)
+        for layer, tail in zip(cache, longer, strict=True):
             layer.advance(tail)
         return logits
 
@@ -116,14 +120,16 @@ class Step:
         """h + matrix @ x; of several ranks each has some columns, and the first has h."""
         if self._ranks is None:
             return ops.matvec(x, matrix, residual=h)
-        return self._ranks.sum(ops.matvec(x, matrix, residual=None if self._ranks.rank else h))
+        total: mx.array = self._ranks.sum(ops.matvec(x, matrix, residual=None if self._ranks.rank else h))
+        return total
 
     def _array(self, owner: nn.Module, name: str) -> mx.array:
         """An array of a module, which the model must keep for this step to stay current."""
-        self._held.append((owner, name, owner[name]))
-        return owner[name]
+        array: mx.array = owner[name]
+        self._held.append((owner, name, array))
+        return array
 
-    def _matrices(self, owner: nn.Module, name: str) -> list[Matrix]:
+    def _matrices(self, owner: nn.Module, name: str) -> Sequence[Matrix]:
         """The matrices of a projection, likewise."""
         module = owner[name]
         self._held.append((owner, name, module))

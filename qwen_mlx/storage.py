@@ -221,7 +221,8 @@ def _encode(
 ) -> tuple[tuple[np.ndarray, ...], _Cost]:
     """Rows start to stop as they are written, and what that costs."""
     cost = _Cost()
-    if form.from_source:
+    wide: Sequence[np.ndarray]
+    if form.from_source and tensor.packed is not None:
         codes, *wide = tensor.packed(start, stop)
         bad = _bad_values(tensor, form, start, stop, wide)
         cost.not_finite = _check_bad(tensor, bad, allow_nan)
@@ -263,7 +264,7 @@ def _encode(
 
 def count_bad(tensor: SourceTensor, form: Form, start: int, stop: int) -> int:
     """How many values of rows start to stop are not finite: what store() refuses."""
-    if form.from_source:
+    if form.from_source and tensor.packed is not None:
         return _bad_values(tensor, form, start, stop, tensor.packed(start, stop)[1:])
     values = tensor.values(start, stop)
     return values.size - int(np.isfinite(values).sum())
@@ -272,7 +273,7 @@ def count_bad(tensor: SourceTensor, form: Form, start: int, stop: int) -> int:
 def _bad_values(tensor: SourceTensor, form: Form, start: int, stop: int, scales: Sequence[np.ndarray]) -> int:
     """Of packed rows: a whole group where a scale or bias is not finite."""
     if form.mode == "affine":
-        finite = np.isfinite(scales[0])
+        finite: np.ndarray = np.isfinite(scales[0])
         finite &= np.isfinite(scales[1])
         return (finite.size - int(finite.sum())) * form.group_size
     if scales[0].max(initial=0) < 253:  # 6 * 2^(252 - 127) is the last that float32 holds whatever the codes
@@ -351,11 +352,12 @@ def affine_codes(values: np.ndarray, scales: np.ndarray, biases: np.ndarray, bit
     """
     groups = values.reshape(*scales.shape, -1)
     with np.errstate(all="ignore"):
-        codes = groups - biases[..., None]
+        codes: np.ndarray = groups - biases[..., None]
         codes /= np.where(scales == 0, np.float32(1), scales)[..., None]
         np.rint(codes, out=codes)
         np.fmax(codes, 0, out=codes)  # NaN becomes 0
-        return np.fmin(codes, 2**bits - 1, out=codes).astype(np.uint8).reshape(values.shape)
+        np.fmin(codes, 2**bits - 1, out=codes)
+        return codes.astype(np.uint8).reshape(values.shape)
 
 
 def unpack(codes: np.ndarray, bits: int) -> np.ndarray:

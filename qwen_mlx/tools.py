@@ -48,7 +48,8 @@ class Tool:
 
     @property
     def name(self) -> str:
-        return self.schema["function"]["name"]
+        name: str = self.schema["function"]["name"]
+        return name
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -271,10 +272,10 @@ def _parse(body: str, tools: Mapping[str, Tool]) -> ToolCall:
     if name not in tools:
         return ToolCall(name, arguments, f"there is no tool {name!r}; there are {', '.join(sorted(tools))}")
     try:
-        error = mismatch(tools[name].parameters, arguments, "arguments")
+        wrong = mismatch(tools[name].parameters, arguments, "arguments")
     except (AttributeError, LookupError, RecursionError, TypeError):
-        error = "the parameters of the tool are not a JSON schema that can be checked"
-    return ToolCall(name, arguments, error)
+        wrong = "the parameters of the tool are not a JSON schema that can be checked"
+    return ToolCall(name, arguments, wrong)
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

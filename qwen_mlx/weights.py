@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -94,12 +94,13 @@ class GGUFWeights:
         """Scales are float32 even where float16 would do: MLX would widen them for every product with bfloat16."""
         info = self._infos[name]
         raw, columns = self._bytes(name)
-        parts = blocks.affine(raw, info.type, np.float32)
+        parts: Sequence[np.ndarray] = blocks.affine(raw, info.type, np.float32)
         self._file.release(info.name)
         if columns != ALL:
             n = raw.shape[1] // info.type.type_size * info.type.block_size
-            parts = tuple(a[:, columns.start * a.shape[1] // n : columns.stop * a.shape[1] // n] for a in parts)
-        return tuple(mx.array(part) for part in parts)
+            parts = [a[:, columns.start * a.shape[1] // n : columns.stop * a.shape[1] // n] for a in parts]
+        codes, scales, biases = (mx.array(part) for part in parts)
+        return codes, scales, biases
 
     def expect_dense(self, groups: Sequence[Sequence[str]]) -> None:
         self._rooms = _rooms([self._stacked_shape(names) for names in groups])
@@ -171,10 +172,9 @@ class FolderWeights:
     """
 
     def __init__(self, folder: Path, config: ModelConfig, cut: Cut = whole):
-        self._cut, self._files = cut, {}
-        self._arrays = {}
-        for name, (file, array) in folder_tensors(folder).items():
-            self._arrays[name], self._files[name] = array, file
+        self._cut, tensors = cut, folder_tensors(folder)
+        self._files = {name: file for name, (file, _) in tensors.items()}
+        self._arrays = {name: array for name, (_, array) in tensors.items()}
         if config.tie_word_embeddings:
             self._arrays.pop("lm_head.weight", None)  # some writers store the shared matrix twice
         quantization = read_json(folder / "config.json").get("quantization") or {}
@@ -196,7 +196,7 @@ class FolderWeights:
                         f"{(shape[0], shape[-1] // group_size)} for groups of {group_size}."
                     )
                 known |= {f"{module}.scales", f"{module}.biases"}
-            elif _is_mxfp4(quantization, module, array, scales):
+            elif scales is not None and _is_mxfp4(quantization, module, array, scales):
                 array = mx.dequantize(array, scales, group_size=32, bits=4, mode="mxfp4")  # lazily
                 self._arrays[name], found = array, array.shape
                 del self._arrays[f"{module}.scales"], self._files[name]
@@ -329,7 +329,8 @@ def folder_tensors(folder: Path, packed: bool = True) -> dict[str, tuple[Path, m
 def _header(file: Path) -> dict[str, Any]:
     """What a safetensors file that MLX has read says of its tensors: 8 bytes of length, then JSON."""
     with open(file, "rb") as opened:
-        return json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        header: dict[str, Any] = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return header
 
 
 def load_safetensors(file: Path) -> dict[str, mx.array]:
@@ -337,7 +338,7 @@ def load_safetensors(file: Path) -> dict[str, mx.array]:
     if file.exists() and not file.is_file():
         raise QwenMLXError(f"{file}: is not a regular file; download the folder again.")
     try:
-        return mx.load(str(file))
+        return cast("dict[str, mx.array]", mx.load(str(file)))
     except (RuntimeError, ValueError) as error:
         raise QwenMLXError(f"{file}: not a readable safetensors file ({error}); download it again.") from None
 
@@ -358,9 +359,9 @@ def mapped(file: Path, name: str, part: tuple[slice, ...]) -> mx.array:
     return array if array.dtype == dtype else array.view(dtype)
 
 
-def _is_mxfp4(quantization: dict[str, Any], module: str, codes: mx.array, scales: mx.array | None) -> bool:
+def _is_mxfp4(quantization: dict[str, Any], module: str, codes: mx.array, scales: mx.array) -> bool:
     own = quantization.get(module, quantization)
-    if scales is None or not isinstance(own, dict) or own.get("mode") != "mxfp4":
+    if not isinstance(own, dict) or own.get("mode") != "mxfp4":
         return False
     fit = codes.ndim == 2 and scales.shape == (codes.shape[0], codes.shape[1] // 4)
     return fit and codes.dtype == mx.uint32 and scales.dtype == mx.uint8

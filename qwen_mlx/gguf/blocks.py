@@ -132,9 +132,7 @@ def affine(
     Raises GGUFError for another kind or scale_dtype, for a scale that overflows the one asked for and, if `finite`, for
     one that is inf or NaN.
     """
-    form = kind.affine
-    if form is None:
-        raise GGUFError(f"{kind.name} has no exact affine form in MLX; dequantize it instead.")
+    form = _affine_form(kind)
     if scale_dtype not in (None, np.float16, np.float32):
         raise GGUFError(f"{kind.name}: scale_dtype is {scale_dtype!r}, expected np.float16, np.float32 or None.")
     blocks, (rows, _) = _blocks(raw, kind)
@@ -165,12 +163,19 @@ def affine(
     return codes.reshape(rows, -1), scales.reshape(rows, -1), biases.reshape(rows, -1)
 
 
+def _affine_form(kind: BlockType) -> Packed:
+    if kind.affine is None:
+        raise GGUFError(f"{kind.name} has no exact affine form in MLX; dequantize it instead.")
+    return kind.affine
+
+
 def exact_scales(raw: np.ndarray, kind: BlockType) -> str:
     """The narrower dtype, "float16" or "float32", in which the scales and biases that affine() gives are all exact.
 
     raw: uint8 (rows, bytes of a row) of a kind with `kind.affine`. Scales that are inf or NaN do not count.
+    Raises GGUFError for another kind.
     """
-    offset, dtype = FORMATS[kind.name].offset, kind.affine.scale_dtype
+    offset, dtype = FORMATS[kind.name].offset, _affine_form(kind).scale_dtype
     if dtype == "float16" and offset:  # only offset * scale can overflow; a block of these kinds begins with its scale
         scales = np.abs(np.ascontiguousarray(_blocks(raw, kind)[0][:, :2]).view("<f2"))
         largest = float(scales.max(initial=0, where=np.isfinite(scales)))

@@ -217,7 +217,7 @@ class _Header:
 
     def _count(self, field: str, at_least: int) -> int:
         """A number of items of at least `at_least` bytes each, refused if the rest of the file cannot hold them."""
-        count = self._scalar("Q", field)
+        count: int = self._scalar("Q", field)
         if count * at_least > self.size - self.position:
             raise GGUFError(
                 f"{self.path}: {field} is {count}, more than the remaining {self.size - self.position} bytes hold: "

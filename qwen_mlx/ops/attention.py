@@ -18,7 +18,8 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     if mx.default_device() != mx.cpu:
         return _fused(q, keys, values, scale, mask)
     if q.dtype != mx.float32:  # MLX's own would round the scores there: Qwen2's reach 1285, where bfloat16's step is 8
-        return attention(*(x.astype(mx.float32) for x in (q, keys, values)), scale, mask).astype(q.dtype)
+        wide = q.astype(mx.float32), keys.astype(mx.float32), values.astype(mx.float32)
+        return attention(*wide, scale, mask).astype(q.dtype)
     batch, length, n_heads, _ = q.shape
     rows, seen = max(1, SCORES // (batch * n_heads * keys.shape[2])), keys.shape[2]
     if length <= rows:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..backend import mx
 from ..errors import QwenMLXError
@@ -23,6 +24,7 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # What can be switched off by itself; "step" is the decoding step as a whole, of which "matvec" and "attend" are parts.
 PARTS = ("step", "matvec", "attend", "unpack", "rms_norm", "rope", "swiglu")
 MAX_ELEMENTS = 2**31 - 1  # the kernels index with 32 bits
+R = TypeVar("R")
 
 _forced: str | None = None  # "metal", "cuda" or "reference": overrides the choice, for tests and comparisons
 
@@ -89,7 +91,7 @@ def recording() -> bool:
     return _gradients.wanted
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable[..., R]) -> Callable[..., R]:
     """mx.compile(function), whose graph is built once. Where an executor is forced the function itself: a stand-in for
     MLX's kernels has to be called each time."""
     fast = mx.compile(function)
@@ -154,31 +156,36 @@ def _without_comments(file: str) -> str:
 
 # Keyed on the factory too: a stand-in for mx.fast.metal_kernel must not be handed MLX's own kernels, nor leave its own.
 @functools.lru_cache(maxsize=64)
-def _compiled(factory: Callable[..., Callable], kernel: Kernel) -> Callable[..., list[mx.array]]:
+def _compiled(factory: Callable[..., Any], kernel: Kernel) -> Callable[..., list[mx.array]]:
     dialect = "metal" if factory is mx.fast.metal_kernel else "cuda"
-    return factory(
+    made: Callable[..., list[mx.array]] = factory(
         name=f"qwen_{kernel.name}{kernel.variant and '_'}{kernel.variant}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         header=kernel.header(dialect),
         source=kernel.source(),
     )
+    return made
 
 
-def differentiable(kernel: Callable, twin: Callable, *arrays: mx.array) -> mx.array | tuple[mx.array, ...]:
+def differentiable(kernel: Callable[..., R], twin: Callable[..., R], *arrays: mx.array) -> R:
     """kernel(*arrays), with the gradient of `twin`, the same function in plain MLX."""
     if not _gradients.wanted:
         return kernel(*arrays)
-    function = mx.custom_function(kernel)
+    function: Any = mx.custom_function(kernel)  # an object, to its stub
     function.vjp(lambda primals, cotangents, _: _twin_gradients(twin, primals, cotangents))
-    return function(*arrays)
+    result: R = function(*arrays)
+    return result
 
 
 def _twin_gradients(
-    twin: Callable, primals: Sequence[mx.array], cotangents: Sequence[mx.array]
+    twin: Callable[..., Any], primals: Sequence[mx.array], cotangents: Sequence[mx.array]
 ) -> tuple[mx.array, ...]:
-    as_list = lambda value: list(value) if isinstance(value, list | tuple) else [value]  # noqa: E731
-    return tuple(mx.vjp(lambda *x: as_list(twin(*x)), as_list(primals), as_list(cotangents))[1])
+    return tuple(mx.vjp(lambda *x: _as_list(twin(*x)), _as_list(primals), _as_list(cotangents))[1])
+
+
+def _as_list(value: Any) -> list[mx.array]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def pack_size(n: int, dtype: mx.Dtype) -> int:
@@ -197,7 +204,8 @@ def threads(n: int, most: int) -> int:
 
 def float_bits(value: float) -> int:
     """The float32 nearest to `value` as an int32 with the same bits: kernels take integers as template values only."""
-    return struct.unpack("<i", struct.pack("<f", value))[0]
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:
@@ -214,7 +222,7 @@ def require_float(name: str, x: mx.array) -> None:
     )
 
 
-def require_like(name: str, x: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+def require_like(name: str, x: mx.array | None, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
     """Raises ValueError unless x is an array of this shape and dtype."""
     require(
         isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype,

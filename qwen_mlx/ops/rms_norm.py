@@ -53,8 +53,13 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     require_like("residual", residual, x.shape, x.dtype)
     if executor("rms_norm") == "reference" or not fits(x):
         return add_rms_norm_reference(x, residual, weight, eps)
+
+    def kernel(*inputs: mx.array) -> tuple[mx.array, mx.array]:
+        h, y = _launch(_ADD_RMS_NORM, inputs, eps)
+        return h, y
+
     return differentiable(
-        lambda x, residual, weight: tuple(_launch(_ADD_RMS_NORM, (x, residual, weight), eps)),
+        kernel,
         lambda x, residual, weight: add_rms_norm_reference(x, residual, weight, eps),
         x,
         residual,

@@ -6,6 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
 
 import numpy as np
 
@@ -212,7 +213,7 @@ def rope_reference(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.ar
 def _values(offset: mx.array) -> tuple[int, ...] | None:
     """The values of an array, None where it has none yet: within mx.compile."""
     try:
-        return tuple(offset.tolist())
+        return tuple(cast("list[int]", offset.tolist()))
     except (RuntimeError, ValueError):
         return None
 
@@ -333,4 +334,4 @@ def scale_template(rotary: Rotary) -> tuple[tuple[str, int], ...]:
     high = np.float32(rotary.attention_factor)
     if float(high) > rotary.attention_factor:  # float: numpy would round the factor before it compares
         high = np.nextafter(high, np.float32(0))
-    return (("SCALE", float_bits(high)), ("SCALE_LOW", float_bits(rotary.attention_factor - float(high))))
+    return (("SCALE", float_bits(float(high))), ("SCALE_LOW", float_bits(rotary.attention_factor - float(high))))

@@ -32,10 +32,9 @@ def swiglu(
     require_float("gate", gate)
     require(gate.ndim > 0, lambda: "gate has shape (), expected (..., F).")
     require_like("up", up, gate.shape, gate.dtype)
-    if gate_bias is None and up_bias is None:
-        biases = ()
-    else:
-        require(gate_bias is not None and up_bias is not None, lambda: "gate_bias and up_bias: give both or none.")
+    require((gate_bias is None) == (up_bias is None), lambda: "gate_bias and up_bias: give both or none.")
+    biases: tuple[mx.array, ...] = ()
+    if gate_bias is not None and up_bias is not None:
         require_like("gate_bias", gate_bias, gate.shape[-1:], gate.dtype)
         require_like("up_bias", up_bias, gate.shape[-1:], gate.dtype)
         biases = (gate_bias, up_bias)
@@ -68,7 +67,7 @@ def swiglu_reference(
     In float32 each step rounds: 3.1 ulp at the most in 30 million elements, the same as torch's. Below -88.7 e^-gate
     overflows and the result is -0, as torch's. Finishing in float64 would give 1.6 ulp, in 1.6 to 2.7 times the time.
     """
-    if gate_bias is not None:
+    if gate_bias is not None and up_bias is not None:
         gate, up = gate + gate_bias, up + up_bias
     wide = gate.astype(mx.float32)
     power = exp_of_negative(wide) if mx.default_device() == mx.cpu else mx.exp(-wide)

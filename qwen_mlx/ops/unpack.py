@@ -29,9 +29,10 @@ def array_names(kind: str, number: str = "") -> tuple[str, ...]:
     return tuple(f"{name}{number}" for name in ARRAYS[kind])
 
 
-def format_macros(kind: str, number: str = "") -> tuple[tuple[str, str], ...]:
+def format_macros(kind: str, number: str = "", tiled: bool = False) -> tuple[tuple[str, str], ...]:
     """FORMAT and MATRIX of such a matrix."""
-    return (f"FORMAT{number}", _TAGS[kind]), (f"MATRIX{number}", ", ".join(array_names(kind, number)))
+    tag = f"Tiles<{_TAGS[kind]}>" if tiled else _TAGS[kind]
+    return (f"FORMAT{number}", tag), (f"MATRIX{number}", ", ".join(array_names(kind, number)))
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, which is fast; made once by the layers
@@ -100,8 +101,8 @@ def unpack_reference(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = Non
     if form.kind == "dense":
         return arrays[0].astype(dtype)
     if form.kind == "affine":
-        wide = (array.astype(mx.float32) for array in arrays[1:])
-        return mx.dequantize(arrays[0], *wide, group_size=form.group_size, bits=form.bits).astype(dtype)
+        scales, biases = (array.astype(mx.float32) for array in arrays[1:])
+        return mx.dequantize(arrays[0], scales, biases, form.group_size, form.bits).astype(dtype)
     return (_q4_k if form.kind == "q4_k" else _q6_k)(*arrays).reshape(shape).astype(dtype)
 
 
