@@ -15,6 +15,7 @@ slow:
 lint:
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
 
 docs:
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from .terminal import Pipe, Terminal
 
 if TYPE_CHECKING:
     from .backend import mx
-    from .session import Chat, GenerationChunk, ToolResult
+    from .session import Chat, Turn
     from .tools import Tool
 
 HELP = '''/retry             answer my last message again
@@ -131,7 +131,7 @@ def turn(chat: Chat, window: Pipe | Terminal) -> bool:
     return True
 
 
-def answer(chat: Chat, window: Pipe | Terminal, stream: Iterator[GenerationChunk | ToolResult]) -> None:
+def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
     """Shows an answer while it is made, then what it cost."""
     from .generation import GenerationChunk, overlap
     from .tools import OPEN

@@ -7,9 +7,10 @@ import functools
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 from . import display
@@ -67,6 +68,9 @@ class ToolResult:
     text: str
 
 
+Turn = Generator[GenerationChunk | ToolResult, None, None]
+
+
 class Chat:
     """A conversation. Every token of it is computed once: answers stay the ids that the model made, and each turn
     continues the prompt cache.
@@ -108,7 +112,7 @@ class Chat:
         self.arguments = arguments
         self.messages: list[dict[str, Any]] = []
         self.turn: list[GenerationStats] = []
-        self._running: weakref.ref[Any] | None = None
+        self._running: weakref.ref[Turn] | None = None
         self.system = system
         if self.tools and self._render([{"role": "user", "content": ""}]) == tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}]
@@ -131,7 +135,7 @@ class Chat:
         rest = self.messages[1:] if self.system is not None else self.messages
         self.messages = ([] if text is None else [{"role": "system", "content": text}]) + rest
 
-    def send(self, text: str) -> Iterator[GenerationChunk | ToolResult]:
+    def send(self, text: str) -> Turn:
         """Adds the user's message and yields the answer as stream_generate does, and a ToolResult for every tool call.
 
         Closed or interrupted, what was answered so far stays in the conversation; a message without any answer is
@@ -143,30 +147,30 @@ class Chat:
             raise QwenMLXError("The message is empty; give at least one character.")
         return self._begin(self._send(text))
 
-    def _begin(self, turn: Iterator[GenerationChunk | ToolResult]) -> Iterator[GenerationChunk | ToolResult]:
+    def _begin(self, turn: Turn) -> Turn:
         self._end()
         self._running = weakref.ref(turn)  # one that nobody holds any more ends by itself
         return turn
 
     def _end(self) -> None:
         """Ends a turn that is under way, so that the conversation is whole before it changes."""
-        turn = self._running and self._running()
-        if turn is not None and not turn.gi_running:
+        turn = None if self._running is None else self._running()
+        if isinstance(turn, GeneratorType) and not turn.gi_running:
             turn.close()
 
-    def _send(self, text: str) -> Iterator[GenerationChunk | ToolResult]:
+    def _send(self, text: str) -> Turn:
         self.turn = []
         self.messages.append({"role": "user", "content": text})
         yield from self._answer()
 
-    def retry(self) -> Iterator[GenerationChunk | ToolResult]:
+    def retry(self) -> Turn:
         """Answers the last user's message again; interrupted before a token is made, the old answer stays. Raises
         QwenMLXError if there is none."""
         if not self.questions:
             self.undo()  # says so
         return self._begin(self._retry())
 
-    def _retry(self) -> Iterator[GenerationChunk | ToolResult]:
+    def _retry(self) -> Turn:
         before = list(self.messages)
         question = self.undo()
         try:
@@ -225,7 +229,7 @@ class Chat:
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, [tool.schema for tool in self.tools.values()] or None)
 
-    def _answer(self) -> Iterator[GenerationChunk | ToolResult]:
+    def _answer(self) -> Turn:
         """Answers the last message, and the results of its tool calls, until there are none."""
         before = None
         for rounds in range(self.max_tool_rounds + 1):
@@ -278,7 +282,7 @@ class Chat:
                 return answer | {"ids": ids[:end]}
         return {"role": answer["role"], "content": text}
 
-    def _generate(self) -> Iterator[GenerationChunk]:
+    def _generate(self) -> Generator[GenerationChunk, None, None]:
         seed = self.seed
         self.seed = None if seed is None else (seed + 1) % 2**64
         return stream_generate(
