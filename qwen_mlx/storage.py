@@ -365,5 +365,5 @@ def unpack(codes: np.ndarray, bits: int) -> np.ndarray:
     words = np.zeros((codes.nbytes // bits, 8), np.uint8)
     words[:, :bits] = np.ascontiguousarray(codes).view(np.uint8).reshape(-1, bits)
     shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    unpacked = (words.view(np.uint64) >> shifts) & np.uint64(2**bits - 1)
+    unpacked: np.ndarray = (words.view(np.uint64) >> shifts) & np.uint64(2**bits - 1)
     return unpacked.astype(np.uint8).reshape(len(codes), -1)
