@@ -27,6 +27,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from qwen_mlx import hub
+from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.hub.download import RANGE
 
 CONTENT = hashlib.shake_128(b"a model").digest(1_000_000)
 PART = 400_000  # three parts, the last one shorter
@@ -35,11 +37,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # The user's process: main() as the command line runs it, with a default model of our own making.
 PROGRAM = """
-import dataclasses, json, sys
+import json, sys
 from qwen_mlx import cli, hub
+from qwen_mlx.hub import client
 changes, name = json.loads(sys.argv[1])
-hub.HUB_SECONDS = changes.pop("hub_seconds", hub.HUB_SECONDS)
-hub.DEFAULT = dataclasses.replace(hub.DEFAULT, **changes)
+client.HUB_SECONDS = changes.pop("hub_seconds", client.HUB_SECONDS)
+vars(hub.DEFAULT).update(changes)
 cli.run(lambda: print(hub.resolve(name)))
 """
 DEFAULT = {"size": len(CONTENT), "sha256": DIGEST, "part_size": PART}
@@ -390,9 +393,9 @@ def test_killed_among_the_packages_it_goes_on_where_it_was(user: User, server: S
 
 def test_killed_in_the_middle_of_the_hub_file_it_resumes(user: User, server: Server) -> None:
     content = CONTENT * 20  # three ranges
-    changes = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "part_size": 2 * hub.RANGE}
+    changes = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "part_size": 2 * RANGE}
     server.repos[hub.DEFAULT.repo] = {hub.DEFAULT.file: content}
-    server.stall_range = f"bytes={hub.RANGE}-"
+    server.stall_range = f"bytes={RANGE}-"
     process = user.start(None, **changes)
     assert server.stalled.wait(30)
     os.killpg(process.pid, signal.SIGKILL)
@@ -401,7 +404,7 @@ def test_killed_in_the_middle_of_the_hub_file_it_resumes(user: User, server: Ser
     server.requests.clear()
     assert user.fetches(None, **changes).read_bytes() == content
     starts = [part.split("-")[0] for _, _, part in server.requests if part]
-    assert starts == [f"bytes={hub.RANGE}", f"bytes={2 * hub.RANGE}"]
+    assert starts == [f"bytes={RANGE}", f"bytes={2 * RANGE}"]
     assert left_in(user.cache) == DONE
 
 
@@ -679,7 +682,7 @@ def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "my-model.gguf").write_bytes(b"")
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(hub.QwenMLXError, match=re.escape(says.format(folder=tmp_path))):
+    with pytest.raises(QwenMLXError, match=re.escape(says.format(folder=tmp_path))):
         hub.resolve(name)
 
 
@@ -693,7 +696,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QWEN_MLX_CACHE", "~/models")
     assert hub.cache_folder() == tmp_path / "models"
     monkeypatch.setenv("QWEN_MLX_CACHE", "~nobody-of-that-name/models")
-    with pytest.raises(hub.QwenMLXError, match="set QWEN_MLX_CACHE"):
+    with pytest.raises(QwenMLXError, match="set QWEN_MLX_CACHE"):
         hub.cache_folder()
 
 
