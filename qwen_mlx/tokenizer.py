@@ -1,4 +1,4 @@
-"""Tokenizer of Qwen2 models: byte-level BPE by the `tokenizers` library, the chat template, and streaming text.
+"""Tokenizer of Qwen2 models: byte-level BPE by the `tokenizers` library, conversations, and streaming text.
 
 Control tokens are split off here and not by the library, so that what a user types is text: `<|im_start|>` in a message
 cannot open a turn.
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import chat_template
+from .chat_template import GUARD, MARK
 from .config import read_json
 from .errors import GGUFError, QwenMLXError
 from .files import read_text
@@ -25,8 +27,6 @@ SPLIT = (
 SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen")  # tokenizer.ggml.pre of the files that use it
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type; the rest pads the vocabulary
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-GUARD = "\ufdd0"  # a noncharacter: marks user text in a rendered template, and is removed from it before
-MARK = "\ufdd1"  # another: stands on both sides of the number of a message whose ids are known
 
 
 class Tokenizer:
@@ -78,7 +78,10 @@ class Tokenizer:
             value = metadata.get(f"tokenizer.{key}", default)
             if value is None:
                 raise GGUFError(f"metadata field 'tokenizer.{key}' is missing; convert the model again.")
-            if not isinstance(value, kind) or (items and not all(isinstance(item, items) for item in value)):
+            fits = isinstance(value, kind)
+            if fits and items:
+                fits = all(isinstance(item, items) for item in value)
+            if not fits:
                 of = f" of {items.__name__}" if items else ""
                 raise GGUFError(
                     f"metadata field 'tokenizer.{key}' is not a {kind.__name__}{of}; convert the model again."
@@ -96,7 +99,6 @@ class Tokenizer:
                 f"'tokenizer.ggml.token_type' has {len(kinds)} entries, expected {len(names)}, one a token."
             )
         ids = {name: i for i, name in enumerate(names) if kinds[i] == NORMAL}
-        merges = [tuple(merge.split(" ")) for merge in get("ggml.merges", list, str)]
         special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}
 
         def token(key: str) -> int | None:
@@ -115,7 +117,7 @@ class Tokenizer:
         if not isinstance(template, str | None):
             raise GGUFError("metadata field 'tokenizer.chat_template' is not a str; convert the model again.")
         return cls(
-            _bpe(ids, merges),
+            _bpe(ids, get("ggml.merges", list, str)),
             [name if kind in (NORMAL, CONTROL, USER_DEFINED) else "" for name, kind in zip(names, kinds)],
             special,
             [name for name, i in special.items() if kinds[i] == CONTROL],
@@ -187,14 +189,16 @@ class Tokenizer:
         """Token ids of `text` (NFC-normalised). The names of control and added tokens are ordinary text, unless
         `allow_special`, which is transformers' behaviour. Raises QwenMLXError for a lone surrogate.
         """
-        if not allow_special or self._split is None:
-            return self._encode_plain(text)
+        return self._encode_special(text) if allow_special else self._encode_plain(text)
+
+    def _encode_special(self, text: str, left_out: str = "") -> list[int]:
+        """Token ids of `text`, its control and added tokens by name; `left_out` is removed from what lies between."""
         ids: list[int] = []
-        for piece in self._split.split(text):
+        for piece in self._split.split(text) if self._split else [text]:
             if piece in self.special:
                 ids.append(self.special[piece])
             elif piece:
-                ids += self._encode_plain(piece)
+                ids += self._encode_plain(piece.replace(left_out, ""))
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -240,26 +244,15 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise QwenMLXError("The model has no chat template; give the prompt as it is (--raw, or raw=True).")
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise QwenMLXError(f"A message is {message!r}, expected a dict with 'role' and 'content'.")
-            if not isinstance(message.get("content"), str | list | None):
-                raise QwenMLXError(f"The content of a message is {message['content']!r}, expected a string.")
-        import jinja2
-
-        template = _compiled_checked(self.chat_template)
-        template.environment.steps = 0
-        names = {f"{key}_token": self._special_names.get(i, "") for key, i in (("bos", self.bos_id),) if i is not None}
-        try:
-            return template.render(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **names, **variables
-            )
-        except jinja2.TemplateError as error:
-            raise QwenMLXError(f"The chat template cannot be used: {error}.") from None
-        except Exception as error:  # a template is a program of the file's author: it can raise anything
-            raise QwenMLXError(
-                f"The chat template fails on these messages ({error!r}); is every 'content' a string?"
-            ) from None
+        names = {} if self.bos_id is None else {"bos_token": self._special_names.get(self.bos_id, "")}
+        return chat_template.render(
+            self.chat_template,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **names,
+            **variables,
+        )
 
     def apply_chat_template(
         self,
@@ -273,47 +266,26 @@ class Tokenizer:
         A message may have "ids", the tokens that its content was generated as: they are kept, so that a prompt cache
         that holds them serves, unless the template changes a content (as DeepSeek-R1's drops thoughts).
         """
-        guarded, rest = self._guard(messages), (self._guard(tools), add_generation_prompt)
-        variables = {key: self._guard(value) for key, value in variables.items()}
-        text = self.render_chat(guarded, *rest, **variables)
+
+        def guarded(value: Any) -> Any:
+            return chat_template.guarded(value, self._starts)
+
+        safe, rest = guarded(messages), (guarded(tools), add_generation_prompt)
+        variables = {key: guarded(value) for key, value in variables.items()}
+        text = self.render_chat(safe, *rest, **variables)
         pieces = [text]
         known = {f"{MARK}{i}{MARK}": i for i, message in enumerate(messages) if message.get("ids") is not None}
         if known:
             marked = [
-                {**m, "content": f"{MARK}{i}{MARK}"} if m.get("ids") is not None else m for i, m in enumerate(guarded)
+                {**m, "content": f"{MARK}{i}{MARK}"} if m.get("ids") is not None else m for i, m in enumerate(safe)
             ]
             split = re.split(f"({MARK}\\d+{MARK})", self.render_chat(marked, *rest, **variables))
-            if "".join(guarded[known[piece]]["content"] if piece in known else piece for piece in split) == text:
+            if "".join(safe[known[piece]]["content"] if piece in known else piece for piece in split) == text:
                 pieces = split
         ids: list[int] = []
         for piece in pieces:
-            ids += messages[known[piece]]["ids"] if piece in known else self._encode_guarded(piece)
+            ids += messages[known[piece]]["ids"] if piece in known else self._encode_special(piece, left_out=GUARD)
         return ids
-
-    def _encode_guarded(self, text: str) -> list[int]:
-        """Token ids of a rendered template, in which what a user wrote is guarded."""
-        ids: list[int] = []
-        for piece in self._split.split(text) if self._split else [text]:
-            if piece in self.special:
-                ids.append(self.special[piece])
-            elif piece:
-                ids += self._encode_plain(piece.replace(GUARD, ""))
-        return ids
-
-    def _guard(self, value: Any) -> Any:
-        """`value` with every beginning of a control token's name in its strings broken up by GUARD."""
-        if isinstance(value, str):
-            value = value.replace(GUARD, "").replace(MARK, "")
-            for start in self._starts:
-                value = value.replace(start, start[0] + GUARD + start[1:])
-                if value.endswith(start[0]):  # a template may put two strings together
-                    value += GUARD
-            return value
-        if isinstance(value, Mapping):
-            return {self._guard(key): self._guard(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._guard(item) for item in value]
-        return value
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for transformers and mlx-lm."""
@@ -357,17 +329,19 @@ class StreamingDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _bpe(ids: dict[str, int], merges: list[tuple[str, ...]]) -> Any:
+def _bpe(ids: dict[str, int], merges: list[str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    for merge in merges:  # the library panics, which no `except Exception` sees, for a result that is not a token
-        if len(merge) != 2 or merge[0] + merge[1] not in ids:
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    for merge, (first, second) in zip(merges, pairs):
+        # The library panics, which no `except Exception` sees, for a result that is not a token.
+        if not second or " " in second or first + second not in ids:
             raise GGUFError(
-                f"'tokenizer.ggml.merges' holds {' '.join(merge)!r}, which makes no token of the vocabulary; "
+                f"'tokenizer.ggml.merges' holds {merge!r}, which makes no token of the vocabulary; "
                 "convert the model again."
             )
     try:
-        library = Tokenizer(models.BPE(ids, merges))
+        library = Tokenizer(models.BPE(ids, pairs))
     except Exception as error:  # the library raises bare Exception
         raise GGUFError(
             f"'tokenizer.ggml.merges' does not fit the tokens ({error}); convert the model again."
@@ -389,52 +363,3 @@ def _byte_of_letter() -> dict[str, int]:
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-def _compiled_checked(source: str) -> Any:
-    import jinja2
-
-    try:
-        return _compiled(source)
-    except jinja2.TemplateError as error:
-        raise QwenMLXError(f"The chat template cannot be used: {error}.") from None
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled(source: str) -> Any:
-    """The template in a sandbox with the names that transformers gives it. Loops and products are bounded."""
-    import datetime
-
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        steps = 0  # of all ranges since the last rendering began
-        intercepted_binops = frozenset(["*", "**"])
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if not all(isinstance(x, int | float) and abs(x) < 1e6 for x in (left, right)) or operator == "**":
-                raise jinja2.exceptions.SecurityError(f"{operator} of {type(left).__name__} is not allowed")
-            return super().call_binop(context, operator, left, right)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def bounded_range(*limits: int) -> range:
-        steps = range(*limits)
-        sandbox.steps += len(steps)
-        if sandbox.steps > 100_000:
-            raise jinja2.exceptions.SecurityError("loops of more than 100,000 steps are not allowed")
-        return steps
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = tojson
-    sandbox.globals.update(
-        raise_exception=raise_exception,
-        range=bounded_range,
-        strftime_now=lambda form: datetime.datetime.now().strftime(form),
-    )
-    return sandbox.from_string(source)

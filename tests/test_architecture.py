@@ -21,7 +21,7 @@ LAYERS = [
     {"hub.packages"},
     {"hub.download"},
     {"hub.names", "hub"},
-    {"config", "cache", "layers", "tools", "terminal"},
+    {"config", "cache", "layers", "tools", "terminal", "chat_template"},
     {"gguf.names", "model", "step", "display", "tokenizer", "sampling", "shards"},
     {"defaults", "weights", "parallel"},
     {"loading"},
