@@ -108,7 +108,7 @@ def fingerprint(model: Qwen2) -> str:
         bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
         samples.append(flat[mx.array(at)].view(bits).astype(mx.uint32))
     digest.update("\n".join(names).encode())
-    digest.update(memoryview(mx.concatenate(samples)))  # type: ignore[arg-type]  # a buffer untold
+    digest.update(memoryview(mx.concatenate(samples)))  # type: ignore[arg-type]  # the stub omits buffers
     return digest.hexdigest()
 
 
@@ -227,7 +227,7 @@ def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]
 def _checksum(arrays: dict[str, mx.array]) -> str:
     total = 0
     for _, array in sorted(arrays.items()):
-        total = zlib.crc32(memoryview(array.reshape(-1).view(mx.uint8)), total)  # type: ignore[arg-type]  # as above
+        total = zlib.crc32(memoryview(array.reshape(-1).view(mx.uint8)), total)  # type: ignore[arg-type]  # same
     return f"{total:08x}"
 
 
