@@ -37,7 +37,7 @@ def measure(engine: str, model: Path, prefill: int, decode: int) -> dict[str, An
     start: Callable[[], Iterator[int]]
     if engine == "qwen_mlx":
         from qwen_mlx import SamplingSettings, blas, load
-        from qwen_mlx.generation import generate_ids
+        from qwen_mlx.decoding import generate_ids
 
         weights, tokenizer = load(model)
         ids = tokenizer.encode(WORDS * prefill)[:prefill]

@@ -137,7 +137,7 @@ def random_model(shape: str, group: Any) -> Any:
 
 def measure(model: Any, n_prompt: int, n_new: int) -> dict[str, float]:
     """Tokens a second of reading a prompt and of decoding, and communication's share."""
-    from qwen_mlx.generation import generate_ids
+    from qwen_mlx.decoding import generate_ids
     from qwen_mlx.sampling import SamplingSettings
 
     prompt = [(7 * i) % 1000 for i in range(n_prompt)]

@@ -7,20 +7,16 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
-
-import numpy as np
+from typing import Any, cast
 
 from . import display, ops
 from .backend import mx
-from .cache import KVCache
+from .batch_cache import BatchKVCache, Padding, join, select
+from .decoding import NOT_FINITE, GenerationStats, chances
 from .errors import QwenMLXError, refuse_unknown
 from .generation import (
-    NOT_FINITE,
-    GenerationStats,
     Prompt,
     TextStream,
-    chances,
     check_choices,
     check_ids,
     check_settings,
@@ -62,103 +58,6 @@ class BatchResult:
     def _repr_html_(self) -> str:
         made = f"{self.prompt_tokens} tokens read, {len(self.token_ids)} made"
         return display.passage(self.text, f"{made}; ended by {self.finish_reason}")
-
-
-class Padding:
-    """How many columns on the left of each row hold nothing; shared by all layers of a batch, as are the positions and
-    masks that follow from it."""
-
-    def __init__(self, columns: Sequence[int] | np.ndarray) -> None:
-        self.columns = np.array(columns, np.int32)
-        self._array = mx.array(self.columns)
-        self._made: dict[str, tuple[Any, Any]] = {}
-
-    def offset(self, width: int) -> mx.array:
-        """Each row's position in column `width`, int32 (B,); negative within the padding."""
-        return self._once("offset", width, lambda: width - self._array)
-
-    def mask(self, width: int, length: int, sliding_window: int | None) -> mx.array | str | None:
-        """Which of width + length columns the queries in the last `length` see, bool (B, 1, length, columns): as
-        attention_mask, none of the padding, and themselves, because a query that sees nothing would be NaN."""
-        return self._once(f"mask {sliding_window}", (width, length), lambda: self._mask(width, length, sliding_window))
-
-    def _mask(self, width: int, length: int, window: int | None) -> mx.array | str | None:
-        if not self.columns.any() and (window is None or width + length <= window):
-            return "causal" if length > 1 else None
-        queries, keys = mx.arange(width, width + length)[:, None], mx.arange(width + length)
-        seen = (keys <= queries) & (keys >= self._array[:, None, None, None])
-        if window is not None:
-            seen &= keys > queries - window
-        return seen | (keys == queries)
-
-    def _once(self, name: str, key: Any, make: Any) -> Any:
-        if self._made.get(name, (None,))[0] != key:
-            self._made[name] = key, make()
-        return self._made[name][1]
-
-
-class BatchKVCache:
-    """A layer's keys and values of rows that are padded on the left; `offset` is the next position in each, (B,)."""
-
-    def __init__(self, padding: Padding) -> None:
-        self.padding = padding
-        self._plain = KVCache()
-
-    @property
-    def offset(self) -> mx.array:
-        """Each row's next position, int32 (B,)."""
-        return self.padding.offset(self._plain.offset)
-
-    @property
-    def arrays(self) -> tuple[mx.array, ...]:
-        """What has to be evaluated to hold the cache."""
-        return self._plain.arrays
-
-    @property
-    def state(self) -> tuple[mx.array, mx.array]:
-        """Keys and values held, (B, n_kv_heads, columns, head_dim), padding included."""
-        return self._plain.state
-
-    def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
-        """As KVCache.attend."""
-        mask = self.padding.mask(self._plain.offset, q.shape[1], sliding_window)
-        return ops.attention(q, *self._plain.update(kv), scale, mask)
-
-    def reserve(self, n_columns: int) -> None:
-        """Makes room for so many columns at once."""
-        self._plain.reserve(n_columns)
-
-
-def select(cache: Sequence[BatchKVCache], rows: Sequence[int]) -> list[BatchKVCache]:
-    """Caches of some rows, without the columns in which all of them hold nothing."""
-    columns = cache[0].padding.columns[list(rows)]
-    cut = int(columns.min())
-    padding, index = Padding(columns - cut), mx.array(rows, mx.int32)
-    return [_of(padding, mx.take(_columns(layer)[:, :, cut:], index, axis=0)) for layer in cache]
-
-
-def join(first: Sequence[BatchKVCache], second: Sequence[BatchKVCache]) -> list[BatchKVCache]:
-    """Caches of the rows of both, one below the other."""
-    widths = [caches[0].state[0].shape[2] for caches in (first, second)]
-    more = [max(widths) - width for width in widths]
-    padding = Padding(np.concatenate([c[0].padding.columns + m for c, m in zip((first, second), more)]))
-    pads = [[(0, 0), (0, 0), (m, 0), (0, 0)] for m in more]
-    return [
-        _of(padding, mx.concatenate([mx.pad(_columns(layer), pad) for layer, pad in zip(pair, pads)]))
-        for pair in zip(first, second)
-    ]
-
-
-def _columns(layer: BatchKVCache) -> mx.array:
-    return mx.concatenate(layer.state, axis=1)
-
-
-def _of(padding: Padding, buffer: mx.array) -> BatchKVCache:
-    """Evaluated layer by layer, so that two copies of one layer is all there ever is."""
-    made = BatchKVCache(padding)
-    made._plain.fill(buffer)
-    mx.eval(made.arrays)
-    return made
 
 
 @dataclass
@@ -266,7 +165,7 @@ def _answer(
         for i, (row, token) in enumerate(zip(active, made)):
             if not row.ended:
                 row.add(token)
-                if logprobs is not None:
+                if logprobs is not None and loop.logits is not None:
                     chosen, likeliest = chances(loop.logits[i : i + 1], token, logprobs)
                     row.result.logprobs.append(chosen)
                     row.result.top_logprobs.append(likeliest)
@@ -314,6 +213,12 @@ class BatchLoop:
         self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
         self._state: _State | None = None
 
+    @property
+    def _now(self) -> _State:
+        if self._state is None:
+            raise ValueError("The batch is empty: read prompts first.")
+        return self._state
+
     def read(self, prompts: list[list[int]]) -> None:
         """Computes prompts of one group, and adds them to the batch as its last rows."""
         longest, nothing = max(map(len, prompts)), self._model.config.vocab_size
@@ -341,38 +246,45 @@ class BatchLoop:
 
     def step(self, more: bool) -> list[int]:
         """The newest token of each row; with `more`, the step after it is launched before that is waited for."""
-        now = self._state
+        now = self._now
         if more:
             seen = None if now.seen is None else mx.concatenate([now.seen, now.tokens[:, None]], axis=1)
             self._state = self._next(now.tokens[:, None], now.cache, seen, now.n_prompt, now.made)
         self.logits = now.logits
-        return now.tokens.tolist()
+        return cast("list[int]", now.tokens.tolist())
 
     def keep(self, rows: list[int]) -> None:
         """Forgets all rows but these."""
         if not rows:
             self._state = None
             return
-        now, index = self._state, mx.array(rows, mx.int32)
-        rest = [None if part is None else part[index] for part in (now.tokens, now.logits, now.seen)]
-        self._state = _State(select(now.cache, rows), *rest, now.n_prompt[index], now.made[index])
+        now, index = self._now, mx.array(rows, mx.int32)
+        self._state = _State(
+            select(now.cache, rows),
+            now.tokens[index],
+            None if now.logits is None else now.logits[index],
+            None if now.seen is None else now.seen[index],
+            now.n_prompt[index],
+            now.made[index],
+        )
         mx.clear_cache()
 
     def _joined(self, first: _State, second: _State) -> _State:
-        both, seen, n_prompts = (first, second), None, [first.n_prompt, second.n_prompt]
-        if first.seen is not None:
-            longest, nothing = max(state.seen.shape[1] for state in both), self._model.config.vocab_size
-            more = [longest - state.seen.shape[1] for state in both]
-            seen = mx.concatenate(
-                [mx.pad(s.seen, [(0, 0), (m, 0)], constant_values=nothing) for s, m in zip(both, more)]
-            )
-            n_prompts = [state.n_prompt + m for state, m in zip(both, more)]
+        both = (first, second)
+        logits = [state.logits for state in both if state.logits is not None]
+        seen = [state.seen for state in both if state.seen is not None]
+        n_prompt = [state.n_prompt for state in both]
+        if seen:
+            longest, nothing = max(part.shape[1] for part in seen), self._model.config.vocab_size
+            more = [longest - part.shape[1] for part in seen]
+            seen = [mx.pad(part, [(0, 0), (m, 0)], constant_values=nothing) for part, m in zip(seen, more)]
+            n_prompt = [part + m for part, m in zip(n_prompt, more)]
         return _State(
             join(first.cache, second.cache),
             mx.concatenate([first.tokens, second.tokens]),
-            None if first.logits is None else mx.concatenate([first.logits, second.logits]),
-            seen,
-            mx.concatenate(n_prompts),
+            mx.concatenate(logits) if logits else None,
+            mx.concatenate(seen) if seen else None,
+            mx.concatenate(n_prompt),
             mx.concatenate([first.made, second.made]),
         )
 
@@ -387,7 +299,7 @@ class BatchLoop:
             self._key, now = mx.random.split(self._key)
         if self._min_tokens:
             early = mx.where(made < self._min_tokens, -mx.inf, 0.0)[:, None]
-            allowed = logits.at[:, mx.array(self._end_ids)].add(early)
+            allowed = logits.at[:, mx.array(list(self._end_ids))].add(early)
         choice = sample(allowed, self._sampling, seen, now, n_prompt=n_prompt, end_ids=self._end_ids)
         tokens = mx.where(mx.isfinite(logits.sum(axis=-1)), choice.astype(mx.int32), -1)
         if self._model.ranks is not None:

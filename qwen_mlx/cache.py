@@ -31,6 +31,11 @@ class KVCache:
         self._filled = 0
         self._reserved = 0
 
+    @property
+    def positions(self) -> int | mx.array:
+        """The next token's position; of each row, (B,), where they differ."""
+        return self.offset
+
     def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
         """Appends kv (B, L, 2, n_kv_heads, head_dim), rotated, and returns the attention (B, L, H, head_dim) of
         q (B, L, H, head_dim) on all that is held: query i sees keys up to its own, within a sliding window only the

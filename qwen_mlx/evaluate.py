@@ -57,10 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from .evaluation import check_windows, evaluate
     from .loading import load
-    from .speculative import check_vocabulary, vocabulary
+    from .tokenizer import Tokenizer, check_vocabulary
 
     if len(paths) > 1:
-        check_vocabulary(vocabulary(paths[0]), vocabulary(paths[1]), f"--reference {arguments.reference}", "reference")
+        names, others = (Tokenizer.read(path).names for path in paths)
+        check_vocabulary(names, others, f"--reference {arguments.reference}", "reference")
     models, line = [], cli.ProgressLine("Loading")
     try:
         for path in paths:

@@ -20,8 +20,8 @@ import numpy as np
 
 from . import ops
 from .backend import mx
+from .decoding import NOT_FINITE, PREFILL_CHUNK
 from .errors import QwenMLXError
-from .generation import NOT_FINITE, PREFILL_CHUNK
 from .model import Qwen2
 
 CONTEXT = 1024

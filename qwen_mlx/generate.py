@@ -16,7 +16,8 @@ from .link import alone, launched, on_first
 
 if TYPE_CHECKING:
     from .backend import mx
-    from .generation import GenerationChunk, GenerationStats
+    from .decoding import GenerationStats
+    from .generation import GenerationChunk
     from .model import Qwen2
     from .prompt_cache import PromptCache
     from .tokenizer import Tokenizer
@@ -173,12 +174,13 @@ def open_model(
         raise QwenMLXError("--draft-tokens needs --draft MODEL or --draft prompt-lookup.")
     path = hub.resolve(arguments.model)
 
-    from . import backend, blas, ops, speculative
+    from . import backend, blas, drafts, ops
     from .cache import make_caches
     from .generation import check_choices
     from .loading import load
     from .prompt_cache import PromptCache, check
     from .sampling import SamplingSettings
+    from .tokenizer import Tokenizer, check_vocabulary
 
     sampling: dict[str, Any] = {name: getattr(arguments, name) for name in SAMPLING}
     sampling["logit_bias"] = read_bias(arguments.logit_bias)
@@ -191,14 +193,12 @@ def open_model(
         raise QwenMLXError("--prompt-cache keeps the plain cache only: leave out --kv-bits and --max-kv-size.")
     draft = arguments.draft
     if draft is not None:
-        speculative.check_cache(caches)
+        drafts.check_cache(caches)
     if arguments.draft_tokens is not None:
-        speculative.check_draft_tokens(arguments.draft_tokens, "--draft-tokens")
-    if draft not in (None, speculative.LOOKUP):
+        drafts.check_draft_tokens(arguments.draft_tokens, "--draft-tokens")
+    if draft not in (None, drafts.LOOKUP):
         draft_path = hub.resolve(draft)
-        speculative.check_vocabulary(
-            speculative.vocabulary(path), speculative.vocabulary(draft_path), f"--draft {draft}"
-        )
+        check_vocabulary(Tokenizer.read(path).names, Tokenizer.read(draft_path).names, f"--draft {draft}")
     kept = arguments.prompt_cache is not None and os.path.exists(arguments.prompt_cache)
     if kept:
         check(arguments.prompt_cache)
@@ -207,10 +207,8 @@ def open_model(
     line = cli.ProgressLine("Loading")
     try:
         model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line, group=group)
-        if draft not in (None, speculative.LOOKUP):
-            draft = speculative.ModelDraft(
-                load(draft_path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)[0]
-            )
+        if draft not in (None, drafts.LOOKUP):
+            draft = drafts.ModelDraft(load(draft_path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)[0])
     finally:
         line.clear()
     if arguments.verbose:
@@ -224,7 +222,7 @@ def open_model(
     settings = {"max_tokens": arguments.max_tokens, "stop": arguments.stop, "seed": arguments.seed, **sampling}
     settings |= {"min_tokens": arguments.min_tokens, "logprobs": logprobs}
     if draft is not None:  # one object, so that what it has read is kept from answer to answer
-        settings |= speculative.check_draft(draft, arguments.draft_tokens)
+        settings |= drafts.check_draft(draft, arguments.draft_tokens)
     cache = None
     if any(kind.values()):
         cache = PromptCache(model, functools.partial(model.make_cache, **kind))
@@ -256,7 +254,8 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     prompt = on_first(lambda: read_prompt(arguments))
     model, tokenizer, settings, cache = open_model(arguments, group)
 
-    from .generation import GenerationStats, stream_generate
+    from .decoding import GenerationStats
+    from .generation import stream_generate
 
     stats, chances = GenerationStats(), []
     interrupted = False

@@ -1,69 +1,28 @@
-"""The token loop: prompt ids in, text out as it is made."""
+"""From a prompt to text, as it is made."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from . import ops
-from .backend import mx
 from .cache import KVCache
+from .decoding import PREFILL_CHUNK, GenerationStats, generate_ids
+from .drafts import Draft, check_draft
 from .errors import QwenMLXError, refuse_unknown
 from .model import Qwen2
-from .sampling import SamplingSettings, log_probabilities, sample
+from .prompt_cache import PromptCache
+from .sampling import SamplingSettings
+from .speculative import speculative_ids
 from .tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from .prompt_cache import PromptCache
-    from .speculative import Draft
-
-PREFILL_CHUNK = 512  # tokens: bounds the memory of a long prompt's activations
-NOT_FINITE = (
-    "The model's logits are not finite; the file is damaged, or the dtype overflows (float16 does for Qwen2.5: use "
-    "bfloat16 or float32)."
-)
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
-
-
-@dataclass
-class GenerationStats:
-    """What a generation cost so far; times in seconds. The first token's time belongs to the prompt, whose tokens were
-    computed (prompt_tokens) or already in a prompt cache (reused_tokens). A draft proposed drafted_tokens, of which
-    accepted_tokens were kept; while it was slower than plain decoding, paused_tokens were made without it. With several
-    ranks, communication_seconds of the time went into communication and waiting for each other."""
-
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    generated_tokens: int = 0
-    generation_seconds: float = 0.0
-    reused_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    paused_tokens: int = 0
-    communication_seconds: float = 0.0
-
-    @property
-    def prompt_per_second(self) -> float:
-        """Prompt tokens computed per second; 0.0 before any was."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
-
-    @property
-    def acceptance_rate(self) -> float:
-        """The share of drafted tokens that were kept."""
-        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
-
-    @property
-    def generated_per_second(self) -> float:
-        """Tokens made per second after the first, which belongs to the prompt."""
-        return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,8 +49,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = Non
         raise QwenMLXError(
             f"The prompt is {type(prompt).__name__}, expected a string, a list of messages or a list of token ids."
         )
-    if not isinstance(prompt, str) and all(isinstance(item, int | np.integer) for item in prompt):
-        ids, plain = [int(item) for item in prompt], True
+    numbers = [] if isinstance(prompt, str) else [int(item) for item in prompt if isinstance(item, int | np.integer)]
+    if not isinstance(prompt, str) and len(numbers) == len(prompt):
+        ids, plain = numbers, True
     elif isinstance(prompt, str) and raw:
         ids, plain = tokenizer.encode(prompt, allow_special=True), True
     else:
@@ -106,103 +66,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = Non
     if not ids:
         raise QwenMLXError("The prompt has no tokens; give at least one character.")
     return ids
-
-
-def generate_ids(
-    model: Qwen2,
-    prompt_ids: Sequence[int],
-    *,
-    sampling: SamplingSettings | None = None,
-    seed: int | None = None,
-    cache: Sequence[KVCache] | None = None,
-    cached_ids: Sequence[int] = (),
-    n_made: int = 0,
-    min_tokens: int = 0,
-    end_ids: Sequence[int] = (),
-    logprobs: int | None = None,
-    on_logprobs: Callable[[float, tuple[tuple[int, float], ...]], None] | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[int]:
-    """Yields token ids without end. The next step is launched before the last one is read.
-
-    sampling: None is the model's own defaults. seed: None draws one. cache: continues it (`prompt_ids` are new tokens);
-    afterwards it holds the prompt and every token yielded but the last. cached_ids: what it holds, for the penalties.
-    n_made: how many of the newest tokens given were generated, and count as such. min_tokens: end_ids are ruled out
-    before so many tokens, those included; XTC keeps end_ids. logprobs: with it, on_logprobs is called before each token
-    with its ln p and so many of the likeliest (id, ln p). progress: called with (prompt tokens done, prompt tokens in
-    all). Raises QwenMLXError if the logits are not finite.
-    """
-    sampling = model.generation_defaults if sampling is None else sampling
-    cache = model.make_cache() if cache is None else cache
-    key = mx.random.key(secrets.randbits(63) if seed is None else seed)
-    prompt = mx.array(prompt_ids, mx.int32)[None]
-    length = prompt.shape[1]
-    start, yielded = cache[0].offset, 0
-    seen = mx.array([*cached_ids, *prompt_ids], mx.int32)[None] if sampling.looks_back else None
-    n_prompt, launched = len(cached_ids) + length - n_made, n_made
-    for layer in cache:
-        layer.reserve(start + length)
-    done = 0
-    while length - done > prefill_chunk:
-        with ops.no_grad():
-            model.model(prompt[:, done : done + prefill_chunk], cache)
-        mx.eval([layer.arrays for layer in cache])
-        mx.clear_cache()  # of a long prompt, each chunk needs buffers of other sizes than the last
-        done += prefill_chunk
-        if progress:
-            progress(done, length)
-
-    def step(ids: mx.array) -> tuple[mx.array, ...]:
-        """The next token, -1 if a logit is not finite: checked on the device, because a later question would wait for
-        the step that is under way by then. The logits too, if log-probabilities are wanted."""
-        nonlocal key, launched
-        with ops.no_grad():
-            logits = model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
-        now = None
-        if not sampling.greedy:
-            key, now = mx.random.split(key)
-        ruled_out = end_ids if launched < min_tokens else ()
-        launched += 1
-        choice = sample(logits, sampling, seen, now, n_prompt=n_prompt, ruled_out=ruled_out, end_ids=end_ids)
-        token = mx.where(mx.isfinite(logits.sum()), choice.astype(mx.int32), -1)
-        if model.ranks is not None:
-            token = model.ranks.first(token)
-        found = (token,) if logprobs is None else (token, logits)
-        mx.async_eval(found)
-        return found
-
-    try:
-        token, *logits = step(prompt[:, done:])
-        while True:
-            following = None
-            if seen is not None:
-                seen = mx.concatenate([seen, token[:, None]], axis=1)
-            if done >= length:  # the first token is shown before the second is computed
-                following = step(token[:, None])
-            made = int(token.item())
-            if made < 0:
-                raise QwenMLXError(NOT_FINITE)
-            if done < length:
-                done = length
-                if progress:
-                    progress(done, length)
-            yielded += 1
-            if yielded % 256 == 0:
-                mx.clear_cache()  # buffers that a cache has outgrown
-            if on_logprobs is not None and logprobs is not None:
-                on_logprobs(*chances(logits[0], made, logprobs))
-            yield made
-            token, *logits = step(token[:, None]) if following is None else following
-    finally:
-        for layer in cache:  # a step may be under way
-            layer.trim(max(0, layer.offset - start - length - max(yielded - 1, 0)))
-
-
-def chances(logits: mx.array, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """ln p of a token under logits (1, V), and the n likeliest (id, ln p)."""
-    chosen, ids, values = log_probabilities(logits, mx.array([token]), n)
-    return float(chosen[0]), tuple(zip(ids[0].tolist(), values[0].tolist()))
 
 
 def stream_generate(
@@ -236,7 +99,7 @@ def stream_generate(
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
     **unknown: Any,
-) -> Iterator[GenerationChunk]:
+) -> Generator[GenerationChunk, None, None]:
     """Generates and yields text as it becomes complete: never half a character, never part of a stop string.
 
     prompt, system, raw: see encode_prompt. stop: strings that end the text and are left out of it. Sampling arguments
@@ -246,7 +109,7 @@ def stream_generate(
     cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and what the cache
     shares with its beginning is not computed again; afterwards it holds the prompt and the answer.
     draft: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an object of
-    speculative.py: the same tokens (greedy) or distribution (sampling) in fewer passes. draft_tokens: at most so many
+    drafts.py: the same tokens (greedy) or distribution (sampling) in fewer passes. draft_tokens: at most so many
     at a time, 1 to 32.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
@@ -277,10 +140,8 @@ def stream_generate(
     if draft is not None and model.ranks is not None:
         raise QwenMLXError("A draft cannot be used with a model on several ranks; leave it out.")
     if draft is not None:
-        from . import speculative
-
         held = prompt_cache.layers if cache is None and prompt_cache is not None else cache
-        loop |= speculative.check_draft(draft, draft_tokens, held or ()) | {"max_tokens": max_tokens}
+        loop |= check_draft(draft, draft_tokens, held or ()) | {"max_tokens": max_tokens}
     elif draft_tokens is not None:
         raise QwenMLXError("draft_tokens is given without a draft; give a draft too.")
     return _stream(model, tokenizer, ids, max_tokens, tuple(stop), prompt_cache, loop)
@@ -337,10 +198,8 @@ def _tokens(
 ) -> Iterator[int]:
     """generate_ids, or speculative_ids, without what a prompt cache holds already; the cache learns what it holds,
     whatever ends this."""
-    make = generate_ids
+    make: Callable[..., Generator[int, None, None]] = generate_ids
     if "draft" in loop:
-        from .speculative import speculative_ids
-
         make = functools.partial(speculative_ids, stats=stats)
     if prompt_cache is None:
         yield from make(model, ids, **loop)
@@ -368,7 +227,7 @@ def _stream(
     stop: tuple[str, ...],
     prompt_cache: PromptCache | None,
     loop: dict[str, Any],
-) -> Iterator[GenerationChunk]:
+) -> Generator[GenerationChunk, None, None]:
     stats = GenerationStats(prompt_tokens=len(ids))
     stream = TextStream(tokenizer, stop, max_tokens)
     found: list[Any] = [None, ()]

@@ -57,7 +57,7 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         batch, length, _ = x.shape
         q, kv = ops.qkv_rope(
-            self.qkv_proj(x), self.qkv_bias, cache.offset, self.rotary, self.n_heads, self.n_kv_heads, join_kv=True
+            self.qkv_proj(x), self.qkv_bias, cache.positions, self.rotary, self.n_heads, self.n_kv_heads, join_kv=True
         )
         out = cache.attend(q, kv, self.head_dim**-0.5, self.sliding_window)
         return self.o_proj(out.reshape(batch, length, -1))

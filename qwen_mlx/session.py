@@ -14,14 +14,15 @@ from types import GeneratorType
 from typing import Any
 
 from . import display
+from .decoding import GenerationStats
+from .drafts import make_draft
 from .errors import QwenMLXError, refuse_unknown
 from .files import read_text, whole
 from .generation import ARGUMENTS as STREAM_ARGUMENTS
-from .generation import GenerationChunk, GenerationStats, stream_generate
+from .generation import GenerationChunk, stream_generate
 from .link import on_first
 from .model import Qwen2
 from .prompt_cache import PromptCache
-from .speculative import make_draft
 from .tokenizer import Tokenizer
 from .tools import Tool, ToolCall, parse_tool_calls, run, tools_by_name
 

@@ -10,122 +10,25 @@ Sources: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1; Saxena 2023, prom
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
-from . import hub, ops
+from . import ops
 from .backend import mx
 from .cache import KVCache
+from .decoding import NOT_FINITE, PREFILL_CHUNK, GenerationStats, chances, generate_ids
+from .drafts import Draft, Proposal, check_cache, check_draft_tokens, seen_ids
 from .errors import QwenMLXError
-from .generation import NOT_FINITE, PREFILL_CHUNK, GenerationStats, chances, generate_ids
 from .model import Qwen2
-from .prompt_cache import PromptCache, common_prefix
 from .sampling import SamplingSettings, processed_logits
 
-if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
-
-LOOKUP = "prompt-lookup"
-MOST_DRAFT_TOKENS = 32  # a quantized cache keeps the newest 64 tokens as floats, which taking back must not exceed
-NGRAMS = (4, 3, 2)  # tokens that must recur, longest first
 WINDOW = 8  # rounds that are judged together
 PROBE = 16  # rounds without a plain step to compare with, at most
 PAUSE, LONGEST_PAUSE = 32, 1024  # tokens
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Proposed ids, and the distribution (1, V) float32 that each was drawn from; no distributions: it was certain."""
-
-    ids: list[int]
-    distributions: list[mx.array] | None = None
-
-
-class Draft(Protocol):
-    """What proposes tokens. draft_tokens: how many at most, by default."""
-
-    draft_tokens: int
-
-    def propose(self, ids: list[int], count: int, sampling: SamplingSettings, key: mx.array) -> Proposal:
-        """Up to `count` tokens after `ids`, all of the text so far; none if it has no idea."""
-        ...
-
-
-class PromptLookup:
-    """Proposes what followed the latest earlier occurrence of the last 4, 3 or 2 tokens of prompt and answer."""
-
-    draft_tokens = 15  # with the token before them a multiple of what BLAS libraries work on at a time
-
-    def __init__(self) -> None:
-        self._ids: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # tokens -> where the token after their latest occurrence is
-
-    def propose(self, ids: list[int], count: int, sampling: SamplingSettings, key: mx.array) -> Proposal:
-        if ids[: len(self._ids)] != self._ids:
-            self._ids, self._after = [], {}
-        for end in range(max(1, len(self._ids)), len(ids)):  # what ends at the last token has no continuation yet
-            for size in NGRAMS:
-                if size <= end:
-                    self._after[tuple(ids[end - size : end])] = end
-        self._ids = list(ids)
-        for size in NGRAMS:
-            at = self._after.get(tuple(ids[-size:])) if size <= len(ids) else None
-            if at is not None:
-                found: list[int] = []
-                for i in range(at, at + count):  # past the end, the text repeats itself
-                    found.append(ids[i] if i < len(ids) else found[i - len(ids)])
-                return Proposal(found)
-        return Proposal([])
-
-
-class ModelDraft:
-    """A smaller model with the same vocabulary. It keeps its own cache: what two texts have in common is read once.
-
-    Sampling draws from the draft with the model's settings but XTC, bias and the penalties on what was generated: the
-    model's own choice makes up for what a draft leaves out.
-    """
-
-    draft_tokens = 4
-
-    def __init__(self, model: Qwen2) -> None:
-        self.model = model
-        self._cache = PromptCache(model)
-
-    def propose(self, ids: list[int], count: int, sampling: SamplingSettings, key: mx.array) -> Proposal:
-        vocabulary = self.model.config.vocab_size
-        if len(ids) + count > self.model.config.context_length or max(ids) >= vocabulary:
-            return Proposal([])
-        held = self._cache.keep(ids)
-        sampling = replace(sampling, presence_penalty=0, frequency_penalty=0, xtc_probability=0, logit_bias=())
-        found: list[int] = []
-        distributions: list[mx.array] = []
-        rest = ids[held:]
-        try:
-            while len(found) < count:
-                for start in range(0, len(rest), PREFILL_CHUNK):
-                    chunk = mx.array(rest[start : start + PREFILL_CHUNK], mx.int32)[None]
-                    with ops.no_grad():
-                        logits = self.model(chunk, self._cache.layers, logits_to_keep=1)[:, -1]
-                    mx.eval(logits)
-                logits = processed_logits(logits, sampling, _seen(sampling, ids + found))
-                if sampling.greedy:
-                    token = int(mx.argmax(logits).item())
-                else:
-                    key, now = mx.random.split(key)
-                    distributions.append(mx.softmax(logits, axis=-1))
-                    token = int(mx.random.categorical(logits, key=now).item())
-                found.append(token)
-                rest = [token]
-        finally:
-            self._cache.record([*ids, *found], self._cache.layers)
-        return Proposal(found, distributions or None)
 
 
 class Pace:
@@ -190,7 +93,7 @@ def speculative_ids(
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Yields the ids of generate_ids, whose arguments it has, faster where `draft` guesses well.
 
     draft_tokens: proposed at a time at most, 1 to 32; None is the draft's own. So many are proposed after a proposal
@@ -208,11 +111,11 @@ def speculative_ids(
     rules = Rules(sampling, len(ids), min_tokens, tuple(end_ids))
     before, yielded, length, pace = cache[0].offset + len(prompt_ids), 0, min(2, most), Pace()
 
-    def plainly(new: Sequence[int]) -> contextlib.closing[Iterator[int]]:
+    def plainly(new: Sequence[int]) -> contextlib.closing[Generator[int, None, None]]:
         nonlocal key
         key, now = mx.random.split(key)
         held = ids[: len(ids) - len(new)]
-        draw = int(mx.random.randint(0, 2**31 - 1, key=now).item())
+        draw = int(mx.random.randint(0, 2**31 - 1, key=now))
         return contextlib.closing(
             generate_ids(
                 model,
@@ -285,10 +188,6 @@ class Rules:
     end_ids: tuple[int, ...]
 
 
-def _seen(sampling: SamplingSettings, ids: list[int]) -> mx.array | None:
-    return mx.array([ids], mx.int32) if sampling.looks_back else None
-
-
 def _check(
     model: Qwen2, cache: Sequence[KVCache], ids: list[int], proposal: Proposal, rules: Rules, key: mx.array
 ) -> tuple[list[int], mx.array]:
@@ -305,14 +204,14 @@ def _check(
         row = processed_logits(
             logits[i : i + 1],
             rules.sampling,
-            _seen(rules.sampling, text),
+            seen_ids(rules.sampling, text),
             n_prompt=rules.n_prompt,
             ruled_out=rules.end_ids if len(text) - rules.n_prompt < rules.min_tokens else (),
             end_ids=rules.end_ids,
             xtc_key=coin,  # thrown first: what is kept and what replaces it then have one distribution
         )
         if rules.sampling.greedy:
-            token = int(mx.argmax(row).item())
+            token = int(mx.argmax(row))
         else:
             q = proposal.distributions[i] if proposal.distributions and proposed is not None else None
             token = _accept_or_draw(row, proposed, q, now)
@@ -331,7 +230,7 @@ def _accept_or_draw(logits: mx.array, proposed: int | None, q: mx.array | None, 
     """
     accept, draw = mx.random.split(key)
     if proposed is None:
-        return int(mx.random.categorical(logits, key=draw).item())
+        return int(mx.random.categorical(logits, key=draw))
     p = mx.softmax(logits, axis=-1)
     size = p.shape[-1]
     if q is None:
@@ -343,77 +242,4 @@ def _accept_or_draw(logits: mx.array, proposed: int | None, q: mx.array | None, 
     rest = mx.maximum(p - q[:, :size], 0)
     # Nothing is left only where p and q agree up to rounding: then p itself is the answer.
     rest = mx.where(rest.sum() > 0, rest, p)
-    return int(mx.random.categorical(mx.log(rest), key=draw).item())
-
-
-def make_draft(draft: Draft | Qwen2 | str) -> Draft:
-    """What `draft=` of stream_generate may be: a model, "prompt-lookup", or a draft that is kept from call to call."""
-    if isinstance(draft, Qwen2):
-        return ModelDraft(draft)
-    if draft == LOOKUP:
-        return PromptLookup()
-    if isinstance(draft, str) or not hasattr(draft, "propose"):
-        raise QwenMLXError(f"draft is {draft!r}, expected a model that load() gave, or {LOOKUP!r}.")
-    return draft
-
-
-def check_draft(draft: Draft | Qwen2 | str, draft_tokens: int | None, cache: Sequence[KVCache] = ()) -> dict[str, Any]:
-    """The arguments `draft` and `draft_tokens` of speculative_ids; QwenMLXError for what cannot be."""
-    check_cache(cache)
-    found = make_draft(draft)
-    return {
-        "draft": found,
-        "draft_tokens": check_draft_tokens(found.draft_tokens if draft_tokens is None else draft_tokens),
-    }
-
-
-def check_draft_tokens(draft_tokens: int, name: str = "draft_tokens") -> int:
-    """`draft_tokens`; QwenMLXError if it cannot be."""
-    if (
-        not isinstance(draft_tokens, int)
-        or isinstance(draft_tokens, bool)
-        or not 1 <= draft_tokens <= MOST_DRAFT_TOKENS
-    ):
-        raise QwenMLXError(f"{name} is {draft_tokens!r}, expected 1 to {MOST_DRAFT_TOKENS}.")
-    return draft_tokens
-
-
-def check_cache(cache: Sequence[KVCache]) -> None:
-    """Raises QwenMLXError for a cache that cannot take back tokens, which a rejected proposal needs."""
-    other = next((layer for layer in cache if not layer.trimmable), None)
-    if other is not None:
-        raise QwenMLXError(
-            f"A {type(other).__name__} cannot take back the tokens of a rejected draft: leave out the draft, or use a "
-            "cache that keeps all tokens."
-        )
-
-
-def vocabulary(path: Path) -> Sequence[str]:
-    """The tokens' names by id of a GGUF file or a folder, without its weights; "" for ids that only pad."""
-    from .gguf.reader import GGUFFile
-    from .tokenizer import Tokenizer
-
-    return (Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(GGUFFile(path).metadata)).names
-
-
-def check_vocabulary(model: Sequence[str], other: Sequence[str], name: str, what: str = "draft") -> None:
-    """Raises QwenMLXError, naming the other, unless both have the same tokens; padding at the end does not count."""
-    same = common_prefix(model, other)
-    if any(model[same:]) or any(other[same:]):
-        ours, theirs = (repr(names[same]) if same < len(names) else "none" for names in (model, other))
-        raise QwenMLXError(
-            f"{name} has another vocabulary than the model: its token {same} is {theirs}, expected {ours}; take a "
-            f"{what} of the same family, such as a smaller Qwen2.5."
-        )
-
-
-def load_draft(draft: str | os.PathLike[str], tokenizer: Tokenizer, **arguments: Any) -> ModelDraft:
-    """Loads a model as a draft for the one that `tokenizer` belongs to; names and arguments as for load().
-
-    Raises QwenMLXError for another vocabulary, before any weights are read.
-    """
-    from .loading import load
-
-    path = hub.resolve(draft)
-    check_vocabulary(tokenizer.names, vocabulary(path), str(draft))
-    return ModelDraft(load(path, **arguments)[0])
+    return int(mx.random.categorical(mx.log(rest), key=draw))

@@ -19,6 +19,7 @@ from .chat_template import GUARD, MARK
 from .config import read_json
 from .errors import GGUFError, QwenMLXError
 from .files import read_text
+from .gguf.reader import GGUFFile
 
 # Qwen2's rule (transformers' Qwen2Converter): contractions in any case, digits one by one, newlines with punctuation.
 SPLIT = (
@@ -178,6 +179,11 @@ class Tokenizer:
         bos = special.get(named("bos_token") or "") if settings.get("add_bos_token") else None
         return cls(bpe, names, special, control, eos, template, bos)
 
+    @classmethod
+    def read(cls, path: Path) -> Tokenizer:
+        """From a GGUF file or a folder, without its weights."""
+        return cls.from_folder(path) if path.is_dir() else cls.from_gguf(GGUFFile(path).metadata)
+
     def check_fits(self, vocab_size: int, path: Path) -> None:
         """Raises QwenMLXError if there are tokens for which a model of `vocab_size` has no embedding."""
         if self.vocab_size > vocab_size:
@@ -327,6 +333,18 @@ class StreamingDetokenizer:
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed."""
         return self._decoder.decode(b"", final=True)
+
+
+def check_vocabulary(model: Sequence[str], other: Sequence[str], name: str, what: str = "draft") -> None:
+    """Raises QwenMLXError, naming the other, unless both have the same tokens; padding at the end does not count."""
+    differ = (i for i, (ours, theirs) in enumerate(zip(model, other)) if ours != theirs)
+    same = next(differ, min(len(model), len(other)))
+    if any(model[same:]) or any(other[same:]):
+        ours, theirs = (repr(names[same]) if same < len(names) else "none" for names in (model, other))
+        raise QwenMLXError(
+            f"{name} has another vocabulary than the model: its token {same} is {theirs}, expected {ours}; take a "
+            f"{what} of the same family, such as a smaller Qwen2.5."
+        )
 
 
 def _bpe(ids: dict[str, int], merges: list[str]) -> Any:

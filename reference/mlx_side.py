@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_mlx import ops
 from qwen_mlx.backend import mx, nn
-from qwen_mlx.batch import BatchKVCache, Padding
+from qwen_mlx.batch_cache import BatchKVCache, Padding
 from qwen_mlx.model import Qwen2
 
 from .taps import Run

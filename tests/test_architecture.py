@@ -22,10 +22,13 @@ LAYERS = [
     {"hub.download"},
     {"hub.names", "hub"},
     {"config", "cache", "layers", "tools", "terminal", "chat_template"},
-    {"gguf.names", "model", "step", "display", "tokenizer", "sampling", "shards"},
+    {"gguf.names", "model", "batch_cache", "step", "display", "tokenizer", "sampling", "shards"},
     {"defaults", "weights", "parallel"},
     {"loading"},
-    {"generation", "speculative", "prompt_cache", "evaluation", "sources", "storage"},
+    {"decoding", "prompt_cache", "sources", "storage"},
+    {"drafts", "evaluation"},
+    {"speculative"},
+    {"generation"},
     {"conversion", "batch", "session"},
     {"generate", "convert", "evaluate", "selftest", "selftest_decoding"},
     {"chat"},
@@ -113,3 +116,9 @@ def test_functions_stay_functions_when_the_commands_of_that_name_are_imported():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["qwen_mlx.generation", "qwen_mlx.conversion", "True"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_are_small(path: Path):
+    """A file of more than 400 lines has more than one purpose."""
+    assert len(path.read_text().splitlines()) <= 400

@@ -10,7 +10,7 @@ import torch
 
 from qwen_mlx import QwenMLXError, batch_generate, load, stream_generate
 from qwen_mlx.backend import mx
-from qwen_mlx.batch import BatchKVCache, Padding, join, select
+from qwen_mlx.batch_cache import BatchKVCache, Padding, join, select
 from qwen_mlx.cache import KVCache
 from qwen_mlx.generation import GenerationChunk
 from tests.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
@@ -193,11 +193,11 @@ def test_padding_is_never_seen(window):
         out = batches[name][0].attend(q, kv, 0.25, window)
         assert np.isfinite(np.array(out)).all()
     (joined,) = join(batches["a"], batches["b"])
-    assert joined.offset.tolist() == [5, 9, 6, 1]
+    assert joined.positions.tolist() == [5, 9, 6, 1]
     step = [mx.concatenate([parts["one"][i], parts["one"][i] + 1]) for i in (0, 1)]
     first = joined.attend(*step, 0.25, window)
     (kept,) = select([joined], [3, 0])
-    assert kept.offset.tolist() == [2, 6]
+    assert kept.positions.tolist() == [2, 6]
     assert kept.state[0].shape[2] == 6  # the longest row's own tokens
     second = kept.attend(*parts["more"], 0.25, window)
     for row, name, at, then in ((0, "a", 0, 1), (1, "a", 1, None), (2, "b", 0, None), (3, "b", 1, 0)):

@@ -11,7 +11,7 @@ import torch
 
 from qwen_mlx import load, ops, stream_generate
 from qwen_mlx.backend import mx
-from qwen_mlx.batch import BatchKVCache, Padding
+from qwen_mlx.batch_cache import BatchKVCache, Padding
 from qwen_mlx.cache import BLOCK, STEP, KVCache, QuantizedKVCache, RotatingKVCache, make_caches
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.generate import main

@@ -416,7 +416,8 @@ def test_rounds_of_calls_end_at_the_limit(taught: Path):
 def test_the_same_wrong_call_twice_ends_the_turn(taught: Path):
     chat = Chat(*load(taught), tools=[add], max_tokens=200, temperature=0)
     chat.messages = [{"role": "user", "content": "x"}]
-    from qwen_mlx.generation import GenerationChunk, GenerationStats
+    from qwen_mlx.decoding import GenerationStats
+    from qwen_mlx.generation import GenerationChunk
 
     ids = chat.tokenizer.encode(BAD)
     chunks = [GenerationChunk(BAD, ids[0], "stop", GenerationStats())]

@@ -9,8 +9,9 @@ import gguf
 import pytest
 
 from qwen_mlx import Chat, batch_generate, load, stream_generate
+from qwen_mlx.decoding import GenerationStats
 from qwen_mlx.display import coloured, summary, table
-from qwen_mlx.generation import GenerationChunk, GenerationStats
+from qwen_mlx.generation import GenerationChunk
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.tokenizer import Tokenizer
 
@@ -49,7 +50,8 @@ def test_answers_and_conversations_are_readable_and_escaped(small):
     answer.text = "<script>alert(1)</script>\n  x < y"
     assert answer._repr_html_() == (
         '<pre style="white-space:pre-wrap">&lt;script&gt;alert(1)&lt;/script&gt;\n  x &lt; y</pre>'
-        f"<small>{answer.prompt_tokens} tokens read, {len(answer.token_ids)} made; ended by {answer.finish_reason}</small>"
+        f"<small>{answer.prompt_tokens} tokens read, {len(answer.token_ids)} made; "
+        f"ended by {answer.finish_reason}</small>"
     )
     chat = Chat(*small, system="<script>", max_tokens=2)
     list(chat.send("<img onerror=x>"))

@@ -20,7 +20,23 @@ from .small_models import hf_model, write_gguf
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [
-    *("generation", "batch", "session", "prompt_cache", "sampling", "config", "model", "tokenizer", "cache", "loading"),
+    *(
+        "decoding",
+        "generation",
+        "batch",
+        "batch_cache",
+        "drafts",
+        "speculative",
+        "chat_template",
+        "session",
+        "prompt_cache",
+        "sampling",
+        "config",
+        "model",
+        "tokenizer",
+        "cache",
+        "loading",
+    ),
     *("ops", "ops.rms_norm", "ops.rope", "ops.swiglu", "ops.attention", "ops.attend", "ops.matvec", "ops.unpack"),
     *("conversion", "storage", "evaluation", "gguf.blocks", "gguf.reader", "gguf.names", "errors", "selftest"),
 ]

@@ -12,7 +12,8 @@ import torch
 from qwen_mlx import Qwen2, SamplingSettings, generate, load, ops, step
 from qwen_mlx.backend import mx
 from qwen_mlx.cache import KVCache
-from qwen_mlx.generation import encode_prompt, generate_ids
+from qwen_mlx.decoding import generate_ids
+from qwen_mlx.generation import encode_prompt
 from reference.emulator import emulate
 
 PROMPTS = [

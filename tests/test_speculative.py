@@ -15,21 +15,19 @@ import torch
 
 from qwen_mlx import QwenMLXError, SamplingSettings, load, stream_generate
 from qwen_mlx.backend import mx
+from qwen_mlx.decoding import GenerationStats, generate_ids
+from qwen_mlx.drafts import ModelDraft, PromptLookup, Proposal, load_draft
 from qwen_mlx.generate import main
-from qwen_mlx.generation import GenerationStats, encode_prompt, generate, generate_ids
+from qwen_mlx.generation import encode_prompt, generate
 from qwen_mlx.prompt_cache import PromptCache
 from qwen_mlx.sampling import processed_logits
 from qwen_mlx.speculative import (
     PAUSE,
-    ModelDraft,
     Pace,
-    PromptLookup,
-    Proposal,
     _accept_or_draw,
-    check_vocabulary,
-    load_draft,
     speculative_ids,
 )
+from qwen_mlx.tokenizer import check_vocabulary
 from tests.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
 
 PROMPT = "hello world, hello"

@@ -11,7 +11,7 @@ import pytest
 import qwen_mlx.cache as cache_module
 from qwen_mlx import ops
 from qwen_mlx.backend import mx
-from qwen_mlx.batch import BatchKVCache, Padding
+from qwen_mlx.batch_cache import BatchKVCache, Padding
 from qwen_mlx.cache import KVCache
 
 from .bugs import BUGS, LAYER, Bug, bug
@@ -105,7 +105,7 @@ def _(model, patch):
         self._array = mx.maximum(self._array - 1, 0)
 
     patch.setattr(Padding, "__init__", short)
-    patch.setattr(Padding, "offset", lambda self, width: width - mx.array(self.columns))
+    patch.setattr(Padding, "positions", lambda self, width: width - mx.array(self.columns))
 
 
 @bug("padding is seen", "0.layers.0.probs", "mask of the padding is missing", run="padded")
@@ -116,7 +116,7 @@ def _(model, patch):
 
 @bug("positions count the padding", "0.layers.0.q_rope", "count the padding", run="padded")
 def _(model, patch):
-    patch.setattr(Padding, "offset", lambda self, width: mx.full((len(self.columns),), width, mx.int32))
+    patch.setattr(Padding, "positions", lambda self, width: mx.full((len(self.columns),), width, mx.int32))
 
 
 @bug("rows of a batch exchanged while it goes on", "2.layers.0.probs", run="padded")
@@ -124,8 +124,8 @@ def _(model, patch):
     attend = BatchKVCache.attend
 
     def exchanged(self, q, kv, *rest):
-        if q.shape[1] == 1 and int(self.offset.max()) == 12:
-            self._plain.fill(mx.concatenate(self.state, axis=1)[::-1])
+        if q.shape[1] == 1 and int(self.positions.max()) == 12:
+            self.fill(mx.concatenate(self.state, axis=1)[::-1])
         return attend(self, q, kv, *rest)
 
     patch.setattr(BatchKVCache, "attend", exchanged)
