@@ -46,7 +46,7 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     x, weight, bias, residual = random(1, 1, hidden), random(hidden), random(rows), random(1, 1, rows)
     tail, place = random(1, 2 * kv_heads, 16, head_dim), mx.array([300, 290], mx.int32)
     rotary = ops.Rotary.plain(head_dim, 1e6)
-    table = ops.rotation_table(place, rotary)
+    table, place = ops.rotation_table(place, rotary)
     q, short, long = (random(1, n, m, head_dim) for n, m in ((heads, 1), (2 * kv_heads, 512), (2 * kv_heads, 2304)))
 
     def products(form: str) -> Iterator[tuple[str, Call]]:
@@ -58,13 +58,13 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
             f"matvec_qkv {form}",
             lambda: list(ops.matvec_qkv(x, [m], bias, (weight, EPS), table, tail, place, heads)),
         )
-        if form in ("q4_k", "q6_k"):
+        if form != "dense":
             yield f"unpack {form}", lambda: [ops.unpack(m, dtype)]
             yield f"unpack_rows {form}", lambda: [ops.unpack(m, dtype, mx.array([[rows - 1, 0], [5, 5]]))]
 
     for form in FORMATS:
         yield from products(form)
-    yield "rotation", lambda: [ops.rotation_table(mx.array([999_999, 0], mx.int32), rotary)]
+    yield "rotation", lambda: [ops.rotation_table(mx.array([999_999, 0], mx.int32), rotary)[0]]
     yield "attend_one", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5)]
     yield "attend_one, window", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5, 77)]
     yield "attend_one, split", lambda: [ops.attend_one(q, long, tail, place, head_dim**-0.5)]

@@ -93,7 +93,7 @@ class Step:
         config, eps = self._config, self._config.rms_norm_eps
         n_layers, n_heads, n_kv_heads, scale = config.n_layers, self._n_heads, self._n_kv_heads, config.head_dim**-0.5
         buffers, tails = rest[:n_layers], list(rest[n_layers:])
-        table = ops.rotation_table(place, self._rotary)
+        table, place = ops.rotation_table(place, self._rotary)
         if self._ranks is None:
             h = ops.unpack(self._embedding[0], tails[0].dtype, input_ids)
         else:

@@ -2,9 +2,9 @@
 // An element is scale * code + bias. Chunk: 32 codes in BITS words, which never cross a group.
 struct Affine {};
 
-template <typename T, int BITS, int K>
-FUNCTION constexpr int row_length(Affine) {
-  return K * BITS / 32;
+template <typename T, int K>
+FUNCTION constexpr int chunk_count(Affine) {
+  return K / 32;
 }
 
 // Code i of a chunk, as `mantissa` gives it; it may lie in two words.
@@ -18,65 +18,71 @@ FUNCTION float code_of(Words<BITS> words, int i) {
   return mantissa<BITS>((words.v[word] >> uint(shift)) | (words.v[(word + 1) % BITS] << uint(32 - shift)), 0);
 }
 
-template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W,
-          typename S, typename B>
-FUNCTION Pack<R> row_dots(Affine, X x, Rows<R> rows, uint first, W w, S scales, B biases) {
-  constexpr int N = 32;  // codes of a chunk
-  constexpr int CHUNKS = K / N;
-  constexpr int LOAD = 16 / sizeof(T);
-  Pack<R> sums;
+template <int BITS, int R, typename Scale>
+struct AffineChunk {
+  Words<BITS> codes[R];
+  Scale scales[R];
+  Scale biases[R];
+};
+
+template <typename T, int BITS, int GROUP, int K, int R, bool ALIGNED, typename W, typename S, typename B>
+FUNCTION auto load_chunk(Affine, Rows<R> rows, uint chunk, W w, S scales, B biases)
+    -> AffineChunk<BITS, R, decltype(value_of(scales[0]))> {
+  AffineChunk<BITS, R, decltype(value_of(scales[0]))> found;
   UNROLL
   for (int r = 0; r < R; ++r) {
-    sums.v[r] = 0.0f;
+    const uint group = rows.v[r] * uint(K / GROUP) + chunk * 32u / uint(GROUP);
+    found.codes[r] = load_words<BITS, ALIGNED>(w, (rows.v[r] * uint(K / 32) + chunk) * uint(BITS));
+    found.scales[r] = scales[group];
+    found.biases[r] = biases[group];
   }
-  for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
-    Words<BITS> codes[R * DEPTH];
-    float scale[R * DEPTH];
-    float bias[R * DEPTH];
+  return found;
+}
+
+template <typename T, bool STAGED, int BITS, int R, bool ALIGNED, typename Scale, typename X>
+FUNCTION Pack<R> add_chunk(Affine, AffineChunk<BITS, R, Scale> found, uint chunk, X x, Pack<R> sums) {
+  constexpr int LOAD = 16 / sizeof(T);
+  Pack<R> dots;
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    dots.v[r] = 0.0f;
+  }
+  float total = 0.0f;
+  UNROLL
+  for (int part = 0; part < 32 / LOAD; ++part) {
+    const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(chunk * 32u + uint(part * LOAD)));
     UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = first + uint(start + d * STEP);
-      if (chunk < uint(CHUNKS)) {
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          const uint group = rows.v[r] * uint(K / GROUP) + chunk * uint(N) / uint(GROUP);
-          codes[d * R + r] = load_words<BITS, ALIGNED>(w, (rows.v[r] * uint(CHUNKS) + chunk) * uint(BITS));
-          scale[d * R + r] = float(scales[group]);
-          bias[d * R + r] = float(biases[group]);
-        }
+    for (int k = 0; k < LOAD; ++k) {
+      total += xs.v[k];
+      UNROLL
+      for (int r = 0; r < R; ++r) {
+        dots.v[r] = metal::fma(code_of<BITS>(found.codes[r], part * LOAD + k), xs.v[k], dots.v[r]);
       }
     }
-    UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = first + uint(start + d * STEP);
-      if (chunk < uint(CHUNKS)) {
-        Pack<R> dots;
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          dots.v[r] = 0.0f;
-        }
-        float total = 0.0f;
-        UNROLL
-        for (int part = 0; part < N / LOAD; ++part) {
-          const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(chunk * uint(N) + uint(part * LOAD)));
-          UNROLL
-          for (int k = 0; k < LOAD; ++k) {
-            const int i = part * LOAD + k;
-            total += xs.v[k];
-            UNROLL
-            for (int r = 0; r < R; ++r) {
-              const float code = code_of<BITS>(codes[d * R + r], i);
-              dots.v[r] = metal::fma(code, xs.v[k], dots.v[r]);
-            }
-          }
-        }
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          const float dot = (dots.v[r] - total) * float(1 << BITS);
-          sums.v[r] = metal::fma(scale[d * R + r], dot, metal::fma(bias[d * R + r], total, sums.v[r]));
-        }
-      }
-    }
+  }
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    const float dot = (dots.v[r] - total) * float(1 << BITS);
+    sums.v[r] = metal::fma(float(found.scales[r]), dot, metal::fma(float(found.biases[r]), total, sums.v[r]));
   }
   return sums;
+}
+
+// Elements column to column + 7 of a row; column is a multiple of 8.
+template <int K, int BITS, int GROUP, typename W, typename S, typename B>
+FUNCTION Pack<8> eight_elements(uint row, uint column, W w, S scales, B biases) {
+  const uint group = row * uint(K / GROUP) + column / uint(GROUP);
+  const float scale = float(scales[group]);
+  const float bias = float(biases[group]);
+  Pack<8> result;
+  for (int k = 0; k < 8; ++k) {
+    const uint bit = (column + uint(k)) % 32u * uint(BITS);  // of 32 codes in BITS words
+    const uint word = (row * uint(K / 32) + column / 32u) * uint(BITS) + bit / 32u;
+    uint code = w[word] >> (bit % 32u);
+    if (bit % 32u + uint(BITS) > 32u) {
+      code |= w[word + 1u] << (32u - bit % 32u);
+    }
+    result.v[k] = metal::fma(scale, float(code & ((1u << BITS) - 1u)), bias);
+  }
+  return result;
 }

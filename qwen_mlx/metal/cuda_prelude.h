@@ -16,8 +16,9 @@ typedef unsigned short ushort;
 static_assert(sizeof(ulong) == 8, "long has 64 bits in Metal");
 
 namespace metal {
-enum class mem_flags { mem_threadgroup };
+enum class mem_flags { mem_none, mem_threadgroup };
 FUNCTION void threadgroup_barrier(mem_flags) { __syncthreads(); }
+FUNCTION void simdgroup_barrier(mem_flags) { __syncwarp(); }
 FUNCTION float simd_sum(float x) {
   for (int step = 16; step > 0; step >>= 1) {
     x += __shfl_xor_sync(0xffffffffu, x, step);
@@ -153,17 +154,65 @@ FUNCTION void store(T* to, uint index, Pack<N> pack) {
   }
 }
 
+template <typename T>
+struct IsBfloat {
+  enum { value = 0 };
+};
+template <>
+struct IsBfloat<__nv_bfloat16> {
+  enum { value = 1 };
+};
+
+// 2 N elements of 16 bits, as they are.
+template <int N, bool ALIGNED, typename T>
+FUNCTION Words<N> load_halves(const T* from, uint index) {
+  Words<N> words;
+  if (ALIGNED) {
+    typedef typename Bytes<N * 4>::type Raw;
+    const Raw raw = *reinterpret_cast<const Raw*>(from + index);
+    const uint* parts = reinterpret_cast<const uint*>(&raw);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      words.v[k] = parts[k];
+    }
+  } else {
+    const unsigned short* halves = reinterpret_cast<const unsigned short*>(from + index);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      words.v[k] = uint(halves[2 * k]) | (uint(halves[2 * k + 1]) << 16);
+    }
+  }
+  return words;
+}
+
+// One instruction each, which the compiler does not find by itself.
+FUNCTION uint lower_halves(uint a, uint b) {
+  return __byte_perm(a, b, 0x5410);
+}
+FUNCTION uint upper_halves(uint a, uint b) {
+  return __byte_perm(a, b, 0x7632);
+}
+
+// sum + rows times columns for tiles of 16-bit numbers; see tiles.h for who holds what.
+template <typename T>
+FUNCTION Pack<4> tile_product(Pack<4> sum, Words<4> rows, Words<2> columns, uint) {
+  if (IsBfloat<T>::value) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum.v[0]), "+f"(sum.v[1]), "+f"(sum.v[2]), "+f"(sum.v[3])
+        : "r"(rows.v[0]), "r"(rows.v[1]), "r"(rows.v[2]), "r"(rows.v[3]), "r"(columns.v[0]), "r"(columns.v[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum.v[0]), "+f"(sum.v[1]), "+f"(sum.v[2]), "+f"(sum.v[3])
+        : "r"(rows.v[0]), "r"(rows.v[1]), "r"(rows.v[2]), "r"(rows.v[3]), "r"(columns.v[0]), "r"(columns.v[1]));
+  }
+  return sum;
+}
+
 // One instruction; two constants would make it two.
 FUNCTION uint masked_or(uint word, uint mask, uint bits) {
   uint result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
   return result;
-}
-
-#define FETCHED 128u
-template <typename T>
-FUNCTION void prefetch(const T* from, uint index) {
-  asm volatile("prefetch.global.L2 [%0];" : : "l"(from + index));
 }
 
 FUNCTION float float_of_bits(int bits) {

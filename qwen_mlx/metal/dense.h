@@ -1,45 +1,36 @@
 // A dense matrix w (rows, K) of T. Chunk: 16 bytes.
 struct Dense {};
 
-template <typename T, int BITS, int K>
-FUNCTION constexpr int row_length(Dense) {
-  return K;
+template <typename T, int K>
+FUNCTION constexpr int chunk_count(Dense) {
+  return K * int(sizeof(T)) / 16;
 }
 
-template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X, typename W>
-FUNCTION Pack<R> row_dots(Dense, X x, Rows<R> rows, uint first, W w) {
+template <typename T, int R>
+struct DenseChunk {
+  Pack<16 / sizeof(T)> values[R];
+};
+
+template <typename T, int BITS, int GROUP, int K, int R, bool ALIGNED, typename W>
+FUNCTION DenseChunk<T, R> load_chunk(Dense, Rows<R> rows, uint chunk, W w) {
   constexpr int N = 16 / sizeof(T);
-  constexpr int CHUNKS = K / N;
-  Pack<R> sums;
+  DenseChunk<T, R> found;
   UNROLL
   for (int r = 0; r < R; ++r) {
-    sums.v[r] = 0.0f;
+    found.values[r] = load_aligned<N, ALIGNED>(w, rows.v[r] * uint(K) + chunk * uint(N));
   }
-  for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
-    Pack<N> values[R * DEPTH];
+  return found;
+}
+
+template <typename T, bool STAGED, int BITS, int R, bool ALIGNED, typename X>
+FUNCTION Pack<R> add_chunk(Dense, DenseChunk<T, R> found, uint chunk, X x, Pack<R> sums) {
+  constexpr int N = 16 / sizeof(T);
+  const Pack<N> xs = load_aligned<N, ALIGNED>(x, place_of<T, STAGED>(chunk * uint(N)));
+  UNROLL
+  for (int r = 0; r < R; ++r) {
     UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = first + uint(start + d * STEP);
-      if (chunk < uint(CHUNKS)) {
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          values[d * R + r] = load_aligned<N, ALIGNED>(w, rows.v[r] * uint(K) + chunk * uint(N));
-        }
-      }
-    }
-    UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = first + uint(start + d * STEP);
-      if (chunk < uint(CHUNKS)) {
-        const Pack<N> xs = load_aligned<N, ALIGNED>(x, place_of<T, STAGED>(chunk * uint(N)));
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          UNROLL
-          for (int k = 0; k < N; ++k) {
-            sums.v[r] = metal::fma(values[d * R + r].v[k], xs.v[k], sums.v[r]);
-          }
-        }
-      }
+    for (int k = 0; k < N; ++k) {
+      sums.v[r] = metal::fma(found.values[r].v[k], xs.v[k], sums.v[r]);
     }
   }
   return sums;

@@ -47,55 +47,40 @@ FUNCTION void norm_row(X x, Weight weight, Out out, Partial partial, float eps, 
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 }
 
-// Asks for the first 4 KiB of each row to be fetched while something else is computed.
-template <int R, int LENGTH, typename W>
-FUNCTION void fetch_ahead(Rows<R> rows, uint lane, W w) {
-  constexpr uint STEP = FETCHED / uint(sizeof(w[0]));
+// One lane's part of the products of R rows with x: chunks first, first + STEP, ..., DEPTH of them loaded at once.
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename Format,
+          typename X, typename... Arrays>
+FUNCTION Pack<R> row_dots(Format format, X x, Rows<R> rows, uint first, Arrays... arrays) {
+  constexpr int CHUNKS = chunk_count<T, K>(Format());
+  Pack<R> sums;
   UNROLL
   for (int r = 0; r < R; ++r) {
+    sums.v[r] = 0.0f;
+  }
+  for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
+    decltype(load_chunk<T, BITS, GROUP, K, R, ALIGNED>(format, rows, first, arrays...)) found[DEPTH];
     UNROLL
-    for (uint i = 0u; i < 128u / FETCHED; ++i) {
-      const uint at = (i * uint(SIMD_WIDTH) + lane) * STEP;
-      if (at < uint(LENGTH)) {
-        prefetch(w, rows.v[r] * uint(LENGTH) + at);
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = first + uint(start + d * STEP);
+      if (chunk < uint(CHUNKS)) {
+        found[d] = load_chunk<T, BITS, GROUP, K, R, ALIGNED>(format, rows, chunk, arrays...);
       }
     }
-  }
-}
-
-// The products of a unit's R rows with x, for all its lanes. A unit belongs to SPLIT simdgroups, whose sums meet in
-// `partial`; with more than one, all threads of the threadgroup have to come here.
-template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int SPLIT, int DEPTH, typename X, typename Partial,
-          typename Format, typename W, typename... Rest>
-FUNCTION Pack<R> row_sums(Format format, X x, Rows<R> rows, Partial partial, uint lane, uint simd, W w, Rest... rest) {
-  const uint first = simd % uint(SPLIT) * uint(SIMD_WIDTH) + lane;
-  constexpr int STEP = SIMD_WIDTH * SPLIT;
-  Pack<R> sums = is_aligned(w) && is_aligned(x)
-                     ? row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, true>(format, x, rows, first, w, rest...)
-                     : row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, false>(format, x, rows, first, w, rest...);
-  UNROLL
-  for (int r = 0; r < R; ++r) {
-    sums.v[r] = metal::simd_sum(sums.v[r]);
-  }
-  if (SPLIT > 1) {
-    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-    if (lane == 0u) {
-      UNROLL
-      for (int r = 0; r < R; ++r) {
-        partial[simd * uint(R) + uint(r)] = sums.v[r];
-      }
-    }
-    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     UNROLL
-    for (int r = 0; r < R; ++r) {
-      sums.v[r] = 0.0f;
-      for (int s = 0; s < SPLIT; ++s) {
-        sums.v[r] += partial[(simd / uint(SPLIT) * uint(SPLIT) + uint(s)) * uint(R) + uint(r)];
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = first + uint(start + d * STEP);
+      if (chunk < uint(CHUNKS)) {
+        sums = add_chunk<T, STAGED, BITS, R, ALIGNED>(format, found[d], chunk, x, sums);
       }
     }
   }
   return sums;
 }
+
+// Of a unit's R rows, what lane i of its simdgroups has: the product of row i with x, and of row i + R / 2.
+struct UnitSums {
+  float first, second;
+};
 
 // sums.v[r], r below R, where r is not a constant: as an index it would send the sums to memory, and without the addition
 // the compiler makes it one.
@@ -108,4 +93,47 @@ FUNCTION float chosen(Pack<R> sums, uint r) {
     sum = r == uint(i) ? other : sum;
   }
   return sum;
+}
+
+// A unit belongs to SPLIT simdgroups, whose sums have met in `partial`.
+template <int R, int SPLIT, typename Partial>
+FUNCTION UnitSums met(Partial partial, uint lane, uint simd) {
+  UnitSums sums;
+  sums.first = 0.0f;
+  sums.second = 0.0f;
+  for (int s = 0; s < SPLIT; ++s) {
+    const uint from = (simd / uint(SPLIT) * uint(SPLIT) + uint(s)) * uint(R) + lane % uint(R);
+    sums.first += partial[from];
+    sums.second += partial[from + (lane < uint(R / 2) ? uint(R / 2) : 0u)];
+  }
+  return sums;
+}
+
+// The products of a unit's rows with x; rows_of says which. With SPLIT above 1 all threads of the threadgroup have to come
+// here.
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, typename X,
+          typename Partial, typename Format, typename W, typename... Rest>
+FUNCTION UnitSums unit_sums(Format format, X x, uint unit, Partial partial, uint lane, uint simd, W w, Rest... rest) {
+  const Rows<R> rows = rows_of<R, WIDTH, COUNT>(unit);
+  const uint first = simd % uint(SPLIT) * uint(SIMD_WIDTH) + lane;
+  constexpr int STEP = SIMD_WIDTH * SPLIT;
+  Pack<R> sums = is_aligned(w) && is_aligned(x)
+                     ? row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, true>(format, x, rows, first, w, rest...)
+                     : row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, false>(format, x, rows, first, w, rest...);
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    sums.v[r] = metal::simd_sum(sums.v[r]);
+  }
+  UnitSums found;
+  found.first = chosen<R>(sums, lane);
+  found.second = chosen<R>(sums, lane + uint(R / 2));
+  if (SPLIT > 1) {
+    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+    if (lane < uint(R)) {
+      partial[simd * uint(R) + lane] = found.first;
+    }
+    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+    found = met<R, SPLIT>(partial, lane, simd);
+  }
+  return found;
 }

@@ -10,19 +10,19 @@ const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
 if (NORM) {
-  fetch_ahead<R, row_length<T, BITS, K>(FORMAT())>(rows_of<R, 0, ROWS>(unit), lane, w);
   norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
 }
-// As many rounds for each unit: row_sums may have barriers.
+// As many rounds for each unit: unit_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * R < ROWS; ++round) {
-  const Rows<R> rows = rows_of<R, 0, ROWS>(unit);
-  const Pack<R> sums =
-      NORM ? row_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], rows, partial, lane, simd, MATRIX)
-           : row_sums<T, false, BITS, GROUP, K, R, SPLIT, DEPTH>(FORMAT(), x, rows, partial, lane, simd, MATRIX);
   const uint row = unit * uint(R) + lane;
-  if (simd % uint(SPLIT) == 0u && lane < uint(R) && row < uint(ROWS)) {
-    const float sum = float(T(chosen<R>(sums, lane)));
-    out[row] = T(ADD ? sum + float(residual[row]) : sum);
+  const bool mine = simd % uint(SPLIT) == 0u && lane < uint(R) && row < uint(ROWS);
+  const float before = ADD && mine ? float(residual[row]) : 0.0f;
+  const UnitSums sums =
+      NORM ? unit_sums<T, true, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], unit, partial, lane, simd, MATRIX)
+           : unit_sums<T, false, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), x, unit, partial, lane, simd, MATRIX);
+  if (mine) {
+    const float sum = float(T(sums.first));
+    out[row] = T(ADD ? sum + before : sum);
   }
   unit += uint(GROUPS * UNITS);
 }

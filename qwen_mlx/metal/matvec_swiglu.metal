@@ -9,16 +9,15 @@ const uint id = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
-fetch_ahead<R, row_length<T, BITS, K>(FORMAT())>(rows_of<R, F, F>(unit), lane, w);
 norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
-// As many rounds for each unit: row_sums may have barriers.
+// As many rounds for each unit: unit_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * (R / 2) < F; ++round) {
-  const Pack<R> sums = row_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(
-      FORMAT(), &normed[0].v[0], rows_of<R, F, F>(unit), partial, lane, simd, MATRIX);
+  const UnitSums sums = unit_sums<T, true, BITS, GROUP, K, R, F, F, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], unit, partial, lane,
+                                                                               simd, MATRIX);
   const uint column = unit * uint(R / 2) + lane;
   if (simd % uint(SPLIT) == 0u && lane < uint(R / 2) && column < uint(F)) {
-    const float gate = float(T(chosen<R>(sums, lane)));
-    const float up = float(T(chosen<R>(sums, lane + uint(R / 2))));
+    const float gate = float(T(sums.first));
+    const float up = float(T(sums.second));
     const float activated = sizeof(T) == 4 ? silu(gate) : gate / (1.0f + metal::precise::exp(-gate));
     out[column] = T(float(T(activated)) * up);
   }

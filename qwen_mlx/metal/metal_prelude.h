@@ -53,15 +53,65 @@ FUNCTION void store(Pointer to, uint index, Pack<N> pack) {
   }
 }
 
+template <typename T>
+struct IsBfloat {
+  enum { value = 0 };
+};
+template <>
+struct IsBfloat<bfloat16_t> {
+  enum { value = 1 };
+};
+
+// 2 N elements of 16 bits, as they are.
+template <int N, bool ALIGNED, typename Pointer>
+FUNCTION Words<N> load_halves(Pointer from, uint index) {
+  Words<N> words;
+  for (int k = 0; k < N; ++k) {
+    words.v[k] = uint(as_type<ushort>(from[index + uint(2 * k)])) | (uint(as_type<ushort>(from[index + uint(2 * k + 1)])) << 16);
+  }
+  return words;
+}
+
+// The lower halves of two words, or their upper halves.
+FUNCTION uint lower_halves(uint a, uint b) {
+  return (a & 0xffffu) | (b << 16);
+}
+FUNCTION uint upper_halves(uint a, uint b) {
+  return (a >> 16) | (b & 0xffff0000u);
+}
+
+// The number in the lower or the upper half of a word.
+template <typename T>
+FUNCTION float float_of(uint word, bool upper) {
+  return float(as_type<T>(ushort(upper ? word >> 16 : word & 0xffffu)));
+}
+
+// sum + rows times columns for tiles of 16-bit numbers; see tiles.h for who holds what. The meaning of NVIDIA's
+// instruction, written for the emulator: on Apple's GPUs rows.h's way is chosen.
+template <typename T>
+FUNCTION Pack<4> tile_product(Pack<4> sum, Words<4> rows, Words<2> columns, uint lane) {
+  for (uint t = 0u; t < 4u; ++t) {
+    for (int half_k = 0; half_k < 2; ++half_k) {
+      const uint a = metal::simd_shuffle(rows.v[half_k * 2], ushort(lane / 4u * 4u + t));
+      const uint b = metal::simd_shuffle(rows.v[half_k * 2 + 1], ushort(lane / 4u * 4u + t));
+      const uint x = metal::simd_shuffle(columns.v[half_k], ushort(lane % 4u * 8u + t));
+      const uint y = metal::simd_shuffle(columns.v[half_k], ushort(lane % 4u * 8u + 4u + t));
+      for (int upper = 0; upper < 2; ++upper) {
+        const float first = float_of<T>(a, upper == 1);
+        const float second = float_of<T>(b, upper == 1);
+        sum.v[0] = metal::fma(first, float_of<T>(x, upper == 1), sum.v[0]);
+        sum.v[1] = metal::fma(first, float_of<T>(y, upper == 1), sum.v[1]);
+        sum.v[2] = metal::fma(second, float_of<T>(x, upper == 1), sum.v[2]);
+        sum.v[3] = metal::fma(second, float_of<T>(y, upper == 1), sum.v[3]);
+      }
+    }
+  }
+  return sum;
+}
+
 // (word & mask) | bits
 FUNCTION uint masked_or(uint word, uint mask, uint bits) {
   return (word & mask) | bits;
-}
-
-// Asks for the FETCHED bytes at from[index]; Metal has no such instruction.
-#define FETCHED 128u
-template <typename Pointer>
-FUNCTION void prefetch(Pointer, uint) {
 }
 
 FUNCTION float float_of_bits(int bits) {

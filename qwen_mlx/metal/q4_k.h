@@ -21,9 +21,9 @@ FUNCTION Q4KGroup q4_k_group(Words<4> head, uint group) {
   return result;
 }
 
-template <typename T, int BITS, int K>
-FUNCTION constexpr int row_length(Q4K) {
-  return K / 256 * 36;
+template <typename T, int K>
+FUNCTION constexpr int chunk_count(Q4K) {
+  return K / 64;
 }
 
 // Six bits as `mantissa` leaves them, back as d times the number: exact, since d has 11 bits.
@@ -31,89 +31,78 @@ FUNCTION float q4_k_times(uint pair, int shift, float d) {
   return metal::fma(mantissa<6>(pair, shift), 64.0f * d, -64.0f * d);
 }
 
-template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename X,
-          typename W>
-FUNCTION Pack<R> row_dots(Q4K, X x, Rows<R> rows, uint first, W w) {
-  constexpr int CHUNKS = K / 64;
-  constexpr int LOAD = 16 / sizeof(T);
-  Pack<R> sums;
+template <int R>
+struct Q4KChunk {
+  Words<4> heads[R];
+  Words<4> codes[R * 2];
+};
+
+template <typename T, int BITS, int GROUP, int K, int R, bool ALIGNED, typename W>
+FUNCTION Q4KChunk<R> load_chunk(Q4K, Rows<R> rows, uint chunk, W w) {
+  Q4KChunk<R> found;
   UNROLL
   for (int r = 0; r < R; ++r) {
-    sums.v[r] = 0.0f;
+    const uint block = (rows.v[r] * uint(K / 256) + chunk / 4u) * 36u;
+    found.heads[r] = load_words<4, ALIGNED>(w, block);
+    found.codes[r * 2] = load_words<4, ALIGNED>(w, block + 4u + chunk % 4u * 8u);
+    found.codes[r * 2 + 1] = load_words<4, ALIGNED>(w, block + 8u + chunk % 4u * 8u);
   }
-  for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
-    Words<4> heads[R * DEPTH];
-    Words<4> codes[R * DEPTH * 2];
+  return found;
+}
+
+template <typename T, bool STAGED, int BITS, int R, bool ALIGNED, typename X>
+FUNCTION Pack<R> add_chunk(Q4K, Q4KChunk<R> found, uint chunk, X x, Pack<R> sums) {
+  constexpr int LOAD = 16 / sizeof(T);
+  Pack<R> low;
+  Pack<R> high;
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    low.v[r] = 0.0f;
+    high.v[r] = 0.0f;
+  }
+  float low_total = 0.0f;
+  float high_total = 0.0f;
+  UNROLL
+  for (int part = 0; part < 32 / LOAD; ++part) {
+    const uint from = chunk * 64u + uint(part * LOAD);
+    const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(from));
+    const Pack<LOAD> ys = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(from + 32u));
     UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = first + uint(start + d * STEP);
-      if (chunk < uint(CHUNKS)) {
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          const uint block = (rows.v[r] * uint(K / 256) + chunk / 4u) * 36u;
-          heads[d * R + r] = load_words<4, ALIGNED>(w, block);
-          codes[(d * R + r) * 2] = load_words<4, ALIGNED>(w, block + 4u + chunk % 4u * 8u);
-          codes[(d * R + r) * 2 + 1] = load_words<4, ALIGNED>(w, block + 8u + chunk % 4u * 8u);
-        }
+    for (int k = 0; k < LOAD; ++k) {
+      const int i = part * LOAD + k;
+      low_total += xs.v[k];
+      high_total += ys.v[k];
+      UNROLL
+      for (int r = 0; r < R; ++r) {
+        const uint word = found.codes[r * 2 + i / 16].v[i % 16 / 4];
+        low.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8), xs.v[k], low.v[r]);
+        high.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8 + 4), ys.v[k], high.v[r]);
       }
     }
-    UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const uint chunk = first + uint(start + d * STEP);
-      if (chunk < uint(CHUNKS)) {
-        Pack<R> low;
-        Pack<R> high;
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          low.v[r] = 0.0f;
-          high.v[r] = 0.0f;
-        }
-        float low_total = 0.0f;
-        float high_total = 0.0f;
-        UNROLL
-        for (int part = 0; part < 32 / LOAD; ++part) {
-          const uint from = chunk * 64u + uint(part * LOAD);
-          const Pack<LOAD> xs = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(from));
-          const Pack<LOAD> ys = load_aligned<LOAD, ALIGNED>(x, place_of<T, STAGED>(from + 32u));
-          UNROLL
-          for (int k = 0; k < LOAD; ++k) {
-            const int i = part * LOAD + k;
-            low_total += xs.v[k];
-            high_total += ys.v[k];
-            UNROLL
-            for (int r = 0; r < R; ++r) {
-              const uint word = codes[(d * R + r) * 2 + i / 16].v[i % 16 / 4];
-              low.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8), xs.v[k], low.v[r]);
-              high.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8 + 4), ys.v[k], high.v[r]);
-            }
-          }
-        }
-        // Both groups' scales in one word, their minima in another, as bytes.
-        const bool lower = chunk % 4u < 2u;
-        const uint shift = chunk % 2u * 16u;
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          const Words<4> head = heads[d * R + r];
-          const uint tops = head.v[3] >> shift;
-          const uint scale = head.v[1] >> shift;
-          const uint minimum = head.v[2] >> shift;
-          const uint scales = lower ? scale : (tops & 0x0f0fu) | ((scale >> 2) & 0x3030u);
-          const uint minima = lower ? minimum : ((tops >> 4) & 0x0f0fu) | ((minimum >> 2) & 0x3030u);
-          const float d16 = float_of_half(head.v[0]);
-          const float m16 = float_of_half(head.v[0] >> 16);
-          const float a = metal::fma(16.0f * q4_k_times(scales, 0, d16), low.v[r] - low_total, sums.v[r]);
-          const float b = metal::fma(16.0f * q4_k_times(scales, 8, d16), high.v[r] - high_total, a);
-          const float c = metal::fma(-q4_k_times(minima, 0, m16), low_total, b);
-          sums.v[r] = metal::fma(-q4_k_times(minima, 8, m16), high_total, c);
-        }
-      }
-    }
+  }
+  // Both groups' scales in one word, their minima in another, as bytes.
+  const bool lower = chunk % 4u < 2u;
+  const uint shift = chunk % 2u * 16u;
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    const Words<4> head = found.heads[r];
+    const uint tops = head.v[3] >> shift;
+    const uint scale = head.v[1] >> shift;
+    const uint minimum = head.v[2] >> shift;
+    const uint scales = lower ? scale : (tops & 0x0f0fu) | ((scale >> 2) & 0x3030u);
+    const uint minima = lower ? minimum : ((tops >> 4) & 0x0f0fu) | ((minimum >> 2) & 0x3030u);
+    const float d16 = float_of_half(head.v[0]);
+    const float m16 = float_of_half(head.v[0] >> 16);
+    const float a = metal::fma(16.0f * q4_k_times(scales, 0, d16), low.v[r] - low_total, sums.v[r]);
+    const float b = metal::fma(16.0f * q4_k_times(scales, 8, d16), high.v[r] - high_total, a);
+    const float c = metal::fma(-q4_k_times(minima, 0, m16), low_total, b);
+    sums.v[r] = metal::fma(-q4_k_times(minima, 8, m16), high_total, c);
   }
   return sums;
 }
 
 // Elements column to column + 7 of a row; column is a multiple of 8.
-template <int K, typename W>
+template <int K, int BITS, int GROUP, typename W>
 FUNCTION Pack<8> eight_elements(uint row, uint column, W w) {
   const uint block = (row * uint(K / 256) + column / 256u) * 36u;
   const uint group = column / 32u % 8u;

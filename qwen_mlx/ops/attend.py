@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from ..backend import mx
 from .attention import attention
-from .dispatch import Kernel, executor, float_bits, require, require_float, require_like
+from .dispatch import Kernel, executor, float_bits, require, require_float, require_place
 
 # Tokens of room that one threadgroup a query head attends to. Beyond, each of several takes a part, for all heads that
 # share a key/value head, so that it is read once.
 SHORT = 2048
 SPLIT = 512
-MOST_SPLITS = 64
+MOST_SPLITS = 128  # of all key/value heads together
 THREADS, DEPTH = 512, 4  # rows that a lane has under way
-SPLIT_THREADS, SPLIT_DEPTH = 256, 2  # each of RATIO query heads holds registers
+SPLIT_THREADS, SPLIT_DEPTH = 256, 4  # each of RATIO query heads holds registers
 
 _INPUTS = ("q", "kv", "tail", "place")
 _ATTEND = Kernel("attend", _INPUTS, ("out",), ("attend.h",))
@@ -35,7 +35,8 @@ def attend_one(
         q.ndim == 4 and q.shape[0] == q.shape[2] == 1, lambda: f"q has shape {q.shape}, expected (1, n_heads, 1, D)."
     )
     n_heads, head_dim = q.shape[1], q.shape[3]
-    for name, array in (("kv", kv), ("tail", tail)):
+
+    def check(name: str, array: mx.array) -> None:
         require(
             array.ndim == 4
             and (array.shape[0], array.shape[3]) == (1, head_dim)
@@ -43,24 +44,32 @@ def attend_one(
             and n_heads % max(array.shape[1] // 2, 1) == 0
             and array.shape[1] == kv.shape[1]
             and array.dtype == q.dtype,
-            lambda name=name, array=array: (
+            lambda: (
                 f"{name} has shape {array.shape} and dtype {array.dtype}, expected (1, 2 n_kv_heads, tokens, "
                 f"{head_dim}) for {n_heads} query heads, and q's dtype, {q.dtype}."
             ),
         )
-    require_like("place", place, (2,), mx.int32)
+
+    check("kv", kv)
+    check("tail", tail)
+    require_place(place)
     row = head_dim * q.dtype.size
     if executor("attend") == "reference" or row not in (16, 32, 64, 128, 256, 512):
         return attend_one_reference(q, kv, tail, place, scale, window)
     n_kv_heads, room = kv.shape[1] // 2, kv.shape[2]
     ratio = n_heads // n_kv_heads
-    template = [("KV", n_kv_heads), ("RATIO", ratio), ("D", head_dim), ("WINDOW", window or 0)]
+    template: list[tuple[str, object]] = [
+        ("KV", n_kv_heads),
+        ("RATIO", ratio),
+        ("D", head_dim),
+        ("WINDOW", window or 0),
+    ]
     template += [("SCALE", float_bits(scale))]
     inputs = (q, kv, tail, place)
     if room <= SHORT:
         template += [("DEPTH", DEPTH), ("THREADS", THREADS)]
         return _ATTEND(inputs, template, (THREADS, n_heads, 1), (THREADS, 1, 1), [q.shape])[0]
-    splits = min(MOST_SPLITS, -(-room // SPLIT))
+    splits = min(max(1, MOST_SPLITS // n_kv_heads), -(-room // SPLIT))
     template += [("DEPTH", SPLIT_DEPTH), ("THREADS", SPLIT_THREADS), ("SPLITS", splits)]
     shapes, grid = [(n_heads, splits, head_dim), (n_heads, splits, 2)], (splits * SPLIT_THREADS, n_kv_heads, 1)
     parts = _ATTEND_SPLIT(inputs, template, grid, (SPLIT_THREADS, 1, 1), shapes, mx.float32)

@@ -119,16 +119,17 @@ class Kernel:
         grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
         shapes: Sequence[tuple[int, ...]],
-        dtype: mx.Dtype | None = None,
+        dtype: mx.Dtype | Sequence[mx.Dtype] | None = None,
     ) -> list[mx.array]:
         """Launches a thread for each grid element. An empty grid gives zeros.
 
         template: constants of the kernel; "T", if it is not the first of them, is the first input's dtype.
-        dtype: of the outputs, None for the first input's.
+        dtype: of the outputs, or each one's; None for the first input's.
         """
         dtype = dtype or inputs[0].dtype
+        dtypes = [dtype] * len(shapes) if isinstance(dtype, mx.Dtype) else list(dtype)
         if 0 in grid:
-            return [mx.zeros(shape, dtype) for shape in shapes]
+            return [mx.zeros(shape, kind) for shape, kind in zip(shapes, dtypes)]
         factory = mx.fast.metal_kernel if executor() == "metal" else mx.fast.cuda_kernel
         return _compiled(factory, self)(
             inputs=list(inputs),
@@ -136,7 +137,7 @@ class Kernel:
             grid=grid,
             threadgroup=threadgroup,
             output_shapes=list(shapes),
-            output_dtypes=[dtype] * len(shapes),
+            output_dtypes=dtypes,
         )
 
     def header(self, dialect: str) -> str:
@@ -227,6 +228,14 @@ def require_like(name: str, x: mx.array | None, shape: tuple[int, ...], dtype: m
     require(
         isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype,
         lambda: f"{name} {described(x)}, expected {shape} and {dtype}.",
+    )
+
+
+def require_place(place: mx.array | None) -> None:
+    """Raises ValueError unless place is a decoding step's: int32 (2,) or longer."""
+    require(
+        isinstance(place, mx.array) and place.ndim == 1 and place.size >= 2 and place.dtype == mx.int32,
+        lambda: f"place {described(place)}, expected (2,) and {mx.int32}.",
     )
 
 

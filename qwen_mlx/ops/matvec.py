@@ -12,19 +12,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..backend import mx
-from .dispatch import Kernel, executor, float_bits, require, require_float, require_like
+from .dispatch import Kernel, executor, float_bits, require, require_float, require_like, require_place
 from .rms_norm import rms_norm
 from .rope import Rotary, scale_template, turns_of
 from .swiglu import swiglu_joined_reference
-from .unpack import Format, Matrix, array_names, format_macros, unpack_reference
+from .unpack import RAW, Matrix, array_names, format_macros, unpack_reference
 
 MAX_STAGED = 16384  # bytes of a normed vector in threadgroup memory
+# Where codes of 4 and 6 bits are multiplied as tiles (see metal/tiles.h). Apple's GPUs have such instructions too, but
+# there is none here to measure them on.
+TILED_ON = ("cuda",)
+TILE_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How work is cut: `rows` a unit, `split` simdgroups a unit, `depth` chunks a lane has under way, `threads`, and
-    at most `groups` threadgroups, which take several units in turn where there are more."""
+    """How work is cut: `rows` a unit, `split` simdgroups a unit, `depth` chunks a lane loads at once, `threads` a
+    threadgroup, and at most `groups` threadgroups, which take several units in turn where there are more."""
 
     rows: int
     split: int
@@ -33,21 +37,25 @@ class Tuning:
     groups: int = 1056
 
 
-_ROTATION = Kernel("rotation", ("turns", "offset"), ("out",), ("rotary.h",))
+_ROTATION = Kernel("rotation", ("turns", "place"), ("out", "here"), ("rotary.h",))
 
 
 @functools.cache
-def _kernel(name: str, kinds: tuple[str, ...]) -> Kernel:
+def _kernel(name: str, kinds: tuple[str, ...], tiled: bool) -> Kernel:
     last, outputs, headers = {
         "matvec": (("residual",), ("out",), ()),
         "matvec_swiglu": ((), ("out",), ("silu.h",)),
         "matvec_qkv": (("bias", "table", "tail", "place"), ("q", "new_tail"), ("rotary.h",)),
     }[name]
     headers = ("rms.h", "rows.h", *dict.fromkeys(f"{kind}.h" for kind in kinds), "matvec.h", *headers)
+    if tiled:
+        headers += ("tiles.h", *dict.fromkeys(f"{kind}_tiles.h" for kind in kinds), "tile_sums.h")
     numbered = list(zip(kinds, ("", "2")))
     arrays = [array for kind, number in numbered for array in array_names(kind, number)]
-    macros = tuple(macro for kind, number in numbered for macro in format_macros(kind, number))
-    return Kernel(name, ("x", "weight", *arrays, *last), outputs, headers, "_".join(kinds), macros)
+    macros = tuple(macro for kind, number in numbered for macro in format_macros(kind, number, tiled))
+    return Kernel(
+        name, ("x", "weight", *arrays, *last), outputs, headers, "_".join((*kinds, *["tiles"] * tiled)), macros
+    )
 
 
 def matvec(
@@ -71,7 +79,7 @@ def matvec(
     if not _on_kernel(x, matrix, norm):
         y = matvec_reference(x, matrix, norm)
         return y if residual is None else y + residual.reshape(y.shape)
-    tuning = _tuning("matvec", matrix.format)
+    tuning = _tuning("matvec", [matrix], x.dtype)
     template = (("ROWS", rows), ("NORM", norm is not None), ("ADD", residual is not None))
     extra = (x if residual is None else residual,)  # not read without ADD
     units = -(-rows // tuning.rows)
@@ -87,7 +95,7 @@ def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> 
     require(matrix.format.rows % 2 == 0, lambda: f"matrix has {matrix.format.rows} rows, expected gate's and up's.")
     if not _on_kernel(x, matrix, norm):
         return swiglu_joined_reference(matvec_reference(x, matrix, norm))
-    tuning = _tuning("matvec_swiglu", matrix.format)
+    tuning = _tuning("matvec_swiglu", [matrix], x.dtype)
     width = matrix.format.rows // 2
     units = -(-width // (tuning.rows // 2))
     return _launch("matvec_swiglu", x, [matrix], norm, (), (("F", width),), tuning, units, [(1, 1, width)])[0]
@@ -129,20 +137,22 @@ def matvec_qkv(
         ),
     )
     require_like("bias", bias, (rows,), x.dtype)
-    require_like("place", place, (2,), mx.int32)
+    require_place(place)
     shape = (1, n_heads, 1, 2 * half)
-    tuning = _tuning("matvec_qkv", parts[0].format)
-    if len(parts) > 1:
-        tuning = replace(tuning, split=1)
+    tuning = _tuning("matvec_qkv", parts, x.dtype)
+    if len(parts) > 1 and tuning.split > 1:  # all units of a threadgroup must be of one matrix
+        tuning = replace(tuning, threads=32 * tuning.split)
     if not all(_on_kernel(x, part, norm) for part in parts) or half % (tuning.rows // 2):
         y = mx.concatenate([matvec_reference(x, part, norm) for part in parts], axis=-1) + bias
         q, kv = _turned(y, table, n_heads, tail.shape[1] // 2)
         return q.reshape(shape), put_in_tail(tail, kv, place)
     units = -(-rows // tuning.rows)
-    template = (("HEADS", n_heads), ("KV", tail.shape[1] // 2), ("HALF", half), ("TAIL", tail.shape[2]))
-    template += (("PAIRS1", parts[0].format.rows // 2),)
+    shapes = (("HEADS", n_heads), ("KV", tail.shape[1] // 2), ("HALF", half), ("TAIL", tail.shape[2]))
+    copiers = -(-tail.nbytes // (16 * tuning.threads))  # threadgroups that copy the tail, 16 bytes a thread
+    template = (*shapes, ("PAIRS1", parts[0].format.rows // 2), ("COPIERS", copiers))
     extra = (bias, table, tail, place)
-    return tuple(_launch("matvec_qkv", x, parts, norm, extra, template, tuning, units, [shape, tail.shape]))
+    q, kv = _launch("matvec_qkv", x, parts, norm, extra, template, tuning, units, [shape, tail.shape], copiers)
+    return q, kv
 
 
 def put_in_tail(tail: mx.array, kv: mx.array, place: mx.array) -> mx.array:
@@ -168,28 +178,36 @@ def matvec_reference(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] |
         y = rms_norm(y, *norm)
     form = matrix.format
     if form.kind == "affine":
-        wide = (array.astype(mx.float32) for array in matrix.arrays[1:])
-        packing = {"group_size": form.group_size, "bits": form.bits}
-        return mx.quantized_matmul(y.astype(mx.float32), matrix.arrays[0], *wide, **packing).astype(x.dtype)
+        scales, biases = (array.astype(mx.float32) for array in matrix.arrays[1:])
+        wide = y.astype(mx.float32)
+        return mx.quantized_matmul(
+            wide, matrix.arrays[0], scales, biases, group_size=form.group_size, bits=form.bits
+        ).astype(x.dtype)
     return (y.astype(mx.float32) @ unpack_reference(matrix, mx.float32).T).astype(x.dtype)
 
 
-def rotation_table(offset: mx.array, rotary: Rotary) -> mx.array:
-    """Cosine and sine of every pair's angle at position `offset`, each as a sum of two floats.
+def rotation_table(place: mx.array, rotary: Rotary) -> tuple[mx.array, mx.array]:
+    """Cosine and sine of every pair's angle at position place[0], each as a sum of two floats; and place again.
 
-    offset: int32, the position first. Returns (head_dim / 2, 4) float32: cosine, its rest, sine, its rest. Exact
-    to 2^-48; YaRN's attention factor is included. All layers of a step share it.
+    place: int32 (2,), the token's position and that of the newest tokens' tail. Returns (head_dim / 2, 4) float32:
+    cosine, its rest, sine, its rest, exact to 2^-48, with YaRN's attention factor; and place as (4,), for all layers of
+    a step: what Python wrote lies in the host's memory, where every layer's kernels would fetch it across the bus (5 of
+    a kernel's 10 microseconds on an H200), and arrays of up to 8 bytes MLX keeps there, whoever writes them.
     """
     half = len(rotary.inv_freq)
+    require_place(place)
     if executor() == "reference":
-        return _rotation_table_reference(offset, rotary)
+        return _rotation_table_reference(place, rotary), mx.pad(place[:2], (0, 2))
     scale = scale_template(rotary)
-    inputs, size = (turns_of(rotary), offset), -(-half // 32) * 32
-    return _ROTATION(inputs, [("HALF", half), *scale], (size, 1, 1), (size, 1, 1), [(half, 4)], mx.float32)[0]
+    inputs, size, shapes = (turns_of(rotary), place), -(-half // 32) * 32, [(half, 4), (4,)]
+    table, here = _ROTATION(
+        inputs, [("HALF", half), *scale], (size, 1, 1), (size, 1, 1), shapes, [mx.float32, mx.int32]
+    )
+    return table, here
 
 
-def _rotation_table_reference(offset: mx.array, rotary: Rotary) -> mx.array:
-    angles = float(offset[0].item()) * np.array(rotary.inv_freq)
+def _rotation_table_reference(place: mx.array, rotary: Rotary) -> mx.array:
+    angles = float(np.array(place)[0]) * np.array(rotary.inv_freq)
     wide = [table(angles) * rotary.attention_factor for table in (np.cos, np.sin)]
     high = [values.astype(np.float32) for values in wide]
     low = [(values - rounded).astype(np.float32) for values, rounded in zip(wide, high)]
@@ -211,15 +229,35 @@ def _on_kernel(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None)
     return dense and (norm is None or x.nbytes <= MAX_STAGED)
 
 
-def _tuning(name: str, form: Format) -> Tuning:
+def tiled(parts: Sequence[Matrix], dtype: mx.Dtype) -> bool:
+    """Whether the products of these matrices with a vector of `dtype` are made as tiles."""
+    forms = [part.format for part in parts]
+    return (
+        executor("matvec") in TILED_ON
+        and dtype != mx.float32
+        and all(f.kind in RAW or (f.kind == "affine" and f.bits == 4 and f.columns % f.group_size == 0) for f in forms)
+    )
+
+
+def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype) -> Tuning:
     """Measured on an H200 (see benchmarks/results/run_h200.json): packed rows share the vector's elements, so more of
     them at once; a long row is shared by simdgroups."""
-    long = form.columns >= 8192
+    form = parts[0].format
+    if tiled(parts, dtype):
+        # About 2000 simdgroups, each with as many of a row's blocks, and at most eight to a threadgroup.
+        blocks = -(-form.columns // {"affine": 8 * form.group_size, "q4_k": 256, "q6_k": 128}[form.kind])
+        rounds = max(1, round(blocks * form.rows / TILE_ROWS / 2000), -(-blocks // 8))
+        split = -(-blocks // min(rounds, blocks))
+        return Tuning(TILE_ROWS, split, 1, 32 * split * max(1, 4 // split), groups=1 << 20)
     if form.kind == "dense":
-        return Tuning(2 if name != "matvec" else 1, 2 if long else 1, 4)
+        if name == "matvec":
+            split = 8 if form.columns >= 16384 else 2 if form.columns >= 4096 else 1
+            return Tuning(1, split, 4)
+        wide = form.columns > 1024
+        return Tuning(2, 2 if wide and name == "matvec_qkv" else 1, 2 if wide else 4, groups=528 if wide else 264)
     if name == "matvec_swiglu":
-        return Tuning(4, 1, 1)
-    return Tuning(2, 4 if long else 1, 1)
+        return Tuning(4, 1, 1, groups=396)
+    return Tuning(2, 4 if form.columns >= 8192 else 1, 1)
 
 
 def _launch(
@@ -232,9 +270,11 @@ def _launch(
     tuning: Tuning,
     units: int,
     shapes: Sequence[tuple[int, ...]],
+    copiers: int = 0,
 ) -> list[mx.array]:
     weight, eps = (x, 0.0) if norm is None else norm
-    groups = min(-(-units // (tuning.threads // 32 // tuning.split)), tuning.groups)
+    groups = -(-units // (tuning.threads // 32 // tuning.split))
+    groups = -(-groups // -(-groups // tuning.groups))  # as many rounds for each
     template = (
         *template,
         *(("K", x.size), ("R", tuning.rows), ("SPLIT", tuning.split), ("DEPTH", tuning.depth)),
@@ -242,8 +282,8 @@ def _launch(
     )
     for part, number in zip(parts, ("", "2")):
         template += ((f"BITS{number}", part.format.bits or 4), (f"GROUP{number}", part.format.group_size or 32))
-    grid = (groups * tuning.threads, 1, 1)
+    grid = ((groups + copiers) * tuning.threads, 1, 1)
     inputs = (x, weight, *(array for part in parts for array in part.arrays), *extra)
-    return _kernel(name, tuple(part.format.kind for part in parts))(
+    return _kernel(name, tuple(part.format.kind for part in parts), tiled(parts, x.dtype))(
         inputs, template, grid, (tuning.threads, 1, 1), shapes
     )

@@ -1,4 +1,4 @@
-"""GGUF's Q4_K and Q6_K blocks, kept in memory as they are in the file: how they lie, and their values."""
+"""Packed matrices, GGUF's Q4_K and Q6_K blocks as they are in the file among them: how they lie, and their values."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
     Rounding: formed in float32 as gguf-py does, then rounded.
     """
     form = matrix.format
-    if executor("unpack") == "reference" or form.kind not in RAW:
+    if executor("unpack") == "reference" or form.kind == "dense" or not form.served:
         return unpack_reference(matrix, dtype, ids)
     rows = form.rows if ids is None else ids.size
     shape = (form.rows,) if ids is None else ids.shape
     packs = form.columns // 8
     n_threads = threads(packs, 128)
     grid = (-(-packs // n_threads) * n_threads, rows, 1)
-    template = [("T", dtype), ("K", form.columns)]
+    template = [("T", dtype), ("K", form.columns), ("BITS", form.bits or 4), ("GROUP", form.group_size or 32)]
     inputs = (*matrix.arrays, *(() if ids is None else (ids,)))
     return _kernel(form.kind, ids is not None)(
         inputs, template, grid, (n_threads, 1, 1), [(*shape, form.columns)], dtype

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
 from qwen_mlx import ops
 from qwen_mlx.selftest_decoding import EPS, FORMATS, matrix
+
+TILED = ("affine4", "q4_k", "q6_k")
+
+
+@contextmanager
+def tiles() -> Iterator[None]:
+    """Within it codes are multiplied as tiles wherever kernels run, as on NVIDIA's GPUs."""
+    module = sys.modules["qwen_mlx.ops.matvec"]
+    before, module.TILED_ON = module.TILED_ON, ("metal", "cuda")
+    try:
+        yield
+    finally:
+        module.TILED_ON = before
+
+
+def as_tiles(call: Callable[[], list[mx.array]]) -> Callable[[], list[mx.array]]:
+    """The call within `tiles`."""
+
+    def tiled() -> list[mx.array]:
+        with tiles():
+            return call()
+
+    return tiled
 
 
 def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
@@ -21,12 +46,12 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
     rows = (heads + 2 * kv_heads) * head_dim
     x, weight, bias, residual = random(1, 1, columns), random(columns), random(rows), random(37)
     tail, place = random(1, 2 * kv_heads, 4, head_dim), mx.array([100_000, 99_998], mx.int32)
-    table = ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))
+    table, _ = ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))
     q, kv, new = random(1, 4, 1, 64), random(1, 4, 256, 64), random(1, 4, 16, 64)
     long, seen = random(1, 4, 2304, 64), mx.array([45, 40], mx.int32)
     wide = random(1, 1, 8192)
     found: dict[str, Callable[[], list[mx.array]]] = {
-        "rotation": lambda: [ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))],
+        "rotation": lambda: list(ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))),
         "attend": lambda: [ops.attend_one(q, kv, new, seen, 0.125, 42)],
         "attend_split": lambda: [ops.attend_one(q, long, new, seen, 0.125)],
         "matvec dense, split": lambda: [ops.matvec(wide, matrix("dense", 21, 8192, dtype))],
@@ -42,7 +67,15 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
                 ops.matvec_qkv(x, [qkv], bias, (weight, EPS), table, tail, place, heads)
             ),
         }
-        if form in ("q4_k", "q6_k"):
+        if form != "dense":
             found[f"unpack {form}"] = lambda odd=odd: [ops.unpack(odd, dtype)]
             found[f"unpack_rows {form}"] = lambda odd=odd: [ops.unpack(odd, dtype, mx.array([[36, 0], [5, 5]]))]
+    if dtype != mx.float32:
+        ragged = matrix("affine4", 37, 224, dtype)  # a block that ends early
+        found["matvec affine4, ragged, tiles"] = as_tiles(lambda: [ops.matvec(x[..., :224], ragged)])
+        both = [matrix("q4_k", rows - head_dim, columns, dtype), matrix("q6_k", head_dim, columns, dtype)]
+        call = lambda: list(ops.matvec_qkv(x, both, bias, (weight, EPS), table, tail, place, heads))  # noqa: E731
+        found["matvec_qkv q4_k and q6_k, tiles"] = as_tiles(call)
+        for name in [f"{kind} {form}" for kind in ("matvec", "matvec_swiglu") for form in TILED]:
+            found[f"{name}, tiles"] = as_tiles(found[name])
     return found

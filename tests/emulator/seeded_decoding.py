@@ -26,7 +26,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "matvec_qkv: tail not copied": (
         "matvec_qkv dense",
-        Edit("matvec_qkv.metal", "new_tail[i] = tail[i];", "", UnwrittenOutput),
+        Edit("matvec_qkv.metal", "store<T>(new_tail, i, load<N>(tail, i));", "", UnwrittenOutput),
     ),
     "attend_split: sums of weights not stored": (
         "attend_split",
@@ -42,11 +42,11 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "matvec_qkv: second half turned the wrong way": (
         "matvec_qkv dense",
-        Edit("matvec_qkv.metal", "table[t + 1u], -a,", "table[t + 1u], a,", WrongNumbers),
+        Edit("matvec_qkv.metal", "turn.v[1], -a,", "turn.v[1], a,", WrongNumbers),
     ),
     "matvec_qkv: the second matrix from the first one's unit on": (
         "matvec_qkv mixed",
-        Edit("matvec_qkv.metal", "(unit - UNITS1)", "(unit)", (OutOfBounds, WrongNumbers)),
+        Edit("matvec_qkv.metal", "unit - UNITS1,", "unit,", (OutOfBounds, WrongNumbers)),
     ),
     "affine: a code's bits in the second word lost": (
         "matvec_qkv mixed",
@@ -61,6 +61,50 @@ EDITS: dict[str, tuple[str, Edit]] = {
         Edit("q4_k.h", "const uint middle = (head.v[2] >> shift)", "const uint middle = head.v[2]", WrongNumbers),
     ),
     "Q6_K: highest bit only": ("matvec q6_k", Edit("q6_k.h", "top, 0x00600000u", "top, 0x00400000u", WrongNumbers)),
+    "affine unpacked: a code's bits in the second word lost": (
+        "unpack affine5",
+        Edit("affine.h", "code |= w[word + 1u] << (32u - bit % 32u);", "", WrongNumbers),
+    ),
+    "tiles: sums of several simdgroups without their barriers": (
+        "matvec q4_k, tiles",
+        Edit("tile_sums.h", BARRIER, "", RACE),
+    ),
+    "tiles: codes of the first row for both": (
+        "matvec affine4, tiles",
+        Edit("tiles.h", "rows.v[1] = second_low;", "rows.v[1] = first_low;", WrongNumbers),
+    ),
+    "tiles: the vector in the columns of all groups": (
+        "matvec affine4, tiles",
+        Edit("affine_tiles.h", " && from / uint(GROUP) % 8u == lane / 4u", "", WrongNumbers),
+    ),
+    "tiles: the vector read beyond its end": (
+        "matvec affine4, ragged, tiles",
+        Edit("affine_tiles.h", "from < uint(K) && ", "", OutOfBounds),
+    ),
+    "tiles: codes read beyond the matrix": (
+        "matvec affine4, ragged, tiles",
+        Edit("affine_tiles.h", "chunk = chunk < uint(K / 32) ? chunk : 0u;", "", OutOfBounds),
+    ),
+    "tiles: sums of half of the lanes": (
+        "matvec affine4, ragged, tiles",
+        Edit("tile_sums.h", "sums.v[r] += metal::simd_shuffle_xor(sums.v[r], ushort(2));", "", WrongNumbers),
+    ),
+    "tiles: 128 not taken away": (
+        "matvec_swiglu q4_k, tiles",
+        Edit("tiles.h", "IsBfloat<T>::value ? 128.0f : 0.0f", "0.0f", WrongNumbers),
+    ),
+    "Q4_K tiles: low codes for high ones": (
+        "matvec q4_k, tiles",
+        Edit("q4_k_tiles.h", "two_codes<T>(a, high * 4), ", "two_codes<T>(a, 0), ", WrongNumbers),
+    ),
+    "Q6_K tiles: the first lanes' high bits for all": (
+        "matvec q6_k, tiles",
+        Edit("q6_k_tiles.h", "found.high[0].v[i] >> (t / 2u * 2u)", "found.high[0].v[i]", WrongNumbers),
+    ),
+    "matvec_qkv: units of two matrices in one threadgroup": (
+        "matvec_qkv q4_k and q6_k, tiles",
+        Edit("matvec_qkv.metal", "if (unit >= UNITS1) {", "if (unit > UNITS1) {", (OutOfBounds, WrongNumbers)),
+    ),
     "attend: a key too few in the window": (
         "attend",
         Edit("attend.h", "? end - uint(WINDOW) : 0u", "? end - uint(WINDOW) + 1u : 0u", WrongNumbers),
