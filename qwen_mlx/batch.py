@@ -256,6 +256,8 @@ class BatchLoop:
     def keep(self, rows: list[int]) -> None:
         """Forgets all rows but these."""
         if not rows:
+            if self._model.ranks is not None:
+                self._model.ranks.finish(self._now.tokens)
             self._state = None
             return
         now, index = self._now, mx.array(rows, mx.int32)

@@ -120,6 +120,7 @@ def generate_ids(
         mx.async_eval(found)
         return found
 
+    following: tuple[mx.array, ...] | None = None
     try:
         token, *logits = step(prompt[:, done:])
         while True:
@@ -143,6 +144,8 @@ def generate_ids(
             yield made
             token, *logits = step(token[:, None]) if following is None else following
     finally:
+        if model.ranks is not None and following is not None:
+            model.ranks.finish(*following)
         for layer in cache:  # a step may be under way
             layer.trim(max(0, layer.offset - start - length - max(yielded - 1, 0)))
 

@@ -176,6 +176,12 @@ class Ranks:
         # Not zeros: what x comes from must be computed on every rank, because it waits for all of them.
         return mx.distributed.all_sum(x if self.rank == 0 else x * 0, group=self.group)
 
+    def finish(self, *arrays: mx.array) -> None:
+        """Waits for arrays that nobody wants any more: a process that ends while a sum is under way crashes in MLX's
+        ring, whose buffers are gone by then (MLX 0.32.4)."""
+        with contextlib.suppress(RuntimeError):  # another rank is gone: the link tells of it
+            mx.eval(arrays)
+
     def _time(self, transfer: Callable[..., mx.array], x: mx.array) -> mx.array:
         if not self._timed:
             return transfer(x, group=self.group)

@@ -240,7 +240,7 @@ def tiled(parts: Sequence[Matrix], dtype: mx.Dtype) -> bool:
 
 
 def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype) -> Tuning:
-    """Measured on an H200 (see benchmarks/results/run_h200.json): packed rows share the vector's elements, so more of
+    """Measured on an H200 (benchmarks/results/matvec_h200.json): packed rows share the vector's elements, so more of
     them at once; a long row is shared by simdgroups."""
     form = parts[0].format
     if tiled(parts, dtype):
