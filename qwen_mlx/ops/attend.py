@@ -9,7 +9,7 @@ from .dispatch import Kernel, executor, float_bits, require, require_float, requ
 # Tokens of room that one threadgroup a query head attends to. Beyond, each of several takes a part, for all heads that
 # share a key/value head, so that it is read once.
 SHORT = 2048
-SPLIT = 512
+SPLIT = 64
 MOST_SPLITS = 128  # of all key/value heads together
 THREADS, DEPTH = 512, 4  # rows that a lane has under way
 SPLIT_THREADS, SPLIT_DEPTH = 256, 4  # each of RATIO query heads holds registers
