@@ -41,7 +41,8 @@ _ROTATION = Kernel("rotation", ("turns", "place"), ("out", "here"), ("rotary.h",
 
 
 @functools.cache
-def _kernel(name: str, kinds: tuple[str, ...], tiled: bool) -> Kernel:
+def _kernel(name: str, kinds: tuple[str, ...], tiled: bool, missing: tuple[str, ...] = ()) -> Kernel:
+    """missing: inputs that a call does without; each that MLX is given costs it a microsecond at every launch."""
     last, outputs, headers = {
         "matvec": (("residual",), ("out",), ()),
         "matvec_swiglu": ((), ("out",), ("silu.h",)),
@@ -53,9 +54,9 @@ def _kernel(name: str, kinds: tuple[str, ...], tiled: bool) -> Kernel:
     numbered = list(zip(kinds, ("", "2")))
     arrays = [array for kind, number in numbered for array in array_names(kind, number)]
     macros = tuple(macro for kind, number in numbered for macro in format_macros(kind, number, tiled))
-    return Kernel(
-        name, ("x", "weight", *arrays, *last), outputs, headers, "_".join((*kinds, *["tiles"] * tiled)), macros
-    )
+    macros += tuple((absent, "x") for absent in missing)  # named in the text, never read
+    inputs = tuple(name for name in ("x", "weight", *arrays, *last) if name not in missing)
+    return Kernel(name, inputs, outputs, headers, "_".join((*kinds, *["tiles"] * tiled)), macros)
 
 
 def matvec(
@@ -81,9 +82,8 @@ def matvec(
         return y if residual is None else y + residual.reshape(y.shape)
     tuning = _tuning("matvec", [matrix], x.dtype)
     template = (("ROWS", rows), ("NORM", norm is not None), ("ADD", residual is not None))
-    extra = (x if residual is None else residual,)  # not read without ADD
     units = -(-rows // tuning.rows)
-    return _launch("matvec", x, [matrix], norm, extra, template, tuning, units, [(1, 1, rows)])[0]
+    return _launch("matvec", x, [matrix], norm, (residual,), template, tuning, units, [(1, 1, rows)])[0]
 
 
 def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> mx.array:
@@ -265,14 +265,14 @@ def _launch(
     x: mx.array,
     parts: Sequence[Matrix],
     norm: tuple[mx.array, float] | None,
-    extra: tuple[mx.array, ...],
+    extra: tuple[mx.array | None, ...],
     template: tuple[tuple[str, object], ...],
     tuning: Tuning,
     units: int,
     shapes: Sequence[tuple[int, ...]],
     copiers: int = 0,
 ) -> list[mx.array]:
-    weight, eps = (x, 0.0) if norm is None else norm
+    weight, eps = (None, 0.0) if norm is None else norm
     groups = -(-units // (tuning.threads // 32 // tuning.split))
     groups = -(-groups // -(-groups // tuning.groups))  # as many rounds for each
     template = (
@@ -283,7 +283,8 @@ def _launch(
     for part, number in zip(parts, ("", "2")):
         template += ((f"BITS{number}", part.format.bits or 4), (f"GROUP{number}", part.format.group_size or 32))
     grid = ((groups + copiers) * tuning.threads, 1, 1)
-    inputs = (x, weight, *(array for part in parts for array in part.arrays), *extra)
-    return _kernel(name, tuple(part.format.kind for part in parts), tiled(parts, x.dtype))(
-        inputs, template, grid, (tuning.threads, 1, 1), shapes
-    )
+    given = (x, weight, *(array for part in parts for array in part.arrays), *extra)
+    missing = ("weight",) * (weight is None) + ("residual",) * any(array is None for array in extra)
+    kernel = _kernel(name, tuple(part.format.kind for part in parts), tiled(parts, x.dtype), missing)
+    inputs = [array for array in given if array is not None]
+    return kernel(inputs, template, grid, (tuning.threads, 1, 1), shapes)
