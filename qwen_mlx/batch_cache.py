@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 class Padding:
     """How many columns on the left of each row hold nothing; shared by all layers of a batch, as are the positions and
-    masks that follow from it."""
+    masks that follow from it. `array`: the same, int32 (B,)."""
 
     def __init__(self, columns: Sequence[int] | np.ndarray) -> None:
         self.columns = np.array(columns, np.int32)
-        self._array = mx.array(self.columns)
+        self.array = mx.array(self.columns)
         self._made: dict[str, tuple[object, Any]] = {}
 
     def positions(self, width: int) -> mx.array:
         """Each row's position in column `width`, int32 (B,); negative within the padding."""
-        return self._once("positions", width, lambda: width - self._array)
+        return self._once("positions", width, lambda: width - self.array)
 
     def mask(self, width: int, length: int, sliding_window: int | None) -> mx.array | str | None:
         """Which of width + length columns the queries in the last `length` see, bool (B, 1, length, columns): as
@@ -36,7 +36,7 @@ class Padding:
         if not self.columns.any() and (window is None or width + length <= window):
             return "causal" if length > 1 else None
         queries, keys = mx.arange(width, width + length)[:, None], mx.arange(width + length)
-        seen = (keys <= queries) & (keys >= self._array[:, None, None, None])
+        seen = (keys <= queries) & (keys >= self.array[:, None, None, None])
         if window is not None:
             seen &= keys > queries - window
         return seen | (keys == queries)

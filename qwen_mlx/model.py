@@ -13,12 +13,13 @@ Other parameters have Hugging Face's names; `Qwen2.hf_parameters` gives all of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from . import display, ops, step
+from . import batch_step, display, ops, step
 from .backend import mx, named_arrays, nn
+from .batch_cache import BatchKVCache
 from .cache import KVCache, make_caches
 from .config import ModelConfig
 
@@ -126,6 +127,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self._step: step.Step | None = None
+        self._batch_step: batch_step.BatchStep | None = None
         self.ranks: Any = None  # parallel.Ranks, where others hold parts of the model
         self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:
@@ -139,6 +141,10 @@ class Qwen2(nn.Module):
             if self._step is None or not self._step.current:
                 self._step = step.Step(self)
             return self._step(input_ids, cache)
+        if batch_step.serves(self, input_ids, cache):
+            if self._batch_step is None or not self._batch_step.current(self):
+                self._batch_step = batch_step.BatchStep(self)
+            return self._batch_step(input_ids, cast("Sequence[BatchKVCache]", cache))
         h = self.model(input_ids, cache, logits_to_keep)
         head = self.model.embed_tokens.as_linear if self.config.tie_word_embeddings else self.lm_head
         logits: mx.array = head(h)

@@ -67,6 +67,9 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     yield "rotation", lambda: [ops.rotation_table(mx.array([999_999, 0], mx.int32), rotary)[0]]
     yield "attend_one", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5)]
     yield "attend_one, window", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5, 77)]
+    q3, short3, tail3 = (mx.concatenate([a, 0.5 * a, a[:, :, ::-1]]) for a in (q, short, tail))
+    least = mx.array([0, 70, 296], mx.int32)
+    yield "attend_one, rows", lambda: [ops.attend_one(q3, short3, tail3, place, head_dim**-0.5, None, least)]
     yield "attend_one, split", lambda: [ops.attend_one(q, long, tail, place, head_dim**-0.5)]
 
 

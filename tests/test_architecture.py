@@ -22,7 +22,7 @@ LAYERS = [
     {"hub.download"},
     {"hub.names", "hub"},
     {"config", "cache", "layers", "tools", "terminal", "chat_template"},
-    {"gguf.names", "model", "batch_cache", "step", "display", "tokenizer", "sampling", "shards"},
+    {"gguf.names", "model", "batch_cache", "step", "batch_step", "display", "tokenizer", "sampling", "shards"},
     {"defaults", "weights", "parallel"},
     {"loading"},
     {"decoding", "prompt_cache", "sources", "storage"},

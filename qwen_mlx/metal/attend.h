@@ -82,11 +82,12 @@ FUNCTION Attended<GROUP, 16 / sizeof(T)> attend_rows(Attended<GROUP, 16 / sizeof
 }
 
 // What worker `worker` of `workers` simdgroups attends to: its share of the rows before the tail, then of the tail.
-// room, tail_room: rows a head has in kv and in tail; position: the token's; filled: how many tokens lie before the tail.
+// head: of the keys, among all of kv; room, tail_room: rows a head has in kv and in tail; position: the token's; filled: how
+// many tokens lie before the tail; least: the first row that counts.
 template <typename T, int HEADS, int GROUP, int D, int WINDOW, int DEPTH, typename Q, typename KV>
 FUNCTION Attended<GROUP, 16 / sizeof(T)> attend_all(Q q, uint first, KV kv, uint room, KV tail, uint tail_room,
-                                                    uint position, uint filled, uint head, uint worker, uint workers,
-                                                    uint lane, float scale) {
+                                                    uint position, uint filled, uint least, uint head, uint worker,
+                                                    uint workers, uint lane, float scale) {
   constexpr int N = 16 / sizeof(T);
   constexpr int LANES = D / N;
   constexpr uint KEYS = uint(SIMD_WIDTH / LANES);
@@ -104,7 +105,7 @@ FUNCTION Attended<GROUP, 16 / sizeof(T)> attend_all(Q q, uint first, KV kv, uint
     }
   }
   const uint end = position + 1u;
-  const uint begin = WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u;
+  const uint begin = metal::max(least, WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u);
   const uint stride = workers * KEYS;
   a = attend_rows<T, GROUP, D, DEPTH>(a, queries, kv, head * room, (uint(HEADS) + head) * room, begin + worker * KEYS,
                                       stride, filled, lane / uint(LANES), part, scale);

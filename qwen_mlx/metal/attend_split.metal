@@ -1,6 +1,6 @@
 // Attention of one token on a long cache, a part of it: a threadgroup for the RATIO query heads that share a key/value head
 // and one of SPLITS parts, which combine.metal joins. Inputs and template as attend.metal's, and SPLITS.
-// sums (KV RATIO, SPLITS, D) and stats (KV RATIO, SPLITS, 2), float: weighted values; the largest score, the sum of weights.
+// sums (B, KV RATIO, SPLITS, D) and stats (B, KV RATIO, SPLITS, 2), float: weighted values; the largest score, the sum of weights.
 constexpr int SIMDS = THREADS / SIMD_WIDTH;
 threadgroup float parts[SIMDS * D];
 threadgroup float largest[SIMDS];
@@ -11,9 +11,10 @@ const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 const uint split = threadgroup_position_in_grid.x;
 const uint head = threadgroup_position_in_grid.y;
+const uint batch = head / uint(KV);
 const Attended<RATIO, 16 / sizeof(T)> a = attend_all<T, KV, RATIO, D, WINDOW, DEPTH>(
-    q, head * uint(RATIO), kv, uint(kv_shape[2]), tail, uint(tail_shape[2]), uint(place[0]), uint(place[1]), head,
-    split * uint(SIMDS) + simd, uint(SPLITS * SIMDS), lane, float_of_bits(SCALE));
+    q, head * uint(RATIO), kv, uint(kv_shape[2]), tail, uint(tail_shape[2]), uint(place[0]), uint(place[1]), LEAST,
+    batch * uint(KV) + head, split * uint(SIMDS) + simd, uint(SPLITS * SIMDS), lane, float_of_bits(SCALE));
 UNROLL
 for (int g = 0; g < RATIO; ++g) {
   const Merged all = merged<RATIO, 16 / sizeof(T), D, SIMDS>(a, g, &parts[0], &largest[0], &totals[0], id, lane, simd);

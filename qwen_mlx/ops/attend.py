@@ -1,10 +1,10 @@
-"""Attention of one token on a cache as it lies: a long buffer, and a short tail of the newest tokens."""
+"""Attention of one token, of each row, on a cache as it lies: a long buffer, and a short tail of the newest tokens."""
 
 from __future__ import annotations
 
 from ..backend import mx
 from .attention import attention
-from .dispatch import Kernel, executor, float_bits, require, require_float, require_place
+from .dispatch import Kernel, executor, float_bits, require, require_float, require_like, require_place
 
 # Tokens of room that one threadgroup a query head attends to. Beyond, each of several takes a part, for all heads that
 # share a key/value head, so that it is read once.
@@ -14,38 +14,54 @@ MOST_SPLITS = 128  # of all key/value heads together
 THREADS, DEPTH = 512, 4  # rows that a lane has under way
 SPLIT_THREADS, SPLIT_DEPTH = 256, 4  # each of RATIO query heads holds registers
 
-_INPUTS = ("q", "kv", "tail", "place")
-_ATTEND = Kernel("attend", _INPUTS, ("out",), ("attend.h",))
-_ATTEND_SPLIT = Kernel("attend_split", _INPUTS, ("sums", "stats"), ("attend.h",))
+
+def _kernels(ragged: bool) -> tuple[Kernel, Kernel]:
+    inputs = ("q", "kv", "tail", "place") + ("least",) * ragged
+    variant, least = ("rows", "uint(least[batch])") if ragged else ("", "0u")
+    return (
+        Kernel("attend", inputs, ("out",), ("attend.h",), variant, (("LEAST", least),)),
+        Kernel("attend_split", inputs, ("sums", "stats"), ("attend.h",), variant, (("LEAST", least),)),
+    )
+
+
+_ONE, _RAGGED = _kernels(False), _kernels(True)
 _COMBINE = Kernel("combine", ("sums", "stats"), ("out",))
 
 
 def attend_one(
-    q: mx.array, kv: mx.array, tail: mx.array, place: mx.array, scale: float, window: int | None = None
+    q: mx.array,
+    kv: mx.array,
+    tail: mx.array,
+    place: mx.array,
+    scale: float,
+    window: int | None = None,
+    least: mx.array | None = None,
 ) -> mx.array:
-    """softmax(scale q k^T) v for one token, each group of query heads on its key/value head.
+    """softmax(scale q k^T) v for one token of each of B rows, each group of query heads on its key/value head.
 
-    q: (1, n_heads, 1, D); kv: (1, 2 n_kv_heads, room, D), keys first, of which place[1] tokens count; tail: (1, 2
-    n_kv_heads, tokens, D), those after them up to position place[0]; place: int32 (2,); window: how many of the newest
-    keys are seen, None for all. Returns q's shape and dtype. Rounding: scores and softmax in float32, the result
-    rounded once. Raises ValueError if shapes or dtypes do not agree.
+    q: (B, n_heads, 1, D); kv: (B, 2 n_kv_heads, room, D), keys first, of which place[1] tokens count; tail: (B, 2
+    n_kv_heads, tokens, D), those after them up to position place[0]; place: int32 (2,) or longer; window: how many of
+    the newest keys are seen, None for all; least: int32 (B,), the first token that each row sees, None for all. Returns
+    q's shape and dtype. Rounding: scores and softmax in float32, the result rounded once. Raises ValueError if shapes
+    or dtypes do not agree.
     """
     require_float("q", q)
     require(
-        q.ndim == 4 and q.shape[0] == q.shape[2] == 1, lambda: f"q has shape {q.shape}, expected (1, n_heads, 1, D)."
+        q.ndim == 4 and q.shape[2] == 1 and q.shape[0] > 0,
+        lambda: f"q has shape {q.shape}, expected (B, n_heads, 1, D).",
     )
-    n_heads, head_dim = q.shape[1], q.shape[3]
+    n_rows, n_heads, _, head_dim = q.shape
 
     def check(name: str, array: mx.array) -> None:
         require(
             array.ndim == 4
-            and (array.shape[0], array.shape[3]) == (1, head_dim)
+            and (array.shape[0], array.shape[3]) == (n_rows, head_dim)
             and array.shape[1] % 2 == 0
             and n_heads % max(array.shape[1] // 2, 1) == 0
             and array.shape[1] == kv.shape[1]
             and array.dtype == q.dtype,
             lambda: (
-                f"{name} has shape {array.shape} and dtype {array.dtype}, expected (1, 2 n_kv_heads, tokens, "
+                f"{name} has shape {array.shape} and dtype {array.dtype}, expected ({n_rows}, 2 n_kv_heads, tokens, "
                 f"{head_dim}) for {n_heads} query heads, and q's dtype, {q.dtype}."
             ),
         )
@@ -53,9 +69,11 @@ def attend_one(
     check("kv", kv)
     check("tail", tail)
     require_place(place)
+    if least is not None:
+        require_like("least", least, (n_rows,), mx.int32)
     row = head_dim * q.dtype.size
     if executor("attend") == "reference" or row not in (16, 32, 64, 128, 256, 512):
-        return attend_one_reference(q, kv, tail, place, scale, window)
+        return attend_one_reference(q, kv, tail, place, scale, window, least)
     n_kv_heads, room = kv.shape[1] // 2, kv.shape[2]
     ratio = n_heads // n_kv_heads
     template: list[tuple[str, object]] = [
@@ -65,20 +83,28 @@ def attend_one(
         ("WINDOW", window or 0),
     ]
     template += [("SCALE", float_bits(scale))]
-    inputs = (q, kv, tail, place)
+    one, split = _ONE if least is None else _RAGGED
+    inputs = (q, kv, tail, place) if least is None else (q, kv, tail, place, least)
     if room <= SHORT:
         template += [("DEPTH", DEPTH), ("THREADS", THREADS)]
-        return _ATTEND(inputs, template, (THREADS, n_heads, 1), (THREADS, 1, 1), [q.shape])[0]
-    splits = min(max(1, MOST_SPLITS // n_kv_heads), -(-room // SPLIT))
+        return one(inputs, template, (THREADS, n_rows * n_heads, 1), (THREADS, 1, 1), [q.shape])[0]
+    splits = min(max(1, MOST_SPLITS // (n_rows * n_kv_heads)), -(-room // SPLIT))
     template += [("DEPTH", SPLIT_DEPTH), ("THREADS", SPLIT_THREADS), ("SPLITS", splits)]
-    shapes, grid = [(n_heads, splits, head_dim), (n_heads, splits, 2)], (splits * SPLIT_THREADS, n_kv_heads, 1)
-    parts = _ATTEND_SPLIT(inputs, template, grid, (SPLIT_THREADS, 1, 1), shapes, mx.float32)
+    shapes = [(n_rows, n_heads, splits, head_dim), (n_rows, n_heads, splits, 2)]
+    grid = (splits * SPLIT_THREADS, n_rows * n_kv_heads, 1)
+    parts = split(inputs, template, grid, (SPLIT_THREADS, 1, 1), shapes, mx.float32)
     template = [("T", q.dtype), ("D", head_dim), ("SPLITS", splits)]
-    return _COMBINE(parts, template, (head_dim, n_heads, 1), (head_dim, 1, 1), [q.shape], q.dtype)[0]
+    return _COMBINE(parts, template, (head_dim, n_rows * n_heads, 1), (head_dim, 1, 1), [q.shape], q.dtype)[0]
 
 
 def attend_one_reference(
-    q: mx.array, kv: mx.array, tail: mx.array, place: mx.array, scale: float, window: int | None = None
+    q: mx.array,
+    kv: mx.array,
+    tail: mx.array,
+    place: mx.array,
+    scale: float,
+    window: int | None = None,
+    least: mx.array | None = None,
 ) -> mx.array:
     """attend_one in MLX's own operations."""
     n_kv_heads, position, filled = kv.shape[1] // 2, place[0], place[1]
@@ -86,7 +112,9 @@ def attend_one_reference(
     # A token's distance from the newest; what is not filled lies after it.
     distance = mx.concatenate([mx.where(slots < filled, position - slots, -1), position - filled - newest])
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    if least is not None:
+        seen = seen & (mx.concatenate([slots, filled + newest]) >= least[:, None, None, None])
     both = mx.concatenate([kv, tail], axis=2).astype(mx.float32)
     rows = q.swapaxes(1, 2).astype(mx.float32)
-    out = attention(rows, both[:, :n_kv_heads], both[:, n_kv_heads:], scale, seen[None])
+    out = attention(rows, both[:, :n_kv_heads], both[:, n_kv_heads:], scale, seen[None] if seen.ndim == 1 else seen)
     return out.swapaxes(1, 2).astype(q.dtype)

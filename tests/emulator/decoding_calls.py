@@ -42,6 +42,9 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
     def random(*shape: int) -> mx.array:
         return mx.random.normal(shape).astype(dtype)
 
+    def twice(array: mx.array) -> mx.array:
+        return mx.concatenate([array, array[:, :, ::-1] * 0.5])
+
     heads, kv_heads, head_dim, columns = 3, 1, 16, 512
     rows = (heads + 2 * kv_heads) * head_dim
     x, weight, bias, residual = random(1, 1, columns), random(columns), random(rows), random(37)
@@ -49,11 +52,13 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
     table, _ = ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))
     q, kv, new = random(1, 4, 1, 64), random(1, 4, 256, 64), random(1, 4, 16, 64)
     long, seen = random(1, 4, 2304, 64), mx.array([45, 40], mx.int32)
-    wide = random(1, 1, 8192)
+    wide, least = random(1, 1, 8192), mx.array([17, 3], mx.int32)
     found: dict[str, Callable[[], list[mx.array]]] = {
         "rotation": lambda: list(ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))),
         "attend": lambda: [ops.attend_one(q, kv, new, seen, 0.125, 42)],
         "attend_split": lambda: [ops.attend_one(q, long, new, seen, 0.125)],
+        "attend rows": lambda: [ops.attend_one(*(twice(a) for a in (q, kv, new)), seen, 0.125, None, least)],
+        "attend_split rows": lambda: [ops.attend_one(*(twice(a) for a in (q, long, new)), seen, 0.125, None, least)],
         "matvec dense, split": lambda: [ops.matvec(wide, matrix("dense", 21, 8192, dtype))],
     }
     mixed = [matrix("affine5", rows - head_dim, columns, dtype), matrix("q6_k", head_dim, columns, dtype)]

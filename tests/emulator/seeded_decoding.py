@@ -109,6 +109,19 @@ EDITS: dict[str, tuple[str, Edit]] = {
         "attend",
         Edit("attend.h", "? end - uint(WINDOW) : 0u", "? end - uint(WINDOW) + 1u : 0u", WrongNumbers),
     ),
+    "attend: a row sees its padding": (
+        "attend rows",
+        Edit("attend.h", "metal::max(least, WINDOW", "metal::max(0u, WINDOW", WrongNumbers),
+    ),
+    "attend: another row's padding": ("attend rows", Edit("attend.metal", "LEAST,", "uint(least[0]),", WrongNumbers)),
+    "attend: every row on the first one's keys": (
+        "attend rows",
+        Edit("attend.metal", "batch * uint(KV) + query / uint(RATIO)", "query / uint(RATIO) % uint(KV)", WrongNumbers),
+    ),
+    "attend_split: a row on the values of the row before": (
+        "attend_split rows",
+        Edit("attend_split.metal", "batch * uint(KV) + head", "head", (WrongNumbers, OutOfBounds)),
+    ),
     "attend: keys that are not there": (
         "attend",
         Edit(

@@ -52,6 +52,38 @@ def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, fille
     np.testing.assert_allclose(wide[2][0, :, 0], expected, rtol=2 * ulp, atol=2 * ulp)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("room", [256, 2304])
+def test_rows_are_those_of_one_at_a_time(executor: str, room: int, window: int | None):
+    """Padding holds NaN, which must not count."""
+    heads, kv_heads, head_dim, filled, position, least = 4, 2, 64, 40, 51, [0, 7, 39, 45]
+    keys = mx.random.split(mx.random.key(room), 3)
+    q = mx.random.normal((4, heads, 1, head_dim), key=keys[0])
+    kv = mx.random.normal((4, 2 * kv_heads, room, head_dim), key=keys[1])
+    tail = mx.random.normal((4, 2 * kv_heads, 16, head_dim), key=keys[2])
+    rows, place = mx.array(least, mx.int32), mx.array([position, filled], mx.int32)
+    padded = [
+        mx.where(mx.arange(start, start + a.shape[2])[:, None] < rows[:, None, None, None], value, a)
+        for start, a, value in ((0, kv, float("nan")), (filled, tail, float("nan")))
+    ]
+    if executor == "reference":  # MLX's own attention adds NaN times 0
+        padded = [kv, tail]
+    out = ops.attend_one(q, *padded, place, 0.125, window, rows)
+    assert out.shape == q.shape
+    both = mx.concatenate([kv[:, :, :filled], tail], axis=2)
+    for row, first in enumerate(least):
+        parts = [np.array(a[row : row + 1], np.float64) for a in (q, both[:, :, first:])]
+        expected = exact(parts[0], parts[1], position - first, 0.125, window)
+        np.testing.assert_allclose(np.array(out[row, :, 0]), expected, rtol=4e-6, atol=4e-6)
+
+
+def test_padding_of_another_batch_is_refused():
+    q, kv, tail = (mx.zeros((2, 4, n, 64)) for n in (1, 256, 16))
+    place = mx.zeros(2, mx.int32)
+    with pytest.raises(ValueError, match=r"least has shape \(3,\).*expected \(2,\)"):
+        ops.attend_one(q, kv, tail, place, 1.0, None, mx.zeros(3, mx.int32))
+
+
 @pytest.mark.parametrize(
     ("q", "kv", "tail", "message"),
     [
@@ -59,6 +91,7 @@ def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, fille
         ((1, 4, 1, 64), (1, 6, 256, 64), (1, 6, 16, 64), "kv has shape"),
         ((1, 4, 1, 64), (1, 4, 256, 32), (1, 4, 16, 32), "kv has shape"),
         ((1, 4, 1, 64), (1, 4, 256, 64), (1, 2, 16, 64), "tail has shape"),
+        ((2, 4, 1, 64), (1, 4, 256, 64), (1, 4, 16, 64), "kv has shape"),
     ],
 )
 def test_what_does_not_agree_is_named(q, kv, tail, message):
