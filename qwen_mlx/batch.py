@@ -295,18 +295,22 @@ class BatchLoop:
     ) -> _State:
         """The next token of each row, -1 where a logit is not finite; on its way when this returns."""
         with ops.no_grad():
-            logits = self._model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
-        now, allowed = None, logits
+            logits = self._model(ids, cache, logits_to_keep=1)[:, -1]
+        now = None
         if not self._sampling.greedy:
             self._key, now = mx.random.split(self._key)
-        if self._min_tokens:
-            early = mx.where(made < self._min_tokens, -mx.inf, 0.0)[:, None]
-            allowed = logits.at[:, mx.array(list(self._end_ids))].add(early)
-        choice = sample(allowed, self._sampling, seen, now, n_prompt=n_prompt, end_ids=self._end_ids)
-        tokens = mx.where(mx.isfinite(logits.sum(axis=-1)), choice.astype(mx.int32), -1)
+        if self._sampling.plainly_greedy and not self._min_tokens:
+            tokens = ops.best_token(logits)
+        else:
+            allowed = wide = logits.astype(mx.float32)
+            if self._min_tokens:
+                early = mx.where(made < self._min_tokens, -mx.inf, 0.0)[:, None]
+                allowed = wide.at[:, mx.array(list(self._end_ids))].add(early)
+            choice = sample(allowed, self._sampling, seen, now, n_prompt=n_prompt, end_ids=self._end_ids)
+            tokens = ops.or_not_finite(wide, choice)
         if self._model.ranks is not None:
             tokens = self._model.ranks.first(tokens)
-        kept = logits if self._keep_logits else None
+        kept = logits.astype(mx.float32) if self._keep_logits else None
         mx.async_eval([tokens] if kept is None else [tokens, kept])
         return _State(cache, tokens, kept, seen, n_prompt, made + 1)
 

@@ -101,22 +101,24 @@ def generate_ids(
             progress(done, length)
 
     def step(ids: mx.array) -> tuple[mx.array, ...]:
-        """The next token, -1 if a logit is not finite: checked on the device, because a later question would wait for
-        the step that is under way by then. The logits too, if log-probabilities are wanted."""
+        """The next token, -1 if a logit is not finite. The logits too, if log-probabilities are wanted."""
         nonlocal key, launched
         with ops.no_grad():
-            logits = model(ids, cache, logits_to_keep=1)[:, -1].astype(mx.float32)
+            logits = model(ids, cache, logits_to_keep=1)[:, -1]
         now = None
         if not sampling.greedy:
             key, now = mx.random.split(key)
         ruled_out = end_ids if launched < min_tokens else ()
         launched += 1
-        choice = sample(logits, sampling, seen, now, n_prompt=n_prompt, ruled_out=ruled_out, end_ids=end_ids)
-        total = logits.sum()  # minus itself it is 0 or NaN: two launches, where isfinite takes six
-        token = mx.where(total - total == 0, choice.astype(mx.int32), -1)
+        if sampling.plainly_greedy and not ruled_out:
+            token = ops.best_token(logits)
+        else:
+            wide = logits.astype(mx.float32)
+            choice = sample(wide, sampling, seen, now, n_prompt=n_prompt, ruled_out=ruled_out, end_ids=end_ids)
+            token = ops.or_not_finite(wide, choice)
         if model.ranks is not None:
             token = model.ranks.first(token)
-        found = (token,) if logprobs is None else (token, logits)
+        found = (token,) if logprobs is None else (token, logits.astype(mx.float32))
         mx.async_eval(found)
         return found
 

@@ -82,6 +82,11 @@ class SamplingSettings:
         return self.temperature < 1e-30
 
     @property
+    def plainly_greedy(self) -> bool:
+        """Whether the choice is the likeliest token of the logits as they are."""
+        return self.greedy and not self.looks_back and not self.logit_bias
+
+    @property
     def looks_back(self) -> bool:
         """Whether earlier tokens matter."""
         return self.repetition_penalty != 1 or self.no_repeat_ngram > 0 or self.counts

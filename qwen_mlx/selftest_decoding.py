@@ -70,6 +70,8 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     q3, short3, tail3 = (mx.concatenate([a, 0.5 * a, a[:, :, ::-1]]) for a in (q, short, tail))
     least = mx.array([0, 70, 296], mx.int32)
     yield "attend_one, rows", lambda: [ops.attend_one(q3, short3, tail3, place, head_dim**-0.5, None, least)]
+    logits = random(3, 151_936 if not small else 300)
+    yield "best_token", lambda: [ops.best_token(logits).astype(mx.float32)]
     yield "attend_one, split", lambda: [ops.attend_one(q, long, tail, place, head_dim**-0.5)]
 
 

@@ -33,6 +33,7 @@ FUNCTION float simd_max(float x) {
 }
 FUNCTION float simd_shuffle(float x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FUNCTION float simd_shuffle_xor(float x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+FUNCTION uint simd_shuffle_xor(uint x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 // Intrinsics with a stated rounding: nothing that a compiler option could loosen.
 FUNCTION float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FUNCTION float abs(float x) { return fabsf(x); }
@@ -217,6 +218,10 @@ FUNCTION uint masked_or(uint word, uint mask, uint bits) {
 
 FUNCTION float float_of_bits(int bits) {
   return __int_as_float(bits);
+}
+
+FUNCTION uint bits_of_float(float value) {
+  return __float_as_uint(value);
 }
 
 FUNCTION float float_of_half(uint bits) {

@@ -118,6 +118,10 @@ FUNCTION float float_of_bits(int bits) {
   return as_type<float>(bits);
 }
 
+FUNCTION uint bits_of_float(float value) {
+  return as_type<uint>(value);
+}
+
 // The float16 in the lower 16 bits.
 FUNCTION float float_of_half(uint bits) {
   return float(as_type<half>(ushort(bits & 0xffffu)));

@@ -2,6 +2,7 @@
 
 from .attend import attend_one
 from .attention import attention
+from .best_token import best_token, or_not_finite
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
 from .matvec import matvec, matvec_qkv, matvec_swiglu, put_in_tail, rotation_table
 from .rms_norm import add_rms_norm, rms_norm
@@ -16,6 +17,7 @@ __all__ = [
     "add_rms_norm",
     "attend_one",
     "attention",
+    "best_token",
     "compiled",
     "executor",
     "explain",
@@ -24,6 +26,7 @@ __all__ = [
     "matvec_qkv",
     "matvec_swiglu",
     "no_grad",
+    "or_not_finite",
     "put_in_tail",
     "qkv_rope",
     "raw_matrix",

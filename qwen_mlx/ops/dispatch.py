@@ -23,7 +23,7 @@ from ..errors import QwenMLXError
 SOURCES = Path(__file__).resolve().parent.parent / "metal"
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # What can be switched off by itself; "step" is the decoding step as a whole, of which "matvec" and "attend" are parts.
-PARTS = ("step", "matvec", "attend", "unpack", "rms_norm", "rope", "swiglu")
+PARTS = ("step", "matvec", "attend", "unpack", "rms_norm", "rope", "swiglu", "best_token")
 MAX_ELEMENTS = 2**31 - 1  # the kernels index with 32 bits
 R = TypeVar("R")
 

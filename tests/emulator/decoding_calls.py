@@ -42,6 +42,11 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
     def random(*shape: int) -> mx.array:
         return mx.random.normal(shape).astype(dtype)
 
+    logits = random(4, 1000)  # the largest in a part's middle, twice, in the last part; and one that is not finite
+    logits[2] = -1 - mx.abs(logits[2])
+    for row, column, value in ((0, 300, 90), (1, 20, 90), (1, 21, 90), (2, 999, -0.5), (3, 500, float("inf"))):
+        logits[row, column] = value
+
     def twice(array: mx.array) -> mx.array:
         return mx.concatenate([array, array[:, :, ::-1] * 0.5])
 
@@ -59,6 +64,7 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
         "attend_split": lambda: [ops.attend_one(q, long, new, seen, 0.125)],
         "attend rows": lambda: [ops.attend_one(*(twice(a) for a in (q, kv, new)), seen, 0.125, None, least)],
         "attend_split rows": lambda: [ops.attend_one(*(twice(a) for a in (q, long, new)), seen, 0.125, None, least)],
+        "best_token": lambda: [ops.best_token(logits)],
         "matvec dense, split": lambda: [ops.matvec(wide, matrix("dense", 21, 8192, dtype))],
     }
     mixed = [matrix("affine5", rows - head_dim, columns, dtype), matrix("q6_k", head_dim, columns, dtype)]

@@ -109,6 +109,32 @@ EDITS: dict[str, tuple[str, Edit]] = {
         "attend",
         Edit("attend.h", "? end - uint(WINDOW) : 0u", "? end - uint(WINDOW) + 1u : 0u", WrongNumbers),
     ),
+    "best_parts without its barrier": ("best_token", Edit("best_parts.metal", BARRIER, "", RACE)),
+    "best_parts: the last part ends early": (
+        "best_token",
+        Edit(
+            "best_parts.metal",
+            "most < uint(COUNT) ? most : uint(COUNT)",
+            "most < uint(COUNT) ? most : 999u",
+            WrongNumbers,
+        ),
+    ),
+    "best: of equal ones the last": (
+        "best_token",
+        Edit("best.h", "b.index < a.index", "b.index > a.index", WrongNumbers),
+    ),
+    "best: negative numbers in the order of their bits": (
+        "best_token",
+        Edit("best.h", "size | 0x80000000u : ~bits", "size | 0x80000000u : bits | 0x80000000u", WrongNumbers),
+    ),
+    "best: infinity is a number": (
+        "best_token",
+        Edit("best.h", "size >= 0x7f800000u", "size > 0x7f800000u", WrongNumbers),
+    ),
+    "best_token: half of the parts": (
+        "best_token",
+        Edit("best_token.metal", "part += uint(SIMD_WIDTH)", "part += uint(2 * SIMD_WIDTH)", WrongNumbers),
+    ),
     "attend: a row sees its padding": (
         "attend rows",
         Edit("attend.h", "metal::max(least, WINDOW", "metal::max(0u, WINDOW", WrongNumbers),

@@ -158,6 +158,7 @@ def test_a_part_that_is_switched_off_launches_nothing(monkeypatch):
             ops.qkv_rope(x(1, 2, 32), None, 3, ops.Rotary.plain(8, 1e4), 2, 1),
         ),
         "swiglu": lambda: (ops.swiglu(x(2, 8), x(2, 8)), ops.swiglu_joined(x(2, 16))),
+        "best_token": lambda: ops.best_token(x(2, 8)),
     }
     assert {"step", *part_calls} == set(dispatch.PARTS)
     gpu = mx.Device(mx.gpu)
@@ -210,8 +211,8 @@ def test_every_kernel_of_a_decoding_step_compiles_as_cuda(dtype):
     for name, call in calls(dtype).items():
         with compiled_kernels() as ptx, ops.no_grad():
             call()
-        # Attention of a long context combines its parts in a launch of its own.
-        assert len(ptx) == (2 if name == "attend_split" else 1), name
+        # Attention of a long context and the likeliest token join their parts in a launch of its own.
+        assert len(ptx) == (2 if name in ("attend_split", "attend_split rows", "best_token") else 1), name
         assert ".local" not in ptx[0], name
 
 

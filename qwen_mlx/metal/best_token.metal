@@ -1,0 +1,17 @@
+// token (rows) int32: where the largest of a row's logits stands, of equal ones the first; -1 if one is not finite. keys and
+// indices (rows, PARTS): best_parts.metal's. A simdgroup for each row. Template: PARTS.
+const uint lane = thread_index_in_simdgroup;
+const uint row = threadgroup_position_in_grid.y;
+Best best;
+best.key = 0u;
+best.index = 0xffffffffu;
+for (uint part = lane; part < uint(PARTS); part += uint(SIMD_WIDTH)) {
+  Best other;
+  other.key = keys[row * uint(PARTS) + part];
+  other.index = indices[row * uint(PARTS) + part];
+  best = better(best, other);
+}
+best = best_of_simdgroup(best);
+if (lane == 0u) {
+  token[row] = best.key == not_finite() ? -1 : int(best.index);
+}
