@@ -47,44 +47,10 @@ FUNCTION void norm_row(X x, Weight weight, Out out, Partial partial, float eps, 
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 }
 
-// What a lane has under way: DEPTH chunks of a unit's rows.
-template <typename Rows, typename Chunk, int DEPTH>
-struct Ahead {
-  Rows rows;
-  Chunk found[DEPTH];
-};
-
-// Chunks first, first + STEP, ... of R rows, as far as there are any.
-template <typename T, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename Format, typename... Arrays>
-FUNCTION auto load_chunks(Format format, Rows<R> rows, uint first, Arrays... arrays) {
-  Ahead<Rows<R>, decltype(load_chunk<T, BITS, GROUP, K, R, ALIGNED>(format, rows, first, arrays...)), DEPTH> ahead;
-  ahead.rows = rows;
-  UNROLL
-  for (int d = 0; d < DEPTH; ++d) {
-    const uint chunk = first + uint(d * STEP);
-    if (chunk < uint(chunk_count<T, K>(Format()))) {
-      ahead.found[d] = load_chunk<T, BITS, GROUP, K, R, ALIGNED>(format, rows, chunk, arrays...);
-    }
-  }
-  return ahead;
-}
-
-// The first chunks of a unit, whose rows rows_of says, for unit_sums: asked for before the vector is normed, while the memory
-// would be idle.
-template <typename T, int BITS, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, typename Format,
-          typename W, typename... Rest>
-FUNCTION auto load_ahead(Format format, uint unit, uint lane, uint simd, W w, Rest... rest) {
-  constexpr int STEP = SIMD_WIDTH * SPLIT;
-  const Rows<R> rows = rows_of<R, WIDTH, COUNT>(unit);
-  const uint first = simd % uint(SPLIT) * uint(SIMD_WIDTH) + lane;
-  return is_aligned(w) ? load_chunks<T, BITS, GROUP, K, R, STEP, DEPTH, true>(format, rows, first, w, rest...)
-                       : load_chunks<T, BITS, GROUP, K, R, STEP, DEPTH, false>(format, rows, first, w, rest...);
-}
-
-// One lane's part of the products of R rows with x: of chunks first, first + STEP, ..., DEPTH of them loaded at once.
+// One lane's part of the products of R rows with x: chunks first, first + STEP, ..., DEPTH of them loaded at once.
 template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int STEP, int DEPTH, bool ALIGNED, typename Format,
-          typename First, typename X, typename... Arrays>
-FUNCTION Pack<R> row_dots(Format format, First ahead, X x, uint first, Arrays... arrays) {
+          typename X, typename... Arrays>
+FUNCTION Pack<R> row_dots(Format format, X x, Rows<R> rows, uint first, Arrays... arrays) {
   constexpr int CHUNKS = chunk_count<T, K>(Format());
   Pack<R> sums;
   UNROLL
@@ -92,14 +58,19 @@ FUNCTION Pack<R> row_dots(Format format, First ahead, X x, uint first, Arrays...
     sums.v[r] = 0.0f;
   }
   for (int start = 0; start < CHUNKS; start += STEP * DEPTH) {
-    if (start > 0) {
-      ahead = load_chunks<T, BITS, GROUP, K, R, STEP, DEPTH, ALIGNED>(format, ahead.rows, first + uint(start), arrays...);
+    decltype(load_chunk<T, BITS, GROUP, K, R, ALIGNED>(format, rows, first, arrays...)) found[DEPTH];
+    UNROLL
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint chunk = first + uint(start + d * STEP);
+      if (chunk < uint(CHUNKS)) {
+        found[d] = load_chunk<T, BITS, GROUP, K, R, ALIGNED>(format, rows, chunk, arrays...);
+      }
     }
     UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint chunk = first + uint(start + d * STEP);
       if (chunk < uint(CHUNKS)) {
-        sums = add_chunk<T, STAGED, BITS, R, ALIGNED>(format, ahead.found[d], chunk, x, sums);
+        sums = add_chunk<T, STAGED, BITS, R, ALIGNED>(format, found[d], chunk, x, sums);
       }
     }
   }
@@ -138,16 +109,17 @@ FUNCTION UnitSums met(Partial partial, uint lane, uint simd) {
   return sums;
 }
 
-// The products of a unit's rows with x; `ahead` is load_ahead's of that unit. With SPLIT above 1 all threads of the
-// threadgroup have to come here.
-template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int SPLIT, int DEPTH, typename First, typename X,
+// The products of a unit's rows with x; rows_of says which. With SPLIT above 1 all threads of the threadgroup have to come
+// here.
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, typename X,
           typename Partial, typename Format, typename W, typename... Rest>
-FUNCTION UnitSums unit_sums(Format format, First ahead, X x, Partial partial, uint lane, uint simd, W w, Rest... rest) {
+FUNCTION UnitSums unit_sums(Format format, X x, uint unit, Partial partial, uint lane, uint simd, W w, Rest... rest) {
+  const Rows<R> rows = rows_of<R, WIDTH, COUNT>(unit);
   const uint first = simd % uint(SPLIT) * uint(SIMD_WIDTH) + lane;
   constexpr int STEP = SIMD_WIDTH * SPLIT;
   Pack<R> sums = is_aligned(w) && is_aligned(x)
-                     ? row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, true>(format, ahead, x, first, w, rest...)
-                     : row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, false>(format, ahead, x, first, w, rest...);
+                     ? row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, true>(format, x, rows, first, w, rest...)
+                     : row_dots<T, STAGED, BITS, GROUP, K, R, STEP, DEPTH, false>(format, x, rows, first, w, rest...);
   UNROLL
   for (int r = 0; r < R; ++r) {
     sums.v[r] = metal::simd_sum(sums.v[r]);

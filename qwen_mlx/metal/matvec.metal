@@ -9,21 +9,17 @@ const uint id = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
-auto ahead = load_ahead<T, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), unit, lane, simd, MATRIX);
 if (NORM) {
   norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
 }
 // As many rounds for each unit: unit_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * R < ROWS; ++round) {
-  if (round > 0) {
-    ahead = load_ahead<T, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), unit, lane, simd, MATRIX);
-  }
   const uint row = unit * uint(R) + lane;
   const bool mine = simd % uint(SPLIT) == 0u && lane < uint(R) && row < uint(ROWS);
   const float before = ADD && mine ? float(residual[row]) : 0.0f;
   const UnitSums sums =
-      NORM ? unit_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(FORMAT(), ahead, &normed[0].v[0], partial, lane, simd, MATRIX)
-           : unit_sums<T, false, BITS, GROUP, K, R, SPLIT, DEPTH>(FORMAT(), ahead, x, partial, lane, simd, MATRIX);
+      NORM ? unit_sums<T, true, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], unit, partial, lane, simd, MATRIX)
+           : unit_sums<T, false, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), x, unit, partial, lane, simd, MATRIX);
   if (mine) {
     const float sum = float(T(sums.first));
     out[row] = T(ADD ? sum + before : sum);

@@ -26,23 +26,9 @@ if (group >= uint(GROUPS)) {
   }
 } else {
   uint unit = group * uint(UNITS) + simd / uint(SPLIT);
-  auto ahead = load_ahead<T, BITS, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH>(FORMAT(), unit, lane, simd, MATRIX);
-#ifdef MATRIX2
-  constexpr uint UNITS1 = uint(PAIRS1 / (R / 2));
-  // One of the two is another unit's: its last row, or its first, which the cache has.
-  auto ahead2 = load_ahead<T, BITS2, GROUP2, K, R, HALF, PAIRS - PAIRS1, SPLIT, DEPTH>(
-      FORMAT2(), unit > UNITS1 ? unit - UNITS1 : 0u, lane, simd, MATRIX2);
-#endif
   norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
   // As many rounds for each unit: unit_sums may have barriers.
   for (int round = 0; round * GROUPS * UNITS * (R / 2) < PAIRS; ++round) {
-    if (round > 0) {
-      ahead = load_ahead<T, BITS, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH>(FORMAT(), unit, lane, simd, MATRIX);
-#ifdef MATRIX2
-      ahead2 = load_ahead<T, BITS2, GROUP2, K, R, HALF, PAIRS - PAIRS1, SPLIT, DEPTH>(
-          FORMAT2(), unit > UNITS1 ? unit - UNITS1 : 0u, lane, simd, MATRIX2);
-#endif
-    }
     const uint pair = unit * uint(R / 2) + lane;
     const bool mine = simd % uint(SPLIT) == 0u && lane < uint(R / 2) && pair < uint(PAIRS);
     const uint head = mine ? pair / uint(HALF) : 0u;
@@ -54,13 +40,15 @@ if (group >= uint(GROUPS)) {
     const Pack<4> turn = load<4>(table, 4u * i);
     UnitSums sums;
 #ifdef MATRIX2
+    constexpr uint UNITS1 = uint(PAIRS1 / (R / 2));
     if (unit >= UNITS1) {
-      sums = unit_sums<T, true, BITS2, GROUP2, K, R, SPLIT, DEPTH>(FORMAT2(), ahead2, &normed[0].v[0], partial, lane, simd,
-                                                                   MATRIX2);
+      sums = unit_sums<T, true, BITS2, GROUP2, K, R, HALF, PAIRS - PAIRS1, SPLIT, DEPTH>(
+          FORMAT2(), &normed[0].v[0], unit - UNITS1, partial, lane, simd, MATRIX2);
     } else
 #endif
     {
-      sums = unit_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(FORMAT(), ahead, &normed[0].v[0], partial, lane, simd, MATRIX);
+      sums = unit_sums<T, true, BITS, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], unit, partial, lane,
+                                                                              simd, MATRIX);
     }
     if (mine) {
       float a = float(T(float(T(sums.first)) + low_bias));

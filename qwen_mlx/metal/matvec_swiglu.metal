@@ -9,15 +9,11 @@ const uint id = thread_position_in_threadgroup.x;
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
 uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
-auto ahead = load_ahead<T, BITS, GROUP, K, R, F, F, SPLIT, DEPTH>(FORMAT(), unit, lane, simd, MATRIX);
 norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
 // As many rounds for each unit: unit_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * (R / 2) < F; ++round) {
-  if (round > 0) {
-    ahead = load_ahead<T, BITS, GROUP, K, R, F, F, SPLIT, DEPTH>(FORMAT(), unit, lane, simd, MATRIX);
-  }
-  const UnitSums sums =
-      unit_sums<T, true, BITS, GROUP, K, R, SPLIT, DEPTH>(FORMAT(), ahead, &normed[0].v[0], partial, lane, simd, MATRIX);
+  const UnitSums sums = unit_sums<T, true, BITS, GROUP, K, R, F, F, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], unit, partial, lane,
+                                                                               simd, MATRIX);
   const uint column = unit * uint(R / 2) + lane;
   if (simd % uint(SPLIT) == 0u && lane < uint(R / 2) && column < uint(F)) {
     const float gate = float(T(sums.first));

@@ -1,42 +1,21 @@
 // matvec.h's unit_sums for Tiles of a format.
 
-// Blocks first, first + SPLIT, ... of rows g and g + 8, as far as there are any.
-template <int GROUP, int K, int SPLIT, int DEPTH, bool ALIGNED, typename Format, typename... Arrays>
-FUNCTION auto load_tiles(Format format, Rows<2> rows, uint first, uint lane, Arrays... arrays) {
-  Ahead<Rows<2>, decltype(load_tile<GROUP, K, ALIGNED>(format, rows, first, lane, arrays...)), DEPTH> ahead;
-  ahead.rows = rows;
-  UNROLL
-  for (int d = 0; d < DEPTH; ++d) {
-    const uint block = first + uint(d * SPLIT);
-    if (block < uint(tile_count<K, GROUP>(Format()))) {
-      ahead.found[d] = load_tile<GROUP, K, ALIGNED>(format, rows, block, lane, arrays...);
-    }
-  }
-  return ahead;
-}
-
-// matvec.h's load_ahead.
-template <typename T, int BITS, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, typename Format,
-          typename W, typename... Rest>
-FUNCTION auto load_ahead(Tiles<Format>, uint unit, uint lane, uint simd, W w, Rest... rest) {
-  Rows<2> rows;
-  rows.v[0] = row_of<R, WIDTH, COUNT>(unit, lane / 4u);
-  rows.v[1] = row_of<R, WIDTH, COUNT>(unit, lane / 4u + 8u);
-  const uint first = simd % uint(SPLIT);
-  return is_aligned(w) ? load_tiles<GROUP, K, SPLIT, DEPTH, true>(Format(), rows, first, lane, w, rest...)
-                       : load_tiles<GROUP, K, SPLIT, DEPTH, false>(Format(), rows, first, lane, w, rest...);
-}
-
-template <typename T, bool STAGED, int BITS, int GROUP, int K, int SPLIT, int DEPTH, bool ALIGNED, typename Format,
-          typename First, typename X, typename... Arrays>
-FUNCTION Pack<2> tile_dots(Format format, First ahead, X x, uint first, uint lane, Arrays... arrays) {
+// rows: g's and g + 8's; blocks first, first + SPLIT, ...
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int SPLIT, int DEPTH, bool ALIGNED, typename Format, typename X,
+          typename... Arrays>
+FUNCTION Pack<2> tile_dots(Format format, X x, Rows<2> rows, uint first, uint lane, Arrays... arrays) {
   constexpr int BLOCKS = tile_count<K, GROUP>(Format());
   Pack<2> sums;
   sums.v[0] = 0.0f;
   sums.v[1] = 0.0f;
   for (int start = 0; start < BLOCKS; start += SPLIT * DEPTH) {
-    if (start > 0) {
-      ahead = load_tiles<GROUP, K, SPLIT, DEPTH, ALIGNED>(format, ahead.rows, first + uint(start), lane, arrays...);
+    decltype(load_tile<GROUP, K, ALIGNED>(format, rows, first, lane, arrays...)) found[DEPTH];
+    UNROLL
+    for (int d = 0; d < DEPTH; ++d) {
+      const uint block = first + uint(start + d * SPLIT);
+      if (block < uint(BLOCKS)) {
+        found[d] = load_tile<GROUP, K, ALIGNED>(format, rows, block, lane, arrays...);
+      }
     }
     // Keeps the compiler from moving loads behind the first products, which leaves the memory idle.
     metal::simdgroup_barrier(metal::mem_flags::mem_none);
@@ -44,7 +23,7 @@ FUNCTION Pack<2> tile_dots(Format format, First ahead, X x, uint first, uint lan
     for (int d = 0; d < DEPTH; ++d) {
       const uint block = first + uint(start + d * SPLIT);
       if (block < uint(BLOCKS)) {
-        sums = add_tile<T, STAGED, GROUP, K, ALIGNED>(format, ahead.found[d], block, x, lane, sums);
+        sums = add_tile<T, STAGED, GROUP, K, ALIGNED>(format, found[d], block, x, lane, sums);
       }
     }
   }
@@ -52,14 +31,17 @@ FUNCTION Pack<2> tile_dots(Format format, First ahead, X x, uint first, uint lan
 }
 
 // For units of 16 rows.
-template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int SPLIT, int DEPTH, typename First, typename X,
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, typename X,
           typename Partial, typename Format, typename W, typename... Rest>
-FUNCTION UnitSums unit_sums(Tiles<Format>, First ahead, X x, Partial partial, uint lane, uint simd, W w, Rest... rest) {
+FUNCTION UnitSums unit_sums(Tiles<Format>, X x, uint unit, Partial partial, uint lane, uint simd, W w, Rest... rest) {
+  Rows<2> rows;
+  rows.v[0] = row_of<R, WIDTH, COUNT>(unit, lane / 4u);
+  rows.v[1] = row_of<R, WIDTH, COUNT>(unit, lane / 4u + 8u);
   const uint first = simd % uint(SPLIT);
   Pack<2> sums =
       is_aligned(w) && is_aligned(x)
-          ? tile_dots<T, STAGED, BITS, GROUP, K, SPLIT, DEPTH, true>(Format(), ahead, x, first, lane, w, rest...)
-          : tile_dots<T, STAGED, BITS, GROUP, K, SPLIT, DEPTH, false>(Format(), ahead, x, first, lane, w, rest...);
+          ? tile_dots<T, STAGED, BITS, GROUP, K, SPLIT, DEPTH, true>(Format(), x, rows, first, lane, w, rest...)
+          : tile_dots<T, STAGED, BITS, GROUP, K, SPLIT, DEPTH, false>(Format(), x, rows, first, lane, w, rest...);
   UNROLL
   for (int r = 0; r < 2; ++r) {
     sums.v[r] += metal::simd_shuffle_xor(sums.v[r], ushort(1));

@@ -46,7 +46,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "matvec_qkv: the second matrix from the first one's unit on": (
         "matvec_qkv mixed",
-        Edit("matvec_qkv.metal", "unit - UNITS1 :", "unit :", (OutOfBounds, WrongNumbers)),
+        Edit("matvec_qkv.metal", "unit - UNITS1,", "unit,", (OutOfBounds, WrongNumbers)),
     ),
     "affine: a code's bits in the second word lost": (
         "matvec_qkv mixed",
