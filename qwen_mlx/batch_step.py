@@ -66,7 +66,8 @@ class BatchStep:
     def _run(self, input_ids: mx.array, place: mx.array, padding: mx.array, *rest: mx.array) -> list[mx.array]:
         place = place + 0  # into the GPU's own memory: see ops.rotation_table
         half = len(rest) // 2
-        shared = place, padding, place[:1] - padding
+        newest = mx.arange(rest[half].shape[2])[:, None] == place[0] - place[1]
+        shared = place, padding, place[:1] - padding, newest
         layers = [_Layer(buffer, tail, *shared) for buffer, tail in zip(rest[:half], rest[half:])]
         h = self._body(input_ids, layers, 1)
         logits = self._body.embed_tokens.as_linear(h) if self._head is None else self._head(h)
@@ -77,15 +78,21 @@ class _Layer:
     """What a layer needs of its cache: the next token's `positions`, and `attend`, which puts it into `tail`."""
 
     def __init__(
-        self, buffer: mx.array, tail: mx.array, place: mx.array, padding: mx.array, positions: mx.array
+        self,
+        buffer: mx.array,
+        tail: mx.array,
+        place: mx.array,
+        padding: mx.array,
+        positions: mx.array,
+        newest: mx.array,
     ) -> None:
         self.positions, self.tail = positions, tail
-        self._buffer, self._place, self._padding = buffer, place, padding
+        self._buffer, self._place, self._padding, self._newest = buffer, place, padding, newest
 
     def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
         """As KVCache.attend, of one token."""
         rows, _, n_heads, head_dim = q.shape
-        self.tail = ops.put_in_tail(self.tail, kv.reshape(rows, -1, 1, head_dim), self._place)
+        self.tail = mx.where(self._newest, kv.reshape(rows, -1, 1, head_dim), self.tail)
         out = ops.attend_one(
             q.reshape(rows, n_heads, 1, head_dim),
             self._buffer,

@@ -40,17 +40,25 @@ template <typename T, bool STAGED, int GROUP, int K, bool ALIGNED, typename Scal
 FUNCTION Pack<2> add_tile(Affine, AffineTile<GROUP, Scale> found, uint block, X x, uint lane, Pack<2> sums) {
   constexpr int STEPS = GROUP / 16;
   TileSums tile = no_sums();
+  if (!STAGED) {  // the codes are asked for first, whatever the compiler prefers
+    metal::simdgroup_barrier(metal::mem_flags::mem_none);
+  }
   UNROLL
   for (int s = 0; s < STEPS; ++s) {
     const uint from = ((block * uint(STEPS) + uint(s)) * 4u + lane % 4u) * 32u;
     const bool mine = from < uint(K) && from / uint(GROUP) % 8u == lane / 4u;
-    Words<4> xs[4];  // all asked for before the first is used
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
-      xs[i] = vector_part<4, T, STAGED, ALIGNED>(x, from + uint(i * 8), mine);
+    Words<4> xs[4];
+    if (!STAGED) {  // far away: all are asked for before the first is used
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        xs[i] = vector_part<4, T, STAGED, ALIGNED>(x, from + uint(i * 8), mine);
+      }
     }
     UNROLL
     for (int i = 0; i < 4; ++i) {
+      if (STAGED) {
+        xs[i] = vector_part<4, T, STAGED, ALIGNED>(x, from + uint(i * 8), mine);
+      }
       const uint a = found.codes[s].v[i];
       const uint b = found.codes[STEPS + s].v[i];
       tile = tile_added<T>(tile, two_codes<T>(a, 0), two_codes<T>(a, 4), two_codes<T>(b, 0), two_codes<T>(b, 4),

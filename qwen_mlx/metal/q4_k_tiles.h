@@ -26,6 +26,7 @@ FUNCTION Q4KTile load_tile(Q4K, Rows<2> rows, uint block, uint lane, W w) {
 template <typename T, bool STAGED, int GROUP, int K, bool ALIGNED, typename X>
 FUNCTION Pack<2> add_tile(Q4K, Q4KTile found, uint block, X x, uint lane, Pack<2> sums) {
   TileSums tile = no_sums();
+  metal::simdgroup_barrier(metal::mem_flags::mem_none);  // the codes are asked for first, whatever the compiler prefers
   UNROLL
   for (int s = 0; s < 2; ++s) {
     const uint pair = uint(s) * 2u + lane % 4u / 2u;  // of groups

@@ -39,6 +39,7 @@ template <typename T, bool STAGED, int GROUP, int K, bool ALIGNED, typename Fact
 FUNCTION Pack<2> add_tile(Q6K, Q6KTile<Factor> found, uint block, X x, uint lane, Pack<2> sums) {
   const uint t = lane % 4u;
   TileSums tile = no_sums();
+  metal::simdgroup_barrier(metal::mem_flags::mem_none);  // the codes are asked for first, whatever the compiler prefers
   Words<2> xs[8];  // all asked for before the first is used
   UNROLL
   for (int i = 0; i < 8; ++i) {

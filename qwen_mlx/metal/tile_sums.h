@@ -17,8 +17,6 @@ FUNCTION Pack<2> tile_dots(Format format, X x, Rows<2> rows, uint first, uint la
         found[d] = load_tile<GROUP, K, ALIGNED>(format, rows, block, lane, arrays...);
       }
     }
-    // Keeps the compiler from moving loads behind the first products, which leaves the memory idle.
-    metal::simdgroup_barrier(metal::mem_flags::mem_none);
     UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const uint block = first + uint(start + d * SPLIT);
