@@ -69,7 +69,8 @@ FUNCTION Pack<2> add_tile(Affine, AffineTile<GROUP, Scale> found, uint block, X 
   }
   UNROLL
   for (int i = 0; i < 4; ++i) {
-    sums.v[i / 2] = scaled_sum<T>(sums.v[i / 2], tile.dots.v[i], tile.totals.v[i], float(found.scales[i]), float(found.biases[i]));
+    sums.v[i / 2] =
+        scaled_sum<T>(sums.v[i / 2], tile.dots.v[i], tile.totals.v[i], float(found.scales[i]), float(found.biases[i]));
   }
   return sums;
 }

@@ -1,6 +1,7 @@
 // Attention of one token on a long cache, a part of it: a threadgroup for the RATIO query heads that share a key/value head
 // and one of SPLITS parts, which combine.metal joins. Inputs and template as attend.metal's, and SPLITS.
-// sums (B, KV RATIO, SPLITS, D) and stats (B, KV RATIO, SPLITS, 2), float: weighted values; the largest score, the sum of weights.
+// sums (B, KV RATIO, SPLITS, D) and stats (B, KV RATIO, SPLITS, 2), float: weighted values; the largest score, the
+// sum of weights.
 constexpr int SIMDS = THREADS / SIMD_WIDTH;
 threadgroup float parts[SIMDS * D];
 threadgroup float largest[SIMDS];

@@ -18,7 +18,8 @@ for (int round = 0; round * GROUPS * UNITS * R < ROWS; ++round) {
   const bool mine = simd % uint(SPLIT) == 0u && lane < uint(R) && row < uint(ROWS);
   const float before = ADD && mine ? float(residual[row]) : 0.0f;
   const UnitSums sums =
-      NORM ? unit_sums<T, true, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], unit, partial, lane, simd, MATRIX)
+      NORM ? unit_sums<T, true, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], unit, partial, lane, simd,
+                                                                          MATRIX)
            : unit_sums<T, false, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH>(FORMAT(), x, unit, partial, lane, simd, MATRIX);
   if (mine) {
     const float sum = float(T(sums.first));

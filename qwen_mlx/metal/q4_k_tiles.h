@@ -44,7 +44,8 @@ FUNCTION Pack<2> add_tile(Q4K, Q4KTile found, uint block, X x, uint lane, Pack<2
       for (int high = 0; high < 2; ++high) {
         const Words<2> part = xs[i * 2 + high];
         tile = tile_added<T>(tile, two_codes<T>(a, high * 4), two_codes<T>(a, high * 4 + 8), two_codes<T>(b, high * 4),
-                             two_codes<T>(b, high * 4 + 8), lower_halves(part.v[0], part.v[1]), upper_halves(part.v[0], part.v[1]), lane);
+                             two_codes<T>(b, high * 4 + 8), lower_halves(part.v[0], part.v[1]),
+                             upper_halves(part.v[0], part.v[1]), lane);
       }
     }
   }
