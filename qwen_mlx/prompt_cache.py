@@ -71,6 +71,10 @@ class PromptCache:
         else:  # a rotating cache has let go of old tokens and cannot go back
             self.layers, self.ids = self._make(), []
 
+    def __repr__(self) -> str:
+        mb = sum(layer.nbytes for layer in self.layers) / 1e6
+        return f"PromptCache({len(self.ids)} tokens held, {mb:.1f} MB)"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache; see `save`."""
         save(path, self.layers, self.ids, self.model)

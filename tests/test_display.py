@@ -56,6 +56,9 @@ def test_answers_and_conversations_are_readable_and_escaped(small):
     chat = Chat(*small, system="<script>", max_tokens=2)
     list(chat.send("<img onerror=x>"))
     assert repr(chat) == f"Chat(3 messages, {len(chat.prompt_cache.ids)} tokens computed)"
+    cache = chat.prompt_cache
+    nbytes = sum(layer.nbytes for layer in cache.layers)
+    assert repr(cache) == f"PromptCache({len(cache.ids)} tokens held, {nbytes / 1e6:.1f} MB)"
     chat.messages[-1]["content"] = "</td><script>"
     text = chat._repr_html_()
     assert text.count("<tr>") == 3
