@@ -25,10 +25,15 @@ def config_of(size: str) -> ModelConfig:
     )
 
 
+def dtype() -> mx.Dtype:
+    """What load() makes of weights on the current default device."""
+    return mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+
+
 def random_model(size: str, bits: int | None) -> Qwen2:
-    """bfloat16 weights small enough for finite activations; with `bits`, matrices packed in groups of 64."""
+    """Weights small enough for finite activations; with `bits`, matrices packed in groups of 64."""
     model = Qwen2(config_of(size))
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(dtype())
     mx.eval(model.parameters())
     if bits:
         for name, module in model.named_modules():  # a joined matrix is packed as one
@@ -36,7 +41,7 @@ def random_model(size: str, bits: int | None) -> Qwen2:
                 continue
             packed = mx.quantize(module.weight, group_size=64, bits=bits)
             if isinstance(module, nn.Embedding):
-                new = QuantizedEmbedding(*packed, 64, bits, mx.bfloat16)
+                new = QuantizedEmbedding(*packed, 64, bits, dtype())
             else:
                 new = QuantizedLinear(*packed, 64, bits)
                 if "bias" in module:
@@ -55,10 +60,10 @@ def raw_model(size: str) -> Qwen2:
     down_proj."""
     config = config_of(size)
     model = Qwen2(config)
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(dtype())
     vocabulary, hidden, intermediate = config.vocab_size, config.hidden_size, config.intermediate_size
     kv = config.n_kv_heads * config.head_dim
-    model.model.embed_tokens = RawEmbedding(random_blocks("q4_k", vocabulary, hidden), mx.bfloat16)
+    model.model.embed_tokens = RawEmbedding(random_blocks("q4_k", vocabulary, hidden), dtype())
     if not config.tie_word_embeddings:
         model.lm_head = RawLinear(random_blocks("q6_k", vocabulary, hidden))
     for n, layer in enumerate(model.model.layers):

@@ -82,8 +82,8 @@ FUNCTION Words<N> vector_part(X x, uint i, bool wanted) {
   return words;
 }
 
-// Rows g and g + 8 of a unit, as lane 4 g + t has them: from their dots and totals in columns 2 t and 2 t + 1, with the
-// scales and offsets (or minima) of both columns' groups.
+// A row's sum with a tile's column added: scale * code + offset for each element of the column's group, from its products
+// with the codes' bits and the vector's own sum there.
 template <typename T>
 FUNCTION float scaled_sum(float sum, float dot, float total, float scale, float offset) {
   const float codes = metal::fma(dot, CodeBits<T>::unit(), -CodeBits<T>::added() * total);
