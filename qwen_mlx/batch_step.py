@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def serves(model: Qwen2, input_ids: mx.array, cache: Sequence[KVCache]) -> bool:
     """Whether `BatchStep` computes this call: a token of each row after others, kernels in use, no gradient wanted."""
     return (
-        input_ids.shape[1] == 1
+        input_ids.ndim == 2
+        and input_ids.shape[1] == 1
         and model.ranks is None
         and "reference" not in (ops.executor("step"), ops.executor("attend"))
         and not ops.recording()
