@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import ops
 from .backend import mx, nn
 from .batch_cache import BatchKVCache
-from .cache import KVCache
+from .cache import KVCache, tails_for_one
 
 if TYPE_CHECKING:
     from .model import Qwen2
@@ -53,12 +53,8 @@ class BatchStep:
 
     def __call__(self, input_ids: mx.array, cache: Sequence[BatchKVCache]) -> mx.array:
         """Logits (B, 1, vocab_size) of the tokens after input_ids (B, 1); the cache then holds those too."""
-        buffers, tails, filled = zip(*(layer.tail_for_one() for layer in cache))
-        if len(set(filled)) > 1:  # someone looked into one layer's cache meanwhile
-            for layer in cache:
-                layer.flush()
-            buffers, tails, filled = zip(*(layer.tail_for_one() for layer in cache))
-        place = mx.array([cache[0].offset, filled[0], 0, 0], mx.int32)
+        buffers, tails, filled = tails_for_one(cache)
+        place = mx.array([cache[0].offset, filled, 0, 0], mx.int32)
         logits, *longer = self._compiled(input_ids, place, cache[0].padding.array, *buffers, *tails)
         for layer, tail in zip(cache, longer, strict=True):
             layer.advance(tail)

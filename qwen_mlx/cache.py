@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from . import ops
@@ -148,6 +150,16 @@ class KVCache:
             held = mx.depends([part[:, :, :start] for part in self._parts], list(parts)) if self._parts else []
             pairs = zip(held, spares) if held else ((spare,) for spare in spares)
             self._parts = tuple(mx.concatenate(list(pair), axis=2) for pair in pairs)
+
+
+def tails_for_one(cache: Sequence[KVCache]) -> tuple[list[mx.array], list[mx.array], int]:
+    """Every layer's buffer and tail as `KVCache.tail_for_one`, and how many tokens lie before the tails."""
+    found = [layer.tail_for_one() for layer in cache]
+    if len({filled for _, _, filled in found}) > 1:  # someone looked into one layer's cache meanwhile
+        for layer in cache:
+            layer.flush()
+        found = [layer.tail_for_one() for layer in cache]
+    return [buffer for buffer, _, _ in found], [tail for _, tail, _ in found], found[0][2]
 
 
 class QuantizedKVCache(KVCache):

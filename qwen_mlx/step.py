@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .backend import mx, nn
-from .cache import KVCache
+from .cache import KVCache, tails_for_one
 from .layers import matrices
 from .ops import Matrix
 
@@ -76,12 +76,8 @@ class Step:
 
     def __call__(self, input_ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
         """Logits (1, 1, vocab_size) of the token after input_ids (1, 1); the cache then holds that token too."""
-        buffers, tails, filled = zip(*(layer.tail_for_one() for layer in cache))
-        if len(set(filled)) > 1:  # someone looked into one layer's cache meanwhile
-            for layer in cache:
-                layer.flush()
-            buffers, tails, filled = zip(*(layer.tail_for_one() for layer in cache))
-        place = mx.array([cache[0].offset, filled[0]], mx.int32)
+        buffers, tails, filled = tails_for_one(cache)
+        place = mx.array([cache[0].offset, filled], mx.int32)
         if self._ranks is not None:
             self._ranks.begin(chunk=False)
         logits, *longer = self._compiled(input_ids, place, *buffers, *tails)
