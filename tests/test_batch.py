@@ -13,6 +13,7 @@ from qwen_mlx.backend import mx
 from qwen_mlx.batch_cache import BatchKVCache, Padding, join, select
 from qwen_mlx.cache import KVCache
 from qwen_mlx.generation import GenerationChunk
+from reference.emulator import emulate
 from tests.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
 
 LENGTHS = (3, 90, 1, 41, 17, 150, 2, 64, 33, 5, 120, 18)
@@ -77,6 +78,22 @@ def test_rows_equal_prompts_alone(which, batch_size, prefill_chunk, request):
     assert (stats.prompt_tokens, stats.prompts) == (sum(LENGTHS), len(LENGTHS))
     assert stats.generated_tokens == sum(len(result.token_ids) for result in results)
     assert done[-1] == (len(prompts), len(prompts))
+
+
+@pytest.mark.parametrize("which", ["small", "windowed"])
+@pytest.mark.parametrize("arguments", [{}, {"logprobs": 2, "min_tokens": 3}], ids=str)
+def test_rows_on_emulated_kernels_equal_the_plain_ones(which, arguments, request):
+    """Steps of the whole batch as one graph, rows that leave and join between them."""
+    model, tokenizer = request.getfixturevalue(which)
+    prompts, limits = prompts_of((3, 41, 1, 17, 2, 33)), [20, 6, 9, 20, 3, 12]
+    arguments = {"max_tokens": limits, "temperature": 0, "batch_size": 4, **arguments}
+    expected = batch_generate(model, tokenizer, prompts, **arguments)
+    with emulate():
+        found = batch_generate(model, tokenizer, prompts, **arguments)
+        assert model._batch_step is not None
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.token_ids, mine.text, mine.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
 
 
 def test_rows_equal_transformers_on_a_padded_batch(small, theirs):
