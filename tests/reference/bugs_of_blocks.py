@@ -102,7 +102,7 @@ def _(model, patch):
 
     def short(self, columns):
         make(self, columns)
-        self._array = mx.maximum(self._array - 1, 0)
+        self.array = mx.maximum(self.array - 1, 0)
 
     patch.setattr(Padding, "__init__", short)
     patch.setattr(Padding, "positions", lambda self, width: width - mx.array(self.columns))
