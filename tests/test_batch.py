@@ -93,7 +93,7 @@ def test_rows_on_emulated_kernels_equal_the_plain_ones(which, arguments, request
         assert model._batch_step is not None
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine.token_ids, mine.text, mine.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
-        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-5)  # 3e-6 measured
 
 
 def test_rows_equal_transformers_on_a_padded_batch(small, theirs):

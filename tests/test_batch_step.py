@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-
 import mlx.core as mx
-import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from qwen_mlx import Qwen2, ops
 from qwen_mlx.batch_cache import BatchKVCache, Padding, join, select
 from qwen_mlx.batch_step import serves
 from reference.emulator import emulate
 
-from .test_step import model_of
+from .test_step import leaves_no_memory, model_of, nbytes, same
 
 
 def read(model: Qwen2, pads: list[int], length: int) -> list[BatchKVCache]:
@@ -29,11 +25,6 @@ def read(model: Qwen2, pads: list[int], length: int) -> list[BatchKVCache]:
 
 def tokens(step: int, rows: int) -> mx.array:
     return mx.array([[(31 * step + 5 * row) % 300] for row in range(rows)])
-
-
-def same(found: mx.array, expected: mx.array) -> None:
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=2e-5 * float(mx.abs(expected).max()))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -113,12 +104,6 @@ def test_a_deleted_model_leaves_no_memory_behind():
     cache = read(model, [0, 2], 4)
     with ops.no_grad(), emulate():
         mx.eval(model(tokens(0, 2), cache, 1))
-    mx.synchronize()
-    gc.collect()
-    gc.disable()  # what it would free later must not be what frees the model
-    try:
-        before, size = mx.get_active_memory(), sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-        del model, cache
-        assert before - mx.get_active_memory() >= size
-    finally:
-        gc.enable()
+    held, size = [model, cache], nbytes(model)
+    del model, cache
+    leaves_no_memory(held, size)
