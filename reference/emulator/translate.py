@@ -6,6 +6,7 @@ Line numbers stay what they were.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 _SPACES = {"device", "constant", "thread", "threadgroup"}
 _TOKEN = re.compile(
@@ -63,13 +64,8 @@ def _directive(text: str) -> str:
 
 def _end_of_variables(tokens: list[str], start: int) -> int | None:
     """The index of the semicolon if `threadgroup` at start declares variables, None if it is part of a type."""
-    depth = 0
-    for index in range(start + 1, len(tokens)):
+    for index, depth in enumerate(_depths(tokens[start + 1 :]), start + 1):
         token = tokens[index]
-        if token in ("[", "(", "<"):
-            depth += 1
-        elif token in ("]", ")", ">"):
-            depth -= 1
         if depth < 0 or (depth == 0 and token in ("*", "&", "=", "{", "}", ":", ")")):
             return None
         if token == ";":
@@ -77,12 +73,20 @@ def _end_of_variables(tokens: list[str], start: int) -> int | None:
     return None
 
 
+def _depths(tokens: list[str]) -> Iterator[int]:
+    """How many brackets and template arguments are open after each token; within brackets < and > are comparisons."""
+    brackets = angles = 0
+    for token in tokens:
+        brackets += (token in ("[", "(")) - (token in ("]", ")"))
+        if brackets == 0:
+            angles += (token == "<") - (token == ">")
+        yield brackets + angles
+
+
 def _declarators(tokens: list[str]) -> list[tuple[str, str, str]]:
     """(type, name, dimensions) of each variable of a declaration."""
     groups: list[list[str]] = [[]]
-    depth = 0
-    for token in tokens:
-        depth += (token in ("[", "(", "<")) - (token in ("]", ")", ">"))
+    for token, depth in zip(tokens, _depths(tokens)):
         if token == "," and depth == 0:
             groups.append([])
         else:
@@ -98,12 +102,8 @@ def _declarators(tokens: list[str]) -> list[tuple[str, str, str]]:
 
 
 def _first_bracket(tokens: list[str]) -> int:
-    depth = 0
-    for index, token in enumerate(tokens):
-        depth += (token == "<") - (token == ">")
-        if token == "[" and depth == 0:
-            return index
-    return len(tokens)
+    """The first one outside template arguments."""
+    return next((i for i, depth in enumerate(_depths(tokens)) if tokens[i] == "[" and depth == 1), len(tokens))
 
 
 def _variable(kind: str, name: str, dimensions: str, index: int) -> str:

@@ -278,6 +278,20 @@ def test_many_threadgroup_variables():
         run(body(97), *call)
 
 
+@pytest.mark.parametrize("size", ["N > 7 ? N : 7", "(N < 7) ? 7 : N", "twice<20, (N > 7)>()", "N >> 0"])
+def test_sizes_of_threadgroup_arrays_that_look_like_templates(size):
+    body = I + "constexpr int N = 40; " + f"threadgroup float s[{size}], t[1]; s[i] = x[i]; "
+    body += "threadgroup_barrier(mem_flags::mem_threadgroup); t[0] = 0.0f; y[i] = s[39u - i];"
+    header = "template <int N, bool B> constexpr int twice() { return 2 * N; }"
+    x = mx.arange(40, dtype=mx.float32)
+    with pytest.raises(DataRace, match="t"):
+        run(body, {"x": x}, {"y": ((40,), mx.float32)}, (40, 1, 1), (40, 1, 1), header=header)
+    y = run(
+        body.replace("t[0] = 0.0f;", ""), {"x": x}, {"y": ((40,), mx.float32)}, (40, 1, 1), (40, 1, 1), header=header
+    )
+    assert y.tolist() == x[::-1].tolist()
+
+
 def test_atomics():
     body = I + "atomic_fetch_add_explicit(&y[i % 4u], x[i], memory_order_relaxed);"
     body += "atomic_fetch_max_explicit(&z[0], int(i), memory_order_relaxed);"
