@@ -1,4 +1,5 @@
-"""Linear and embedding layers on MLX's packed affine weights: w = scale * code + bias for each group of codes."""
+"""Linear and embedding layers on dense weights, on MLX's packed affine ones (w = scale * code + bias for each group of
+codes), and on a GGUF file's blocks."""
 
 from __future__ import annotations
 
@@ -8,6 +9,16 @@ from collections.abc import Sequence
 from . import ops
 from .backend import mx, nn
 from .ops import Format, Matrix
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b with W (out, in) dense."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "bias" in self or x.dtype != self.weight.dtype:
+            y: mx.array = super().__call__(x)
+            return y
+        return ops.matmul(x, self.weight)
 
 
 class QuantizedLinear(nn.Module):

@@ -21,7 +21,7 @@ from .defaults import folder_defaults, gguf_defaults
 from .errors import GGUFError, QwenMLXError
 from .gguf import blocks, names
 from .gguf.reader import GGUFFile
-from .layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from .layers import Linear, QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
 from .model import JOINED, JOINED_BIASES, Qwen2
 from .shards import Shard, whole
 from .tokenizer import Tokenizer
@@ -170,7 +170,7 @@ def _module(weights: Weights, names: list[str], packing: Packing, old: nn.Module
     """One matrix of `names`, dense or packed, in place of the dense module `old`."""
     if packing is None:
         array = weights.dense(names).astype(dtype)
-        new: nn.Module = nn.Linear(1, 1, bias=False)
+        new: nn.Module = Linear(1, 1, bias=False)
         new.weight = array
         return new
     if isinstance(packing, str):

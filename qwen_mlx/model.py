@@ -22,6 +22,7 @@ from .backend import mx, named_arrays, nn
 from .batch_cache import BatchKVCache
 from .cache import KVCache, make_caches
 from .config import ModelConfig
+from .layers import Linear
 
 # What one matrix of the model holds, in the order of its rows, under Hugging Face's names.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -49,9 +50,9 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
         self.qkv_bias = mx.zeros((rows,))
-        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.hidden_size, bias=False)
+        self.o_proj = Linear(config.n_heads * config.head_dim, config.hidden_size, bias=False)
         self.rotary = rotary
         self.sliding_window = sliding_window
 
@@ -69,9 +70,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.gate_up_bias = mx.zeros((2 * config.intermediate_size,)) if config.mlp_bias else None
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(ops.swiglu_joined(self.gate_up_proj(x), self.gate_up_bias))
@@ -131,7 +132,7 @@ class Qwen2(nn.Module):
         self.ranks: Any = None  # parallel.Ranks, where others hold parts of the model
         self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
         self, input_ids: mx.array, cache: Sequence[KVCache] | None = None, logits_to_keep: int = 0

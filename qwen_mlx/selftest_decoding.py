@@ -64,6 +64,10 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
 
     for form in FORMATS:
         yield from products(form)
+    few, many, w = random(2, 1, hidden), random(33, 1, hidden), matrix("dense", rows, hidden, dtype).arrays[0]
+    if dtype != mx.float32:  # which is MLX's own product, in TF32 on NVIDIA
+        yield "matmul, 2 rows", lambda: [ops.matmul(few, w)]
+        yield "matmul, 33 rows", lambda: [ops.matmul(many, w)]
     yield "rotation", lambda: [ops.rotation_table(mx.array([999_999, 0], mx.int32), rotary)[0]]
     yield "attend_one", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5)]
     yield "attend_one, window", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5, 77)]

@@ -38,7 +38,7 @@ PUBLIC = [
         "loading",
     ),
     *("ops", "ops.rms_norm", "ops.rope", "ops.swiglu", "ops.attention", "ops.attend", "ops.matvec", "ops.unpack"),
-    "ops.best_token",
+    *("ops.best_token", "ops.matmul"),
     *("conversion", "storage", "evaluation", "gguf.blocks", "gguf.reader", "gguf.names", "errors", "selftest"),
 ]
 

@@ -45,12 +45,27 @@ FUNCTION Words<N> load_words(Pointer from, uint index) {
   return words;
 }
 
-// Rounds each element to T, to nearest even.
+// Each element rounded to T, to nearest even.
+template <typename T, int N>
+FUNCTION Pack<N> rounded(Pack<N> pack) {
+  for (int k = 0; k < N; ++k) {
+    pack.v[k] = float(T(pack.v[k]));
+  }
+  return pack;
+}
+
+// Rounds as well.
 template <typename T, int N, typename Pointer>
 FUNCTION void store(Pointer to, uint index, Pack<N> pack) {
   for (int k = 0; k < N; ++k) {
     to[index + uint(k)] = T(pack.v[k]);
   }
+}
+
+// The same where `to` and index are known to lie at multiples of 16 bytes if N elements are 16 bytes.
+template <typename T, int N, typename Pointer>
+FUNCTION void store_aligned(Pointer to, uint index, Pack<N> pack) {
+  store<T>(to, index, pack);
 }
 
 template <typename T>

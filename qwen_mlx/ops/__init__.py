@@ -4,6 +4,7 @@ from .attend import attend_one
 from .attention import attention
 from .best_token import best_token, or_not_finite
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
+from .matmul import matmul
 from .matvec import matvec, matvec_qkv, matvec_swiglu, put_in_tail, rotation_table
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import Rotary, qkv_rope, rope
@@ -22,6 +23,7 @@ __all__ = [
     "executor",
     "explain",
     "forced",
+    "matmul",
     "matvec",
     "matvec_qkv",
     "matvec_swiglu",

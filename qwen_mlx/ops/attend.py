@@ -12,6 +12,7 @@ SHORT = 2048
 SPLIT = 64
 MOST_SPLITS = 128  # of all key/value heads together
 THREADS, DEPTH = 512, 4  # rows that a lane has under way
+MANY_HEADS, MANY_THREADS = 132, 256  # of all rows: more than an H200's multiprocessors, each of which holds 512 threads
 SPLIT_THREADS, SPLIT_DEPTH = 256, 4  # each of RATIO query heads holds registers
 
 
@@ -86,8 +87,9 @@ def attend_one(
     one, split = _ONE if least is None else _RAGGED
     inputs = (q, kv, tail, place) if least is None else (q, kv, tail, place, least)
     if room <= SHORT:
-        template += [("DEPTH", DEPTH), ("THREADS", THREADS)]
-        return one(inputs, template, (THREADS, n_rows * n_heads, 1), (THREADS, 1, 1), [q.shape])[0]
+        n_threads = THREADS if n_rows * n_heads <= MANY_HEADS else MANY_THREADS
+        template += [("DEPTH", DEPTH), ("THREADS", n_threads)]
+        return one(inputs, template, (n_threads, n_rows * n_heads, 1), (n_threads, 1, 1), [q.shape])[0]
     splits = min(max(1, MOST_SPLITS // (n_rows * n_kv_heads)), -(-room // SPLIT))
     template += [("DEPTH", SPLIT_DEPTH), ("THREADS", SPLIT_THREADS), ("SPLITS", splits)]
     shapes = [(n_rows, n_heads, splits, head_dim), (n_rows, n_heads, splits, 2)]

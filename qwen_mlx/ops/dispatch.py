@@ -23,7 +23,7 @@ from ..errors import QwenMLXError
 SOURCES = Path(__file__).resolve().parent.parent / "metal"
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # What can be switched off by itself; "step" is the decoding step as a whole, of which "matvec" and "attend" are parts.
-PARTS = ("step", "matvec", "attend", "unpack", "rms_norm", "rope", "swiglu", "best_token")
+PARTS = ("step", "matvec", "matmul", "attend", "unpack", "rms_norm", "rope", "swiglu", "best_token")
 MAX_ELEMENTS = 2**31 - 1  # the kernels index with 32 bits
 R = TypeVar("R")
 
@@ -271,6 +271,8 @@ def explain() -> str:
             "plain MLX for rows above 16384 (rms_norm), heads above 1024 (rope) and arrays of 2^31 elements or more",
             "one token after others: fused kernels on dense, affine, Q4_K and Q6_K matrices; else MLX's products",
         ]
+        if kind == "cuda":
+            lines.append("2 to 64 rows of 16 bits: an own product on dense matrices of up to 64 MiB")
         if switched_off():
             lines.append(f"but {', '.join(sorted(switched_off()))}: plain MLX (QWEN_MLX_KERNELS)")
     return "\n".join([*lines, "else attention: MLX's scaled_dot_product_attention; on the CPU products in float32"])

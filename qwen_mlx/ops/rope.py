@@ -107,8 +107,8 @@ def _require_positive(name: str, value: float) -> None:
     require(0 < value < math.inf, lambda: f"{name} is {value}, expected a positive number.")
 
 
-_ROPE = Kernel("rope", ("x", "turns", "offset"), ("out",), ("rotary.h",))
-_QKV_ROPE = Kernel("qkv_rope", ("qkv", "bias", "turns", "offset"), ("q", "kv"), ("rotary.h",))
+_ROPE = Kernel("rope", ("x", "turns", "offset"), ("out",), ("rotary.h", "heads.h"))
+_QKV_ROPE = Kernel("qkv_rope", ("qkv", "bias", "turns", "offset"), ("q", "kv"), ("rotary.h", "heads.h"))
 
 
 def rope(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
@@ -314,8 +314,8 @@ def _launch(
 ) -> list[mx.array]:
     constants, pack, angle_tokens = _plan(rotary, inputs[0].dtype)
     # Several tokens a threadgroup where there are many, so that no thread waits while the angles are computed.
-    group = angle_tokens if tokens >= 1024 else 1
-    n_threads = threads(group * heads * len(rotary.inv_freq) // pack, 256)
+    group, most = (angle_tokens, 160) if tokens >= 1024 else (1, 256)
+    n_threads = threads(group * heads * len(rotary.inv_freq) // pack, most)
     template = (*template, *constants, ("TOKENS", group), ("THREADS", n_threads))
     return kernel(inputs, template, (-(-tokens // group) * n_threads, 1, 1), (n_threads, 1, 1), shapes)
 

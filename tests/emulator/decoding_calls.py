@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
+import pytest
 
 from qwen_mlx import ops
 from qwen_mlx.selftest_decoding import EPS, FORMATS, matrix
@@ -16,13 +17,11 @@ TILED = ("affine4", "q4_k", "q6_k")
 
 @contextmanager
 def tiles() -> Iterator[None]:
-    """Within it codes are multiplied as tiles wherever kernels run, as on NVIDIA's GPUs."""
-    module = sys.modules["qwen_mlx.ops.matvec"]
-    before, module.TILED_ON = module.TILED_ON, ("metal", "cuda")
-    try:
+    """Within it products are made of tiles wherever kernels run, as on NVIDIA's GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["qwen_mlx.ops.matvec"], "TILED_ON", ("metal", "cuda"))
+        patch.setattr(sys.modules["qwen_mlx.ops.matmul"], "ON", ("metal", "cuda"))
         yield
-    finally:
-        module.TILED_ON = before
 
 
 def as_tiles(call: Callable[[], list[mx.array]]) -> Callable[[], list[mx.array]]:
@@ -57,7 +56,7 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
     table, _ = ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))
     q, kv, new = random(1, 4, 1, 64), random(1, 4, 256, 64), random(1, 4, 16, 64)
     long, seen = random(1, 4, 2304, 64), mx.array([45, 40], mx.int32)
-    wide, least = random(1, 1, 8192), mx.array([17, 3], mx.int32)
+    wide, least, w = random(1, 1, 8192), mx.array([17, 3], mx.int32), random(37, 224)
     found: dict[str, Callable[[], list[mx.array]]] = {
         "rotation": lambda: list(ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))),
         "attend": lambda: [ops.attend_one(q, kv, new, seen, 0.125, 42)],
@@ -82,6 +81,9 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
             found[f"unpack {form}"] = lambda odd=odd: [ops.unpack(odd, dtype)]
             found[f"unpack_rows {form}"] = lambda odd=odd: [ops.unpack(odd, dtype, mx.array([[36, 0], [5, 5]]))]
     if dtype != mx.float32:
+        few, many = random(3, 1, 160), random(4, 5, 224)  # an odd number of steps; three tiles of rows, one not full
+        found["matmul"] = as_tiles(lambda: [ops.matmul(few, w[:, :160])])
+        found["matmul, 20 rows"] = as_tiles(lambda: [ops.matmul(many, w)])
         ragged = matrix("affine4", 37, 224, dtype)  # a block that ends early
         found["matvec affine4, ragged, tiles"] = as_tiles(lambda: [ops.matvec(x[..., :224], ragged)])
         both = [matrix("q4_k", rows - head_dim, columns, dtype), matrix("q6_k", head_dim, columns, dtype)]

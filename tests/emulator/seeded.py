@@ -58,9 +58,9 @@ EDITS = {
     "add_rms_norm: sums not stored": Edit(
         "add_rms_norm.metal", "store<T>(sums, row + i, values[p]);", "", UnwrittenOutput
     ),
-    "rope: second half not stored": Edit("rope.metal", "store<T>(out, at + uint(HALF), b);", "", UnwrittenOutput),
+    "rope: second half not stored": Edit("heads.h", "store_aligned<T>(q, to + uint(HALF), b);", "", UnwrittenOutput),
     "qkv_rope: v stored over k": Edit(
-        "qkv_rope.metal", "head - uint(HEADS))", "(head - uint(HEADS)) % uint(KV))", DataRace
+        "heads.h", "head - uint(HEADS))", "(head - uint(HEADS)) % uint(KV))", (DataRace, UnwrittenOutput)
     ),
     "rms_norm: sum starts from nothing": Edit("rms_norm.metal", "float sum = 0.0f;", "float sum;", UninitialisedRead),
     "rms_norm: partial sums that nobody wrote": Edit(
@@ -89,14 +89,20 @@ EDITS = {
     "rms_norm: only the first simdgroup's sum": Edit(
         "rms_norm.metal", "lane < uint(SIMDS) ? partial[lane]", "lane < 1u ? partial[lane]", WrongNumbers
     ),
-    "rope: turns the wrong way": Edit("rope.metal", "a.v[k] = turned;", "a.v[k] = -turned;", WrongNumbers),
+    "rope: turns the wrong way": Edit("heads.h", "a.v[k] = turned;", "a.v[k] = -turned;", WrongNumbers),
     "rope: pairs neighbours": Edit(
-        "rope.metal", "Pack<N> b = load<N>(x, at + uint(HALF));", "Pack<N> b = load<N>(x, at ^ 1u);", WrongNumbers
+        "heads.h",
+        "Pack<N> b = load_aligned<N, ALIGNED>(x, from + uint(HALF));",
+        "Pack<N> b = load_aligned<N, ALIGNED>(x, from ^ 1u);",
+        WrongNumbers,
     ),
-    "rope: the first sequence's offset for all": Edit("rope.metal", "? 0u : batch]", "? 0u : 0u]", WrongNumbers),
-    "qkv_rope: v turned too": Edit("qkv_rope.metal", "head < uint(HEADS + KV)", "head < uint(ALL)", WrongNumbers),
+    "rope: the first sequence's offset for all": Edit("heads.h", "? 0u : batch]", "? 0u : 0u]", WrongNumbers),
+    "qkv_rope: v turned too": Edit("heads.h", "head < uint(HEADS + KV)", "head < ALL", WrongNumbers),
     "qkv_rope: bias of the first head for all": Edit(
-        "qkv_rope.metal", "load<N>(bias, head * uint(2 * HALF) + column)", "load<N>(bias, column)", WrongNumbers
+        "heads.h",
+        "load_aligned<N, ALIGNED>(bias, head * uint(2 * HALF) + column);",
+        "load_aligned<N, ALIGNED>(bias, column);",
+        WrongNumbers,
     ),
     "swiglu: silu not rounded": Edit("swiglu.metal", "float(T(activated))", "activated", WrongNumbers),
     "rope: octants swapped wrongly": Edit(
@@ -107,15 +113,15 @@ EDITS = {
         "rope.metal", "left < uint(TOKENS) ? left : uint(TOKENS)", "uint(TOKENS)", OutOfBounds
     ),
     "rope: angles where they are not read": Edit(
-        "rope.metal", "table[slot<N, HALF>(i)]", "table[i]", (WrongNumbers, UninitialisedRead)
+        "heads.h", "table[slot<N, HALF>(i)]", "table[i]", (WrongNumbers, UninitialisedRead)
     ),
     "qkv_rope: one offset read for each sequence": Edit(
-        "qkv_rope.metal", "uint(offset_shape[0]) == 1u ? 0u : batch", "batch", OutOfBounds
+        "heads.h", "n_offsets == 1u ? 0u : batch", "batch", OutOfBounds
     ),
     "qkv_rope: the first half's bias for the second": Edit(
-        "qkv_rope.metal",
-        "load<N>(bias, head * uint(2 * HALF) + column + uint(HALF))",
-        "load<N>(bias, head * uint(2 * HALF) + column)",
+        "heads.h",
+        "load_aligned<N, ALIGNED>(bias, head * uint(2 * HALF) + column + uint(HALF))",
+        "load_aligned<N, ALIGNED>(bias, head * uint(2 * HALF) + column)",
         WrongNumbers,
     ),
     "rms_norm: eps added before the division": Edit(
@@ -147,13 +153,13 @@ def case_inputs() -> dict[str, Callable[[], list[mx.array]]]:
     def random(*shape: int, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
         return mx.random.normal(shape).astype(dtype)
 
-    # 1030 elements are more than one round of 512 packs of one; the last pack of a row is not a whole one of threads.
-    x, y, weight = random(2, 1030), random(2, 1030), random(1030)
+    # 2054 elements are more than one round of 1024 packs of two, and the last round is not full.
+    x, y, weight = random(2, 2054), random(2, 2054), random(2054)
     gate, up, gate_bias, up_bias = random(3, 70), random(3, 70), random(70), random(70)
     heads, qkv, bias = random(2, 3, 3, 16), random(2, 3, 4 * 16), random(4 * 16)
     offsets = mx.array([3, 70_000], mx.int32)
     # So many tokens share threadgroups, whose last one is not full; YaRN scales cosine and sine.
-    many, yarn = random(1, 1030, 1, 64), ops.Rotary.yarn(64, 1e4, 4.0, 2048)
+    many, wide, yarn = random(1, 1030, 1, 64), random(1, 2, 4 * 64), ops.Rotary.yarn(64, 1e4, 4.0, 2048)
     return {
         "rms_norm": lambda: [ops.rms_norm(x * 1e-3, weight, 1e-6), ops.rms_norm(x[:, :31], weight[:31], 1e-6)],
         "add_rms_norm": lambda: list(ops.add_rms_norm(x, y, weight, 1e-6)),
@@ -162,5 +168,6 @@ def case_inputs() -> dict[str, Callable[[], list[mx.array]]]:
         "qkv_rope": lambda: [
             *ops.qkv_rope(qkv, bias, offsets, rotary, 2, 1, join_kv=True),
             *ops.qkv_rope(qkv, bias, 7, rotary, 2, 1),
+            *ops.qkv_rope(wide, wide[0, 0], 7, yarn, 2, 1),
         ],
     }

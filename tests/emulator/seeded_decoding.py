@@ -109,6 +109,28 @@ EDITS: dict[str, tuple[str, Edit]] = {
         "attend",
         Edit("attend.h", "? end - uint(WINDOW) : 0u", "? end - uint(WINDOW) + 1u : 0u", WrongNumbers),
     ),
+    "matmul without its barrier": ("matmul", Edit("matmul.metal", BARRIER, "", RACE)),
+    "matmul: outputs beyond the last": ("matmul", Edit("matmul.metal", "if (column < uint(N)) {", "{", OutOfBounds)),
+    "matmul: rows beyond the last": (
+        "matmul",
+        Edit("matmul.h", "row = row < uint(COUNT) ? row : uint(COUNT - 1);", "", OutOfBounds),
+    ),
+    "matmul: steps beyond the last": (
+        "matmul",
+        Edit("matmul.h", "if (start + uint(d) < uint(K / 32)) {", "{", OutOfBounds),
+    ),
+    "matmul: a step's first half twice": (
+        "matmul, 20 rows",
+        Edit("matmul.h", "first[d].v[half_step * 2 + 1]", "first[d].v[half_step * 2]", WrongNumbers),
+    ),
+    "matmul: the first part's sum only": (
+        "matmul, 20 rows",
+        Edit("matmul.metal", "for (int s = 0; s < SPLIT; ++s) {", "for (int s = 0; s < 1; ++s) {", WrongNumbers),
+    ),
+    "matmul: results of the first tile for all": (
+        "matmul, 20 rows",
+        Edit("matmul.metal", "sums.tiles[tile].v[i]", "sums.tiles[0].v[i]", WrongNumbers),
+    ),
     "best_parts without its barrier": ("best_token", Edit("best_parts.metal", BARRIER, "", RACE)),
     "best_parts: the last part ends early": (
         "best_token",

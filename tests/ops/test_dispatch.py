@@ -159,6 +159,7 @@ def test_a_part_that_is_switched_off_launches_nothing(monkeypatch):
         ),
         "swiglu": lambda: (ops.swiglu(x(2, 8), x(2, 8)), ops.swiglu_joined(x(2, 16))),
         "best_token": lambda: ops.best_token(x(2, 8)),
+        "matmul": lambda: ops.matmul(x(2, 32, dtype=mx.bfloat16), x(8, 32, dtype=mx.bfloat16)),
     }
     assert {"step", *part_calls} == set(dispatch.PARTS)
     gpu = mx.Device(mx.gpu)
@@ -216,13 +217,26 @@ def test_every_kernel_of_a_decoding_step_compiles_as_cuda(dtype):
         assert ".local" not in ptx[0], name
 
 
-def test_odd_sizes_and_scaling_compile_as_cuda():
+def test_every_case_of_the_self_test_compiles_as_cuda():
+    launches = 0
+    for case in selftest.cases():
+        with compiled_kernels() as ptx, ops.no_grad():
+            case.compute()
+        launches += len(ptx)
+    assert launches > 300
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_odd_sizes_and_scaling_compile_as_cuda(dtype):
     with compiled_kernels() as ptx, ops.no_grad():
-        ops.rope(x(1, 3, 2, 64), 5, ops.Rotary.yarn(64, 1e6, 4.0, 32768))
-        ops.rms_norm(x(3, 897), x(897), 1e-6)
-        ops.swiglu(x(3, 7), x(3, 7))
-        ops.rope(x(1, 3, 2, 6), 5, ops.Rotary.plain(6, 1e6))
-    assert len(ptx) == 4
+        ops.rope(x(1, 3, 2, 64, dtype=dtype), 5, ops.Rotary.yarn(64, 1e6, 4.0, 32768))
+        ops.rms_norm(x(3, 897, dtype=dtype), x(897, dtype=dtype), 1e-6)
+        ops.swiglu(x(3, 7, dtype=dtype), x(3, 7, dtype=dtype))
+        for head_dim in (2, 4, 6, 80, 96):
+            rotary = ops.Rotary.plain(head_dim, 1e6)
+            ops.rope(x(1, 3, 2, head_dim, dtype=dtype), 5, rotary)
+            ops.qkv_rope(x(1, 3, 4 * head_dim, dtype=dtype), x(4 * head_dim, dtype=dtype), 5, rotary, 2, 1)
+    assert len(ptx) == 13
 
 
 def test_a_kernel_that_does_not_compile_fails_the_test_of_it(tmp_path, monkeypatch):

@@ -1,0 +1,67 @@
+"""Products of a dense matrix with a few vectors at once: a batch's tokens, or a draft's."""
+
+from __future__ import annotations
+
+from ..backend import mx
+from .dispatch import Kernel, described, differentiable, executor, require, require_float
+
+# cuBLAS's kernels are fast, but MLX looks for the right one and records its launch anew at every call, which takes the
+# CPU longer (23 us on an H200) than the GPU needs for few rows and a small matrix. On Apple's GPUs MLX has its own.
+ON = ("cuda",)
+MOST_ROWS, MOST_BYTES = 64, 64 << 20
+UNIT, STEP = 16, 32  # rows of the matrix a simdgroup multiplies at once, and elements of them
+
+_MATMUL = Kernel("matmul", ("x", "w"), ("out",), ("rows.h", "matmul.h"))
+
+
+def matmul(x: mx.array, w: mx.array) -> mx.array:
+    """x W^T.
+
+    x: (..., K), w: (N, K) of the same dtype; returns (..., N). Rounding: summed in float32, rounded once. Raises
+    ValueError if shapes or dtypes do not agree.
+    """
+    require_float("x", x)
+    require(
+        isinstance(w, mx.array) and w.ndim == 2 and x.ndim > 0 and w.dtype == x.dtype and w.shape[1] == x.shape[-1],
+        lambda: f"x {described(x)}, w {described(w)}, expected (..., K) and (N, K) of one dtype.",
+    )
+    return differentiable(_launch, _reference, x, w) if serves(x, w) else _reference(x, w)
+
+
+def _reference(x: mx.array, w: mx.array) -> mx.array:
+    y: mx.array = x @ w.T
+    return y
+
+
+def serves(x: mx.array, w: mx.array) -> bool:
+    """Whether the kernel computes this product."""
+    rows, (outputs, columns) = x.size // max(x.shape[-1], 1), w.shape
+    return (
+        executor("matmul") in ON
+        and x.dtype != mx.float32
+        and 1 < rows <= MOST_ROWS
+        and columns > 0
+        and columns % STEP == 0
+        and outputs > 0
+        and w.nbytes <= MOST_BYTES
+    )
+
+
+def _launch(x: mx.array, w: mx.array) -> mx.array:
+    outputs, columns = w.shape
+    count = x.size // columns
+    units, tiles = -(-outputs // UNIT), -(-count // 8)
+    # About 2000 simdgroups, at most 16 to a threadgroup, whose sums fit its memory (32 KiB).
+    split = max(1, min(round(2112 / units), 16, 64 // tiles, columns // STEP))
+    per_group = max(1, min(4, 64 // tiles) // split)
+    n_threads = 32 * split * per_group
+    template = (
+        ("K", columns),
+        ("N", outputs),
+        ("COUNT", count),
+        ("SPLIT", split),
+        ("DEPTH", 2),
+        ("THREADS", n_threads),
+    )
+    grid = (-(-units // per_group) * n_threads, 1, 1)
+    return _MATMUL([x, w], template, grid, (n_threads, 1, 1), [(*x.shape[:-1], outputs)])[0]

@@ -1,0 +1,115 @@
+"""Products of few rows with a dense matrix, against float64."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_mlx import ops
+
+from ..emulator.decoding_calls import tiles
+
+MODULE = sys.modules["qwen_mlx.ops.matmul"]
+ULP = {mx.float16: 2**-10, mx.bfloat16: 2**-7}
+
+
+@pytest.fixture(autouse=True)
+def on_every_executor() -> Iterator[None]:
+    with tiles():
+        yield
+
+
+def random(*shape: int, dtype: mx.Dtype, seed: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def wide(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32), np.float64)
+
+
+def assert_right(x: mx.array, w: mx.array, y: mx.array) -> None:
+    """Half an ulp for the rounding, and float32's error of the sum (Higham 2002, section 3.1, with 64 terms)."""
+    exact, size = wide(x) @ wide(w).T, np.abs(wide(x)) @ np.abs(wide(w)).T
+    assert y.shape == exact.shape
+    assert y.dtype == x.dtype
+    assert (np.abs(wide(y) - exact) <= np.abs(exact) * ULP[x.dtype] / 2 * 1.001 + 64 * 2**-24 * size).all()
+
+
+@pytest.mark.parametrize("dtype", ULP, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "outputs"), [((2, 1, 896), 40), ((9, 64), 16), ((4, 8, 160), 37), ((33, 96), 1), ((64, 1, 512), 24)]
+)
+def test_products(executor: str, shape: tuple[int, ...], outputs: int, dtype: mx.Dtype):
+    x, w = random(*shape, dtype=dtype, seed=1), random(outputs, shape[-1], dtype=dtype, seed=2)
+    assert (executor == "emulated") == MODULE.serves(x, w)
+    with ops.no_grad():
+        assert_right(x, w, ops.matmul(x, w))
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(2, 64), outputs=st.integers(1, 50), steps=st.integers(1, 9), cut=st.booleans())
+def test_products_of_any_size(rows: int, outputs: int, steps: int, cut: bool):
+    from reference.emulator import emulate
+
+    x = random(rows, 32 * steps, dtype=mx.bfloat16, seed=rows)
+    w = random(outputs + cut, 32 * steps, dtype=mx.bfloat16, seed=outputs)[int(cut) :]  # a slice of an array
+    with emulate(), ops.no_grad():
+        assert MODULE.serves(x, w)
+        assert_right(x, w, ops.matmul(x, w))
+
+
+def test_a_row_that_is_not_finite_stays_alone(executor: str):
+    x = random(3, 64, dtype=mx.bfloat16, seed=3)
+    x[1, 5] = float("inf")
+    w = mx.abs(random(20, 64, dtype=mx.bfloat16, seed=4)) + 1
+    y = ops.matmul(x, w)
+    assert mx.isfinite(y[0::2]).all()
+    assert mx.isposinf(y[1]).all()
+
+
+def test_gradients(executor: str):
+    x, w = random(3, 64, dtype=mx.float16, seed=5), random(7, 64, dtype=mx.float16, seed=6)
+    got = mx.grad(lambda x, w: (ops.matmul(x, w) ** 2).sum(), argnums=(0, 1))(x, w)
+    want = mx.grad(lambda x, w: ((x @ w.T) ** 2).sum(), argnums=(0, 1))(x, w)
+    for a, b in zip(got, want):
+        assert np.abs(wide(a) - wide(b)).max() <= 4 * ULP[mx.float16] * np.abs(wide(b)).max()
+
+
+@pytest.mark.parametrize(
+    ("x", "w"),
+    [
+        (mx.zeros((1, 64), mx.bfloat16), mx.zeros((8, 64), mx.bfloat16)),  # one row is matvec's
+        (mx.zeros((65, 64), mx.bfloat16), mx.zeros((8, 64), mx.bfloat16)),
+        (mx.zeros((2, 48), mx.bfloat16), mx.zeros((8, 48), mx.bfloat16)),
+        (mx.zeros((2, 64)), mx.zeros((8, 64))),
+        (mx.zeros((2, 8192), mx.bfloat16), mx.zeros((4097, 8192), mx.bfloat16)),  # 64 MiB and a row
+        (mx.zeros((2, 0), mx.bfloat16), mx.zeros((8, 0), mx.bfloat16)),
+        (mx.zeros((2, 64), mx.bfloat16), mx.zeros((0, 64), mx.bfloat16)),
+        (mx.zeros((0, 64), mx.bfloat16), mx.zeros((8, 64), mx.bfloat16)),
+    ],
+)
+def test_what_the_kernel_does_not_serve_is_mlx_own_product(x: mx.array, w: mx.array):
+    with ops.forced("cuda"):  # there is none here: a launch would raise
+        assert ops.matmul(x, w).tolist() == (x @ w.T).tolist()
+
+
+@pytest.mark.parametrize(
+    ("x", "w"),
+    [
+        (mx.zeros((2, 64)), mx.zeros((8, 32))),
+        (mx.zeros((2, 64)), mx.zeros((8, 64), mx.float16)),
+        (mx.zeros((2, 64)), mx.zeros((64,))),
+        (mx.array(1.0), mx.zeros((8, 64))),
+        (mx.zeros((2, 64)), None),
+        (mx.zeros((2, 64), mx.int32), mx.zeros((8, 64), mx.int32)),
+    ],
+)
+def test_wrong_arguments_are_refused(x: mx.array, w: mx.array):
+    with pytest.raises(ValueError, match=r"^x has shape .*expected"):
+        ops.matmul(x, w)
