@@ -244,11 +244,12 @@ def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype) -> Tuning:
     them at once; a long row is shared by simdgroups."""
     form = parts[0].format
     if tiled(parts, dtype):
-        # About 2000 simdgroups, each with as many of a row's blocks, and at most eight to a threadgroup.
+        # About 2000 simdgroups, each with as many of a row's blocks, and four to eight to a threadgroup.
         blocks = -(-form.columns // {"affine": 8 * form.group_size, "q4_k": 256, "q6_k": 128}[form.kind])
         rounds = max(1, round(blocks * form.rows / TILE_ROWS / 2000), -(-blocks // 8))
         split = -(-blocks // min(rounds, blocks))
-        return Tuning(TILE_ROWS, split, 1, 32 * split * max(1, 4 // split), groups=1 << 20)
+        per_group = 6 if name == "matvec_swiglu" and split == 1 else max(1, 4 // split)
+        return Tuning(TILE_ROWS, split, 1, 32 * split * per_group, groups=1 << 20)
     if form.kind == "dense":
         if name == "matvec":
             split = 8 if form.columns >= 16384 else 2 if form.columns >= 4096 else 1

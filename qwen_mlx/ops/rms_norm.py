@@ -107,5 +107,5 @@ def _launch(kernel: Kernel, inputs: tuple[mx.array, ...], eps: float) -> list[mx
 @functools.lru_cache(maxsize=64)
 def _plan(width: int, dtype: mx.Dtype, eps: float) -> tuple[tuple[tuple[str, int], ...], int]:
     pack = pack_size(width, dtype)
-    n_threads = threads(max(-(-width // pack), 1), 512)
+    n_threads = threads(max(-(-width // pack), 1), 1024)
     return (("D", width), ("N", pack), ("THREADS", n_threads), ("EPS", float_bits(eps))), n_threads
