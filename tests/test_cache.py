@@ -245,8 +245,9 @@ def test_memory_of_a_chunk_does_not_follow_the_context():
     cache.update(mx.repeat(long, 16384, axis=1))
     mx.eval(q, kv, cache.arrays)
     mx.reset_peak_memory()
+    before = mx.get_active_memory()  # other tests' models among it
     mx.eval(ops.attention(q, *cache.state, SCALE, "causal"))
-    assert mx.get_peak_memory() < 300e6
+    assert mx.get_peak_memory() - before < 100e6  # 56 MB; 258 where slices do not wait for each other
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..backend import mx
 from .exponential import exp
 
-SCORES = 1 << 20  # scores at a time on the CPU, where they are written out: 100 MB at any context, and no slower
+SCORES = 1 << 20  # scores at a time on the CPU, where they are written out, a few slices at once, and no slower
 
 
 def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
@@ -27,6 +27,8 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     out = []
     for start in range(0, length, rows):
         part = q[:, start : start + rows]
+        if out:  # one slice after the other: MLX would make room for many at once
+            part = mx.depends([part], [out[-1]])[0]
         if isinstance(mask, str):  # what comes after the last of these queries is not even read
             end = seen - length + start + part.shape[1]
             out.append(_grouped(part, keys[:, :, :end], values[:, :, :end], scale, mask))
