@@ -24,7 +24,7 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     rows, seen = max(1, SCORES // (batch * n_heads * keys.shape[2])), keys.shape[2]
     if length <= rows:
         return _grouped(q, keys, values, scale, mask)
-    out = []
+    out: list[mx.array] = []
     for start in range(0, length, rows):
         part = q[:, start : start + rows]
         if out:  # one slice after the other: MLX would make room for many at once
