@@ -3,8 +3,10 @@
 Decode is one token, prefill `--tokens`. A measurement evaluates many calls on rotating inputs at once and takes the
 median of several. Decode counts building the graph as well, in Python ("eager") and replayed by mx.compile
 ("compiled"): there the GPU waits for the CPU. "gpu" is the sum of what the GPU's own clock says of each kernel, where
-PyTorch with CUDA is there to read it. Prefill counts evaluation only. Bandwidth counts every input and output byte once
-and is given as a share of a measured copy (negating 256 MiB). Exit status 2 without a GPU.
+PyTorch with CUDA is there to read it. Prefill counts evaluation only, and on the GPU's clock one call after another:
+MLX lets independent kernels overlap. Bandwidth counts every input and output byte once, by the GPU's clock where it can
+be read, and is given as a share of a measured copy (negating 256 MiB) and of a copy of as many bytes. Exit status 2
+without a GPU.
 """
 
 from __future__ import annotations
@@ -166,15 +168,15 @@ def time_calls(function: Callable[..., object], inputs: Sequence[Arrays], calls:
     return statistics.median(times)
 
 
-def copy_bandwidth(repeats: int = 7) -> float:
-    """Bytes per second, read plus written, of negating 256 MiB."""
-    inputs = inputs_for([(2**26,)], mx.float32, 4)
+def copy_seconds(size: int, repeats: int = 7) -> float:
+    """Seconds to negate `size` bytes, of which as many are read as written, by the GPU's clock where it can be read."""
+    inputs = inputs_for([(size // 4,)], mx.float32, max(2, min(8, 2**30 // size)))
     time_calls(mx.negative, inputs, 16, 3, "evaluation")  # allocates what the outputs need
-    return 2 * inputs[0][0].nbytes / time_calls(mx.negative, inputs, 16, repeats, "evaluation")
+    return gpu_time(mx.negative, inputs, apart=True) or time_calls(mx.negative, inputs, 16, repeats, "evaluation")
 
 
-def gpu_time(function: Callable[..., object], inputs: Sequence[Arrays]) -> float | None:
-    """Seconds of GPU time a call, from CUPTI through PyTorch's profiler; None without it."""
+def gpu_time(function: Callable[..., object], inputs: Sequence[Arrays], apart: bool = False) -> float | None:
+    """Seconds of GPU time a call, from CUPTI through PyTorch's profiler; None without it. apart: none overlap."""
     try:
         import torch
         from torch.profiler import ProfilerActivity, profile
@@ -184,9 +186,11 @@ def gpu_time(function: Callable[..., object], inputs: Sequence[Arrays]) -> float
         return None
     torch.cuda.init()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        mx.eval([function(*arguments) for arguments in inputs])
+        for some in [[arguments] for arguments in inputs] * 5 if apart else [inputs]:
+            mx.eval([function(*arguments) for arguments in some])
         mx.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / len(inputs) or None
+    calls = len(inputs) * (5 if apart else 1)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / calls or None
 
 
 def measure(tokens: int, dtype: mx.Dtype, copy: float, repeats: int) -> Iterator[dict[str, object]]:
@@ -204,12 +208,14 @@ def measure(tokens: int, dtype: mx.Dtype, copy: float, repeats: int) -> Iterator
                 time_calls(function, inputs, calls, repeats, mode) for function in (subject.fused, subject.unfused)
             )
             row |= {f"{mode}_us": fused * 1e6, f"{mode}_mlx_us": unfused * 1e6, f"{mode}_ratio": unfused / fused}
-        fused_gpu, unfused_gpu = (gpu_time(function, inputs) for function in (subject.fused, subject.unfused))
+        fused_gpu, unfused_gpu = (gpu_time(f, inputs, apart=not decode) for f in (subject.fused, subject.unfused))
         if fused_gpu and unfused_gpu:
             row |= {"gpu_us": fused_gpu * 1e6, "gpu_mlx_us": unfused_gpu * 1e6, "gpu_ratio": unfused_gpu / fused_gpu}
         if not decode:
-            row["gb_s"] = subject.bytes_moved / fused / 1e9
-            row["share_of_copy"] = subject.bytes_moved / fused / copy
+            seconds = fused_gpu or fused
+            row["gb_s"] = subject.bytes_moved / seconds / 1e9
+            row["share_of_copy"] = subject.bytes_moved / seconds / copy
+            row["share_of_equal_copy"] = copy_seconds(subject.bytes_moved // 2) / seconds
         yield row
 
 
@@ -222,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if ops.executor() == "reference":
         print(f"No kernel to time: {ops.explain()}", file=sys.stderr)
         return 2
-    copy = copy_bandwidth()
+    copy = 2**29 / copy_seconds(2**28)
     print(f"{describe()}, MLX {mx.__version__}, bfloat16; copy: {copy / 1e9:.0f} GB/s")
     rows = []
     with ops.no_grad():

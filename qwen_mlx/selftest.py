@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -317,8 +318,9 @@ def run(selected: Sequence[Case]) -> list[dict[str, Any]]:
             row["ulp"] = case.error(case.compute())
             row["mlx_ulp"] = None if case.peer is None else case.error(case.peer())
             row["ok"] = row["ulp"] <= LIMIT
-        except Exception as error:  # a kernel that does not compile is a result too
-            row.update(ulp=None, mlx_ulp=None, ok=False, error=f"{type(error).__name__}: {error}")
+        except Exception as error:  # a kernel that does not compile is a result too; where this package lies is not
+            text = f"{type(error).__name__}: {error}".replace(f"{Path(__file__).parent.parent}{os.sep}", "")
+            row.update(ulp=None, mlx_ulp=None, ok=False, error=text)
         rows.append(row)
     return rows
 

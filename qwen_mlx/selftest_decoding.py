@@ -18,7 +18,7 @@ Call = Callable[[], list[mx.array]]
 
 
 def matrix(form: str, rows: int, columns: int, dtype: mx.Dtype) -> Matrix:
-    """A random matrix of one of FORMATS whose elements are about 0.05."""
+    """A random matrix of one of FORMATS whose elements are about 0.05; "affine4/64" has groups of 64, not of 32."""
     rng = np.random.default_rng(rows)
     if form in ("q4_k", "q6_k"):
         size, scale_at = {"q4_k": (144, 0), "q6_k": (210, 208)}[form]
@@ -30,8 +30,8 @@ def matrix(form: str, rows: int, columns: int, dtype: mx.Dtype) -> Matrix:
     w = mx.array((rng.standard_normal((rows, columns)) * 0.05).astype(np.float32)).astype(dtype)
     if form == "dense":
         return Matrix(Format("dense", rows, columns), (w,))
-    bits = int(form[-1])
-    return Matrix(Format("affine", rows, columns, bits, 32), mx.quantize(w, group_size=32, bits=bits))
+    bits, group = int(form[6]), int(form[8:] or 32)
+    return Matrix(Format("affine", rows, columns, bits, group), mx.quantize(w, group_size=group, bits=bits))
 
 
 def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
@@ -62,8 +62,15 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
             yield f"unpack {form}", lambda: [ops.unpack(m, dtype)]
             yield f"unpack_rows {form}", lambda: [ops.unpack(m, dtype, mx.array([[rows - 1, 0], [5, 5]]))]
 
+    def long_rows(form: str, columns: int) -> tuple[str, Call]:
+        m, wide = matrix(form, 33, columns, dtype), random(1, 1, columns)
+        return f"matvec {form}, rows of {columns}", lambda: [ops.matvec(wide, m)]
+
     for form in FORMATS:
         yield from products(form)
+    for form in ("affine4", "affine4/64", "affine4/128", "q4_k", "q6_k"):
+        yield long_rows(form, 4864)
+    yield long_rows("affine4/64", 448)  # an odd number of groups, and a stage that ends early
     few, many, w = random(2, 1, hidden), random(33, 1, hidden), matrix("dense", rows, hidden, dtype).arrays[0]
     if dtype != mx.float32:  # which is MLX's own product, in TF32 on NVIDIA
         yield "matmul, 2 rows", lambda: [ops.matmul(few, w)]

@@ -1,76 +1,108 @@
-// MLX's affine packing with 4 bits for tiles.h; the layout is affine.h's.
-template <int K, int GROUP>
-FUNCTION constexpr int tile_count(Affine) {
-  return (K + 8 * GROUP - 1) / (8 * GROUP);
+// MLX's affine packing with 4 bits for tiles.h; the layout is affine.h's. A word is 8 codes; its first and fifth become a pair.
+FUNCTION constexpr int staged_element(Tiles<Affine>, int k) {
+  return k % 2 * 4 + k / 2;
 }
 
-// 8 groups: in each of GROUP / 16 steps four lanes have 32 codes of each row.
-template <int GROUP, typename Scale>
-struct AffineTile {
-  Words<4> codes[2 * (GROUP / 16)];
-  Scale scales[4];
-  Scale biases[4];
-};
-
-template <int GROUP, int K, bool ALIGNED, typename W, typename S, typename B>
-FUNCTION auto load_tile(Affine, Rows<2> rows, uint block, uint lane, W w, S scales, B biases)
-    -> AffineTile<GROUP, decltype(value_of(scales[0]))> {
-  AffineTile<GROUP, decltype(value_of(scales[0]))> found;
+FUNCTION Words<4> paired(Affine, Words<4> words) {
+  Words<4> pairs;
   UNROLL
-  for (int r = 0; r < 2; ++r) {
-    UNROLL
-    for (int s = 0; s < GROUP / 16; ++s) {
-      // Beyond the row's end the vector is 0, whatever the codes.
-      uint chunk = (block * uint(GROUP / 16) + uint(s)) * 4u + lane % 4u;
-      chunk = chunk < uint(K / 32) ? chunk : 0u;
-      found.codes[r * (GROUP / 16) + s] = load_words<4, ALIGNED>(w, (rows.v[r] * uint(K / 32) + chunk) * 4u);
-    }
-    UNROLL
-    for (int c = 0; c < 2; ++c) {
-      uint group = block * 8u + lane % 4u * 2u + uint(c);
-      group = rows.v[r] * uint(K / GROUP) + (group < uint(K / GROUP) ? group : 0u);
-      found.scales[r * 2 + c] = scales[group];
-      found.biases[r * 2 + c] = biases[group];
-    }
+  for (int i = 0; i < 2; ++i) {
+    pairs.v[i * 2] = lower_halves(words.v[i], words.v[i + 2]);
+    pairs.v[i * 2 + 1] = upper_halves(words.v[i], words.v[i + 2]);
   }
-  return found;
+  return pairs;
 }
 
-template <typename T, bool STAGED, int GROUP, int K, bool ALIGNED, typename Scale, typename X>
-FUNCTION Pack<2> add_tile(Affine, AffineTile<GROUP, Scale> found, uint block, X x, uint lane, Pack<2> sums) {
-  constexpr int STEPS = GROUP / 16;
-  TileSums tile = no_sums();
-  if (!STAGED) {  // the codes are asked for first, whatever the compiler prefers
-    metal::simdgroup_barrier(metal::mem_flags::mem_none);
-  }
-  UNROLL
-  for (int s = 0; s < STEPS; ++s) {
-    const uint from = ((block * uint(STEPS) + uint(s)) * 4u + lane % 4u) * 32u;
-    const bool mine = from < uint(K) && from / uint(GROUP) % 8u == lane / 4u;
-    Words<4> xs[4];
-    if (!STAGED) {  // far away: all are asked for before the first is used
-      UNROLL
-      for (int i = 0; i < 4; ++i) {
-        xs[i] = vector_part<4, T, STAGED, ALIGNED>(x, from + uint(i * 8), mine);
-      }
+// Copies a stage's scales of each row, or biases, two at a time, PAIRS lanes a row.
+template <int GROUP, int K, bool ALIGNED, typename Ring, typename S>
+FUNCTION void start_pair(Ring ring, uint at, S scales, uint row, uint group) {
+  constexpr uint GROUPS = uint(K / GROUP);
+  if (GROUPS % 2u == 0u) {  // beyond the row's end the vector is 0: any scale will do
+    start_copy<2, ALIGNED>(ring, at, scales, row * GROUPS + (group < GROUPS ? group : 0u));
+  } else {
+    UNROLL
+    for (uint c = 0u; c < 2u; ++c) {
+      put_element(ring, at, c, scales, row * GROUPS + (group + c < GROUPS ? group + c : 0u));
     }
+  }
+}
+
+// After 512 words of codes: scales, then biases, (16, 256 / GROUP) each.
+template <int GROUP, int K, int TOTAL, bool ALIGNED, typename Lines, typename Ring, typename W, typename S, typename B>
+FUNCTION void start_codes(Affine, Lines rows, uint stage, Ring ring, uint at, uint lane, W w, S scales, B biases) {
+  constexpr uint PAIR = uint(sizeof(scales[0]) / 2);
+  constexpr uint PAIRS = uint(128 / GROUP);
+  start_pieces<K / 8, ALIGNED>(rows, stage * 32u, uint(K / 32) - stage * 8u, ring, at, lane, w);
+  UNROLL
+  for (uint i = 0u; i < PAIRS * 16u; i += 16u) {
+    const uint n = i + lane % 16u;
+    const uint row = rows.row(n / PAIRS);
+    const uint group = (stage * PAIRS + n % PAIRS) * 2u;
+    const uint to = at + 512u + n * PAIR;
+    if (lane < 16u) {
+      start_pair<GROUP, K, ALIGNED>(ring, to, scales, row, group);
+    } else {
+      start_pair<GROUP, K, ALIGNED>(ring, to + PAIRS * 16u * PAIR, biases, row, group);
+    }
+  }
+}
+
+template <typename T, bool STAGED, int GROUP, int K, typename Lines, typename X, typename Sums, typename Ring, typename W, typename S,
+          typename B>
+FUNCTION Pack<2> add_stage(Affine, Lines, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane, Pack<2> sums, W,
+                           S scales, B) {
+  typedef decltype(value_of(scales[0])) Scale;
+  constexpr uint PAIR = uint(sizeof(scales[0]) / 2);
+  constexpr uint PAIRS = uint(128 / GROUP);
+  const uint g = lane / 4u;
+  const uint t = lane % 4u;
+  Pack<4> dots = four_zeros();
+  Pack<4> totals = four_zeros();
+  UNROLL
+  for (uint s = 0u; s < 2u; ++s) {
+    const uint from = stage * 256u + s * 128u + t * 32u;
+    const bool mine = from < uint(K) && from % 256u / uint(GROUP) == g;
+    const Words<4> first = load_words<4, true>(ring, at + piece_word(g, s * 4u + t));
+    const Words<4> second = load_words<4, true>(ring, at + piece_word(g + 8u, s * 4u + t));
     UNROLL
     for (int i = 0; i < 4; ++i) {
-      if (STAGED) {
-        xs[i] = vector_part<4, T, STAGED, ALIGNED>(x, from + uint(i * 8), mine);
+      const Words<4> xs = eight_pairs<T, STAGED>(Affine(), x, ring, vector_at, from + uint(i * 8), mine);
+      const uint a = first.v[i];
+      const uint b = second.v[i];
+      UNROLL
+      for (int half_i = 0; half_i < 2; ++half_i) {
+        Words<2> column;
+        column.v[0] = xs.v[half_i * 2];
+        column.v[1] = xs.v[half_i * 2 + 1];
+        dots = dots_added<T>(dots, two_codes<T>(a, half_i * 8), two_codes<T>(a, half_i * 8 + 4), two_codes<T>(b, half_i * 8),
+                             two_codes<T>(b, half_i * 8 + 4), column, lane);
+        if (!STAGED) {
+          totals = totals_added<T>(totals, column, lane);
+        }
       }
-      const uint a = found.codes[s].v[i];
-      const uint b = found.codes[STEPS + s].v[i];
-      tile = tile_added<T>(tile, two_codes<T>(a, 0), two_codes<T>(a, 4), two_codes<T>(b, 0), two_codes<T>(b, 4),
-                           lower_halves(xs[i].v[0], xs[i].v[2]), upper_halves(xs[i].v[0], xs[i].v[2]), lane);
-      tile = tile_added<T>(tile, two_codes<T>(a, 8), two_codes<T>(a, 12), two_codes<T>(b, 8), two_codes<T>(b, 12),
-                           lower_halves(xs[i].v[1], xs[i].v[3]), upper_halves(xs[i].v[1], xs[i].v[3]), lane);
+    }
+  }
+  if (STAGED) {
+    UNROLL
+    for (uint c = 0u; c < 2u; ++c) {
+      const uint from = stage * 16u + (t * 2u + c) * uint(GROUP / 16);
+      const bool there = t < PAIRS && from * 16u < uint(K);
+      UNROLL
+      for (uint k = 0u; k < uint(GROUP / 16); ++k) {
+        totals.v[c] += there ? sixteens[from + k] : 0.0f;
+      }
+      totals.v[c + 2u] = totals.v[c];
     }
   }
   UNROLL
-  for (int i = 0; i < 4; ++i) {
-    sums.v[i / 2] =
-        scaled_sum<T>(sums.v[i / 2], tile.dots.v[i], tile.totals.v[i], float(found.scales[i]), float(found.biases[i]));
+  for (uint r = 0u; r < 2u; ++r) {
+    UNROLL
+    for (uint c = 0u; c < 2u; ++c) {  // of the columns without a group both sums are 0
+      const uint from = at + 512u + ((g + r * 8u) * PAIRS + t % PAIRS) * PAIR;
+      const float scale = Number<Scale>::at(ring, from, c);
+      const float bias = Number<Scale>::at(ring, from + PAIRS * 16u * PAIR, c);
+      sums.v[r] = scaled_sum<T>(sums.v[r], dots.v[r * 2u + c], totals.v[r * 2u + c], scale, bias);
+    }
   }
   return sums;
 }

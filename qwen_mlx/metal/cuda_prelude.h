@@ -239,6 +239,49 @@ FUNCTION Words<N> load_halves(const T* from, uint index) {
   return words;
 }
 
+// Element k of those from word `at` of threadgroup memory on.
+template <typename T>
+FUNCTION void put_element(uint* ring, uint at, uint k, const T* from, uint index) {
+  reinterpret_cast<T*>(ring + at)[k] = from[index];
+}
+
+// Starts to copy N elements of 2 or 4 bytes to word `at` of threadgroup memory; 4 bytes or more lie at multiples of their size
+// if ALIGNED, else they are copied at once.
+template <int N, bool ALIGNED, typename T>
+FUNCTION void start_copy(uint* ring, uint at, const T* from, uint index) {
+  constexpr int BYTES = N * sizeof(T);
+  if (ALIGNED) {
+    const uint to = static_cast<uint>(__cvta_generic_to_shared(ring + at));
+    if (BYTES == 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from + index) : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from + index), "n"(BYTES == 8 ? 8 : 4) : "memory");
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      put_element(ring, at, k, from, index + k);
+    }
+  }
+}
+
+FUNCTION void end_batch() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int N>
+FUNCTION void wait_for_batches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Element i of the Ts from word `at` on.
+template <typename T>
+struct Number {
+  static FUNCTION float at(const uint* ring, uint from, uint i) {
+    return float(reinterpret_cast<const T*>(ring + from)[i]);
+  }
+};
+
 // One instruction each, which the compiler does not find by itself.
 FUNCTION uint lower_halves(uint a, uint b) {
   return __byte_perm(a, b, 0x5410);

@@ -1,6 +1,20 @@
-// out = T(weight * T(x / sqrt(mean(x^2) + eps))) for a whole threadgroup, at place_of; ends with a barrier.
-template <typename T, int K, int THREADS, typename X, typename Weight, typename Out, typename Partial>
-FUNCTION void norm_row(X x, Weight weight, Out out, Partial partial, float eps, uint id, uint lane, uint simd) {
+// Which of 8 elements lies at place k of a normed vector.
+template <typename Format>
+FUNCTION constexpr int staged_element(Format, int k) {
+  return k;
+}
+
+// Whether a format needs the sums of each 16 elements of the normed vector (tile_sums.h).
+template <typename Format>
+FUNCTION constexpr bool needs_sums(Format) {
+  return false;
+}
+
+// out = T(weight * T(x / sqrt(mean(x^2) + eps))) for a whole threadgroup, at place_of and in the format's order; sixteens: the
+// sums of each 16 elements of out, if the format needs them. Ends with a barrier.
+template <typename T, int K, int THREADS, typename Format, typename X, typename Weight, typename Out, typename Sums,
+          typename Partial>
+FUNCTION void norm_row(Format, X x, Weight weight, Out out, Sums sixteens, Partial partial, float eps, uint id, uint lane, uint simd) {
   constexpr int N = 16 / sizeof(T);
   constexpr int PACKS = (K / N + THREADS - 1) / THREADS;
   Pack<N> values[PACKS];
@@ -35,13 +49,28 @@ FUNCTION void norm_row(X x, Weight weight, Out out, Partial partial, float eps, 
   UNROLL
   for (int p = 0; p < PACKS; ++p) {
     const uint i = (id + uint(p * THREADS)) * uint(N);
+    Pack<N> normed;
     if (i < uint(K)) {
-      Pack<N> normed;
       UNROLL
       for (int k = 0; k < N; ++k) {
-        normed.v[k] = scaled_by<T>(values[p].v[k], scale, factors[p].v[k]);
+        const int from = staged_element(Format(), k) % N;
+        normed.v[k] = scaled_by<T>(values[p].v[from], scale, factors[p].v[from]);
       }
+      normed = rounded<T>(normed);
       store<T>(out, place_of<T, true>(i), normed);
+    }
+    if (needs_sums(Format())) {
+      float both = 0.0f;
+      if (i < uint(K)) {
+        UNROLL
+        for (int k = 0; k < N; ++k) {
+          both += normed.v[k];
+        }
+      }
+      both += metal::simd_shuffle_xor(both, ushort(1));
+      if (i < uint(K) && lane % 2u == 0u) {
+        sixteens[i / 16u] = both;
+      }
     }
   }
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
@@ -109,11 +138,17 @@ FUNCTION UnitSums met(Partial partial, uint lane, uint simd) {
   return sums;
 }
 
-// The products of a unit's rows with x; rows_of says which. With SPLIT above 1 all threads of the threadgroup have to come
+// Starts to read a unit's rows, for formats that can (tile_sums.h); ring: RING words of threadgroup memory for each of DEPTH
+// steps, of this simdgroup alone.
+template <bool STAGED, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, int RING, typename X, typename Ring,
+          typename Format, typename... Arrays>
+FUNCTION void start_unit(Format, X, uint, Ring, uint, uint, Arrays...) {}
+
+// The products of a unit's rows, which start_unit was called for, with x; rows_of says which. With SPLIT above 1 all threads of the threadgroup have to come
 // here.
-template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, typename X,
-          typename Partial, typename Format, typename W, typename... Rest>
-FUNCTION UnitSums unit_sums(Format format, X x, uint unit, Partial partial, uint lane, uint simd, W w, Rest... rest) {
+template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, int RING,
+          typename X, typename Sums, typename Ring, typename Partial, typename Format, typename W, typename... Rest>
+FUNCTION UnitSums unit_sums(Format format, X x, Sums, uint unit, Ring, Partial partial, uint lane, uint simd, W w, Rest... rest) {
   const Rows<R> rows = rows_of<R, WIDTH, COUNT>(unit);
   const uint first = simd % uint(SPLIT) * uint(SIMD_WIDTH) + lane;
   constexpr int STEP = SIMD_WIDTH * SPLIT;

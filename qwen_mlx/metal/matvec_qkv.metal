@@ -3,12 +3,14 @@
 // eps, of the norm; table (HALF, 4) of rotation.metal; place (2) int32: the position, and how many tokens lie before the
 // tail. q (HEADS, 2 HALF), T. new_tail (2 KV, TAIL, 2 HALF), T: tail, k and v put at place[0] - place[1]. A unit is R / 2
 // pairs of elements HALF apart.
-// Template: T, K, HEADS, KV, HALF, TAIL, R, SPLIT, DEPTH, THREADS, GROUPS threadgroups that multiply and COPIERS that
+// Template: T, K, HEADS, KV, HALF, TAIL, R, SPLIT, DEPTH, RING, THREADS, GROUPS threadgroups that multiply and COPIERS that
 // copy the tail meanwhile, EPS, BITS, GROUP, PAIRS1; where there is a second matrix BITS2, GROUP2, and SPLIT is 1: a
 // threadgroup's units may belong to both.
 constexpr int PAIRS = (HEADS + 2 * KV) * HALF;
 constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
 threadgroup float partial[THREADS / SIMD_WIDTH * R];
+threadgroup Staged<uint> ring[RING == 0 ? 1 : THREADS / SIMD_WIDTH * RING * DEPTH / 4];
+threadgroup float sixteens[needs_sums(FORMAT()) ? K / 16 : 1];
 threadgroup Staged<T> normed[(K * sizeof(T) + 127) / 128 * 9];
 
 const uint id = thread_position_in_threadgroup.x;
@@ -26,7 +28,8 @@ if (group >= uint(GROUPS)) {
   }
 } else {
   uint unit = group * uint(UNITS) + simd / uint(SPLIT);
-  norm_row<T, K, THREADS>(x, weight, &normed[0].v[0], partial, float_of_bits(EPS), id, lane, simd);
+  const auto own = &ring[RING == 0 ? 0u : simd * uint(RING * DEPTH / 4)].v[0];
+  const auto vector = &normed[0].v[0];
   // As many rounds for each unit: unit_sums may have barriers.
   for (int round = 0; round * GROUPS * UNITS * (R / 2) < PAIRS; ++round) {
     const uint pair = unit * uint(R / 2) + lane;
@@ -38,17 +41,29 @@ if (group >= uint(GROUPS)) {
     const float low_bias = float(bias[at]);
     const float high_bias = float(bias[at + uint(HALF)]);
     const Pack<4> turn = load<4>(table, 4u * i);
-    UnitSums sums;
 #ifdef MATRIX2
     constexpr uint UNITS1 = uint(PAIRS1 / (R / 2));
     if (unit >= UNITS1) {
-      sums = unit_sums<T, true, BITS2, GROUP2, K, R, HALF, PAIRS - PAIRS1, SPLIT, DEPTH>(
-          FORMAT2(), &normed[0].v[0], unit - UNITS1, partial, lane, simd, MATRIX2);
+      start_unit<true, GROUP2, K, R, HALF, PAIRS - PAIRS1, SPLIT, DEPTH, RING>(FORMAT2(), vector, unit - UNITS1, own, lane, simd,
+                                                                              MATRIX2);
     } else
 #endif
     {
-      sums = unit_sums<T, true, BITS, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH>(FORMAT(), &normed[0].v[0], unit, partial, lane,
-                                                                              simd, MATRIX);
+      start_unit<true, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH, RING>(FORMAT(), vector, unit, own, lane, simd, MATRIX);
+    }
+    if (round == 0) {
+      norm_row<T, K, THREADS>(FORMAT(), x, weight, vector, &sixteens[0], partial, float_of_bits(EPS), id, lane, simd);
+    }
+    UnitSums sums;
+#ifdef MATRIX2
+    if (unit >= UNITS1) {
+      sums = unit_sums<T, true, BITS2, GROUP2, K, R, HALF, PAIRS - PAIRS1, SPLIT, DEPTH, RING>(
+          FORMAT2(), vector, &sixteens[0], unit - UNITS1, own, partial, lane, simd, MATRIX2);
+    } else
+#endif
+    {
+      sums = unit_sums<T, true, BITS, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH, RING>(FORMAT(), vector, &sixteens[0], unit, own, partial,
+                                                                                    lane, simd, MATRIX);
     }
     if (mine) {
       float a = float(T(float(T(sums.first)) + low_bias));

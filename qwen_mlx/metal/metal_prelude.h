@@ -87,6 +87,50 @@ FUNCTION Words<N> load_halves(Pointer from, uint index) {
   return words;
 }
 
+FUNCTION uint word_bits(uint x) {
+  return x;
+}
+FUNCTION uint word_bits(float x) {
+  return as_type<uint>(x);
+}
+FUNCTION uint word_bits(half x) {
+  return uint(as_type<ushort>(x));
+}
+FUNCTION uint word_bits(bfloat16_t x) {
+  return uint(as_type<ushort>(x));
+}
+
+// Starts to copy N elements of 2 or 4 bytes to word `at` of threadgroup memory, where 4 bytes or more lie at multiples of
+// their size if ALIGNED. They are there for this thread after end_batch and wait_for_batches, for its simdgroup after a barrier.
+template <int N, bool ALIGNED, typename Ring, typename Pointer>
+FUNCTION void start_copy(Ring ring, uint at, Pointer from, uint index) {
+  constexpr int PER = int(4 / sizeof(from[0]));
+  for (int i = 0; i < N; i += PER) {
+    uint word = 0u;
+    for (int k = 0; k < PER && i + k < N; ++k) {
+      word |= word_bits(from[index + uint(i + k)]) << uint(16 * k);
+    }
+    ring[at + uint(i / PER)] = word;
+  }
+}
+
+// Element k of those from word `at` on; the first of a word before the second.
+template <typename Ring, typename Pointer>
+FUNCTION void put_element(Ring ring, uint at, uint k, Pointer from, uint index) {
+  const uint bits = word_bits(from[index]);
+  if (sizeof(from[0]) == 4) {
+    ring[at + k] = bits;
+  } else {
+    ring[at + k / 2u] = k % 2u == 0u ? bits : ring[at + k / 2u] | (bits << 16);
+  }
+}
+
+FUNCTION void end_batch() {}
+
+// Until no more than the N newest batches are under way.
+template <int N>
+FUNCTION void wait_for_batches() {}
+
 // The lower halves of two words, or their upper halves.
 FUNCTION uint lower_halves(uint a, uint b) {
   return (a & 0xffffu) | (b << 16);
@@ -100,6 +144,22 @@ template <typename T>
 FUNCTION float float_of(uint word, bool upper) {
   return float(as_type<T>(ushort(upper ? word >> 16 : word & 0xffffu)));
 }
+
+// Element i of the Ts from word `at` on.
+template <typename T>
+struct Number {
+  template <typename Ring>
+  static FUNCTION float at(Ring ring, uint from, uint i) {
+    return float_of<T>(ring[from + i / 2u], i % 2u == 1u);
+  }
+};
+template <>
+struct Number<float> {
+  template <typename Ring>
+  static FUNCTION float at(Ring ring, uint from, uint i) {
+    return as_type<float>(ring[from + i]);
+  }
+};
 
 // sum + rows times columns for tiles of 16-bit numbers; see tiles.h for who holds what. The meaning of NVIDIA's
 // instruction, written for the emulator: on Apple's GPUs rows.h's way is chosen.

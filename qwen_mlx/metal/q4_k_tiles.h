@@ -1,58 +1,74 @@
-// Q4_K for tiles.h; the layout is q4_k.h's.
-template <int K, int GROUP>
-FUNCTION constexpr int tile_count(Q4K) {
-  return K / 256;
+// Q4_K for tiles.h; the layout is q4_k.h's. A stage is a block: 128 bytes of codes, of which each 32 are two groups, in the low
+// and in the high halves. A word's first byte and its third become a pair.
+FUNCTION constexpr int staged_element(Tiles<Q4K>, int k) {
+  return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;
 }
 
-// A block: in each of two steps four lanes have 16 bytes of codes of each row.
-struct Q4KTile {
-  Words<4> heads[2];
-  Words<4> codes[4];
-};
-
-template <int GROUP, int K, bool ALIGNED, typename W>
-FUNCTION Q4KTile load_tile(Q4K, Rows<2> rows, uint block, uint lane, W w) {
-  Q4KTile found;
+FUNCTION Words<4> paired(Q4K, Words<4> words) {
+  Words<4> pairs;
   UNROLL
-  for (int r = 0; r < 2; ++r) {
-    const uint at = (rows.v[r] * uint(K / 256) + block) * 36u;
-    found.heads[r] = load_words<4, ALIGNED>(w, at);
-    found.codes[r * 2] = load_words<4, ALIGNED>(w, at + 4u + lane % 4u * 4u);
-    found.codes[r * 2 + 1] = load_words<4, ALIGNED>(w, at + 20u + lane % 4u * 4u);
+  for (int i = 0; i < 4; i += 2) {
+    pairs.v[i] = lower_halves(words.v[i], words.v[i + 1]);
+    pairs.v[i + 1] = upper_halves(words.v[i], words.v[i + 1]);
   }
-  return found;
+  return pairs;
 }
 
-template <typename T, bool STAGED, int GROUP, int K, bool ALIGNED, typename X>
-FUNCTION Pack<2> add_tile(Q4K, Q4KTile found, uint block, X x, uint lane, Pack<2> sums) {
-  TileSums tile = no_sums();
-  metal::simdgroup_barrier(metal::mem_flags::mem_none);  // the codes are asked for first, whatever the compiler prefers
+// After 512 words of codes: the first four words of each row's block.
+template <int GROUP, int K, int TOTAL, bool ALIGNED, typename Lines, typename Ring, typename W>
+FUNCTION void start_codes(Q4K, Lines rows, uint stage, Ring ring, uint at, uint lane, W w) {
+  constexpr int WIDTH = K / 256 * 36;
+  start_pieces<WIDTH, ALIGNED>(rows, stage * 36u + 4u, 8u, ring, at, lane, w);
+  if (lane < 16u) {
+    start_copy<4, ALIGNED>(ring, at + 512u + lane * 4u, w, rows.row(lane) * uint(WIDTH) + stage * 36u);
+  }
+}
+
+template <typename T, bool STAGED, int GROUP, int K, typename Lines, typename X, typename Sums, typename Ring, typename W>
+FUNCTION Pack<2> add_stage(Q4K, Lines, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane, Pack<2> sums, W) {
+  const uint g = lane / 4u;
+  const uint t = lane % 4u;
+  const uint from = stage * 256u + g * 32u + t % 2u * 16u;  // the lane's elements of its column's group
+  // Each half of the codes has all columns' products; only those of its own groups, every second column, are used.
+  Pack<4> low = four_zeros();
+  Pack<4> high = four_zeros();
+  Pack<4> totals = four_zeros();
   UNROLL
-  for (int s = 0; s < 2; ++s) {
-    const uint pair = uint(s) * 2u + lane % 4u / 2u;  // of groups
-    const uint from = block * 256u + pair * 64u + lane % 2u * 16u;
-    Words<2> xs[8];  // all asked for before the first is used
+  for (uint s = 0u; s < 2u; ++s) {
+    const bool mine = g / 2u == s * 2u + t / 2u;
+    const Words<4> first = load_words<4, true>(ring, at + piece_word(g, s * 4u + t));
+    const Words<4> second = load_words<4, true>(ring, at + piece_word(g + 8u, s * 4u + t));
     UNROLL
-    for (int i = 0; i < 8; ++i) {
-      xs[i] = vector_part<2, T, STAGED, ALIGNED>(x, from + uint(i / 2 * 4 + i % 2 * 32), pair * 2u + uint(i % 2) == lane / 4u);
-    }
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint a = found.codes[s].v[i];
-      const uint b = found.codes[2 + s].v[i];
+    for (int i = 0; i < 4; i += 2) {
+      const Words<4> xs = eight_pairs<T, STAGED>(Q4K(), x, ring, vector_at, from + uint(i * 4), mine);
       UNROLL
-      for (int high = 0; high < 2; ++high) {
-        const Words<2> part = xs[i * 2 + high];
-        tile = tile_added<T>(tile, two_codes<T>(a, high * 4), two_codes<T>(a, high * 4 + 8), two_codes<T>(b, high * 4),
-                             two_codes<T>(b, high * 4 + 8), lower_halves(part.v[0], part.v[1]),
-                             upper_halves(part.v[0], part.v[1]), lane);
+      for (int k = 0; k < 2; ++k) {
+        const uint a = first.v[i + k];
+        const uint b = second.v[i + k];
+        Words<2> column;
+        column.v[0] = xs.v[k * 2];
+        column.v[1] = xs.v[k * 2 + 1];
+        low = dots_added<T>(low, two_codes<T>(a, 0), two_codes<T>(a, 8), two_codes<T>(b, 0), two_codes<T>(b, 8), column, lane);
+        high = dots_added<T>(high, two_codes<T>(a, 4), two_codes<T>(a, 12), two_codes<T>(b, 4), two_codes<T>(b, 12), column,
+                             lane);
+        if (!STAGED) {
+          totals = totals_added<T>(totals, column, lane);
+        }
       }
     }
   }
+  if (STAGED) {
+    const uint at_group = stage * 16u + t * 4u;
+    totals.v[0] = totals.v[2] = sixteens[at_group] + sixteens[at_group + 1u];
+    totals.v[1] = totals.v[3] = sixteens[at_group + 2u] + sixteens[at_group + 3u];
+  }
   UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const Q4KGroup values = q4_k_group(found.heads[i / 2], lane % 4u * 2u + uint(i % 2));
-    sums.v[i / 2] = scaled_sum<T>(sums.v[i / 2], tile.dots.v[i], tile.totals.v[i], values.scale, -values.minimum);
+  for (int r = 0; r < 2; ++r) {
+    const Words<4> head = load_words<4, true>(ring, at + 512u + (g + uint(r) * 8u) * 4u);
+    const Q4KGroup even = q4_k_group(head, t * 2u);
+    const Q4KGroup odd = q4_k_group(head, t * 2u + 1u);
+    sums.v[r] = scaled_sum<T>(sums.v[r], low.v[r * 2], totals.v[r * 2], even.scale, -even.minimum);
+    sums.v[r] = scaled_sum<T>(sums.v[r], high.v[r * 2 + 1], totals.v[r * 2 + 1], odd.scale, -odd.minimum);
   }
   return sums;
 }

@@ -3,8 +3,9 @@
 // of its elements' group and is 0 in the others, so that a tile's sums stay apart by group until they are multiplied by its
 // scale. Codes become T's bits in one logic instruction for two of them; that is a third of the instructions of rows.h's way.
 //
-// A format has, for `Tiles` of it: `tile_count`, how many blocks of 8 groups a row has; `load_tile`, this lane's part of one;
-// `add_tile`, its products.
+// A format has, for `Tiles` of it: `start_codes`, which starts to copy a stage (tile_sums.h); `add_stage`, its products.
+#define VECTOR_WORDS 128  // of a stage
+
 template <typename Format>
 struct Tiles {};
 
@@ -26,40 +27,32 @@ struct CodeBits {
   }
 };
 
-// A tile's sums so far, for rows g and g + 8 and columns 2 t and 2 t + 1; and the vector's own sums in these columns.
-struct TileSums {
-  Pack<4> dots, totals;
-};
-
-FUNCTION TileSums no_sums() {
-  TileSums sums;
+FUNCTION Pack<4> four_zeros() {
+  Pack<4> zeros;
   UNROLL
   for (int i = 0; i < 4; ++i) {
-    sums.dots.v[i] = 0.0f;
-    sums.totals.v[i] = 0.0f;
+    zeros.v[i] = 0.0f;
   }
-  return sums;
+  return zeros;
 }
 
-// Adds a tile: first and second: two pairs of codes of row g, then of row g + 8; low, high: the same pairs of the vector.
+// Adds the products of a tile: two pairs of codes of row g, then of row g + 8, with the same pairs of the vector.
 template <typename T>
-FUNCTION TileSums tile_added(TileSums sums, uint first_low, uint first_high, uint second_low, uint second_high, uint low,
-                             uint high, uint lane) {
+FUNCTION Pack<4> dots_added(Pack<4> sums, uint first_low, uint first_high, uint second_low, uint second_high,
+                            Words<2> column, uint lane) {
   Words<4> rows;
   rows.v[0] = first_low;
   rows.v[1] = second_low;
   rows.v[2] = first_high;
   rows.v[3] = second_high;
-  Words<2> column;
-  column.v[0] = low;
-  column.v[1] = high;
-  sums.dots = tile_product<T>(sums.dots, rows, column, lane);
-  UNROLL
-  for (int i = 0; i < 4; ++i) {
-    rows.v[i] = CodeBits<T>::ones();
-  }
-  sums.totals = tile_product<T>(sums.totals, rows, column, lane);
-  return sums;
+  return tile_product<T>(sums, rows, column, lane);
+}
+
+// Adds the vector's own sums in the columns.
+template <typename T>
+FUNCTION Pack<4> totals_added(Pack<4> sums, Words<2> column, uint lane) {
+  const uint one = CodeBits<T>::ones();
+  return dots_added<T>(sums, one, one, one, one, column, lane);
 }
 
 // Two codes of 4 bits, `shift` bits up in each half of a word.
@@ -68,16 +61,39 @@ FUNCTION uint two_codes(uint word, int shift) {
   return masked_or(word >> uint(shift), 0x000f000fu, CodeBits<T>::bits());
 }
 
-// 2 N elements of the vector from element i on where `wanted`, else zeros; they lie within 16 bytes.
-template <int N, typename T, bool STAGED, bool ALIGNED, typename X>
-FUNCTION Words<N> vector_part(X x, uint i, bool wanted) {
-  Words<N> words;
+// Word of a ring where piece `piece` (0 to 7, of 16 bytes) of a stage's row `row` lies: rows take turns, so that lanes of two
+// rows use different banks of the threadgroup memory.
+FUNCTION uint piece_word(uint row, uint piece) {
+  return (row * 8u + (piece ^ (row % 2u * 4u))) * 4u;
+}
+
+// Starts to copy 128 bytes of each of a stage's rows, which the array has WIDTH words apart; `from` is where a row's begin.
+// Of a stage that the row's end cuts short only `pieces` of them are there: the rest meets zeros of the vector.
+template <int WIDTH, bool ALIGNED, typename Lines, typename Ring, typename W>
+FUNCTION void start_pieces(Lines rows, uint from, uint pieces, Ring ring, uint at, uint lane, W w) {
+  const uint piece = lane % 8u;
   UNROLL
-  for (int k = 0; k < N; ++k) {
+  for (int i = 0; i < 4; ++i) {
+    const uint row = uint(i * 4) + lane / 8u;
+    const uint read = piece < pieces ? piece : 0u;
+    start_copy<4, ALIGNED>(ring, at + piece_word(row, piece), w, rows.row(row) * uint(WIDTH) + from + read * 4u);
+  }
+}
+
+// Eight elements of the vector as pairs in the order of the codes, where `wanted`, else zeros. Element i of the vector, and
+// element i % 256 of the stage's part of it at `vector_at`; staged in threadgroup memory they lie in this order (norm_row).
+template <typename T, bool STAGED, typename Format, typename X, typename Ring>
+FUNCTION Words<4> eight_pairs(Format format, X x, Ring ring, uint vector_at, uint i, bool wanted) {
+  Words<4> words;
+  UNROLL
+  for (int k = 0; k < 4; ++k) {
     words.v[k] = 0u;
   }
-  if (wanted) {
-    words = load_halves<N, ALIGNED>(x, place_of<T, STAGED>(i / 8u * 8u) + i % 8u);
+  if (STAGED && wanted) {
+    words = load_halves<4, true>(x, place_of<T, true>(i));
+  }
+  if (!STAGED && wanted) {
+    words = paired(format, load_words<4, true>(ring, vector_at + i % 256u / 2u));
   }
   return words;
 }

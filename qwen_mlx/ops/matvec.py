@@ -25,16 +25,22 @@ TILED_ON = ("cuda",)
 TILE_ROWS = 16
 
 
+# Bytes of threadgroup memory: what a CUDA kernel can declare, and Apple's limit.
+THREADGROUP_MEMORY = {"cuda": 48 << 10, "metal": 32 << 10}
+
+
 @dataclass(frozen=True)
 class Tuning:
-    """How work is cut: `rows` a unit, `split` simdgroups a unit, `depth` chunks a lane loads at once, `threads` a
-    threadgroup, and at most `groups` threadgroups, which take several units in turn where there are more."""
+    """How work is cut: `rows` a unit, `split` simdgroups a unit, `depth` chunks a lane loads at once (tiles: stages
+    that there is room for), `threads` a threadgroup, and at most `groups` threadgroups, which take several units in
+    turn where there are more. ring: words that a stage of a simdgroup takes in threadgroup memory."""
 
     rows: int
     split: int
     depth: int
     threads: int = 256
     groups: int = 1056
+    ring: int = 0
 
 
 _ROTATION = Kernel("rotation", ("turns", "place"), ("out", "here"), ("rotary.h",))
@@ -80,7 +86,7 @@ def matvec(
     if not _on_kernel(x, matrix, norm):
         y = matvec_reference(x, matrix, norm)
         return y if residual is None else y + residual.reshape(y.shape)
-    tuning = _tuning("matvec", [matrix], x.dtype)
+    tuning = _tuning("matvec", [matrix], x.dtype, norm is not None)
     template = (("ROWS", rows), ("NORM", norm is not None), ("ADD", residual is not None))
     units = -(-rows // tuning.rows)
     return _launch("matvec", x, [matrix], norm, (residual,), template, tuning, units, [(1, 1, rows)])[0]
@@ -95,7 +101,7 @@ def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> 
     require(matrix.format.rows % 2 == 0, lambda: f"matrix has {matrix.format.rows} rows, expected gate's and up's.")
     if not _on_kernel(x, matrix, norm):
         return swiglu_joined_reference(matvec_reference(x, matrix, norm))
-    tuning = _tuning("matvec_swiglu", [matrix], x.dtype)
+    tuning = _tuning("matvec_swiglu", [matrix], x.dtype, True)
     width = matrix.format.rows // 2
     units = -(-width // (tuning.rows // 2))
     return _launch("matvec_swiglu", x, [matrix], norm, (), (("F", width),), tuning, units, [(1, 1, width)])[0]
@@ -139,7 +145,7 @@ def matvec_qkv(
     require_like("bias", bias, (rows,), x.dtype)
     require_place(place)
     shape = (1, n_heads, 1, 2 * half)
-    tuning = _tuning("matvec_qkv", parts, x.dtype)
+    tuning = _tuning("matvec_qkv", parts, x.dtype, True)
     if len(parts) > 1 and tuning.split > 1:  # all units of a threadgroup must be of one matrix
         tuning = replace(tuning, threads=32 * tuning.split)
     if not all(_on_kernel(x, part, norm) for part in parts) or half % (tuning.rows // 2):
@@ -232,24 +238,21 @@ def _on_kernel(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None)
 def tiled(parts: Sequence[Matrix], dtype: mx.Dtype) -> bool:
     """Whether the products of these matrices with a vector of `dtype` are made as tiles."""
     forms = [part.format for part in parts]
+    in_one_order = all((f.kind in RAW) == (forms[0].kind in RAW) for f in forms)  # see the kernels' staged_element
     return (
-        executor("matvec") in TILED_ON
+        in_one_order
+        and executor("matvec") in TILED_ON
         and dtype != mx.float32
         and all(f.kind in RAW or (f.kind == "affine" and f.bits == 4 and f.columns % f.group_size == 0) for f in forms)
     )
 
 
-def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype) -> Tuning:
+def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype, normed: bool) -> Tuning:
     """Measured on an H200 (benchmarks/results/matvec_h200.json): packed rows share the vector's elements, so more of
     them at once; a long row is shared by simdgroups."""
     form = parts[0].format
     if tiled(parts, dtype):
-        # About 2000 simdgroups, each with as many of a row's blocks, and four to eight to a threadgroup.
-        blocks = -(-form.columns // {"affine": 8 * form.group_size, "q4_k": 256, "q6_k": 128}[form.kind])
-        rounds = max(1, round(blocks * form.rows / TILE_ROWS / 2000), -(-blocks // 8))
-        split = -(-blocks // min(rounds, blocks))
-        per_group = 6 if name == "matvec_swiglu" and split == 1 else max(1, 4 // split)
-        return Tuning(TILE_ROWS, split, 1, 32 * split * per_group, groups=1 << 20)
+        return _tile_tuning(name, parts, normed)
     if form.kind == "dense":
         if name == "matvec":
             split = 8 if form.columns >= 16384 else 2 if form.columns >= 4096 else 1
@@ -259,6 +262,28 @@ def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype) -> Tuning:
     if name == "matvec_swiglu":
         return Tuning(4, 1, 1, groups=396)
     return Tuning(2, 4 if form.columns >= 8192 else 1, 1)
+
+
+def _tile_tuning(name: str, parts: Sequence[Matrix], normed: bool) -> Tuning:
+    """About 2000 simdgroups, each with as many of a row's stages, and up to eight to a threadgroup, which norm the
+    vector together, as far as there is room. A third stage under way made nothing faster."""
+    form = parts[0].format
+    stages = -(-form.columns // 256)
+    rounds = max(1, round(stages * form.rows / TILE_ROWS / 2000), -(-stages // 8))
+    split = -(-stages // min(rounds, stages))
+    ring, depth = max(map(_stage_words, parts)) + (0 if normed else 128), 2
+    # Besides: the vector with its gaps, sums of each 16 of its elements, and what the simdgroups' sums meet in.
+    room = THREADGROUP_MEMORY[executor("matvec")] - (form.columns * 5 // 2 if normed else 0) - 1024
+    most = max(1, room // (4 * ring * depth))
+    split = min(split, most)
+    units = 1 if split > 2 else min(most // split, 6 if name == "matvec_swiglu" and split == 1 else 4 // split)
+    return Tuning(TILE_ROWS, split, depth, 32 * split * units, groups=1 << 20, ring=ring)
+
+
+def _stage_words(matrix: Matrix) -> int:
+    """Words of codes and scales that a simdgroup copies in a stage; see the formats' headers for tiles."""
+    form = matrix.format
+    return {"q4_k": 576, "q6_k": 848}.get(form.kind) or 512 + 8 * (256 // form.group_size) * matrix.arrays[1].dtype.size
 
 
 def _launch(
@@ -278,7 +303,7 @@ def _launch(
     groups = -(-groups // -(-groups // tuning.groups))  # as many rounds for each
     template = (
         *template,
-        *(("K", x.size), ("R", tuning.rows), ("SPLIT", tuning.split), ("DEPTH", tuning.depth)),
+        *(("K", x.size), ("R", tuning.rows), ("SPLIT", tuning.split), ("DEPTH", tuning.depth), ("RING", tuning.ring)),
         *(("THREADS", tuning.threads), ("GROUPS", groups), ("EPS", float_bits(eps))),
     )
     for part, number in zip(parts, ("", "2")):

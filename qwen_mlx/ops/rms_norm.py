@@ -21,7 +21,7 @@ from .dispatch import (
 MAX_WIDTH = 16384  # a row stays in the registers of one threadgroup
 
 _RMS_NORM = Kernel("rms_norm", ("x", "weight"), ("out",), ("rms.h",))
-_ADD_RMS_NORM = Kernel("add_rms_norm", ("x", "residual", "weight"), ("sums", "out"), ("rms.h",))
+_ADD_RMS_NORM = Kernel("add_rms_norm", ("x", "residual", "weight"), ("sums", "out"), ("rms.h", "add_rms.h"))
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:

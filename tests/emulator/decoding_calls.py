@@ -86,6 +86,9 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
         found["matmul, 20 rows"] = as_tiles(lambda: [ops.matmul(many, w)])
         ragged = matrix("affine4", 37, 224, dtype)  # a block that ends early
         found["matvec affine4, ragged, tiles"] = as_tiles(lambda: [ops.matvec(x[..., :224], ragged)])
+        for form in TILED:  # two stages a simdgroup, and a vector that is not normed there
+            tall = matrix(form, 21, 4096, dtype)
+            found[f"matvec {form}, long, tiles"] = as_tiles(lambda tall=tall: [ops.matvec(wide[..., :4096], tall)])
         both = [matrix("q4_k", rows - head_dim, columns, dtype), matrix("q6_k", head_dim, columns, dtype)]
         call = lambda: list(ops.matvec_qkv(x, both, bias, (weight, EPS), table, tail, place, heads))  # noqa: E731
         found["matvec_qkv q4_k and q6_k, tiles"] = as_tiles(call)

@@ -39,7 +39,7 @@ class WrongNumbers(Exception):
 
 EDITS = {
     "rms_norm without its barrier": Edit("rms_norm.metal", BARRIER, "", RACE),
-    "add_rms_norm without its barrier": Edit("add_rms_norm.metal", BARRIER, "", RACE),
+    "add_rms_norm without its barrier": Edit("add_rms.h", BARRIER, "", RACE),
     "rope without its barrier": Edit("rope.metal", BARRIER, "", RACE),
     "qkv_rope without its barrier": Edit("qkv_rope.metal", BARRIER, "", RACE),
     "rms_norm: barrier for no memory": Edit(
@@ -56,7 +56,7 @@ EDITS = {
         "rms_norm.metal", "store<T>(out, row + i,", "store<T>(out, row + i + 1u,", OutOfBounds
     ),
     "add_rms_norm: sums not stored": Edit(
-        "add_rms_norm.metal", "store<T>(sums, row + i, values[p]);", "", UnwrittenOutput
+        "add_rms.h", "store_aligned<T>(sums, row + i, values[p]);", "", UnwrittenOutput
     ),
     "rope: second half not stored": Edit("heads.h", "store_aligned<T>(q, to + uint(HALF), b);", "", UnwrittenOutput),
     "qkv_rope: v stored over k": Edit(
@@ -128,9 +128,9 @@ EDITS = {
         "rms.h", "const float x = mean + eps;", "const float x = (sum + eps) / count;", WrongNumbers
     ),
     "add_rms_norm: sums not rounded": Edit(
-        "add_rms_norm.metal",
-        "float(T(values[p].v[k] + more.v[k]))",
-        "values[p].v[k] + more.v[k]",
+        "add_rms.h",
+        "float(T(values[p].v[k] + more[p].v[k]))",
+        "values[p].v[k] + more[p].v[k]",
         WrongNumbers,
     ),
     "swiglu: sum with the bias not rounded": Edit(

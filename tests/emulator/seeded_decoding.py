@@ -75,19 +75,48 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "tiles: the vector in the columns of all groups": (
         "matvec affine4, tiles",
-        Edit("affine_tiles.h", " && from / uint(GROUP) % 8u == lane / 4u", "", WrongNumbers),
+        Edit("affine_tiles.h", " && from % 256u / uint(GROUP) == g", "", WrongNumbers),
     ),
     "tiles: the vector read beyond its end": (
         "matvec affine4, ragged, tiles",
-        Edit("affine_tiles.h", "from < uint(K) && ", "", OutOfBounds),
+        Edit("affine_tiles.h", "from < uint(K) && ", "", (OutOfBounds, UninitialisedRead)),
     ),
     "tiles: codes read beyond the matrix": (
         "matvec affine4, ragged, tiles",
-        Edit("affine_tiles.h", "chunk = chunk < uint(K / 32) ? chunk : 0u;", "", OutOfBounds),
+        Edit("tiles.h", "piece < pieces ? piece : 0u", "piece", OutOfBounds),
     ),
     "tiles: sums of half of the lanes": (
         "matvec affine4, ragged, tiles",
         Edit("tile_sums.h", "sums.v[r] += metal::simd_shuffle_xor(sums.v[r], ushort(2));", "", WrongNumbers),
+    ),
+    "tiles: a stage read before all lanes have copied it": (
+        "matvec q4_k, long, tiles",
+        Edit(
+            "tile_sums.h",
+            "metal::simdgroup_barrier(metal::mem_flags::mem_threadgroup);\n    start_stage",
+            "start_stage",
+            RACE,
+        ),
+    ),
+    "tiles: a ring of one stage": (
+        "matvec q6_k, long, tiles",
+        Edit("tile_sums.h", "n % uint(DEPTH) * uint(RING);\n  if", "0u;\n  if", RACE),
+    ),
+    "tiles: rows do not take turns when they are read": (
+        "matvec affine4, tiles",
+        Edit("affine_tiles.h", "piece_word(g, s * 4u + t)", "(g * 8u + s * 4u + t) * 4u", WrongNumbers),
+    ),
+    "tiles: the vector staged in its own order": (
+        "matvec q4_k, tiles",
+        Edit("q4_k_tiles.h", "return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;", "return k;", WrongNumbers),
+    ),
+    "tiles: a neighbour's sums of the vector": (
+        "matvec q6_k, tiles",
+        Edit("q6_k_tiles.h", "h * 8u + t * 2u]", "t * 2u]", WrongNumbers),
+    ),
+    "tiles: scales of the first rows for the others": (
+        "matvec affine4, tiles",
+        Edit("affine_tiles.h", "((g + r * 8u) * PAIRS", "(g * PAIRS", WrongNumbers),
     ),
     "tiles: 128 not taken away": (
         "matvec_swiglu q4_k, tiles",
@@ -95,11 +124,11 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "Q4_K tiles: low codes for high ones": (
         "matvec q4_k, tiles",
-        Edit("q4_k_tiles.h", "two_codes<T>(a, high * 4), ", "two_codes<T>(a, 0), ", WrongNumbers),
+        Edit("q4_k_tiles.h", "two_codes<T>(a, 4), ", "two_codes<T>(a, 0), ", WrongNumbers),
     ),
     "Q6_K tiles: the first lanes' high bits for all": (
         "matvec q6_k, tiles",
-        Edit("q6_k_tiles.h", "found.high[0].v[i] >> (t / 2u * 2u)", "found.high[0].v[i]", WrongNumbers),
+        Edit("q6_k_tiles.h", "first_top.v[i + k] >> (t / 2u * 2u)", "first_top.v[i + k]", WrongNumbers),
     ),
     "matvec_qkv: units of two matrices in one threadgroup": (
         "matvec_qkv q4_k and q6_k, tiles",

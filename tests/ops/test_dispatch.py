@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from qwen_mlx import ops, selftest, selftest_decoding
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.ops import dispatch
 
-from ..emulator.decoding_calls import calls
+from ..emulator.decoding_calls import TILED, calls
 from .nvrtc import compiled_kernels
 
 ROTARY = ops.Rotary.plain(8, 1e4)
@@ -215,6 +217,19 @@ def test_every_kernel_of_a_decoding_step_compiles_as_cuda(dtype):
         # Attention of a long context and the likeliest token join their parts in a launch of its own.
         assert len(ptx) == (2 if name in ("attend_split", "attend_split rows", "best_token") else 1), name
         assert ".local" not in ptx[0], name
+
+
+@pytest.mark.parametrize("form", TILED)
+def test_tiles_wait_for_what_they_copy(form):
+    """The emulator copies at once: that a stage is waited for shows in the instructions only, and on a GPU."""
+    with compiled_kernels() as ptx, ops.no_grad():
+        calls(mx.bfloat16)[f"matvec {form}, long, tiles"]()
+    kinds = {"cp.async.commit": "end", "cp.async.wait_group 0": "wait", "bar.warp": "barrier", "mma": "product"}
+    lines = [line.strip() for line in ptx[-1].splitlines()]
+    order = " ".join(kind for line in lines for start, kind in kinds.items() if line.startswith(start))
+    # Twice: where the arrays lie at 16 bytes, and where not.
+    assert re.fullmatch(r"barrier( end)+( wait barrier end( product)+){2}", order), order
+    assert any(line.startswith("cp.async.cg") for line in lines)
 
 
 def test_every_case_of_the_self_test_compiles_as_cuda():

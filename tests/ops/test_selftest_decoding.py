@@ -9,14 +9,26 @@ from qwen_mlx import ops, selftest
 from qwen_mlx.selftest_decoding import FORMATS
 from reference.emulator import emulate
 
+from ..emulator.decoding_calls import tiles
+
 
 def test_every_case_is_within_its_limit():
     with emulate(), ops.no_grad():
         rows = selftest.run(list(selftest.decoding_cases(mx.float16, small=True)))
     for row in rows:
         assert row["ok"], row
-    # Products; five formats unpacked; the rotation, attention of four kinds, the likeliest token.
-    assert len(rows) == 4 * len(FORMATS) + 2 * 5 + 8
+    # Products; five formats unpacked; long rows; the rotation, attention of four kinds, the likeliest token.
+    assert len(rows) == 4 * len(FORMATS) + 2 * 5 + 6 + 8
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_long_rows_as_tiles(dtype):
+    """As NVIDIA's GPUs compute them: several stages a simdgroup, all sizes of groups, a stage that ends early."""
+    with emulate(checked=False), tiles():
+        rows = selftest.run([c for c in selftest.decoding_cases(dtype, small=True) if ", rows of" in c.name])
+    assert len(rows) == 6
+    for row in rows:
+        assert row["ok"], row
 
 
 @pytest.mark.parametrize("break_it", ["element", "nan", "shape", "dtype", "number"])
