@@ -23,7 +23,7 @@ typedef int int32_t;
 typedef unsigned int uint32_t;
 struct Shape { int32_t sizes[10]; __device__ int32_t operator[](int i) const { return sizes[i]; } };
 namespace mlx::core::cu {  // where a kernel's body stands: it hides a name of ours
-template <int N, typename T> __device__ bool is_aligned(T* x) { return reinterpret_cast<size_t>(x) % (N * sizeof(T)) == 0; }
+template <int N, typename T> __device__ bool is_aligned(T* x);
 }
 """
 TYPES = {
