@@ -13,24 +13,22 @@ const uint simd = simdgroup_index_in_threadgroup;
 const auto own = &ring[RING == 0 ? 0u : simd * uint(RING * DEPTH / 4)].v[0];
 uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
 const auto vector = &normed[0].v[0];
+if (NORM) {
+  start_unit<true, GROUP, K, R, 0, ROWS, SPLIT, DEPTH, RING>(FORMAT(), vector, unit, own, lane, simd, MATRIX);
+  norm_row<T, K, THREADS>(FORMAT(), x, weight, vector, &sixteens[0], partial, float_of_bits(EPS), id, lane, simd);
+} else {
+  start_unit<false, GROUP, K, R, 0, ROWS, SPLIT, DEPTH, RING>(FORMAT(), x, unit, own, lane, simd, MATRIX);
+}
+static_assert(RING == 0 || GROUPS * UNITS * R >= ROWS, "what is started before the norm is the only round");
 // As many rounds for each unit: unit_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * R < ROWS; ++round) {
   const uint row = unit * uint(R) + lane;
   const bool mine = simd % uint(SPLIT) == 0u && lane < uint(R) && row < uint(ROWS);
   const float before = ADD && mine ? float(residual[row]) : 0.0f;
-  UnitSums sums;
-  if (NORM) {
-    start_unit<true, GROUP, K, R, 0, ROWS, SPLIT, DEPTH, RING>(FORMAT(), vector, unit, own, lane, simd, MATRIX);
-    if (round == 0) {
-      norm_row<T, K, THREADS>(FORMAT(), x, weight, vector, &sixteens[0], partial, float_of_bits(EPS), id, lane, simd);
-    }
-    sums = unit_sums<T, true, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH, RING>(FORMAT(), vector, &sixteens[0], unit, own, partial, lane, simd,
-                                                                              MATRIX);
-  } else {
-    start_unit<false, GROUP, K, R, 0, ROWS, SPLIT, DEPTH, RING>(FORMAT(), x, unit, own, lane, simd, MATRIX);
-    sums = unit_sums<T, false, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH, RING>(FORMAT(), x, &sixteens[0], unit, own, partial, lane, simd,
-                                                                               MATRIX);
-  }
+  const UnitSums sums = NORM ? unit_sums<T, true, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH, RING>(
+                                   FORMAT(), vector, &sixteens[0], unit, own, partial, lane, simd, MATRIX)
+                             : unit_sums<T, false, BITS, GROUP, K, R, 0, ROWS, SPLIT, DEPTH, RING>(
+                                   FORMAT(), x, &sixteens[0], unit, own, partial, lane, simd, MATRIX);
   if (mine) {
     const float sum = float(T(sums.first));
     out[row] = T(ADD ? sum + before : sum);

@@ -30,6 +30,18 @@ if (group >= uint(GROUPS)) {
   uint unit = group * uint(UNITS) + simd / uint(SPLIT);
   const auto own = &ring[RING == 0 ? 0u : simd * uint(RING * DEPTH / 4)].v[0];
   const auto vector = &normed[0].v[0];
+#ifdef MATRIX2
+  constexpr uint UNITS1 = uint(PAIRS1 / (R / 2));
+  if (unit >= UNITS1) {
+    start_unit<true, GROUP2, K, R, HALF, PAIRS - PAIRS1, SPLIT, DEPTH, RING>(FORMAT2(), vector, unit - UNITS1, own, lane, simd,
+                                                                            MATRIX2);
+  } else
+#endif
+  {
+    start_unit<true, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH, RING>(FORMAT(), vector, unit, own, lane, simd, MATRIX);
+  }
+  norm_row<T, K, THREADS>(FORMAT(), x, weight, vector, &sixteens[0], partial, float_of_bits(EPS), id, lane, simd);
+  static_assert(RING == 0 || GROUPS * UNITS * (R / 2) >= PAIRS, "what is started before the norm is the only round");
   // As many rounds for each unit: unit_sums may have barriers.
   for (int round = 0; round * GROUPS * UNITS * (R / 2) < PAIRS; ++round) {
     const uint pair = unit * uint(R / 2) + lane;
@@ -41,19 +53,6 @@ if (group >= uint(GROUPS)) {
     const float low_bias = float(bias[at]);
     const float high_bias = float(bias[at + uint(HALF)]);
     const Pack<4> turn = load<4>(table, 4u * i);
-#ifdef MATRIX2
-    constexpr uint UNITS1 = uint(PAIRS1 / (R / 2));
-    if (unit >= UNITS1) {
-      start_unit<true, GROUP2, K, R, HALF, PAIRS - PAIRS1, SPLIT, DEPTH, RING>(FORMAT2(), vector, unit - UNITS1, own, lane, simd,
-                                                                              MATRIX2);
-    } else
-#endif
-    {
-      start_unit<true, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH, RING>(FORMAT(), vector, unit, own, lane, simd, MATRIX);
-    }
-    if (round == 0) {
-      norm_row<T, K, THREADS>(FORMAT(), x, weight, vector, &sixteens[0], partial, float_of_bits(EPS), id, lane, simd);
-    }
     UnitSums sums;
 #ifdef MATRIX2
     if (unit >= UNITS1) {
@@ -62,8 +61,8 @@ if (group >= uint(GROUPS)) {
     } else
 #endif
     {
-      sums = unit_sums<T, true, BITS, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH, RING>(FORMAT(), vector, &sixteens[0], unit, own, partial,
-                                                                                    lane, simd, MATRIX);
+      sums = unit_sums<T, true, BITS, GROUP, K, R, HALF, PAIRS1, SPLIT, DEPTH, RING>(
+          FORMAT(), vector, &sixteens[0], unit, own, partial, lane, simd, MATRIX);
     }
     if (mine) {
       float a = float(T(float(T(sums.first)) + low_bias));

@@ -13,12 +13,11 @@ const uint simd = simdgroup_index_in_threadgroup;
 const auto own = &ring[RING == 0 ? 0u : simd * uint(RING * DEPTH / 4)].v[0];
 const auto vector = &normed[0].v[0];
 uint unit = threadgroup_position_in_grid.x * uint(UNITS) + simd / uint(SPLIT);
+start_unit<true, GROUP, K, R, F, F, SPLIT, DEPTH, RING>(FORMAT(), vector, unit, own, lane, simd, MATRIX);
+norm_row<T, K, THREADS>(FORMAT(), x, weight, vector, &sixteens[0], partial, float_of_bits(EPS), id, lane, simd);
+static_assert(RING == 0 || GROUPS * UNITS * (R / 2) >= F, "what is started before the norm is the only round");
 // As many rounds for each unit: unit_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * (R / 2) < F; ++round) {
-  start_unit<true, GROUP, K, R, F, F, SPLIT, DEPTH, RING>(FORMAT(), vector, unit, own, lane, simd, MATRIX);
-  if (round == 0) {
-    norm_row<T, K, THREADS>(FORMAT(), x, weight, vector, &sixteens[0], partial, float_of_bits(EPS), id, lane, simd);
-  }
   const UnitSums sums = unit_sums<T, true, BITS, GROUP, K, R, F, F, SPLIT, DEPTH, RING>(FORMAT(), vector, &sixteens[0], unit, own, partial,
                                                                                      lane, simd, MATRIX);
   const uint column = unit * uint(R / 2) + lane;

@@ -80,7 +80,6 @@ FUNCTION void start_unit(Tiles<Format>, X x, uint unit, Ring ring, uint lane, ui
   rows.unit = unit;
   constexpr int TOTAL = WIDTH == 0 ? COUNT : 2 * COUNT;
   const uint first = simd % uint(SPLIT);
-  metal::simdgroup_barrier(metal::mem_flags::mem_threadgroup);  // the unit before may still be read
   if (all_aligned(x, arrays...)) {
     start_stages<STAGED, GROUP, K, TOTAL, SPLIT, DEPTH, RING, true>(Format(), x, rows, first, ring, lane, arrays...);
   } else {
