@@ -47,10 +47,10 @@ FUNCTION void start_codes(Affine, Lines rows, uint stage, Ring ring, uint at, ui
   }
 }
 
-template <typename T, bool STAGED, int GROUP, int K, typename Lines, typename X, typename Sums, typename Ring, typename W, typename S,
-          typename B>
-FUNCTION Pack<2> add_stage(Affine, Lines, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane, Pack<2> sums, W,
-                           S scales, B) {
+template <typename T, bool STAGED, int GROUP, int K, typename Lines, typename X, typename Sums, typename Ring, typename W,
+          typename S, typename B>
+FUNCTION Pack<2> add_stage(Affine, Lines, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane,
+                           Pack<2> sums, W, S scales, B) {
   typedef decltype(value_of(scales[0])) Scale;
   constexpr uint PAIR = uint(sizeof(scales[0]) / 2);
   constexpr uint PAIRS = uint(128 / GROUP);

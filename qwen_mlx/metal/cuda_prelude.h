@@ -255,7 +255,8 @@ FUNCTION void start_copy(uint* ring, uint at, const T* from, uint index) {
     if (BYTES == 16) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from + index) : "memory");
     } else {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from + index), "n"(BYTES == 8 ? 8 : 4) : "memory");
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from + index), "n"(BYTES == 8 ? 8 : 4)
+                   : "memory");
     }
   } else {
 #pragma unroll

@@ -14,7 +14,8 @@ FUNCTION constexpr bool needs_sums(Format) {
 // sums of each 16 elements of out, if the format needs them. Ends with a barrier.
 template <typename T, int K, int THREADS, typename Format, typename X, typename Weight, typename Out, typename Sums,
           typename Partial>
-FUNCTION void norm_row(Format, X x, Weight weight, Out out, Sums sixteens, Partial partial, float eps, uint id, uint lane, uint simd) {
+FUNCTION void norm_row(Format, X x, Weight weight, Out out, Sums sixteens, Partial partial, float eps, uint id, uint lane,
+                       uint simd) {
   constexpr int N = 16 / sizeof(T);
   constexpr int PACKS = (K / N + THREADS - 1) / THREADS;
   Pack<N> values[PACKS];
@@ -144,11 +145,12 @@ template <bool STAGED, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT,
           typename Format, typename... Arrays>
 FUNCTION void start_unit(Format, X, uint, Ring, uint, uint, Arrays...) {}
 
-// The products of a unit's rows, which start_unit was called for, with x; rows_of says which. With SPLIT above 1 all threads of the threadgroup have to come
-// here.
+// The products of a unit's rows, which start_unit was called for, with x; rows_of says which. With SPLIT above 1 all threads of
+// the threadgroup have to come here.
 template <typename T, bool STAGED, int BITS, int GROUP, int K, int R, int WIDTH, int COUNT, int SPLIT, int DEPTH, int RING,
           typename X, typename Sums, typename Ring, typename Partial, typename Format, typename W, typename... Rest>
-FUNCTION UnitSums unit_sums(Format format, X x, Sums, uint unit, Ring, Partial partial, uint lane, uint simd, W w, Rest... rest) {
+FUNCTION UnitSums unit_sums(Format format, X x, Sums, uint unit, Ring, Partial partial, uint lane, uint simd, W w,
+                            Rest... rest) {
   const Rows<R> rows = rows_of<R, WIDTH, COUNT>(unit);
   const uint first = simd % uint(SPLIT) * uint(SIMD_WIDTH) + lane;
   constexpr int STEP = SIMD_WIDTH * SPLIT;

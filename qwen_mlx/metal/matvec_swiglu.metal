@@ -18,8 +18,8 @@ norm_row<T, K, THREADS>(FORMAT(), x, weight, vector, &sixteens[0], partial, floa
 static_assert(RING == 0 || GROUPS * UNITS * (R / 2) >= F, "what is started before the norm is the only round");
 // As many rounds for each unit: unit_sums may have barriers.
 for (int round = 0; round * GROUPS * UNITS * (R / 2) < F; ++round) {
-  const UnitSums sums = unit_sums<T, true, BITS, GROUP, K, R, F, F, SPLIT, DEPTH, RING>(FORMAT(), vector, &sixteens[0], unit, own, partial,
-                                                                                     lane, simd, MATRIX);
+  const UnitSums sums = unit_sums<T, true, BITS, GROUP, K, R, F, F, SPLIT, DEPTH, RING>(
+      FORMAT(), vector, &sixteens[0], unit, own, partial, lane, simd, MATRIX);
   const uint column = unit * uint(R / 2) + lane;
   if (simd % uint(SPLIT) == 0u && lane < uint(R / 2) && column < uint(F)) {
     const float gate = float(T(sums.first));

@@ -101,7 +101,8 @@ FUNCTION uint word_bits(bfloat16_t x) {
 }
 
 // Starts to copy N elements of 2 or 4 bytes to word `at` of threadgroup memory, where 4 bytes or more lie at multiples of
-// their size if ALIGNED. They are there for this thread after end_batch and wait_for_batches, for its simdgroup after a barrier.
+// their size if ALIGNED. They are there for this thread after end_batch and wait_for_batches, for its simdgroup after a
+// barrier.
 template <int N, bool ALIGNED, typename Ring, typename Pointer>
 FUNCTION void start_copy(Ring ring, uint at, Pointer from, uint index) {
   constexpr int PER = int(4 / sizeof(from[0]));

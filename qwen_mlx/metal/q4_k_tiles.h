@@ -25,7 +25,8 @@ FUNCTION void start_codes(Q4K, Lines rows, uint stage, Ring ring, uint at, uint 
 }
 
 template <typename T, bool STAGED, int GROUP, int K, typename Lines, typename X, typename Sums, typename Ring, typename W>
-FUNCTION Pack<2> add_stage(Q4K, Lines, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane, Pack<2> sums, W) {
+FUNCTION Pack<2> add_stage(Q4K, Lines, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane,
+                           Pack<2> sums, W) {
   const uint g = lane / 4u;
   const uint t = lane % 4u;
   const uint from = stage * 256u + g * 32u + t % 2u * 16u;  // the lane's elements of its column's group

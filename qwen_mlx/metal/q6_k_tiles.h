@@ -43,10 +43,10 @@ FUNCTION uint two_codes6(uint low, uint high, int shift) {
   return masked_or(top, 0x00300030u, two_codes<T>(low, shift));
 }
 
-template <typename T, bool STAGED, int GROUP, int K, typename Lines, typename X, typename Sums, typename Ring, typename W, typename H,
-          typename S, typename F>
-FUNCTION Pack<2> add_stage(Q6K, Lines rows, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane, Pack<2> sums, W, H,
-                           S, F factors) {
+template <typename T, bool STAGED, int GROUP, int K, typename Lines, typename X, typename Sums, typename Ring, typename W,
+          typename H, typename S, typename F>
+FUNCTION Pack<2> add_stage(Q6K, Lines rows, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane,
+                           Pack<2> sums, W, H, S, F factors) {
   typedef decltype(value_of(factors[0])) Factor;
   const uint g = lane / 4u;
   const uint t = lane % 4u;

@@ -60,8 +60,8 @@ FUNCTION Pack<2> stage_dots(Format format, X x, Sums sixteens, Lines rows, uint 
     start_stage<STAGED, GROUP, K, TOTAL, SPLIT, DEPTH, RING, ALIGNED>(format, x, rows, first, n + uint(DEPTH - 1), ring, lane,
                                                                      arrays...);
     const uint at = n % uint(DEPTH) * uint(RING);
-    sums = add_stage<T, STAGED, GROUP, K>(format, rows, stage, x, sixteens, ring, at, at + uint(RING - VECTOR_WORDS), lane, sums,
-                                          arrays...);
+    const uint vector_at = at + uint(RING - VECTOR_WORDS);
+    sums = add_stage<T, STAGED, GROUP, K>(format, rows, stage, x, sixteens, ring, at, vector_at, lane, sums, arrays...);
     ++n;
   }
   return sums;
@@ -96,10 +96,10 @@ FUNCTION UnitSums unit_sums(Tiles<Format>, X x, Sums sixteens, uint unit, Ring r
   constexpr int TOTAL = WIDTH == 0 ? COUNT : 2 * COUNT;
   const uint first = simd % uint(SPLIT);
   Pack<2> sums = all_aligned(x, w, rest...)
-                     ? stage_dots<T, STAGED, GROUP, K, TOTAL, SPLIT, DEPTH, RING, true>(Format(), x, sixteens, rows, first, ring,
-                                                                                       lane, w, rest...)
-                     : stage_dots<T, STAGED, GROUP, K, TOTAL, SPLIT, DEPTH, RING, false>(Format(), x, sixteens, rows, first,
-                                                                                        ring, lane, w, rest...);
+                     ? stage_dots<T, STAGED, GROUP, K, TOTAL, SPLIT, DEPTH, RING, true>(
+                           Format(), x, sixteens, rows, first, ring, lane, w, rest...)
+                     : stage_dots<T, STAGED, GROUP, K, TOTAL, SPLIT, DEPTH, RING, false>(
+                           Format(), x, sixteens, rows, first, ring, lane, w, rest...);
   UNROLL
   for (int r = 0; r < 2; ++r) {
     sums.v[r] += metal::simd_shuffle_xor(sums.v[r], ushort(1));
