@@ -1,0 +1,3 @@
+"""The benchmarks."""
+
+import qwen_mlx.backend  # noqa: F401  # before MLX, which then finds a fast BLAS

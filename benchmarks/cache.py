@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_mlx import hub, load, ops
+from benchmarks.arguments import at_least, to_write
+from qwen_mlx import cli, hub, load, ops
 from qwen_mlx.backend import describe, mx
 from qwen_mlx.cache import KVCache, attention_mask
 from qwen_mlx.model import Qwen2
@@ -125,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="default: the built-in model")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "qwen_mlx" / "tokenizer.py")
-    parser.add_argument("--tokens", type=int, default=768, help="of the text, for the error")
-    parser.add_argument("--context", type=int, default=4096, help="tokens held, for memory and time")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cache.json")
+    parser.add_argument("--tokens", type=at_least(2), default=768, help="of the text, for the error")
+    parser.add_argument("--context", type=at_least(2), default=4096, help="tokens held, for memory and time")
+    parser.add_argument("--output", type=to_write, default=Path(__file__).parent / "results" / "cache.json")
     arguments = parser.parse_args(argv)
     model, tokenizer = load(hub.resolve(arguments.model), dtype=arguments.dtype)
     ids = tokenizer.encode(arguments.text.read_text(encoding="utf-8"))[: arguments.tokens]
@@ -157,4 +158,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

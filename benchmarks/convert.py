@@ -25,6 +25,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as T
 
+from benchmarks.arguments import positive, to_write
+from qwen_mlx import cli
 from qwen_mlx.gguf.reader import GGUFFile
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 3584, 18944, 152064, 28, 4, 128
@@ -165,11 +167,11 @@ def compare(source: Path, output: Path, largest: int, cores: int) -> list[dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="of the synthetic model (default 28, which is 4.7 GB)")
+    parser.add_argument("--layers", type=positive, default=28, help="of the synthetic model (default 28: 4.7 GB)")
     parser.add_argument("--source", type=Path, help="convert this GGUF file and not a synthetic one")
-    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--cores", type=positive, default=2)
     parser.add_argument("--folder", help="where to make the files (about 15 GB are needed)")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=to_write, help="write the figures here too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="qwen_mlx_convert.") as folder:
         source = arguments.source or Path(folder, "model.gguf")
@@ -182,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import positive, to_write
+from qwen_mlx import cli
+
 from .cpu_generate import processor
 
 QUESTIONS = (
@@ -106,9 +109,9 @@ def main() -> None:
     """Parses the arguments, measures, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="as for qwen_mlx.generate (default: the default model)")
-    parser.add_argument("--max-tokens", type=int, default=40, help="of an answer (default 40)")
-    parser.add_argument("--saved-tokens", type=int, default=2000, help="of the prompt that is saved (default 2000)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_chat.json"))
+    parser.add_argument("--max-tokens", type=positive, default=40, help="of an answer (default 40)")
+    parser.add_argument("--saved-tokens", type=positive, default=2000, help="of the saved prompt (default 2000)")
+    parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_chat.json"))
     parser.add_argument("--load", metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -144,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -24,6 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import positive, to_write
+from qwen_mlx import cli
+
 ENGINES = ("qwen_mlx", "transformers float32", "mlx-lm float32", "mlx-lm float16")
 WORDS = "The quick brown fox jumps over the lazy dog, and nobody minds. "
 PROMPT = "Write a function that reverses a string."  # 38 tokens with the chat template
@@ -129,11 +132,11 @@ def main() -> None:
     """Parses the arguments, runs every engine in turn, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a GGUF in one file (default: the default model)")
-    parser.add_argument("--prefill", type=int, default=256, help="tokens of the prompt (default 256)")
-    parser.add_argument("--decode", type=int, default=16, help="tokens after it (default 16)")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each engine (default 3)")
+    parser.add_argument("--prefill", type=positive, default=256, help="tokens of the prompt (default 256)")
+    parser.add_argument("--decode", type=positive, default=16, help="tokens after it (default 16)")
+    parser.add_argument("--repeats", type=positive, default=3, help="interleaved runs of each engine (default 3)")
     parser.add_argument("--without", action="append", default=[], choices=ENGINES[1:], help="leave an engine out")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_generate.json"))
+    parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_generate.json"))
     parser.add_argument("--part", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
@@ -223,4 +226,4 @@ def _version(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.arguments import to_write
+from qwen_mlx import cli
+
 HIDDEN, FFN, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 896, 4864, 151936, 14, 2, 64
 MATRICES = {  # rows, columns and copies: the model has 24 layers, which no cache holds
     "q, k, v": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN, 24),
@@ -186,7 +189,7 @@ def markdown(report: dict) -> str:
 def main() -> None:
     """Runs every part in a process of its own, prints the tables and writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_primitives.json"))
+    parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_primitives.json"))
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
@@ -210,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -9,7 +9,8 @@ import argparse
 import statistics
 import time
 
-from qwen_mlx import SamplingSettings, load, ops
+from benchmarks.arguments import positive
+from qwen_mlx import SamplingSettings, cli, load, ops
 from qwen_mlx.backend import describe, mx
 from qwen_mlx.sampling import log_probabilities, sample
 
@@ -30,7 +31,7 @@ SETTINGS = {
 def main() -> None:
     """Prints a line for each kind of settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=positive, default=20)
     repeats = parser.parse_args().repeats
     model, tokenizer = load()
     ids = tokenizer.encode("def reverse(text):\n    return text[::-1]\n" * 20)
@@ -56,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -16,7 +16,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from qwen_mlx import blas, load, stream_generate
+from benchmarks.arguments import at_least, positive, to_write
+from qwen_mlx import blas, cli, load, stream_generate
 from qwen_mlx.prompt_cache import PromptCache
 
 from .cpu_generate import processor
@@ -77,11 +78,11 @@ def main() -> None:
     """Parses the arguments, decodes every task in turn with both, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a GGUF or a folder (default: the default model)")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer at most (default 200)")
-    parser.add_argument("--draft-tokens", type=int, help="proposed at a time at most (default: prompt-lookup's own)")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default 3)")
+    parser.add_argument("--tokens", type=at_least(2), default=200, help="tokens of an answer at most (default 200)")
+    parser.add_argument("--draft-tokens", type=positive, help="at a time at most (default: prompt-lookup's own)")
+    parser.add_argument("--repeats", type=positive, default=3, help="interleaved runs of each (default 3)")
     parser.add_argument("--task", action="append", choices=TASKS, help="only these (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_speculative.json"))
+    parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_speculative.json"))
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
     report: dict[str, Any] = {
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from mlx import nn
 
-from qwen_mlx import ops
+from benchmarks.arguments import positive, to_write
+from qwen_mlx import cli, ops
 from qwen_mlx.backend import describe, mx
 
 EPS = 1e-6
@@ -221,12 +222,16 @@ def measure(tokens: int, dtype: mx.Dtype, copy: float, repeats: int) -> Iterator
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the prefill shapes (default 8192)")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/kernels.json"))
+    parser.add_argument("--tokens", type=positive, default=8192, help="tokens of the prefill shapes (default 8192)")
+    parser.add_argument("--repeats", type=positive, default=9)
+    parser.add_argument("--json", type=to_write, default=Path("benchmarks/results/kernels.json"))
     options = parser.parse_args(arguments)
     if ops.executor() == "reference":
-        print(f"No kernel to time: {ops.explain()}", file=sys.stderr)
+        print(
+            "No kernel to time: this needs an Apple GPU, or an NVIDIA GPU with the extra cuda12 or cuda13, and "
+            "QWEN_MLX_KERNELS other than off.",
+            file=sys.stderr,
+        )
         return 2
     copy = 2**29 / copy_seconds(2**28)
     print(f"{describe()}, MLX {mx.__version__}, bfloat16; copy: {copy / 1e9:.0f} GB/s")
@@ -256,4 +261,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -7,6 +7,7 @@ which launch nothing but cost the CPU time as well, are counted apart.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import re
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen_mlx import ModelConfig, Qwen2, ops
+from benchmarks.arguments import require_module
+from qwen_mlx import ModelConfig, Qwen2, cli, ops
 from qwen_mlx.backend import mx
 
 Counts = collections.Counter[str]
@@ -103,6 +105,8 @@ def per_layer(count: Callable[[int], Counts]) -> Counts:
 
 def main() -> None:
     """Prints both counts."""
+    argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.splitlines()[0]).parse_args()
+    require_module("mlx_lm", "pip install -e '.[bench]'")
     for name, count in (("qwen_mlx", ours), ("mlx-lm", theirs)):
         layer = per_layer(count)
         views = sum(layer[view] for view in VIEWS)
@@ -111,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -15,9 +15,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import positive, to_write
+from qwen_mlx import cli
 from qwen_mlx.config import ModelConfig
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.shards import Shard, rank_bytes
@@ -160,10 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's files; without --model and --shape: the default model")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="add the result to this file, under its shape and ranks")
+    parser.add_argument("--prompt-tokens", type=positive, default=512)
+    parser.add_argument("--new-tokens", type=positive, default=64)
+    parser.add_argument("--repeat", type=positive, default=2)
+    parser.add_argument("--json", type=to_write, help="add the result to this file, under its shape and ranks")
     parser.add_argument("--table", action="store_true", help="print the table of docs/parallel.md and end")
     arguments = parser.parse_args()
     if arguments.table:
@@ -197,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

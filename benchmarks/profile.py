@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive, to_write
 from benchmarks.engines import QwenMLX
 from benchmarks.run import copy_bandwidth, model_of
-from qwen_mlx import Qwen2, ops
+from qwen_mlx import Qwen2, cli, ops
 from qwen_mlx.backend import describe, mx
+from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.layers import matrices
 
 
@@ -76,10 +78,12 @@ def main() -> None:
     """Parses the arguments, profiles every case, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["0.5B", "0.5B:4", "1.5B", "7B", "7B:4", "7B:q4_k_m"])
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens traced (default 16)")
-    parser.add_argument("--output", type=Path, default=Path("profile.json"))
+    parser.add_argument("--prompt", type=positive, default=512, help="tokens of the prompt (default 512)")
+    parser.add_argument("--tokens", type=positive, default=16, help="tokens traced (default 16)")
+    parser.add_argument("--output", type=to_write, default=Path("profile.json"))
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise QwenMLXError("This needs an NVIDIA GPU, and a PyTorch with CUDA to read its clock.")
     torch.cuda.init()
     report = {"device": describe(), "system": platform.platform(), "prompt": arguments.prompt, "models": {}}
     copy = report["copy_bytes_per_second"] = copy_bandwidth()
@@ -109,4 +113,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with ops.no_grad():
-        main()
+        cli.run(main)

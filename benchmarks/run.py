@@ -24,16 +24,25 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
+from benchmarks.arguments import positive, require_module, to_write
 from benchmarks.engines import Tokens, engines_of, llama_bench
 from benchmarks.random_models import SHAPES, random_model, raw_model
-from qwen_mlx import Qwen2, load, ops
+from qwen_mlx import Qwen2, cli, load, ops
 from qwen_mlx.backend import describe, mx
+from qwen_mlx.errors import QwenMLXError
 
 MODELS = ("0.5B", "0.5B:4", "1.5B", "7B", "7B:4", "7B:q4_k_m")
 ENGINES = ("qwen_mlx", "mlx-lm", "transformers", "transformers-static")
 FULL_PROMPTS = (1, 128, 512, 2048, 8192, 32768)
 FULL_BATCHES = (1, 4, 16, 32, 64)
 BATCH_PROMPT = 128  # tokens of each prompt where there are several
+
+
+def require_case(case: str) -> None:
+    """Exits unless `case` is one that model_of knows."""
+    size, _, bits = case.partition(":")
+    if not Path(case).exists() and (size not in SHAPES or bits not in ("", "4", "8", "q4_k_m")):
+        sys.exit(f"No model {case!r}: expected a file, or {', '.join(SHAPES)}, optionally with :4, :8 or :q4_k_m.")
 
 
 def model_of(case: str) -> tuple[Qwen2, Qwen2, int | None, float]:
@@ -45,9 +54,8 @@ def model_of(case: str) -> tuple[Qwen2, Qwen2, int | None, float]:
         mx.eval(model.parameters())
         seconds = time.perf_counter() - begin
         return model, load(case, quantized=False)[0], None, seconds
+    require_case(case)
     size, _, bits = case.partition(":")
-    if size not in SHAPES or bits not in ("", "4", "8", "q4_k_m"):
-        sys.exit(f"No model {case!r}: expected a file, or {', '.join(SHAPES)}, optionally with :4, :8 or :q4_k_m.")
     if bits == "q4_k_m":  # mlx-lm reads no GGUF: its own 4 bits stand beside it
         return raw_model(size), random_model(size, 4), 4, 0.0
     model = random_model(size, int(bits) if bits else None)
@@ -167,16 +175,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, help="size[:4, :8 or :q4_k_m], or a file of yours")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:2])
     parser.add_argument("--full", action="store_true", help="every prompt length and number of sequences, all engines")
-    parser.add_argument("--prompts", nargs="+", type=int, help="tokens of the prompt (default 512)")
-    parser.add_argument("--batches", nargs="+", type=int, help="sequences at once (default 1)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens made after it (default 256)")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds after a first that warms up")
-    parser.add_argument("--output", type=Path, default=Path("run.json"))
-    parser.add_argument("--plot", type=Path, help="also a picture, for which matplotlib is needed")
+    parser.add_argument("--prompts", nargs="+", type=positive, help="tokens of the prompt (default 512)")
+    parser.add_argument("--batches", nargs="+", type=positive, help="sequences at once (default 1)")
+    parser.add_argument("--tokens", type=positive, default=256, help="tokens made after it (default 256)")
+    parser.add_argument("--repeats", type=positive, default=3, help="interleaved rounds after a first that warms up")
+    parser.add_argument("--output", type=to_write, default=Path("run.json"))
+    parser.add_argument("--plot", type=to_write, help="also a picture, for which matplotlib is needed")
     arguments = parser.parse_args()
     names = ENGINES if arguments.full else arguments.engines
-    if arguments.tokens < 1 or arguments.repeats < 1 or names[0] != "qwen_mlx":
-        sys.exit("--tokens and --repeats must be at least 1, and the first of --engines qwen_mlx.")
+    if names[0] != "qwen_mlx":
+        raise QwenMLXError("The first of --engines must be qwen_mlx, of whose speed the others' are shares.")
+    if "transformers-static" in names and arguments.tokens > 1000:
+        raise QwenMLXError("--tokens must be at most 1,000 with transformers-static, whose cache has room for that.")
+    if arguments.plot:
+        require_module("matplotlib", "pip install matplotlib")
+    if "mlx-lm" in names:
+        require_module("mlx_lm", "pip install -e '.[bench]', or choose --engines qwen_mlx")
+    for case in arguments.models:
+        require_case(case)
     copy = copy_bandwidth()
     versions = {}
     for name in ("mlx", "mlx-lm", "transformers", "torch"):
@@ -209,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

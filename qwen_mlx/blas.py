@@ -45,7 +45,7 @@ def preload() -> None:
         _report = "not preloaded: MLX was imported before qwen_mlx"
         warnings.warn(
             "MLX was imported before qwen_mlx, which then cannot bring a fast BLAS: products on this CPU may take 50 "
-            "times as long. Import qwen_mlx first.",
+            "times as long. Import qwen_mlx.backend, or anything from qwen_mlx, first.",
             stacklevel=3,
         )
     elif hasattr(ctypes.CDLL(None), "cblas_sgemm"):

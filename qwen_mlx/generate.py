@@ -160,6 +160,9 @@ def open_model(
 ) -> tuple[Qwen2, Tokenizer, dict[str, Any], PromptCache | None]:
     """(model, tokenizer, arguments for stream_generate, prompt cache) as the command line says. Raises QwenMLXError,
     for what can be known without the weights before they are read."""
+    from .ops.dispatch import switched_off
+
+    switched_off()  # refuses a wrong QWEN_MLX_KERNELS
     if arguments.system is not None:
         check_utf8(arguments.system, "--system")
     for text in arguments.stop:

@@ -23,6 +23,7 @@ import numpy as np
 
 from . import ops, selftest_decoding
 from .backend import describe, mx
+from .errors import QwenMLXError
 
 EPS = 1e-6
 LIMIT = 2.0  # units in the last place of the dtype, against float64
@@ -376,4 +377,7 @@ def _number(value: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except QwenMLXError as error:  # QWEN_MLX_KERNELS
+        sys.exit(str(error))

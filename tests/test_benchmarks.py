@@ -47,6 +47,28 @@ def test_run_compares_engines_that_make_the_same_tokens(tmp_path: Path):
     # bfloat16 rounds differently in each engine: the first token is nobody's luck.
     assert all(row["first_different_token"] != 0 for row in dense)
     assert picture.stat().st_size > 1000
-    again = subprocess.run([*command[:3], "--models", "9B"], capture_output=True, text=True, check=False)
-    assert again.returncode == 1
-    assert "No model '9B': expected a file, or tiny, 0.5B" in again.stderr
+
+
+MISTAKES = {
+    "model": (["run", "--models", "tiny", "9B"], "No model '9B': expected a file, or tiny, 0.5B"),
+    "no GGUF": (["run", "--models", "README.md"], "README.md: not a GGUF file"),
+    "prompt": (["run", "--prompts", "0"], "'0': expected a number from 1 to 10,000,000"),
+    "tokens": (["run", "--tokens", "9" * 20], "expected a number from 1 to 10,000,000"),
+    "output": (["run", "--output", "nowhere/run.json"], "cannot write 'nowhere/run.json'"),
+    "first engine": (["run", "--engines", "mlx-lm"], "first of --engines must be qwen_mlx"),
+    "arguments that are not there": (["launches", "nonsense"], "unrecognized arguments: nonsense"),
+    "one token of an answer": (["cpu_speculative", "--tokens", "1"], "expected a number from 2"),
+    "cache": (["cache", "--context", "-256"], "expected a number from 2"),
+    "no GPU": (["kernels"], "No kernel to time: this needs"),
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a Mac has a GPU")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_sentence_before_anything_is_measured(name: str):
+    (script, *arguments), message = MISTAKES[name]
+    command = [sys.executable, "-m", f"benchmarks.{script}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -40,6 +40,10 @@ class Rotary:
 
     def __post_init__(self) -> None:
         require(
+            isinstance(self.inv_freq, tuple),
+            lambda: f"inv_freq is of type {type(self.inv_freq).__name__}, expected a tuple of numbers.",
+        )
+        require(
             len(self.inv_freq) > 0 and all(map(math.isfinite, (*self.inv_freq, self.attention_factor))),
             lambda: (
                 f"Rotary has frequencies {self.inv_freq} and the factor {self.attention_factor}, expected one or more "
@@ -72,6 +76,8 @@ class Rotary:
 
         _require_positive("factor", factor)
         _require_positive("original_context", original_context)
+        _require_positive("beta_fast", beta_fast)
+        _require_positive("beta_slow", beta_slow)
         require(theta > 1, lambda: f"theta is {theta}, expected more than 1.")
 
         def pair_that_turns(times: float) -> float:
@@ -81,7 +87,11 @@ class Rotary:
         high = min(math.ceil(pair_that_turns(beta_slow)), head_dim - 1)
         slow = np.clip((np.arange(head_dim // 2) - low) / (max(high - low, 0) or 0.001), 0, 1)
         fast = _frequencies(head_dim, theta)
-        scale = 0.1 * math.log(factor) + 1 if attention_factor is None and factor > 1 else attention_factor or 1.0
+        scale = attention_factor
+        if scale is not None:
+            _require_positive("attention_factor", scale)
+        else:
+            scale = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         return cls._rounded(fast * (1 - slow) + fast / factor * slow, scale)
 
     def divided(self, factors: np.ndarray) -> Rotary:
@@ -98,13 +108,19 @@ class Rotary:
 
 
 def _frequencies(head_dim: int, theta: float) -> np.ndarray:
-    require(head_dim > 0 and head_dim % 2 == 0, lambda: f"head_dim is {head_dim}, expected a positive even number.")
+    require(
+        isinstance(head_dim, int) and head_dim > 0 and head_dim % 2 == 0,
+        lambda: f"head_dim is {head_dim!r}, expected a positive even number.",
+    )
     _require_positive("theta", theta)
     return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
 def _require_positive(name: str, value: float) -> None:
-    require(0 < value < math.inf, lambda: f"{name} is {value}, expected a positive number.")
+    require(
+        isinstance(value, int | float) and 0 < value < math.inf,
+        lambda: f"{name} is {value!r}, expected a positive number.",
+    )
 
 
 _ROPE = Kernel("rope", ("x", "turns", "offset"), ("out",), ("rotary.h", "heads.h"))

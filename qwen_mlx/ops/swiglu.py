@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..backend import mx
 from .dispatch import (
     MAX_ELEMENTS,
@@ -9,6 +11,7 @@ from .dispatch import (
     differentiable,
     executor,
     pack_size,
+    recording,
     require,
     require_float,
     require_like,
@@ -70,8 +73,25 @@ def swiglu_reference(
     if gate_bias is not None and up_bias is not None:
         gate, up = gate + gate_bias, up + up_bias
     wide = gate.astype(mx.float32)
-    power = exp_of_negative(wide) if mx.default_device() == mx.cpu else mx.exp(-wide)
-    return (wide / (1 + power)).astype(gate.dtype) * up
+    return (_silu_with_gradient if recording() else _silu)(wide).astype(gate.dtype) * up
+
+
+def _power(x: mx.array) -> mx.array:
+    return exp_of_negative(x) if mx.default_device() == mx.cpu else mx.exp(-x)
+
+
+def _silu(x: mx.array) -> mx.array:
+    return x / (1 + _power(x))
+
+
+_silu_with_gradient: Any = mx.custom_function(_silu)  # an object, to its stub
+
+
+@_silu_with_gradient.vjp  # type: ignore[untyped-decorator]
+def _silu_gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    """As torch's: MLX's own would square 1 + e^-x, which overflows below -44."""
+    sigmoid = 1 / (1 + _power(x))
+    return cotangent * (sigmoid * (1 + x * (1 - sigmoid)))
 
 
 def swiglu_joined_reference(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -17,7 +17,9 @@ InvalidLaunch. lint(metal_source(...)) finds what Metal's compiler refuses and g
 spaces. `python -m reference.emulator --help` does all of it for a file.
 
 Stricter than Metal: a simd operation must be reached by all threads of its simdgroup; two threads that store the same
-value to one place race. Not modelled: the accuracy of Apple's functions (these are rounded from double), its choice
+value to one place race. Local variables that nothing has set: where g++ warns of one, or everywhere with
+unset_locals=True (the command does), a kernel runs a second time with another value in them, and must give the same.
+Not modelled: the accuracy of Apple's functions (these are rounded from double), its choice
 where to contract (contract=True contracts everywhere), flushing of subnormal numbers, memory order between
 threadgroups, and the limit on threads that a kernel's registers set. Unknown, and so compile errors: matrices
 (float4x4, simdgroup_matrix), textures, arithmetic on packed vectors without a conversion (float3(p[i]) * 2.0f works),

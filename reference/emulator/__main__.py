@@ -45,7 +45,10 @@ def _shaped(text: str) -> tuple[mx.Dtype, tuple[int, ...]]:
     match = _ARRAY.fullmatch(text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}: expected DTYPE[SHAPE], for example float32[3,64]")
-    return _dtype(match["dtype"]), tuple(int(n) for n in match["shape"].split(",") if n.strip())
+    shape = tuple(int(n) for n in match["shape"].split(",") if n.strip())
+    if math.prod(shape) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected fewer than 2^31 elements")
+    return _dtype(match["dtype"]), shape
 
 
 def _input(text: str) -> tuple[str, Callable[[], mx.array]]:
@@ -54,14 +57,16 @@ def _input(text: str) -> tuple[str, Callable[[], mx.array]]:
     if value.startswith("@"):
         try:
             array = mx.array(np.load(value[1:]))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise argparse.ArgumentTypeError(f"{name}: cannot read {value[1:]}: {error}") from error
         return name, lambda: array
     if value in ("true", "false"):
         return name, lambda: mx.array(value == "true")
     if re.fullmatch(r"[+-]?\d+", value):
+        if not -(2**31) <= int(value) < 2**31:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected an int32, or a number with a point")
         return name, lambda: mx.array(int(value))
-    if re.fullmatch(r"[+-]?[\d.]+([eE][+-]?\d+)?|[+-]?(inf|nan)", value):
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", value):
         return name, lambda: mx.array(float(value))
     dtype, shape = _shaped(value)
     if mx.issubdtype(dtype, mx.floating):
@@ -79,6 +84,12 @@ def _template(text: str) -> tuple[str, bool | int | mx.Dtype]:
     if value in ("true", "false"):
         return name, value == "true"
     return name, int(value) if re.fullmatch(r"-?\d+", value) else _dtype(value)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 10^18")
+    return int(text)
 
 
 def _size(text: str) -> tuple[int, int, int]:
@@ -123,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     add("--init-value", type=float, metavar="NUMBER", help="what outputs hold before; without it each must be written")
     add("--atomic-outputs", action="store_true", help="outputs are device atomic<T>*")
     add("--order", choices=(*_ORDERS, "all"), default="all", help="of the threads between two barriers (default: all)")
-    add("--seed", type=int, default=0, help="of the inputs and of the random order")
+    add("--seed", type=_seed, default=0, help="of the inputs and of the random order")
     add("--contract", action="store_true", help="let a * b + c become fma")
     add("--unchecked", action="store_true", help="run without the checks, up to four times as fast")
     add("--print", action="store_true", help="print the text that MLX would compile")
@@ -141,6 +152,13 @@ def main(arguments: list[str] | None = None) -> int:
         source, header = options.kernel.read_text(), "\n".join(path.read_text() for path in options.header)
     except OSError as error:
         command.error(f"cannot read {error.filename}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        command.error(f"the kernel or a header is not text in UTF-8: {error}")
+    if options.save and options.save.exists() and not options.save.is_dir():
+        command.error(f"--save is {options.save}, expected a folder, existing or new")
+    given = [name for name, *_ in (*options.input, *options.output, *options.template)]
+    if twice := next((name for name in given if given.count(name) > 1), None):
+        command.error(f"{twice} is given twice among --input, --output and --template")
     if re.search(r"\bkernel\s+void\b|\[\[\s*kernel\s*\]\]", source):
         command.error(f"{options.kernel} holds a whole kernel: leave its body only, MLX writes the signature")
     names, dtypes, shapes = zip(*options.output)
@@ -164,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{'note' if finding.only_cuda else 'lint'}: {finding}")
         results = []
         for order in _ORDERS if options.order == "all" else (options.order,):
-            with emulate(not options.unchecked, order, options.seed, options.contract):
+            with emulate(not options.unchecked, order, options.seed, options.contract, unset_locals=True):
                 results.append(
                     kernel(
                         inputs=arrays,
@@ -197,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _summary(values: np.ndarray) -> str:
-    finite = values[np.isfinite(values)]
+    finite = values[np.isfinite(values)].astype(np.float64)  # whose sum may not overflow
     if not finite.size:
         return "no finite values"
     odd = values.size - finite.size

@@ -27,7 +27,8 @@ class Options:
 
     checked: every access is classified, at a quarter of the speed or more; order: of the threads between two barriers,
     forward, reverse or random; seed: of random; contract: a * b + c may become fma, as Metal's compiler may decide;
-    steps: basic blocks a thread may execute before it is called a runaway.
+    steps: basic blocks a thread may execute before it is called a runaway; unset_locals: run each kernel again with
+    another value in local variables that nothing has set, not only where g++ warns of one.
     """
 
     checked: bool = True
@@ -35,6 +36,7 @@ class Options:
     seed: int = 0
     contract: bool = False
     steps: int = 50_000_000
+    unset_locals: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in _ORDERS:
@@ -65,11 +67,12 @@ def run(
     launch = _Call(name, source, inputs, grid, threadgroup, output_shapes, output_dtypes, init_value, options)
     kernel = build.kernel(source, instance, options.checked, options.contract)
     outputs = launch.run(kernel)
-    if kernel.suspect and options.checked:
+    if (kernel.suspect or options.unset_locals) and options.checked:
         # Whether the variable is read shows in the result: it is the same with another value in it, or it is not.
         zeroed = launch.run(build.kernel(source, instance, options.checked, options.contract, "zero"))
         if any(a.tobytes() != b.tobytes() for a, b in zip(outputs, zeroed)):
-            raise errors.UninitialisedRead(f"kernel {name}, {kernel.suspect}, and the result depends on it.")
+            what = kernel.suspect or "a local variable is read that nothing has set"
+            raise errors.UninitialisedRead(f"kernel {name}, {what}, and the result depends on it.")
     return [_to_mlx(raw, tuple(shape), dtype) for raw, shape, dtype in zip(outputs, output_shapes, output_dtypes)]
 
 

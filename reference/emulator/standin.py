@@ -21,16 +21,21 @@ on_text: Callable[[Source], None] = lambda source: None  # called with the text 
 
 @contextmanager
 def emulate(
-    checked: bool = True, order: str = "random", seed: int = 0, contract: bool = False, steps: int = 50_000_000
+    checked: bool = True,
+    order: str = "random",
+    seed: int = 0,
+    contract: bool = False,
+    steps: int = 50_000_000,
+    unset_locals: bool = False,
 ) -> Iterator[None]:
     """Within it mx.fast.metal_kernel makes emulated kernels, and qwen_mlx.ops chooses them.
 
-    checked, order, seed, contract, steps: see launch.Options. Kernels are evaluated at once, so not within mx.compile.
+    The arguments: see launch.Options. Kernels are evaluated at once, so not within mx.compile.
     mx.metal.is_available() says yes, as host code asks it before making kernels.
     """
     global _options
     before = _options, mx.fast.metal_kernel, mx.metal.is_available
-    _options = launch.Options(checked, order, seed, contract, steps)
+    _options = launch.Options(checked, order, seed, contract, steps, unset_locals)
     mx.fast.metal_kernel, mx.metal.is_available = metal_kernel, lambda: True
     try:
         with ops.forced("metal"):

@@ -107,16 +107,35 @@ MISTAKES = {
     "header": (["--header", "nowhere.h"], "cannot read nowhere.h: No such file"),
     "size": (["--grid", "1,2,3,4"], "expected X,Y,Z"),
     "number": (["--grid", "many"], "expected X,Y,Z"),
+    "float": (["--input", "z=1.2.3"], "expected DTYPE[SHAPE]"),
+    "large integer": (["--input", "z=99999999999999999999"], "expected an int32"),
+    "large array": (["--input", "z=float32[99999999999,64]"], "fewer than 2^31 elements"),
+    "array of text": (["--input", "z=@text.npy"], "z: cannot read text.npy"),
+    "seed": (["--seed", "-1"], "expected a number from 0"),
+    "binary": (["--header", "binary.h"], "not text in UTF-8"),
+    "save": (["--save", "binary.h"], "--save is binary.h, expected a folder"),
+    "twice": (["--input", "x=float32[3]"], "x is given twice"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_sentence_and_exit_status_2(files, capsys, name):
+def test_mistakes_are_one_sentence_and_exit_status_2(files, capsys, name, monkeypatch):
+    monkeypatch.chdir(files)
+    np.save("text.npy", np.array(["a", "b"]))
+    Path("binary.h").write_bytes(b"\xff\xfe")
     more, message = MISTAKES[name]
     with pytest.raises(SystemExit) as caught:
         main(arguments(files, *more))
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_local_array_that_nothing_has_set(files, capsys):
+    (files / "reverse.metal").write_text(
+        "float s[4]; uint i = thread_position_in_grid.x; s[0] = twice(x[i]) * factor; y[i] = T(s[i % 4u]);"
+    )
+    assert main(arguments(files)) == 1
+    assert "UninitialisedRead: kernel reverse" in capsys.readouterr().out
 
 
 def test_a_launch_that_metal_refuses(files, capsys):

@@ -83,6 +83,17 @@ def test_gradients_are_those_of_torch(executor, name):
         np.testing.assert_allclose(np.array(got), tensor.grad.numpy(), rtol=1e-4, atol=2e-5)
 
 
+def test_gradients_of_large_gates_are_those_of_torch(executor):
+    """1 + e^-x is at most 3.4e38, its square overflows from -44 on."""
+    gates = [-103.0, -100.0, -88.5, -80.0, -60.0, -45.0, -44.0, -20.0, 0.0, 20.0, 60.0, 100.0, 3e38]
+    tensor = torch.tensor(gates).requires_grad_()
+    torch.nn.functional.silu(tensor).sum().backward()
+    got = mx.grad(lambda gate: ops.swiglu(gate, mx.ones_like(gate)).sum())(mx.array(gates))
+    np.testing.assert_allclose(np.array(got), tensor.grad.numpy(), rtol=1e-5, atol=1e-38)
+    joined = mx.grad(lambda both: ops.swiglu_joined(both).sum())(mx.array(gates + [1.0] * len(gates)))
+    np.testing.assert_allclose(np.array(joined)[: len(gates)], tensor.grad.numpy(), rtol=1e-5, atol=1e-38)
+
+
 def test_no_grad_leaves_gradients_out_in_its_thread_only():
     from reference.emulator import emulate
 

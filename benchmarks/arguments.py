@@ -1,0 +1,40 @@
+"""What the benchmarks' command lines share: mistakes are one sentence, and are found before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from qwen_mlx.errors import QwenMLXError
+
+MOST = 10_000_000
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer from `least` to MOST."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= MOST:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from {least} to {MOST:,}")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)
+
+
+def to_write(text: str) -> Path:
+    """The type of an argument that names a file to write, in a folder that exists."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: expected a file in a folder that exists")
+    return path
+
+
+def require_module(name: str, remedy: str) -> None:
+    """Raises QwenMLXError unless the module is there."""
+    if importlib.util.find_spec(name) is None:
+        raise QwenMLXError(f"{name} is not installed: {remedy}.")
