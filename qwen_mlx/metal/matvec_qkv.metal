@@ -75,7 +75,7 @@ if (group >= uint(GROUPS)) {
       if (head < uint(HEADS)) {
         q[at] = T(a);
         q[at + uint(HALF)] = T(b);
-      } else {
+      } else if (slot < uint(TAIL)) {
         at = ((head - uint(HEADS)) * uint(TAIL) + slot) * uint(2 * HALF) + i;
         new_tail[at] = T(a);
         new_tail[at + uint(HALF)] = T(b);

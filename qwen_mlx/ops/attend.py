@@ -43,8 +43,8 @@ def attend_one(
     q: (B, n_heads, 1, D); kv: (B, 2 n_kv_heads, room, D), keys first, of which place[1] tokens count; tail: (B, 2
     n_kv_heads, tokens, D), those after them up to position place[0]; place: int32 (2,) or longer; window: how many of
     the newest keys are seen, None for all; least: int32 (B,), the first token that each row sees, None for all. Returns
-    q's shape and dtype. Rounding: scores and softmax in float32, the result rounded once. Raises ValueError if shapes
-    or dtypes do not agree.
+    q's shape and dtype. place's values are not looked at: that would wait for them. Rounding: scores and softmax in
+    float32, the result rounded once. Raises ValueError if shapes or dtypes do not agree.
     """
     require_float("q", q)
     require(
@@ -70,6 +70,8 @@ def attend_one(
     check("kv", kv)
     check("tail", tail)
     require_place(place)
+    require(kv.shape[1] > 0, lambda: f"kv has shape {kv.shape}, expected one key/value head or more.")
+    require(window is None or window > 0, lambda: f"window is {window}, expected 1 or more, or None for all.")
     if least is not None:
         require_like("least", least, (n_rows,), mx.int32)
     row = head_dim * q.dtype.size

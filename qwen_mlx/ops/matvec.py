@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..backend import mx
-from .dispatch import Kernel, executor, float_bits, require, require_float, require_like, require_place
-from .rms_norm import rms_norm
+from .dispatch import Kernel, described, executor, float_bits, require, require_float, require_like, require_place
+from .rms_norm import require_eps, rms_norm
 from .rope import Rotary, scale_template, turns_of
 from .swiglu import swiglu_joined_reference
-from .unpack import RAW, Matrix, array_names, format_macros, unpack_reference
+from .unpack import RAW, Matrix, array_names, format_macros, require_arrays, unpack_reference
 
 MAX_STAGED = 16384  # bytes of a normed vector in threadgroup memory
 # Where codes of 4 and 6 bits are multiplied as tiles (see metal/tiles.h). Apple's GPUs have such instructions too, but
@@ -97,7 +97,7 @@ def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> 
 
     Rounding and errors as matvec's and swiglu's.
     """
-    _check(x, matrix, norm)
+    _check(x, matrix, _required(norm))
     require(matrix.format.rows % 2 == 0, lambda: f"matrix has {matrix.format.rows} rows, expected gate's and up's.")
     if not _on_kernel(x, matrix, norm):
         return swiglu_joined_reference(matvec_reference(x, matrix, norm))
@@ -126,14 +126,15 @@ def matvec_qkv(
     qkv_rope's.
     """
     for part in parts:
-        _check(x, part, norm)
+        _check(x, part, _required(norm))
+    require_like("table", table, (table.shape[0] if isinstance(table, mx.array) and table.ndim else 1, 4), mx.float32)
+    require(isinstance(n_heads, int) and n_heads > 0, lambda: f"n_heads is {n_heads!r}, expected a positive integer.")
     rows, half = sum(part.format.rows for part in parts), table.shape[0]
     require(
-        tail.ndim == 4 and tail.shape[3] == 2 * half and tail.shape[1] % 2 == 0 and tail.dtype == x.dtype,
-        lambda: (
-            f"tail has shape {tail.shape} and dtype {tail.dtype}, expected (1, 2 n_kv_heads, tokens, {2 * half}) and "
-            f"{x.dtype}."
-        ),
+        isinstance(tail, mx.array)
+        and (tail.ndim == 4 and tail.shape[0] == 1 and tail.size > 0 and tail.shape[3] == 2 * half)
+        and (tail.shape[1] % 2 == 0 and tail.dtype == x.dtype),
+        lambda: f"tail {described(tail)}, expected (1, 2 n_kv_heads, tokens, {2 * half}) and {x.dtype}.",
     )
     require(
         rows == (n_heads + tail.shape[1]) * 2 * half and parts[0].format.rows % (2 * half) == 0 and len(parts) < 3,
@@ -220,12 +221,19 @@ def _rotation_table_reference(place: mx.array, rotary: Rotary) -> mx.array:
     return mx.array(np.stack([high[0], low[0], high[1], low[1]], axis=-1))
 
 
+def _required(norm: tuple[mx.array, float]) -> tuple[mx.array, float]:
+    require(norm is not None, lambda: "norm is None, expected the norm's weight and eps.")
+    return norm
+
+
 def _check(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> None:
     require_float("x", x)
+    require_arrays(matrix)
     columns = matrix.format.columns
     require(x.size == columns, lambda: f"x has shape {x.shape}, expected one vector of {columns}.")
     if norm is not None:
         require_like("norm's weight", norm[0], (columns,), x.dtype)
+        require_eps(norm[1])
 
 
 def _on_kernel(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> bool:
@@ -243,6 +251,7 @@ def tiled(parts: Sequence[Matrix], dtype: mx.Dtype) -> bool:
         in_one_order
         and executor("matvec") in TILED_ON
         and dtype != mx.float32
+        and all(part.format.kind != "affine" or part.arrays[1].dtype == part.arrays[2].dtype for part in parts)
         and all(f.kind in RAW or (f.kind == "affine" and f.bits == 4 and f.columns % f.group_size == 0) for f in forms)
     )
 

@@ -88,12 +88,17 @@ def fits(x: mx.array) -> bool:
     return x.shape[-1] <= MAX_WIDTH and x.size <= MAX_ELEMENTS
 
 
-def _check(x: mx.array, weight: mx.array, eps: float) -> None:
-    require_float("x", x)
-    require(x.ndim > 0, lambda: "x has shape (), expected (..., D).")
+def require_eps(eps: float) -> None:
+    """Raises ValueError unless eps is a number from 0 to 3e38."""
     require(
         isinstance(eps, float | int) and 0 <= eps < 3e38, lambda: f"eps is {eps!r}, expected a number from 0 to 3e38."
     )
+
+
+def _check(x: mx.array, weight: mx.array, eps: float) -> None:
+    require_float("x", x)
+    require(x.ndim > 0, lambda: "x has shape (), expected (..., D).")
+    require_eps(eps)
     require_like("weight", weight, (x.shape[-1],), x.dtype)
 
 

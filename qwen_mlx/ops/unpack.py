@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backend import mx
-from .dispatch import Kernel, executor, threads
+from .dispatch import Kernel, described, executor, require, threads
 
 RAW = ("q4_k", "q6_k")
 # What the kernels call a matrix's arrays, see each format's header in qwen_mlx/metal.
@@ -66,6 +66,30 @@ class Matrix(NamedTuple):
     arrays: tuple[mx.array, ...]
 
 
+def require_arrays(matrix: Matrix) -> None:
+    """Raises ValueError unless the arrays have the shapes that the format says."""
+    require(isinstance(matrix, Matrix), lambda: f"matrix {described(matrix)}, expected an ops.Matrix.")
+    form = matrix.format
+    rows, columns = form.rows, form.columns
+    require(rows > 0 and columns > 0, lambda: f"The format has {rows} rows and {columns} columns, expected some.")
+    shapes: tuple[tuple[int, ...], ...]
+    if form.kind == "affine":
+        require(form.group_size > 0, lambda: f"The format's group_size is {form.group_size}, expected 32, 64 or 128.")
+        groups = (rows, columns // form.group_size)
+        shapes = ((rows, columns * form.bits // 32), groups, groups)
+    elif form.kind == "q4_k":
+        shapes = ((rows, columns // 256, 36),)
+    elif form.kind == "q6_k":
+        shapes = tuple((rows, columns // share) for share in (8, 16, 64, 256))
+    else:
+        shapes = ((rows, columns),)
+    found = tuple(array.shape for array in matrix.arrays)
+    require(
+        found == shapes,
+        lambda: f"The matrix's arrays have shapes {found}, expected {shapes} for {form}.",
+    )
+
+
 @functools.cache
 def _kernel(kind: str, chosen: bool) -> Kernel:
     inputs = (*ARRAYS[kind], "ids") if chosen else ARRAYS[kind]
@@ -78,6 +102,11 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
 
     Rounding: formed in float32 as gguf-py does, then rounded.
     """
+    require_arrays(matrix)
+    require(
+        ids is None or (isinstance(ids, mx.array) and mx.issubdtype(ids.dtype, mx.integer)),
+        lambda: f"ids {described(ids)}, expected integers, each below {matrix.format.rows}.",
+    )
     form = matrix.format
     if executor("unpack") == "reference" or form.kind == "dense" or not form.served:
         return unpack_reference(matrix, dtype, ids)

@@ -233,7 +233,7 @@ def _output(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> 
     if init_value is None:
         raw = np.full(math.prod(shape) * dtype.size, 0xFF, np.uint8)
     else:
-        filled = mx.full(shape, init_value, dtype)
+        filled = mx.broadcast_to(mx.array(init_value).astype(dtype), shape)  # mx.full may keep its own dtype
         raw = np.frombuffer(bytes(memoryview(mx.contiguous(filled.reshape(-1).view(mx.uint8)))), np.uint8).copy()
     return Data(raw, dtype.size, shape=shape)
 

@@ -61,6 +61,30 @@ REFUSED = {
     "eps as text": (lambda: ops.add_rms_norm(x(2, 8), x(2, 8), x(8), "1e-6"), "eps is '1e-6'"),
     "offset beyond int32": (lambda: ops.rope(x(1, 2, 3, 8), 2**31 - 1, ROTARY), "expected 0 to 2147483646 for 2"),
     "offset is True": (lambda: ops.rope(x(1, 2, 3, 8), True, ROTARY), "offset is of type bool, expected an int"),
+    "products without a norm": (
+        lambda: ops.matvec_swiglu(x(64), selftest_decoding.matrix("affine4", 4, 64, mx.float32), None),
+        "norm is None",
+    ),
+    "a product's eps": (
+        lambda: ops.matvec(x(64), selftest_decoding.matrix("dense", 4, 64, mx.float32), (x(64), -1.0)),
+        "eps is -1.0",
+    ),
+    "a format of other rows": (
+        lambda: ops.matvec(x(64), ops.Matrix(ops.Format("dense", 5, 64), (x(4, 64),))),
+        r"arrays have shapes \(\(4, 64\),\), expected \(\(5, 64\),\)",
+    ),
+    "a format of other groups": (
+        lambda: ops.matvec(x(64), ops.Matrix(ops.Format("affine", 4, 64, 4, 64), (x(4, 8), x(4, 2), x(4, 2)))),
+        "arrays have shapes",
+    ),
+    "a format without rows": (
+        lambda: ops.matvec(x(64), ops.Matrix(ops.Format("dense", 0, 64), (x(0, 64),))),
+        "The format has 0 rows",
+    ),
+    "ids that are no integers": (
+        lambda: ops.unpack(selftest_decoding.matrix("affine4", 4, 64, mx.float32), mx.float32, x(2)),
+        "ids has shape .* expected integers",
+    ),
     "no rotary": (lambda: ops.rope(x(1, 2, 3, 8), 0, None), "rotary is of type NoneType, expected a Rotary"),
     "no heads": (lambda: ops.qkv_rope(x(1, 2, 0), None, 0, ROTARY, 0, 0), "n_heads is 0 and n_kv_heads 0"),
     "heads below none": (lambda: ops.qkv_rope(x(1, 2, 32), None, 0, ROTARY, 6, -1), "n_kv_heads -1, expected positive"),
