@@ -1,19 +1,5 @@
 // Q4_K for tiles.h; the layout is q4_k.h's. A stage is a block: 128 bytes of codes, of which each 32 are two groups, in the low
-// and in the high halves. A word's first byte and its third become a pair.
-FUNCTION constexpr int staged_element(Tiles<Q4K>, int k) {
-  return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;
-}
-
-FUNCTION Words<4> paired(Q4K, Words<4> words) {
-  Words<4> pairs;
-  UNROLL
-  for (int i = 0; i < 4; i += 2) {
-    pairs.v[i] = lower_halves(words.v[i], words.v[i + 1]);
-    pairs.v[i + 1] = upper_halves(words.v[i], words.v[i + 1]);
-  }
-  return pairs;
-}
-
+// and in the high halves.
 // After 512 words of codes: the first four words of each row's block.
 template <int GROUP, int K, int TOTAL, bool ALIGNED, typename Lines, typename Ring, typename W>
 FUNCTION void start_codes(Q4K, Lines rows, uint stage, Ring ring, uint at, uint lane, W w) {

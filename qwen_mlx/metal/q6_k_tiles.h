@@ -1,19 +1,5 @@
 // Q6_K for tiles.h; the layout is q6_k.h's. A stage is a block; each half of it has 64 bytes of low bits and 32 of high ones,
-// for 8 groups of 16. A word's first byte and its third become a pair.
-FUNCTION constexpr int staged_element(Tiles<Q6K>, int k) {
-  return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;
-}
-
-FUNCTION Words<4> paired(Q6K, Words<4> words) {
-  Words<4> pairs;
-  UNROLL
-  for (int i = 0; i < 4; i += 2) {
-    pairs.v[i] = lower_halves(words.v[i], words.v[i + 1]);
-    pairs.v[i + 1] = upper_halves(words.v[i], words.v[i + 1]);
-  }
-  return pairs;
-}
-
+// for 8 groups of 16.
 // After 512 words of low bits: 16 rows' 16 words of high bits, 4 of scales, and the word that the factor is in.
 template <int GROUP, int K, int TOTAL, bool ALIGNED, typename Lines, typename Ring, typename W, typename H, typename S,
           typename F>

@@ -9,6 +9,23 @@
 template <typename Format>
 struct Tiles {};
 
+// The vector's elements as pairs, in the order of the codes: of bytes the first and the third of a word become a pair.
+template <typename Format>
+FUNCTION constexpr int staged_element(Tiles<Format>, int k) {
+  return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;
+}
+
+template <typename Format>
+FUNCTION Words<4> paired(Format, Words<4> words) {
+  Words<4> pairs;
+  UNROLL
+  for (int i = 0; i < 4; i += 2) {
+    pairs.v[i] = lower_halves(words.v[i], words.v[i + 1]);
+    pairs.v[i + 1] = upper_halves(words.v[i], words.v[i + 1]);
+  }
+  return pairs;
+}
+
 template <typename T>
 struct CodeBits {
   // bfloat16's 7 bits of a mantissa hold a code as 128 + code.

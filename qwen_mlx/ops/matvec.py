@@ -23,8 +23,6 @@ MAX_STAGED = 16384  # bytes of a normed vector in threadgroup memory
 # there is none here to measure them on.
 TILED_ON = ("cuda",)
 TILE_ROWS = 16
-
-
 # Bytes of threadgroup memory: what a CUDA kernel can declare, and Apple's limit.
 THREADGROUP_MEMORY = {"cuda": 48 << 10, "metal": 32 << 10}
 

@@ -108,7 +108,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "tiles: the vector staged in its own order": (
         "matvec q4_k, tiles",
-        Edit("q4_k_tiles.h", "return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;", "return k;", WrongNumbers),
+        Edit("tiles.h", "return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;", "return k;", WrongNumbers),
     ),
     "tiles: a neighbour's sums of the vector": (
         "matvec q6_k, tiles",
