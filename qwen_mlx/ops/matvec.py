@@ -272,11 +272,12 @@ def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype, normed: bool) -
 
 
 def _tile_tuning(name: str, parts: Sequence[Matrix], normed: bool) -> Tuning:
-    """About 2000 simdgroups, each with as many of a row's stages, and up to eight to a threadgroup, which norm the
-    vector together, as far as there is room. A third stage under way made nothing faster."""
+    """About 2000 simdgroups, each with as many of a row's stages, two at least where the vector is normed, which every
+    threadgroup does anew; up to eight simdgroups to a threadgroup, as there is room. A third stage under way made
+    nothing faster."""
     form = parts[0].format
     stages = -(-form.columns // 256)
-    rounds = max(1, round(stages * form.rows / TILE_ROWS / 2000), -(-stages // 8))
+    rounds = max(1 + normed, round(stages * form.rows / TILE_ROWS / 2000), -(-stages // 8))
     split = -(-stages // min(rounds, stages))
     ring, depth = max(map(_stage_words, parts)) + (0 if normed else 128), 2
     # Besides: the vector with its gaps, sums of each 16 of its elements, and what the simdgroups' sums meet in.

@@ -66,7 +66,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
         Edit("affine.h", "code |= w[word + 1u] << (32u - bit % 32u);", "", WrongNumbers),
     ),
     "tiles: sums of several simdgroups without their barriers": (
-        "matvec q4_k, tiles",
+        "matvec q4_k, long, tiles",
         Edit("tile_sums.h", BARRIER, "", RACE),
     ),
     "tiles: codes of the first row for both": (
