@@ -150,12 +150,15 @@ class Kernel:
 
 
 @functools.lru_cache(maxsize=1024)
-def kernel(source: Source, instance: str, checked: bool, contract: bool, fill: str = "pattern") -> Kernel:
+def kernel(
+    source: Source, instance: str, checked: bool, contract: bool, fill: str = "pattern", optimised: bool = True
+) -> Kernel:
     """The compiled kernel. instance: the template arguments; fill: what unset local variables hold, pattern or zero.
+    optimised: g++ may give an unset variable the value that it gets elsewhere, whatever the fill.
 
     Raises CompileError, or UninitialisedRead for a local variable that is certainly not set.
     """
-    flags = [*_flags(checked, contract), f"-ftrivial-auto-var-init={fill}"]
+    flags = [*_flags(checked, contract), f"-ftrivial-auto-var-init={fill}", *["-O0"] * (not optimised)]
     text = unit(source, instance)
     path = _cached("kernel", "\n".join([text, *flags, _preamble_text(), runtime()._name]), ".so")
     warnings = path.with_suffix(".txt")

@@ -69,8 +69,13 @@ def run(
     outputs = launch.run(kernel)
     if (kernel.suspect or options.unset_locals) and options.checked:
         # Whether the variable is read shows in the result: it is the same with another value in it, or it is not.
-        zeroed = launch.run(build.kernel(source, instance, options.checked, options.contract, "zero"))
-        if any(a.tobytes() != b.tobytes() for a, b in zip(outputs, zeroed)):
+        filled, zeroed = (
+            launch.run(
+                build.kernel(source, instance, options.checked, options.contract, fill, not options.unset_locals)
+            )
+            for fill in ("pattern", "zero")
+        )
+        if any(a.tobytes() != b.tobytes() for a, b in zip(filled, zeroed)):
             what = kernel.suspect or "a local variable is read that nothing has set"
             raise errors.UninitialisedRead(f"kernel {name}, {what}, and the result depends on it.")
     return [_to_mlx(raw, tuple(shape), dtype) for raw, shape, dtype in zip(outputs, output_shapes, output_dtypes)]

@@ -130,10 +130,11 @@ def test_mistakes_are_one_sentence_and_exit_status_2(files, capsys, name, monkey
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_local_array_that_nothing_has_set(files, capsys):
-    (files / "reverse.metal").write_text(
-        "float s[4]; uint i = thread_position_in_grid.x; s[0] = twice(x[i]) * factor; y[i] = T(s[i % 4u]);"
-    )
+@pytest.mark.parametrize(
+    "line", ["float s[4]; s[0] = z; y[i] = T(s[i % 4u]);", "float s; if (i > 3u) s = z; y[i] = T(s);"]
+)
+def test_a_local_variable_that_nothing_has_set(files, capsys, line):
+    (files / "reverse.metal").write_text(f"uint i = thread_position_in_grid.x; float z = twice(x[i]) * factor; {line}")
     assert main(arguments(files)) == 1
     assert "UninitialisedRead: kernel reverse" in capsys.readouterr().out
 
