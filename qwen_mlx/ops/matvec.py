@@ -274,7 +274,7 @@ def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype, normed: bool) -
 def _tile_tuning(name: str, parts: Sequence[Matrix], normed: bool) -> Tuning:
     """About 2000 simdgroups, each with as many of a row's stages, two at least where the vector is normed, which every
     threadgroup does anew; up to eight simdgroups to a threadgroup, as there is room. A third stage under way made
-    nothing faster."""
+    most products slower."""
     form = parts[0].format
     stages = -(-form.columns // 256)
     rounds = max(1 + normed, round(stages * form.rows / TILE_ROWS / 2000), -(-stages // 8))
