@@ -1,3 +1,0 @@
-"""The benchmarks."""
-
-import qwen_mlx.backend  # noqa: F401  # before MLX, which then finds a fast BLAS

@@ -21,11 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx import nn
-
 from benchmarks.arguments import positive, to_write
 from qwen_mlx import cli, ops
-from qwen_mlx.backend import describe, mx
+from qwen_mlx.backend import describe, mx, nn
 
 EPS = 1e-6
 # hidden: (intermediate, query heads, key/value heads, head size) of Qwen2.5 0.5B, 1.5B, 7B, 32B and 72B

@@ -15,7 +15,6 @@ import itertools
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,10 +38,11 @@ BATCH_PROMPT = 128  # tokens of each prompt where there are several
 
 
 def require_case(case: str) -> None:
-    """Exits unless `case` is one that model_of knows."""
+    """Raises QwenMLXError unless `case` is one that model_of knows."""
     size, _, bits = case.partition(":")
     if not Path(case).exists() and (size not in SHAPES or bits not in ("", "4", "8", "q4_k_m")):
-        sys.exit(f"No model {case!r}: expected a file, or {', '.join(SHAPES)}, optionally with :4, :8 or :q4_k_m.")
+        sizes = ", ".join(SHAPES)
+        raise QwenMLXError(f"No model {case!r}: expected a file, or {sizes}, optionally with :4, :8 or :q4_k_m.")
 
 
 def model_of(case: str) -> tuple[Qwen2, Qwen2, int | None, float]:

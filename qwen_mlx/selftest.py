@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from . import ops, selftest_decoding
+from . import cli, ops, selftest_decoding
 from .backend import describe, mx
-from .errors import QwenMLXError
 
 EPS = 1e-6
 LIMIT = 2.0  # units in the last place of the dtype, against float64
@@ -377,7 +376,4 @@ def _number(value: object) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except QwenMLXError as error:  # QWEN_MLX_KERNELS
-        sys.exit(str(error))
+    cli.run(main)

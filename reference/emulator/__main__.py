@@ -18,8 +18,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
+
+from qwen_mlx.backend import mx
 
 from . import EmulatorError, Unavailable, emulate, lint, metal_kernel, metal_source
 

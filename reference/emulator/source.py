@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
+from qwen_mlx.backend import mx
 
 TYPES = {
     mx.bool_: "bool",

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from qwen_mlx import ops
+from qwen_mlx.backend import mx
 
 from . import launch
 from .errors import InvalidLaunch
