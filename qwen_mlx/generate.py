@@ -160,9 +160,6 @@ def open_model(
 ) -> tuple[Qwen2, Tokenizer, dict[str, Any], PromptCache | None]:
     """(model, tokenizer, arguments for stream_generate, prompt cache) as the command line says. Raises QwenMLXError,
     for what can be known without the weights before they are read."""
-    from .ops.dispatch import switched_off
-
-    switched_off()  # refuses a wrong QWEN_MLX_KERNELS
     if arguments.system is not None:
         check_utf8(arguments.system, "--system")
     for text in arguments.stop:
@@ -175,6 +172,9 @@ def open_model(
         raise QwenMLXError(f"--seed is {arguments.seed}, expected an integer from 0 to 2^64 - 1.")
     if arguments.draft is None and arguments.draft_tokens is not None:
         raise QwenMLXError("--draft-tokens needs --draft MODEL or --draft prompt-lookup.")
+    from .ops.dispatch import switched_off
+
+    switched_off()  # refuses a wrong QWEN_MLX_KERNELS before a model is fetched
     path = hub.resolve(arguments.model)
 
     from . import backend, blas, drafts, ops
