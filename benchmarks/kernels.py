@@ -233,28 +233,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     copy = 2**29 / copy_seconds(2**28)
     print(f"{describe()}, MLX {mx.__version__}, bfloat16; copy: {copy / 1e9:.0f} GB/s")
-    rows = []
+    rows: list[dict[str, object]] = []
+    report: dict[str, object] = {
+        "command": f"python -m benchmarks.kernels --tokens {options.tokens} --repeats {options.repeats}",
+        "device": describe(),
+        "executor": ops.executor(),
+        "platform": platform.platform(),
+        "mlx": mx.__version__,
+        "dtype": "bfloat16",
+        "copy_gb_s": copy / 1e9,
+        "rows": rows,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     with ops.no_grad():
         for tokens in (1, options.tokens):
             for row in measure(tokens, mx.bfloat16, copy, options.repeats):
                 rows.append(row)
                 print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(
-        json.dumps(
-            {
-                "command": f"python -m benchmarks.kernels --tokens {options.tokens} --repeats {options.repeats}",
-                "device": describe(),
-                "executor": ops.executor(),
-                "platform": platform.platform(),
-                "mlx": mx.__version__,
-                "dtype": "bfloat16",
-                "copy_gb_s": copy / 1e9,
-                "rows": rows,
-            },
-            indent=1,
-        )
-    )
+                options.json.write_text(json.dumps(report, indent=1))  # each time: what was measured is not lost
     return 0
 
 

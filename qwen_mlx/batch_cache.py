@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import ops
-from .backend import mx
+from .backend import in_gpu_memory, mx
 from .cache import KVCache
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ class Padding:
 
     def __init__(self, columns: Sequence[int] | np.ndarray) -> None:
         self.columns = np.array(columns, np.int32)
-        self.array = mx.array(self.columns)
+        self.array = in_gpu_memory(mx.array(np.pad(self.columns, (0, 2))))[: len(self.columns)]
         self._made: dict[str, tuple[object, Any]] = {}
 
     def positions(self, width: int) -> mx.array:

@@ -183,6 +183,45 @@ FUNCTION Pack<N> rounded(Pack<N> pack) {
   return pack;
 }
 
+// The sums of two pairs of T of 16 bits, each rounded, in one instruction.
+template <typename T>
+FUNCTION uint pair_sum(uint a, uint b) {
+  uint pair;
+  if (IsBfloat<T>::value) {
+    const __nv_bfloat162 sum =
+        __hadd2_rn(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    pair = *reinterpret_cast<const uint*>(&sum);
+  } else {
+    const __half2 sum = __hadd2_rn(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+    pair = *reinterpret_cast<const uint*>(&sum);
+  }
+  return pair;
+}
+
+// x[i] + y[j], ..., N sums, each rounded to T; x and y lie at multiples of 16 bytes if ALIGNED.
+template <typename T, int N, bool ALIGNED>
+FUNCTION Pack<N> rounded_sum(const T* x, uint i, const T* y, uint j) {
+  Pack<N> sums;
+  if (ALIGNED && N * sizeof(T) == 16 && sizeof(T) == 2) {
+    const uint4 a = *reinterpret_cast<const uint4*>(x + i);
+    const uint4 b = *reinterpret_cast<const uint4*>(y + j);
+    const uint4 raw = make_uint4(pair_sum<T>(a.x, b.x), pair_sum<T>(a.y, b.y), pair_sum<T>(a.z, b.z), pair_sum<T>(a.w, b.w));
+    const T* elements = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      sums.v[k] = float(elements[k % (16 / sizeof(T))]);
+    }
+    return sums;
+  }
+  const Pack<N> a = load_aligned<N, ALIGNED>(x, i);
+  const Pack<N> b = load_aligned<N, ALIGNED>(y, j);
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    sums.v[k] = a.v[k] + b.v[k];
+  }
+  return rounded<T>(sums);
+}
+
 // Where `to` and index are known to lie at multiples of 16 bytes if N elements are 16 bytes.
 template <typename T, int N>
 FUNCTION void store_aligned(T* to, uint index, Pack<N> pack) {

@@ -54,6 +54,17 @@ FUNCTION Pack<N> rounded(Pack<N> pack) {
   return pack;
 }
 
+// x[i] + y[j], ..., N sums, each rounded to T; x and y lie at multiples of 16 bytes if ALIGNED.
+template <typename T, int N, bool ALIGNED, typename X, typename Y>
+FUNCTION Pack<N> rounded_sum(X x, uint i, Y y, uint j) {
+  Pack<N> sums = load<N>(x, i);
+  const Pack<N> others = load<N>(y, j);
+  for (int k = 0; k < N; ++k) {
+    sums.v[k] += others.v[k];
+  }
+  return rounded<T>(sums);
+}
+
 // Rounds as well.
 template <typename T, int N, typename Pointer>
 FUNCTION void store(Pointer to, uint index, Pack<N> pack) {

@@ -6,8 +6,8 @@ if (i < 4u) {
   here[i] = i < 2u ? place[i] : 0;
 }
 if (i < uint(HALF)) {
-  const Rotation r = rotation(turns[3u * i], turns[3u * i + 1u], turns[3u * i + 2u], place[0], float_of_bits(SCALE),
-                              float_of_bits(SCALE_LOW));
+  const Rotation r = rotation(Rotation(), turns[3u * i], turns[3u * i + 1u], turns[3u * i + 2u], place[0],
+                              float_of_bits(SCALE), float_of_bits(SCALE_LOW));
   out[4u * i] = r.cos_high;
   out[4u * i + 1u] = r.cos_low;
   out[4u * i + 2u] = r.sin_high;

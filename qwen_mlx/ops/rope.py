@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 
-from ..backend import mx
+from ..backend import in_gpu_memory, mx
 from .dispatch import (
     MAX_ELEMENTS,
     Kernel,
@@ -132,8 +132,9 @@ def rope(x: mx.array, offset: int | mx.array, rotary: Rotary) -> mx.array:
 
     x: (B, L, H, head_dim), positions offset to offset + L - 1; offset: one for all, or int32 (B,), one a sequence (its
     values are not looked at: that would wait for them).
-    Returns x's shape and dtype. Rounding: angles, cosine and sine are exact to 2^-48, products are formed in at least
-    float32 and rounded to x.dtype once (transformers rounds cosine, sine and both products to x.dtype as well).
+    Returns x's shape and dtype. Rounding: angles, cosine and sine are exact to 2^-48 (in kernels for 16-bit dtypes to
+    2^-33), products are formed in at least float32 and rounded to x.dtype once (transformers rounds cosine, sine and
+    both products to x.dtype as well).
     Raises ValueError if shapes or dtypes do not agree.
     """
     require_float("x", x)
@@ -283,7 +284,7 @@ def turns_of(rotary: Rotary) -> mx.array:
     # Machin's formula in units of 2^-256: pi / 4 = 4 arctan(1/5) - arctan(1/239).
     pi = 4 * (4 * _arctan_of_inverse(5) - _arctan_of_inverse(239))
     turns = [int(Fraction(f) * 2**96 * 2**256 / (2 * pi)) % 2**96 for f in rotary.inv_freq]
-    return mx.array(np.array([[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF] for t in turns], np.uint32))
+    return _moved(mx.array(np.array([[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF] for t in turns], np.uint32)))
 
 
 def _arctan_of_inverse(n: int) -> int:
@@ -293,7 +294,13 @@ def _arctan_of_inverse(n: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _position_of_int(offset: int) -> mx.array:
-    return mx.array([offset], mx.int32)
+    return _moved(mx.array([offset, 0, 0, 0], mx.int32))[:1]  # of 16 bytes: see in_gpu_memory
+
+
+def _moved(constant: mx.array) -> mx.array:
+    moved = in_gpu_memory(constant)
+    mx.async_eval(moved)  # or every compiled function would move it again
+    return moved
 
 
 def _position(offset: int | mx.array) -> mx.array:
@@ -328,20 +335,19 @@ def _launch(
     heads: int,
     shapes: list[tuple[int, ...]],
 ) -> list[mx.array]:
-    constants, pack, angle_tokens = _plan(rotary, inputs[0].dtype)
-    # Several tokens a threadgroup where there are many, so that no thread waits while the angles are computed.
-    group, most = (angle_tokens, 160) if tokens >= 1024 else (1, 256)
-    n_threads = threads(group * heads * len(rotary.inv_freq) // pack, most)
-    template = (*template, *constants, ("TOKENS", group), ("THREADS", n_threads))
-    return kernel(inputs, template, (-(-tokens // group) * n_threads, 1, 1), (n_threads, 1, 1), shapes)
+    constants, pack = _plan(rotary, inputs[0].dtype)
+    # Small threadgroups where there are many tokens: while one computes its angles, others move theirs.
+    n_threads = threads(heads * len(rotary.inv_freq) // pack, 96 if tokens >= 1024 else 256)
+    template = (*template, *constants, ("THREADS", n_threads))
+    return kernel(inputs, template, (tokens * n_threads, 1, 1), (n_threads, 1, 1), shapes)
 
 
 @functools.lru_cache(maxsize=16)
-def _plan(rotary: Rotary, dtype: mx.Dtype) -> tuple[tuple[tuple[str, int], ...], int, int]:
-    """Template values, elements a pack, and the tokens whose angles keep 128 threads busy."""
+def _plan(rotary: Rotary, dtype: mx.Dtype) -> tuple[tuple[tuple[str, int], ...], int]:
+    """Template values, and elements a pack."""
     half = len(rotary.inv_freq)
     pack = pack_size(half, dtype)
-    return (("HALF", half), ("N", pack), *scale_template(rotary)), pack, max(1, 128 // half)
+    return (("HALF", half), ("N", pack), *scale_template(rotary)), pack
 
 
 def scale_template(rotary: Rotary) -> tuple[tuple[str, int], ...]:

@@ -89,19 +89,19 @@ EDITS = {
     "rms_norm: only the first simdgroup's sum": Edit(
         "rms_norm.metal", "lane < uint(SIMDS) ? partial[lane]", "lane < 1u ? partial[lane]", WrongNumbers
     ),
-    "rope: turns the wrong way": Edit("heads.h", "a.v[k] = turned;", "a.v[k] = -turned;", WrongNumbers),
+    "rope: turns the wrong way": Edit("heads.h", "a.v[k] = first_half;", "a.v[k] = -first_half;", WrongNumbers),
     "rope: pairs neighbours": Edit(
         "heads.h",
-        "Pack<N> b = load_aligned<N, ALIGNED>(x, from + uint(HALF));",
-        "Pack<N> b = load_aligned<N, ALIGNED>(x, from ^ 1u);",
+        "load_aligned<N, ALIGNED>(x, from + uint(HALF));",
+        "load_aligned<N, ALIGNED>(x, from ^ 1u);",
         WrongNumbers,
     ),
     "rope: the first sequence's offset for all": Edit("heads.h", "? 0u : batch]", "? 0u : 0u]", WrongNumbers),
     "qkv_rope: v turned too": Edit("heads.h", "head < uint(HEADS + KV)", "head < ALL", WrongNumbers),
     "qkv_rope: bias of the first head for all": Edit(
         "heads.h",
-        "load_aligned<N, ALIGNED>(bias, head * uint(2 * HALF) + column);",
-        "load_aligned<N, ALIGNED>(bias, column);",
+        "beside = head * uint(2 * HALF) + column;",
+        "beside = column;",
         WrongNumbers,
     ),
     "swiglu: silu not rounded": Edit("swiglu.metal", "float(T(activated))", "activated", WrongNumbers),
@@ -109,8 +109,15 @@ EDITS = {
         "rotary.h", "((octant + 1u) & 2u) == 2u", "(octant & 2u) == 2u", WrongNumbers
     ),
     "rope: sine not scaled": Edit("rotary.h", "float(sine) * unit;", "float(sine) * unit / scale;", WrongNumbers),
+    "rope: short cosine not scaled": Edit("rotary.h", "two(cos_sign * scale, ", "two(cos_sign, ", WrongNumbers),
+    "rope: low parts left out": Edit(
+        "rotary.h", "metal::fma(-b, r.sin_low, metal::fma(a, r.cos_low, sum))", "sum", WrongNumbers
+    ),
+    "rope: short quarters signed wrongly": Edit(
+        "rotary.h", "quarter == 1u || quarter == 2u", "quarter == 1u", WrongNumbers
+    ),
     "rope: tokens beyond the last": Edit(
-        "rope.metal", "left < uint(TOKENS) ? left : uint(TOKENS)", "uint(TOKENS)", OutOfBounds
+        "rope.metal", "threadgroup_position_in_grid.x;", "threadgroup_position_in_grid.x + 1u;", OutOfBounds
     ),
     "rope: angles where they are not read": Edit(
         "heads.h", "table[slot<N, HALF>(i)]", "table[i]", (WrongNumbers, UninitialisedRead)
@@ -120,8 +127,8 @@ EDITS = {
     ),
     "qkv_rope: the first half's bias for the second": Edit(
         "heads.h",
-        "load_aligned<N, ALIGNED>(bias, head * uint(2 * HALF) + column + uint(HALF))",
-        "load_aligned<N, ALIGNED>(bias, head * uint(2 * HALF) + column)",
+        "bias, beside + uint(HALF))",
+        "bias, beside)",
         WrongNumbers,
     ),
     "rms_norm: eps added before the division": Edit(
@@ -159,15 +166,19 @@ def case_inputs() -> dict[str, Callable[[], list[mx.array]]]:
     heads, qkv, bias = random(2, 3, 3, 16), random(2, 3, 4 * 16), random(4 * 16)
     offsets = mx.array([3, 70_000], mx.int32)
     # So many tokens share threadgroups, whose last one is not full; YaRN scales cosine and sine.
-    many, wide, yarn = random(1, 1030, 1, 64), random(1, 2, 4 * 64), ops.Rotary.yarn(64, 1e4, 4.0, 2048)
+    many, wide, yarn = random(1, 1031, 1, 64), random(1, 2, 4 * 64), ops.Rotary.yarn(64, 1e4, 4.0, 2048)
     return {
         "rms_norm": lambda: [ops.rms_norm(x * 1e-3, weight, 1e-6), ops.rms_norm(x[:, :31], weight[:31], 1e-6)],
         "add_rms_norm": lambda: list(ops.add_rms_norm(x, y, weight, 1e-6)),
         "swiglu": lambda: [ops.swiglu(gate, up, gate_bias, up_bias), ops.swiglu_joined(mx.concatenate([gate, up], -1))],
-        "rope": lambda: [ops.rope(heads, offsets, rotary), ops.rope(many, 5, yarn)],
+        "rope": lambda: [
+            ops.rope(heads, offsets, rotary),
+            ops.rope(many, 5, yarn),
+            ops.rope(many[:, :9].astype(mx.float32), 5, yarn),
+        ],
         "qkv_rope": lambda: [
             *ops.qkv_rope(qkv, bias, offsets, rotary, 2, 1, join_kv=True),
-            *ops.qkv_rope(qkv, bias, 7, rotary, 2, 1),
+            *ops.qkv_rope(qkv, None, 7, rotary, 2, 1),
             *ops.qkv_rope(wide, wide[0, 0], 7, yarn, 2, 1),
         ],
     }

@@ -43,7 +43,7 @@ def compare(name: str) -> None:
         else:
             error = selftest.ulp_error(a, selftest.to_float64(b), b.dtype)
         different = mx.mean(a != b).item()
-        if error > 1 or different > 0.002:
+        if error > 1 or (different > 0.002 and b.dtype != mx.float32):  # which has no digits to spare
             raise WrongNumbers(f"{name}: {error} ulp, {different:.1%} of the elements differ")
 
 

@@ -101,6 +101,28 @@ def test_rotation_against_200_bits(executor, position):
     assert selftest.ulp_error(ops.rope(x, position, ROTARY), want, mx.float32) <= 1.0
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_cosines_of_16_bit_elements_are_exact_to_33_bits(executor, dtype):
+    """Pairs that cancel almost wholly: there a sum's own rounding is far finer than an error of cosine and sine."""
+    rotary, generator = ops.Rotary.plain(16, 1e4), np.random.default_rng(3)
+    positions = np.array([*generator.integers(1, 1_000_001, 60), 1_000_000])
+    angles = positions[:, None] * np.array(rotary.inv_freq)
+    cos, sin = np.cos(angles), np.sin(angles)
+    first = np.linspace(1, 2, 256, endpoint=False)[:, None, None]  # 7 bits of mantissa and more
+    first = selftest.to_float64(mx.array(first).astype(dtype))
+    second = selftest.to_float64(mx.array(np.clip(first * cos / sin, -1e3, 1e3)).astype(dtype))
+    best = np.argmin(np.abs(first * cos - second * sin), axis=0)[None]
+    a, b = (np.take_along_axis(np.broadcast_to(x, second.shape), best, axis=0)[0] for x in (first, second))
+    x = mx.array(np.concatenate([a, b], axis=-1)[:, None, None]).astype(dtype)
+    got = selftest.to_float64(ops.rope(x, mx.array(positions.astype(np.int32)), rotary))[:, 0, 0]
+    want = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    longer = np.tile(np.maximum(np.abs(a), np.abs(b)), 2)
+    digits = {mx.bfloat16: 8, mx.float16: 11}[dtype]
+    half_ulp = np.maximum(2.0 ** (np.floor(np.log2(np.abs(want))) - digits), 2.0**-25 if dtype == mx.float16 else 0.0)
+    assert np.median(np.abs(want[:, :8]) / longer[:, :8]) < 2**-12
+    assert (np.abs(got - want) <= half_ulp + 2**-22 * np.abs(want) + 2**-31 * longer).all()
+
+
 def test_offsets_known_only_when_evaluated():
     rotary, x = ops.Rotary.plain(64, 1e6), mx.random.normal((3, 4, 2, 64))
     offset = mx.array([3, 70_000, 999_000], mx.int32)
