@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import hub, ops, parallel
-from .backend import in_gpu_memory, mx, named_arrays, nn, tree_map
+from .backend import mx, named_arrays, nn
 from .config import ModelConfig
 from .defaults import folder_defaults, gguf_defaults
 from .errors import GGUFError, QwenMLXError
@@ -134,13 +134,11 @@ def _fill(model: Qwen2, weights: Weights, dtype: mx.Dtype, keep_packed: bool, pr
     for (name, sources, _), target in zip(targets, groups):
         nbytes = sum(weights.nbytes(source) for source in sources)
         if [packing for _, packing in target] == [None]:
-            _set(model, name, in_gpu_memory(weights.dense(sources).astype(dtype)))
+            _set(model, name, weights.dense(sources).astype(dtype))
         else:
             module = name.removesuffix(".weight")
             old = _get(model, module)
             parts = [_module(weights, names, packing, old, dtype) for names, packing in target]
-            for part in parts:
-                part.update(tree_map(in_gpu_memory, part.parameters()))
             _set(model, module, parts[0] if len(parts) == 1 else SideBySide(parts))
             mx.eval(_get(model, module).parameters())
         mx.eval(_get(model, name) if _has(model, name) else [])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..backend import mx
 from .dispatch import (
     MAX_ELEMENTS,
@@ -19,6 +21,8 @@ from .dispatch import (
 )
 from .exponential import exp_of_negative
 
+_BLOCK = 1 << 15  # float64 numbers that stay in a core's cache
+_LARGEST = float(np.finfo(np.float32).max)
 _SWIGLU = Kernel("swiglu", ("gate", "up", "gate_bias", "up_bias"), ("out",), ("silu.h",))
 
 
@@ -65,11 +69,8 @@ def swiglu_joined(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
 def swiglu_reference(
     gate: mx.array, up: mx.array, gate_bias: mx.array | None = None, up_bias: mx.array | None = None
 ) -> mx.array:
-    """swiglu in plain MLX.
-
-    In float32 each step rounds: 3.1 ulp at the most in 30 million elements, the same as torch's. Below -88.7 e^-gate
-    overflows and the result is -0, as torch's. Finishing in float64 would give 1.6 ulp, in 1.6 to 2.7 times the time.
-    """
+    """swiglu without kernels: 2 ulp, on the CPU with silu from numpy (where MLX traces, in float32 each step rounds: 3.1
+    ulp, as torch). Below -88.7 e^-gate overflows float32 and the result is -0, as torch's."""
     if gate_bias is not None and up_bias is not None:
         gate, up = gate + gate_bias, up + up_bias
     wide = gate.astype(mx.float32)
@@ -81,7 +82,34 @@ def _power(x: mx.array) -> mx.array:
 
 
 def _silu(x: mx.array) -> mx.array:
+    if mx.default_device() == mx.cpu:
+        try:
+            mx.eval(x)
+        except ValueError:  # it has no values yet: within mx.compile, mx.grad or mx.export_function
+            pass
+        else:
+            return _silu_of_values(x)
     return x / (1 + _power(x))
+
+
+def _silu_of_values(x: mx.array) -> mx.array:
+    """By numpy in float64, with vector instructions, where MLX calls the C library for each e^x: half the time."""
+    out = mx.empty(x.shape, mx.float32)
+    mx.eval(out)
+    if x.size == 0:
+        return out
+    gates, silus = (np.array(y, copy=False).reshape(-1, x.shape[-1]) for y in (x, out))
+    rows = max(1, _BLOCK // gates.shape[1])
+    with np.errstate(all="ignore"):
+        for start in range(0, len(gates), rows):
+            block = gates[start : start + rows]
+            power = np.negative(block, dtype=np.float64)
+            np.exp(power, out=power)
+            power[power > _LARGEST] = np.inf
+            power += 1
+            np.divide(block, power, out=power)
+            silus[start : start + rows] = power
+    return out
 
 
 _silu_with_gradient: Any = mx.custom_function(_silu)  # an object, to its stub
