@@ -39,9 +39,9 @@ def named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
 
 
 def in_gpu_memory(array: mx.array) -> mx.array:
-    """The same bits where the GPU's kernels find them at once: a small array that Python wrote lies in the host's memory
-    with CUDA, and each kernel fetches it across the bus (6 us of a kernel's time on an H200); what a kernel wrote lies in
-    the GPU's. Arrays of up to 8 bytes MLX keeps in the host's, whoever writes them."""
+    """The same bits where the GPU's kernels find them at once. With CUDA a small array that Python wrote lies in the
+    host's memory, and each kernel fetches it across the bus (6 us of a kernel's time on an H200); what a kernel wrote
+    lies in the GPU's, except that MLX keeps arrays of up to 8 bytes in the host's, whoever writes them."""
     if mx.default_device() == mx.cpu or not mx.cuda.is_available():
         return array
     words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]

@@ -284,7 +284,8 @@ def turns_of(rotary: Rotary) -> mx.array:
     # Machin's formula in units of 2^-256: pi / 4 = 4 arctan(1/5) - arctan(1/239).
     pi = 4 * (4 * _arctan_of_inverse(5) - _arctan_of_inverse(239))
     turns = [int(Fraction(f) * 2**96 * 2**256 / (2 * pi)) % 2**96 for f in rotary.inv_freq]
-    return _moved(mx.array(np.array([[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF] for t in turns], np.uint32)))
+    words = np.array([[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF] for t in turns], np.uint32)
+    return _evaluated(in_gpu_memory(mx.array(words)))
 
 
 def _arctan_of_inverse(n: int) -> int:
@@ -294,13 +295,12 @@ def _arctan_of_inverse(n: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _position_of_int(offset: int) -> mx.array:
-    return _moved(mx.array([offset, 0, 0, 0], mx.int32))[:1]  # of 16 bytes: see in_gpu_memory
+    return _evaluated(in_gpu_memory(mx.array([offset, 0, 0, 0], mx.int32))[:1])  # in_gpu_memory says why 16 bytes
 
 
-def _moved(constant: mx.array) -> mx.array:
-    moved = in_gpu_memory(constant)
-    mx.async_eval(moved)  # or every compiled function would move it again
-    return moved
+def _evaluated(constant: mx.array) -> mx.array:
+    mx.async_eval(constant)  # or every compiled function would compute it again
+    return constant
 
 
 def _position(offset: int | mx.array) -> mx.array:
