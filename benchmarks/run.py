@@ -73,8 +73,11 @@ def timed(start: Callable[[], Tokens], tokens: int) -> tuple[float, float, list[
     return first - begin, tokens / (time.perf_counter() - first), made
 
 
-def copy_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float:
-    """Bytes per second read and written by negating `size` bytes, at best."""
+def copy_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float | None:
+    """Bytes per second read and written by negating `size` bytes, at best; None on a CPU, where MLX negates on one core
+    into new memory."""
+    if mx.default_device() == mx.cpu:
+        return None
     x = mx.zeros((size // 4,), mx.float32)
     best = float("inf")
     for _ in range(repeats + 1):
@@ -128,7 +131,7 @@ def measure(model: Qwen2, makers: Any, cases: list[tuple[int, int]], tokens: int
     return rows
 
 
-def show(case: str, rows: list[dict[str, Any]], copy: float, weights: int) -> None:
+def show(case: str, rows: list[dict[str, Any]], copy: float | None, weights: int) -> None:
     """One line a row; ratios are qwen_mlx's speed over the engine's."""
     for (prompt, batch), group in itertools.groupby(rows, key=lambda row: (row["prompt"], row["batch"])):
         ours = None
@@ -137,7 +140,7 @@ def show(case: str, rows: list[dict[str, Any]], copy: float, weights: int) -> No
             ours = ours or (prefill, decode)
             low, high = min(row["decode_tokens_per_second"]), max(row["decode_tokens_per_second"])
             speed = f"{decode * batch:9.1f} ({low * batch:.0f} to {high * batch:.0f}) {ours[1] / decode:6.2f}"
-            share, peak = f"{weights * decode / copy:5.0%}", f"{row['peak_bytes'] / 1e9:6.2f} GB"
+            share, peak = f"{weights * decode / copy:5.0%}" if copy else "    -", f"{row['peak_bytes'] / 1e9:6.2f} GB"
             print(f"{case:10} {prompt:6} x {batch:<3} {row['engine']:20} {prompt * batch / prefill:9.0f}", end=" ")
             print(f"{prefill / ours[0]:6.2f} {speed} {share} {peak}", flush=True)
 
@@ -202,7 +205,8 @@ def main() -> None:
             versions[name] = None
     report: dict[str, Any] = {"device": describe(), "system": platform.platform(), "versions": versions}
     report |= {"kernels": ops.explain(), "tokens": arguments.tokens, "copy_bytes_per_second": copy, "models": {}}
-    print(f"{describe()}\n{ops.explain()}\ncopy: {copy / 1e9:.0f} GB/s\n")
+    blas = "all engines of MLX with the BLAS that qwen_mlx loads; benchmarks.cpu_generate gives mlx-lm its own"
+    print(f"{describe()}\n{ops.explain()}\n{f'copy: {copy / 1e9:.0f} GB/s' if copy else blas}\n")
     print("model, prompt x sequences, engine; prefill tok/s, ours as a multiple of it; decode tok/s (least to most),")
     print("ours as a multiple; the weights' bytes a second as a share of the copy's; peak memory\n")
     for case in arguments.models:

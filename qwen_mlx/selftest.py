@@ -245,7 +245,7 @@ def _rope_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]
     yield one("heads first, transposed", random(2, 2, 5, 64).swapaxes(1, 2), 17, plain)
     x = mx.concatenate([extremes(random, 12, 64)[None, None], mx.ones((1, 1, 12, 64), dtype)], axis=1)
     yield one("extremes", x, 0, plain, peer=False)
-    yield one("(1, 1027, 1, 64) grouped", random(1, 1027, 1, 64), 3, plain)
+    yield one("(1, 1027, 1, 64) many tokens", random(1, 1027, 1, 64), 3, plain)
     if not small:
         yield one("(1, 2048, 16, 128) at 500_000", random(1, 2048, 16, 128), 500_000, ops.Rotary.plain(128, 1e6))
 
@@ -264,7 +264,7 @@ def _rope_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]
     yield fused("(3, 2, 256) by sequence", random(3, 2, 256), random(256), offsets, plain, 2, 1)
     yield fused("(2, 3, 1024) YaRN, no bias", random(2, 3, 1024), None, 5000, yarn, 4, 2)
     yield fused("unaligned", random(2, 4, 264)[:, 1:, 5:261], random(257)[1:], 9, plain, 2, 1)
-    yield fused("(2, 513, 192) grouped", random(2, 513, 192), None, mx.array([7, 900], mx.int32), plain, 1, 1)
+    yield fused("(2, 513, 192) many tokens", random(2, 513, 192), None, mx.array([7, 900], mx.int32), plain, 1, 1)
     if not small:
         yield fused("(1, 1024, 4608) 28 + 4 heads", random(1, 1024, 4608), random(4608), 0, yarn, 28, 4)
 

@@ -275,4 +275,5 @@ def explain() -> str:
             lines.append("2 to 64 rows of 16 bits: an own product on dense matrices of up to 64 MiB")
         if switched_off():
             lines.append(f"but {', '.join(sorted(switched_off()))}: plain MLX (QWEN_MLX_KERNELS)")
-    return "\n".join([*lines, "else attention: MLX's scaled_dot_product_attention; on the CPU products in float32"])
+    rest = "attention" if kind == "reference" else "else attention"
+    return "\n".join([*lines, f"{rest}: MLX's scaled_dot_product_attention; on the CPU products in float32"])
