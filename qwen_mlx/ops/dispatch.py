@@ -79,7 +79,8 @@ def forced(name: str | None) -> Iterator[None]:
 
 @contextmanager
 def no_grad() -> Iterator[None]:
-    """Within it, kernels have no gradient, which saves about 10 microseconds of Python a call: for generation."""
+    """Within it, operations have no gradient (kernels and SwiGLU: zero), which saves about 10 microseconds of Python a
+    call: for generation."""
     before, _gradients.wanted = _gradients.wanted, False
     try:
         yield

@@ -50,6 +50,10 @@ class Rotary:
                 "finite numbers and a finite factor: theta and scaling factors must be positive."
             ),
         )
+        require(
+            1e-30 < self.attention_factor < 1e30,
+            lambda: f"attention_factor is {self.attention_factor}, expected a positive number from 1e-30 to 1e30.",
+        )
 
     @classmethod
     def plain(cls, head_dim: int, theta: float, factor: float = 1.0) -> Rotary:
@@ -253,12 +257,13 @@ def _split_and_turn(
 
 @functools.lru_cache(maxsize=4)
 def _tables(rotary: Rotary, offsets: tuple[int, ...], length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Cosine, and sine with the sign of each half, (offsets, length, 1, 2, head_dim / 2); a step's layers share them.
-
-    Angles are formed in float64, exactly: float32 would be wrong by 0.03 radians at position 1,000,000.
-    """
-    positions = np.array(offsets)[:, None] + np.arange(length)
-    angles = positions[:, :, None, None, None] * np.array(rotary.inv_freq)
+    """Cosine, and sine with the sign of each half, (offsets, length, 1, 2, head_dim / 2), for all layers."""
+    words = _turns(rotary).astype(np.uint64)
+    positions = (np.array(offsets, np.int64)[:, None] + np.arange(length))[:, :, None, None, None]
+    # Products of 64-bit integers wrap at whole turns: exact at every position.
+    phase = (words[:, 0] << 32 | words[:, 1]) * positions.astype(np.uint64)
+    phase += (words[:, 2].astype(np.int64) * positions >> 32).astype(np.uint64)
+    angles = phase.view(np.int64) * (2 * math.pi / 2**64)
     cos, sin = (table(angles) * rotary.attention_factor for table in (np.cos, np.sin))
     return (
         mx.array(np.concatenate([cos, cos], axis=-2), dtype),
@@ -269,23 +274,43 @@ def _tables(rotary: Rotary, offsets: tuple[int, ...], length: int, dtype: mx.Dty
 def _traced_tables(rotary: Rotary, offset: mx.array, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     """As _tables, (B or 1, length, 1, 2, head_dim / 2), for offsets that are known only when evaluated."""
     with mx.stream(mx.cpu):
-        # Products of 64-bit integers wrap at whole turns: MLX's own cosine is wrong for large angles, in float64 too.
-        words = turns_of(rotary).astype(mx.int64)
-        turns = words[:, 0] * 2**32 + words[:, 1]
-        positions = (offset[:, None] + mx.arange(length)).astype(mx.int64)
-        angles = (positions[:, :, None, None, None] * turns).astype(mx.float64) * (2 * math.pi / 2**64)
-        cos, sin = mx.cos(angles) * rotary.attention_factor, mx.sin(angles) * rotary.attention_factor
+        words = mx.array(_turns(rotary)).astype(mx.int64)
+        positions = (offset[:, None] + mx.arange(length)).astype(mx.int64)[:, :, None, None, None]
+        phase = (words[:, 0] * 2**32 + words[:, 1]) * positions + (words[:, 2] * positions >> 32)
+        # Quarters of a turn, counted from an eighth before each, and the angle from a quarter's middle.
+        quarter = (phase + 2**61) >> 62
+        x = (phase - quarter * 2**62).astype(mx.float64) * (2 * math.pi / 2**64)
+        # Taylor's series: MLX's own cosine has the accuracy of float32 in float64, too.
+        cos, sin = (_series(x * x, first) for first in (0, 1))
+        sin = sin * x
+        swapped = (quarter & 1) == 1
+        cos, sin = mx.where(swapped, sin, cos), mx.where(swapped, cos, sin)
+        cos = mx.where(((quarter + 1) & 2) == 2, -cos, cos) * rotary.attention_factor
+        sin = mx.where((quarter & 2) == 2, -sin, sin) * rotary.attention_factor
         return mx.concatenate([cos, cos], axis=-2).astype(dtype), mx.concatenate([-sin, sin], axis=-2).astype(dtype)
+
+
+def _series(y: mx.array, first: int) -> mx.array:
+    """1 / first! - y / (first + 2)! + y^2 / (first + 4)! - ..., exact to 2^-52 for y up to (pi / 4)^2."""
+    total = mx.zeros_like(y)
+    for n in range(9, -1, -1):
+        total = total * y + (-1) ** n / math.factorial(first + 2 * n)
+    return total
 
 
 @functools.lru_cache(maxsize=8)
 def turns_of(rotary: Rotary) -> mx.array:
+    """_turns, where kernels read them."""
+    return _evaluated(in_gpu_memory(mx.array(_turns(rotary))))
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(rotary: Rotary) -> np.ndarray:
     """Turns a position makes in units of 2^-96, uint32 (head_dim / 2, 3), highest word first; rounded down."""
     # Machin's formula in units of 2^-256: pi / 4 = 4 arctan(1/5) - arctan(1/239).
     pi = 4 * (4 * _arctan_of_inverse(5) - _arctan_of_inverse(239))
     turns = [int(Fraction(f) * 2**96 * 2**256 / (2 * pi)) % 2**96 for f in rotary.inv_freq]
-    words = np.array([[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF] for t in turns], np.uint32)
-    return _evaluated(in_gpu_memory(mx.array(words)))
+    return np.array([[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF] for t in turns], np.uint32)
 
 
 def _arctan_of_inverse(n: int) -> int:

@@ -73,27 +73,22 @@ def swiglu_reference(
     rounds: 3.1 ulp in float32, as torch. Below -88.7 e^-gate overflows float32 and the result is -0, as torch's."""
     if gate_bias is not None and up_bias is not None:
         gate, up = gate + gate_bias, up + up_bias
-    wide = gate.astype(mx.float32)
-    return (_silu_with_gradient if recording() else _silu)(wide).astype(gate.dtype) * up
-
-
-def _power(x: mx.array) -> mx.array:
-    return exp_of_negative(x) if mx.default_device() == mx.cpu else mx.exp(-x)
+    return _silu(gate.astype(mx.float32)).astype(gate.dtype) * up
 
 
 def _silu(x: mx.array) -> mx.array:
     if mx.default_device() == mx.cpu:
         try:
             mx.eval(x)
-        except ValueError:  # it has no values yet: within mx.compile, mx.grad or mx.export_function
+        except ValueError:  # it has no values yet: within mx.compile, mx.vmap or mx.export_function
             pass
         else:
-            return _silu_of_values(x)
-    return x / (1 + _power(x))
+            return (_silu_of_values if recording() else _silu_by_numpy)(x)
+    return (_traced_silu if recording() else _plain_silu)(x)
 
 
-def _silu_of_values(x: mx.array) -> mx.array:
-    """By numpy in float64, with vector instructions, where MLX calls the C library for each e^x: half the time."""
+def _silu_by_numpy(x: mx.array) -> mx.array:
+    """In float64, with vector instructions, where MLX calls the C library for each e^x: half the time."""
     out = mx.empty(x.shape, mx.float32)
     mx.eval(out)
     if x.size == 0:
@@ -112,14 +107,26 @@ def _silu_of_values(x: mx.array) -> mx.array:
     return out
 
 
-_silu_with_gradient: Any = mx.custom_function(_silu)  # an object, to its stub
+def _plain_silu(x: mx.array) -> mx.array:
+    return x / (1 + _power(x))
 
 
-@_silu_with_gradient.vjp  # type: ignore[untyped-decorator]
-def _silu_gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-    """As torch's: MLX's own would square 1 + e^-x, which overflows below -44."""
+def _power(x: mx.array) -> mx.array:
+    return exp_of_negative(x) if mx.default_device() == mx.cpu else mx.exp(-x)
+
+
+def _slope(x: mx.array) -> mx.array:
+    """silu's, as torch's: MLX's own would square 1 + e^-x, which overflows below -44."""
     sigmoid = 1 / (1 + _power(x))
-    return cotangent * (sigmoid * (1 + x * (1 - sigmoid)))
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+# MLX does not see what numpy does, and would square 1 + e^-x: these bring the derivatives. (Objects, to their stub.)
+_silu_of_values: Any = mx.custom_function(_silu_by_numpy)
+_traced_silu: Any = mx.custom_function(_plain_silu)
+for _function in (_silu_of_values, _traced_silu):
+    _function.vjp(lambda x, cotangent, _: cotangent * _slope(x))
+    _function.jvp(lambda x, tangent: tangent * _slope(x))
 
 
 def swiglu_joined_reference(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:

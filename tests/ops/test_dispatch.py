@@ -94,6 +94,7 @@ REFUSED = {
     "factor of 0": (lambda: ops.Rotary.plain(8, 1e4, 0.0), "factor is 0.0"),
     "YaRN's theta": (lambda: ops.Rotary.yarn(8, 1.0, 4.0, 100), "theta is 1.0, expected more than 1"),
     "YaRN's context": (lambda: ops.Rotary.yarn(8, 1e4, 4.0, 0), "original_context is 0"),
+    "huge factor": (lambda: ops.Rotary((0.1,), 1e39), r"attention_factor is 1e\+39, expected a positive number"),
     "infinite frequency": (lambda: ops.Rotary((float("inf"),)), "expected one or more finite numbers"),
     "frequencies in a list": (lambda: ops.Rotary([1.0]), "inv_freq is of type list, expected a tuple"),
     "head_dim as text": (lambda: ops.Rotary.plain("8", 1e4), "head_dim is '8', expected a positive even number"),
