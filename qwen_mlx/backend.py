@@ -4,6 +4,8 @@ On a CPU a fast BLAS must be in the process before MLX is loaded (see blas.py), 
 backends deserves a sentence instead of a linker's message.
 """
 
+import numpy as np
+
 from . import blas
 from .errors import QwenMLXError
 
@@ -38,14 +40,15 @@ def named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
     return found
 
 
-def in_gpu_memory(array: mx.array) -> mx.array:
-    """The same bits where the GPU's kernels find them at once. With CUDA a small array that Python wrote lies in the
-    host's memory, and each kernel fetches it across the bus (6 us of a kernel's time on an H200); what a kernel wrote
-    lies in the GPU's, except that MLX keeps arrays of up to 8 bytes in the host's, whoever writes them."""
+def in_gpu_memory(integers: np.ndarray) -> mx.array:
+    """The integers as an array that the GPU's kernels find at once. With CUDA a small array that Python wrote lies in
+    the host's memory, and each kernel fetches it across the bus (6 us of a kernel's time on an H200); what a kernel
+    wrote lies in the GPU's, except that MLX keeps arrays of up to 8 bytes in the host's, whoever writes them."""
     if mx.default_device() == mx.cpu or not mx.cuda.is_available():
-        return array
-    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
-    return (array.view(words) + mx.array(0, words)).view(array.dtype)
+        return mx.array(integers)
+    moved = (mx.array(np.pad(integers.reshape(-1), (0, 2))) + 0)[: integers.size].reshape(integers.shape)
+    mx.async_eval(moved)  # or every compiled function that uses it would move it again
+    return moved
 
 
 def peak_memory() -> int:

@@ -20,7 +20,7 @@ class Padding:
 
     def __init__(self, columns: Sequence[int] | np.ndarray) -> None:
         self.columns = np.array(columns, np.int32)
-        self.array = in_gpu_memory(mx.array(np.pad(self.columns, (0, 2))))[: len(self.columns)]
+        self.array = in_gpu_memory(self.columns)
         self._made: dict[str, tuple[object, Any]] = {}
 
     def positions(self, width: int) -> mx.array:

@@ -61,7 +61,7 @@ class BatchStep:
         return logits
 
     def _run(self, input_ids: mx.array, place: mx.array, padding: mx.array, *rest: mx.array) -> list[mx.array]:
-        place = place + 0  # into the GPU's own memory: see ops.rotation_table
+        place = place + 0  # into the GPU's own memory: see backend.in_gpu_memory
         half = len(rest) // 2
         newest = mx.arange(rest[half].shape[2])[:, None] == place[0] - place[1]
         shared = place, padding, place[:1] - padding, newest

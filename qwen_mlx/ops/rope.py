@@ -301,7 +301,7 @@ def _series(y: mx.array, first: int) -> mx.array:
 @functools.lru_cache(maxsize=8)
 def turns_of(rotary: Rotary) -> mx.array:
     """_turns, where kernels read them."""
-    return _evaluated(in_gpu_memory(mx.array(_turns(rotary))))
+    return in_gpu_memory(_turns(rotary))
 
 
 @functools.lru_cache(maxsize=8)
@@ -320,12 +320,7 @@ def _arctan_of_inverse(n: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _position_of_int(offset: int) -> mx.array:
-    return _evaluated(in_gpu_memory(mx.array([offset, 0, 0, 0], mx.int32))[:1])  # in_gpu_memory says why 16 bytes
-
-
-def _evaluated(constant: mx.array) -> mx.array:
-    mx.async_eval(constant)  # or every compiled function would compute it again
-    return constant
+    return in_gpu_memory(np.array([offset], np.int32))
 
 
 def _position(offset: int | mx.array) -> mx.array:
