@@ -44,10 +44,10 @@ class Rotary:
             lambda: f"inv_freq is of type {type(self.inv_freq).__name__}, expected a tuple of numbers.",
         )
         require(
-            len(self.inv_freq) > 0 and all(map(math.isfinite, (*self.inv_freq, self.attention_factor))),
+            len(self.inv_freq) > 0 and all(map(math.isfinite, self.inv_freq)),
             lambda: (
-                f"Rotary has frequencies {self.inv_freq} and the factor {self.attention_factor}, expected one or more "
-                "finite numbers and a finite factor: theta and scaling factors must be positive."
+                f"Rotary has frequencies {self.inv_freq}, expected one or more finite numbers: theta and scaling "
+                "factors must be positive."
             ),
         )
         require(
