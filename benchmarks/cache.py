@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arguments import at_least, to_write
-from qwen_mlx import cli, hub, load, ops
+from qwen_mlx import load, ops
 from qwen_mlx.backend import describe, mx
-from qwen_mlx.cache import KVCache, attention_mask
-from qwen_mlx.model import Qwen2
+from qwen_mlx.cli import command as cli
+from qwen_mlx.loading import hub
+from qwen_mlx.model.cache import KVCache, attention_mask
+from qwen_mlx.model.qwen2 import Qwen2
 from reference.measures import measure
 
 from .cpu_generate import processor

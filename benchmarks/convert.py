@@ -26,7 +26,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as T
 
 from benchmarks.arguments import positive, to_write
-from qwen_mlx import cli
+from qwen_mlx.cli import command as cli
 from qwen_mlx.gguf.reader import GGUFFile
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 3584, 18944, 152064, 28, 4, 128

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import positive, to_write
-from qwen_mlx import cli
+from qwen_mlx.cli import command as cli
 
 from .cpu_generate import processor
 
@@ -42,8 +42,8 @@ LOADS = 5
 
 def conversation(model: Any, tokenizer: Any, max_tokens: int, reuse: bool) -> list[dict[str, Any]]:
     """Figures of every turn; without `reuse` each turn begins with an empty cache."""
-    from qwen_mlx.prompt_cache import PromptCache
-    from qwen_mlx.session import Chat
+    from qwen_mlx.generation.chat import Chat
+    from qwen_mlx.generation.prompt_cache import PromptCache
 
     chat = Chat(model, tokenizer, max_tokens=max_tokens, temperature=0)
     turns = []
@@ -68,8 +68,8 @@ def conversation(model: Any, tokenizer: Any, max_tokens: int, reuse: bool) -> li
 
 def saved(model: Any, tokenizer: Any, arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
     """Seconds to compute, save and load a prompt, and bytes of the file."""
-    from qwen_mlx.generation import stream_generate
-    from qwen_mlx.prompt_cache import PromptCache
+    from qwen_mlx.generation.prompt_cache import PromptCache
+    from qwen_mlx.generation.text import stream_generate
 
     ids = tokenizer.encode(TEXT * arguments.saved_tokens)[: arguments.saved_tokens]
     cache = PromptCache(model)
@@ -90,8 +90,8 @@ def saved(model: Any, tokenizer: Any, arguments: argparse.Namespace, file: Path)
 def load_only(path: str | None, file: str) -> dict[str, Any]:
     """In a process of its own: the first and the median time to load a cache, and the token that follows."""
     from qwen_mlx import load
-    from qwen_mlx.generation import stream_generate
-    from qwen_mlx.prompt_cache import PromptCache
+    from qwen_mlx.generation.prompt_cache import PromptCache
+    from qwen_mlx.generation.text import stream_generate
 
     model, tokenizer = load(path)
     seconds = []

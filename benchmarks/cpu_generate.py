@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import positive, to_write
-from qwen_mlx import cli
+from qwen_mlx.cli import command as cli
 
 ENGINES = ("qwen_mlx", "transformers float32", "mlx-lm float32", "mlx-lm float16")
 WORDS = "The quick brown fox jumps over the lazy dog, and nobody minds. "
@@ -39,8 +39,9 @@ def measure(engine: str, model: Path, prefill: int, decode: int) -> dict[str, An
     note = ""
     start: Callable[[], Iterator[int]]
     if engine == "qwen_mlx":
-        from qwen_mlx import SamplingSettings, blas, load
-        from qwen_mlx.decoding import generate_ids
+        from qwen_mlx import SamplingSettings, load
+        from qwen_mlx.backend import blas
+        from qwen_mlx.generation.engine import generate_ids
 
         weights, tokenizer = load(model)
         ids = tokenizer.encode(WORDS * prefill)[:prefill]
@@ -148,7 +149,7 @@ def main() -> None:
         print(json.dumps(measure(part, Path(model), arguments.prefill, tokens)))
         return
 
-    from qwen_mlx import hub
+    from qwen_mlx.loading import hub
 
     gguf = hub.resolve(arguments.model)
     engines = [engine for engine in ENGINES if engine not in arguments.without]

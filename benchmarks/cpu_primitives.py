@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.arguments import to_write
-from qwen_mlx import cli
+from qwen_mlx.cli import command as cli
 
 HIDDEN, FFN, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 896, 4864, 151936, 14, 2, 64
 MATRICES = {  # rows, columns and copies: the model has 24 layers, which no cache holds
@@ -51,8 +51,7 @@ def products(library: str) -> dict[str, dict[str, float]]:
         name = f"PyTorch {torch.__version__}"
         make, multiply = torch.randn, torch.nn.functional.linear
     else:
-        from qwen_mlx import blas
-        from qwen_mlx.backend import mx
+        from qwen_mlx.backend import blas, mx
 
         name = blas.report()
 
@@ -85,8 +84,8 @@ def operations() -> dict[str, dict[str, float]]:
     """Microseconds of each operation of the model in float32, one new token after 300 and a prompt of 256."""
     from qwen_mlx import ops
     from qwen_mlx.backend import mx, nn
-    from qwen_mlx.cache import KVCache
-    from qwen_mlx.model import attention_mask
+    from qwen_mlx.model.cache import KVCache
+    from qwen_mlx.model.qwen2 import attention_mask
     from qwen_mlx.ops.exponential import exp
 
     rotary = ops.Rotary.plain(HEAD_DIM, 1e6)
@@ -195,7 +194,7 @@ def main() -> None:
     if arguments.part:
         print(json.dumps(operations() if arguments.part == "operations" else products(arguments.part)))
         return
-    from qwen_mlx import blas
+    from qwen_mlx.backend import blas
 
     from .cpu_generate import processor
 

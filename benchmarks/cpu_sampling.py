@@ -10,9 +10,10 @@ import statistics
 import time
 
 from benchmarks.arguments import positive
-from qwen_mlx import SamplingSettings, cli, load, ops
+from qwen_mlx import SamplingSettings, load, ops
 from qwen_mlx.backend import describe, mx
-from qwen_mlx.sampling import log_probabilities, sample
+from qwen_mlx.cli import command as cli
+from qwen_mlx.generation.sampling import log_probabilities, sample
 
 SETTINGS = {
     "greedy": SamplingSettings(),

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import at_least, positive, to_write
-from qwen_mlx import blas, cli, load, stream_generate
-from qwen_mlx.prompt_cache import PromptCache
+from qwen_mlx import load, stream_generate
+from qwen_mlx.backend import blas
+from qwen_mlx.cli import command as cli
+from qwen_mlx.generation.prompt_cache import PromptCache
 
 from .cpu_generate import processor
 

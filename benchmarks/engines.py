@@ -13,8 +13,8 @@ import numpy as np
 
 from qwen_mlx import Qwen2, SamplingSettings
 from qwen_mlx.backend import mx, nn
-from qwen_mlx.batch import PREFILL_CHUNK, BatchLoop
-from qwen_mlx.decoding import generate_ids
+from qwen_mlx.generation.batch import PREFILL_CHUNK, BatchLoop
+from qwen_mlx.generation.engine import generate_ids
 
 Prompts = Sequence[Sequence[int]]  # of one length
 Tokens = Iterator[list[int]]  # one for each prompt at a time

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.arguments import positive, to_write
-from qwen_mlx import cli, ops
+from qwen_mlx import ops
 from qwen_mlx.backend import describe, mx, nn
+from qwen_mlx.cli import command as cli
 
 EPS = 1e-6
 # hidden: (intermediate, query heads, key/value heads, head size) of Qwen2.5 0.5B, 1.5B, 7B, 32B and 72B

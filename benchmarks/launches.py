@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.arguments import require_module
-from qwen_mlx import ModelConfig, Qwen2, cli, ops
+from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.backend import mx
+from qwen_mlx.cli import command as cli
 
 Counts = collections.Counter[str]
 VIEWS = {"Transpose", "Reshape", "Flatten", "Unflatten", "Broadcast", "Slice", "ExpandDims", "Squeeze", "Split"}

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.arguments import positive, to_write
-from qwen_mlx import cli
-from qwen_mlx.config import ModelConfig
+from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.shards import Shard, rank_bytes
+from qwen_mlx.model.config import ModelConfig
+from qwen_mlx.parallel.shards import Shard, rank_bytes
 
 # layers, hidden size, heads, key/value heads, MLP width, vocabulary, tied head: as in the models' config.json.
 SHAPES = {
@@ -112,10 +112,10 @@ def random_model(shape: str, group: Any) -> Any:
     """Random weights in bfloat16, scaled so that activations stay finite; only this rank's."""
     from mlx.utils import tree_map
 
-    from qwen_mlx import parallel
     from qwen_mlx.backend import mx
-    from qwen_mlx.model import Qwen2
-    from qwen_mlx.sampling import SamplingSettings
+    from qwen_mlx.generation.sampling import SamplingSettings
+    from qwen_mlx.model.qwen2 import Qwen2
+    from qwen_mlx.parallel import group as parallel
 
     config = config_of(shape)
     shard = Shard(group.rank(), group.size(), config) if group.size() > 1 else None
@@ -138,8 +138,8 @@ def random_model(shape: str, group: Any) -> Any:
 
 def measure(model: Any, n_prompt: int, n_new: int) -> dict[str, float]:
     """Tokens a second of reading a prompt and of decoding, and communication's share."""
-    from qwen_mlx.decoding import generate_ids
-    from qwen_mlx.sampling import SamplingSettings
+    from qwen_mlx.generation.engine import generate_ids
+    from qwen_mlx.generation.sampling import SamplingSettings
 
     prompt = [(7 * i) % 1000 for i in range(n_prompt)]
     start = time.perf_counter()

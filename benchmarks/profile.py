@@ -22,10 +22,11 @@ import torch
 from benchmarks.arguments import positive, to_write
 from benchmarks.engines import QwenMLX
 from benchmarks.run import copy_bandwidth, model_of
-from qwen_mlx import Qwen2, cli, ops
+from qwen_mlx import Qwen2, ops
 from qwen_mlx.backend import describe, mx
+from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.layers import matrices
+from qwen_mlx.model.layers import matrices
 
 
 def traced(tokens, count: int) -> list[tuple[str, int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.backend import mx, nn
-from qwen_mlx.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from qwen_mlx.model.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied: Qwen2.5's published config.json files
 SHAPES = {

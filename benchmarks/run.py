@@ -26,8 +26,9 @@ from mlx.utils import tree_flatten
 from benchmarks.arguments import positive, require_module, to_write
 from benchmarks.engines import Tokens, engines_of, llama_bench
 from benchmarks.random_models import SHAPES, random_model, raw_model
-from qwen_mlx import Qwen2, cli, load, ops
+from qwen_mlx import Qwen2, load, ops
 from qwen_mlx.backend import describe, mx
+from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
 
 MODELS = ("0.5B", "0.5B:4", "1.5B", "7B", "7B:4", "7B:q4_k_m")

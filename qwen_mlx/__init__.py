@@ -10,41 +10,39 @@ Names are imported when first used (PEP 562), so that `--help` never waits for M
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import BatchResult, batch_generate
-    from .config import ModelConfig
-    from .conversion import convert
+    from .conversion.convert import convert
     from .errors import GGUFError, QwenMLXError
-    from .generation import GenerationChunk, generate, stream_generate
-    from .loading import load
-    from .model import Qwen2
-    from .prompt_cache import PromptCache
-    from .sampling import SamplingSettings
-    from .session import Chat
-    from .tokenizer import Tokenizer
+    from .generation.batch import BatchResult, batch_generate
+    from .generation.chat import Chat
+    from .generation.prompt_cache import PromptCache
+    from .generation.sampling import SamplingSettings
+    from .generation.text import GenerationChunk, generate, stream_generate
+    from .loading.load import load
+    from .model.config import ModelConfig
+    from .model.qwen2 import Qwen2
+    from .text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "BatchResult": "batch",
-    "Chat": "session",
+    "BatchResult": "generation.batch",
+    "Chat": "generation.chat",
     "GGUFError": "errors",
-    "GenerationChunk": "generation",
-    "ModelConfig": "config",
-    "PromptCache": "prompt_cache",
-    "Qwen2": "model",
+    "GenerationChunk": "generation.text",
+    "ModelConfig": "model.config",
+    "PromptCache": "generation.prompt_cache",
+    "Qwen2": "model.qwen2",
     "QwenMLXError": "errors",
-    "SamplingSettings": "sampling",
-    "Tokenizer": "tokenizer",
-    "batch_generate": "batch",
-    "convert": "conversion",
-    "generate": "generation",
-    "load": "loading",
-    "stream_generate": "generation",
+    "SamplingSettings": "generation.sampling",
+    "Tokenizer": "text.tokenizer",
+    "batch_generate": "generation.batch",
+    "convert": "conversion.convert",
+    "generate": "generation.text",
+    "load": "loading.load",
+    "stream_generate": "generation.text",
 }
 
 __all__ = [
@@ -72,18 +70,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value
-
-
-class _Package(types.ModuleType):
-    """A package whose `generate` and `convert` stay functions when the commands of that name are imported: Python would
-    put the submodule in their place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULES and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -19,11 +19,12 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from qwen_mlx import cli, hub
-from qwen_mlx.config import ModelConfig
+from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.gguf.reader import GGUFFile
-from qwen_mlx.tokenizer import Tokenizer
+from qwen_mlx.loading import hub
+from qwen_mlx.model.config import ModelConfig
+from qwen_mlx.text.tokenizer import Tokenizer
 
 from . import tolerances
 from .comparison import Comparison, compare, logits_line

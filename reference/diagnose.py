@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen_mlx.backend import mx
-from qwen_mlx.model import Qwen2
+from qwen_mlx.model.qwen2 import Qwen2
 
 from . import mlx_side
 from .comparison import to_numpy

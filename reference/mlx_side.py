@@ -10,8 +10,8 @@ from typing import Any
 
 from qwen_mlx import ops
 from qwen_mlx.backend import mx, nn
-from qwen_mlx.batch_cache import BatchKVCache, Padding
-from qwen_mlx.model import Qwen2
+from qwen_mlx.model.batch_cache import BatchKVCache, Padding
+from qwen_mlx.model.qwen2 import Qwen2
 
 from .taps import Run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_mlx import cli
+from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
 
 from . import tolerances
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             floors = {tap: (line["l2_floor"], line["row_floor"]) for tap, line in tolerances.lines(section)}
             parts.append(tolerances.section_text("real", dtype, floors, section["measured"]))
     else:
-        from qwen_mlx import hub
+        from qwen_mlx.loading import hub
 
         from .compare import runs_of
 

@@ -16,7 +16,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what 
 @pytest.fixture(scope="session")
 def real_gguf() -> Path:
     """Qwen2.5-Coder-0.5B-Instruct Q4_K_M, the default model, fetched as a user's machine fetches it."""
-    from qwen_mlx import hub
+    from qwen_mlx.loading import hub
 
     return hub.resolve()
 

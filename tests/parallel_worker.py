@@ -11,11 +11,12 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from qwen_mlx import Qwen2, batch_generate, load, ops, step
+from qwen_mlx import Qwen2, batch_generate, load, ops
 from qwen_mlx.backend import mx
-from qwen_mlx.decoding import generate_ids
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.sampling import SamplingSettings
+from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.sampling import SamplingSettings
+from qwen_mlx.model import fused_step as step
 
 PROMPTS = [list(range(3, 23)), [7, 1, 9]]
 

@@ -10,9 +10,9 @@ import torch
 
 from qwen_mlx import QwenMLXError, batch_generate, load, stream_generate
 from qwen_mlx.backend import mx
-from qwen_mlx.batch_cache import BatchKVCache, Padding, join, select
-from qwen_mlx.cache import KVCache
-from qwen_mlx.generation import GenerationChunk
+from qwen_mlx.generation.text import GenerationChunk
+from qwen_mlx.model.batch_cache import BatchKVCache, Padding, join, select
+from qwen_mlx.model.cache import KVCache
 from reference.emulator import emulate
 from tests.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
 

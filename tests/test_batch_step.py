@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 
 from qwen_mlx import Qwen2, ops
-from qwen_mlx.batch_cache import BatchKVCache, Padding, join, select
-from qwen_mlx.batch_step import serves
+from qwen_mlx.model.batch_cache import BatchKVCache, Padding, join, select
+from qwen_mlx.model.batch_step import serves
 from reference.emulator import emulate
 
 from .test_step import leaves_no_memory, model_of, nbytes, same

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_mlx import blas
+from qwen_mlx.backend import blas
 
 from .small_models import hf_model, write_gguf
 

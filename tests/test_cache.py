@@ -11,10 +11,10 @@ import torch
 
 from qwen_mlx import load, ops, stream_generate
 from qwen_mlx.backend import mx
-from qwen_mlx.batch_cache import BatchKVCache, Padding
-from qwen_mlx.cache import BLOCK, STEP, KVCache, QuantizedKVCache, RotatingKVCache, make_caches
+from qwen_mlx.cli.generate import main
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.generate import main
+from qwen_mlx.model.batch_cache import BatchKVCache, Padding
+from qwen_mlx.model.cache import BLOCK, STEP, KVCache, QuantizedKVCache, RotatingKVCache, make_caches
 from tests.small_models import TOKENS, hf_model, write_gguf
 
 HEADS, KV_HEADS, DIM, SCALE = 6, 2, 64, 0.125

@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from qwen_mlx import QwenMLXError, load
-from qwen_mlx.model import Qwen2Model
-from qwen_mlx.prompt_cache import PromptCache
-from qwen_mlx.session import Chat, ToolResult
-from qwen_mlx.tools import parse_tool_calls, run
+from qwen_mlx.generation.chat import Chat, ToolResult
+from qwen_mlx.generation.prompt_cache import PromptCache
+from qwen_mlx.generation.tools import parse_tool_calls, run
+from qwen_mlx.model.qwen2 import Qwen2Model
 from tests.small_models import CHATML, hf_model, write_gguf
 
 WITH_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}" + CHATML
@@ -416,8 +416,8 @@ def test_rounds_of_calls_end_at_the_limit(taught: Path):
 def test_the_same_wrong_call_twice_ends_the_turn(taught: Path):
     chat = Chat(*load(taught), tools=[add], max_tokens=200, temperature=0)
     chat.messages = [{"role": "user", "content": "x"}]
-    from qwen_mlx.decoding import GenerationStats
-    from qwen_mlx.generation import GenerationChunk
+    from qwen_mlx.generation.engine import GenerationStats
+    from qwen_mlx.generation.text import GenerationChunk
 
     ids = chat.tokenizer.encode(BAD)
     chunks = [GenerationChunk(BAD, ids[0], "stop", GenerationStats())]
@@ -478,7 +478,7 @@ def test_a_pipe_is_a_conversation(taught: Path, tmp_path: Path):
 
 
 def test_json_tools_are_answered_by_the_user(taught: Path, tmp_path: Path):
-    from qwen_mlx.tools import function_schema
+    from qwen_mlx.generation.tools import function_schema
 
     (tmp_path / "tools.json").write_text(json.dumps([function_schema(add)]))
     done = pipe("add 2 3\n5\n", "--model", taught, "--temp", "0", "--tools", tmp_path / "tools.json")
@@ -670,7 +670,7 @@ def test_streamed_markdown_ends_as_the_whole_would_be_shown(monkeypatch: pytest.
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from qwen_mlx import terminal
+    from qwen_mlx.cli import terminal
 
     monkeypatch.setattr(terminal, "PAUSE", 0)
     streamed, whole = (Console(file=io.StringIO(), force_terminal=True, width=60, height=height) for _ in range(2))
@@ -690,7 +690,7 @@ def test_streamed_markdown_ends_as_the_whole_would_be_shown(monkeypatch: pytest.
 def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch):
     from rich.console import Console
 
-    from qwen_mlx.terminal import Terminal
+    from qwen_mlx.cli.terminal import Terminal
 
     window = Terminal.__new__(Terminal)
     window._console, window._answer = Console(file=io.StringIO(), force_terminal=False, width=60), None

@@ -136,10 +136,11 @@ def test_ctrl_c_keeps_what_was_written_and_exits_130(small: Path):
 def test_told_to_stop_before_the_first_token_says_so_and_twice_is_quiet(small: Path):
     """Ctrl-C twice while the model is loading or reading; no statistics of nothing."""
     code = (
-        "import atexit, importlib, os, signal; from qwen_mlx import cli, generation\n"
+        "import atexit, importlib, os, signal\n"
+        "from qwen_mlx.cli import command as cli\nfrom qwen_mlx.generation import text as generation\n"
         "def never(*a, **b):\n    os.kill(os.getpid(), signal.SIGINT)\n    yield 0\n"
         "generation.generate_ids = never; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
-        "main = importlib.import_module('qwen_mlx.generate').main\n"
+        "main = importlib.import_module('qwen_mlx.cli.generate').main\n"
         f"cli.run(lambda: main(['--model', {str(small)!r}, '--prompt', 'x']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -169,8 +170,9 @@ def test_a_terminal_gets_no_control_characters(tmp_path: Path):
 
 
 def test_an_input_without_an_end_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch):
-    from qwen_mlx import QwenMLXError, files
-    from qwen_mlx.generate import main
+    from qwen_mlx import QwenMLXError
+    from qwen_mlx.cli.generate import main
+    from qwen_mlx.text import files
 
     monkeypatch.setattr(files, "LARGEST", 1 << 20)
     for source in (["--prompt-file", "/dev/zero"], ["--prompt-file", "/dev/urandom"]):
@@ -189,7 +191,8 @@ def test_progress_line_appears_on_a_terminal_and_is_cleared(small: Path):
     master, slave = pty.openpty()
     code = (
         "import time, sys; real = time.monotonic; time.monotonic = lambda: real() * 1000\n"
-        f"from qwen_mlx.generate import main; main(['--model', {str(small)!r}, '--prompt', 'x', '--max-tokens', '1'])"
+        "from qwen_mlx.cli.generate import main\n"
+        f"main(['--model', {str(small)!r}, '--prompt', 'x', '--max-tokens', '1'])"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=slave)
     os.close(slave)
@@ -355,7 +358,7 @@ def test_folder_that_is_no_model(small: Path, tmp_path: Path):
 
 def test_progress_takes_no_time_to_decide():
     """The guard of the progress line itself: nothing is written before a second has passed."""
-    from qwen_mlx.cli import ProgressLine
+    from qwen_mlx.cli.command import ProgressLine
 
     line = ProgressLine("Loading")
     line(1, 2)

@@ -23,17 +23,18 @@ from mlx_lm.generate import generate_step
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from qwen_mlx import conversion, load
+from qwen_mlx import load
 from qwen_mlx.backend import mx
-from qwen_mlx.conversion import convert
-from qwen_mlx.convert import main
+from qwen_mlx.cli.convert import main
+from qwen_mlx.conversion import convert as conversion
+from qwen_mlx.conversion.convert import convert
+from qwen_mlx.conversion.quantize import affine_codes, affine_range, encode, unpack
 from qwen_mlx.errors import GGUFError, QwenMLXError
 from qwen_mlx.gguf import blocks
 from qwen_mlx.gguf.blocks import BLOCK_TYPES
 from qwen_mlx.gguf.names import to_hf
 from qwen_mlx.gguf.reader import GGUFFile
-from qwen_mlx.storage import affine_codes, affine_range, encode, unpack
-from qwen_mlx.tokenizer import Tokenizer
+from qwen_mlx.text.tokenizer import Tokenizer
 from tests.gguf.test_blocks import SCALES, assert_same_numbers, gguf_py, random_rows
 from tests.gguf.test_reader import text as gguf_text
 from tests.small_models import CHATML, END_OF_TEXT, IM_END, TOKENS, hf_model, save_folder, write_gguf
@@ -825,7 +826,7 @@ def test_convert_is_a_function_of_the_package(tmp_path: Path):
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path):
     path = write_gguf(tmp_path / "m.gguf", hf_model(**WIDE), MIXED)
     code = (
-        "import os, signal, sys; from qwen_mlx import conversion\n"
+        "import os, signal, sys; from qwen_mlx.conversion import convert as conversion\n"
         "conversion.convert(sys.argv[1], sys.argv[2], progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))"
     )
     for _ in range(2):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qwen_mlx import QwenMLXError, load
-from qwen_mlx.evaluate import main
-from qwen_mlx.evaluation import _Mean, evaluate, windows
+from qwen_mlx.cli.evaluate import main
+from qwen_mlx.evaluation.perplexity import _Mean, evaluate, windows
 from tests.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
 
 TEXT = "hello world, hello hell; the llama says hello to all of the world. " * 6
@@ -58,7 +58,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory):
     ("context", "stride", "chunk"), [(64, 32, 512), (64, 63, 23), (16, 1, 512), (200, 7, 23), (256, 128, 512)]
 )
 def test_perplexity_and_divergence_equal_transformers(pair, monkeypatch, context: int, stride: int, chunk: int):
-    monkeypatch.setattr("qwen_mlx.evaluation.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("qwen_mlx.evaluation.perplexity.PREFILL_CHUNK", chunk)
     theirs, files = pair
     (model, tokenizer), (reference, _) = load(files["small"]), load(files["original"])
     ids = tokenizer.encode(TEXT)[:230]

@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType as T
 
 from qwen_mlx import QwenMLXError, SamplingSettings, generate, load, stream_generate
 from qwen_mlx.backend import mx
-from qwen_mlx.decoding import generate_ids
-from qwen_mlx.generation import encode_prompt
+from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.text import encode_prompt
 from tests.small_models import IM_END, IM_START, hf_model, write_gguf
 
 PROMPT = "hello world, hello"

@@ -14,9 +14,9 @@ from gguf import GGMLQuantizationType as T
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from qwen_mlx.conversion import convert
+from qwen_mlx.conversion.convert import convert
 from qwen_mlx.errors import GGUFError
-from qwen_mlx.sources import open_source
+from qwen_mlx.loading.sources import open_source
 from tests.gguf.test_reader import build, field, tensor, text
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"

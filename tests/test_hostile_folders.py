@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from qwen_mlx import QwenMLXError, SamplingSettings, convert, load
 from qwen_mlx.backend import mx
-from qwen_mlx.decoding import generate_ids
-from qwen_mlx.sampling import sample
-from qwen_mlx.tokenizer import Tokenizer
+from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.sampling import sample
+from qwen_mlx.text.tokenizer import Tokenizer
 from tests.small_models import IM_END, IM_START, hf_model, save_folder
 
 

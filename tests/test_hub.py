@@ -26,9 +26,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from qwen_mlx import hub
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.hub.download import RANGE
+from qwen_mlx.loading import hub
+from qwen_mlx.loading.hub.download import RANGE
 
 CONTENT = hashlib.shake_128(b"a model").digest(1_000_000)
 PART = 400_000  # three parts, the last one shorter
@@ -267,7 +267,7 @@ def test_the_real_default_model_is_verified_once_and_then_found_without_hashing_
     assert hashlib.sha256(real_gguf.read_bytes()).hexdigest() == hub.DEFAULT.sha256
     program = (
         "import hashlib, socket; hashlib.sha256 = socket.socket = socket.getaddrinfo = None\n"
-        "import sys; from qwen_mlx import hub; print(hub.resolve())\n"
+        "import sys; from qwen_mlx.loading import hub; print(hub.resolve())\n"
         "assert not {'mlx', 'numpy', 'huggingface_hub', 'tqdm', 'torch'} & set(sys.modules)"
     )
     again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 from qwen_mlx import convert, load
 from qwen_mlx.backend import mx
 from qwen_mlx.gguf.reader import GGUFFile
-from qwen_mlx.tokenizer import Tokenizer
+from qwen_mlx.text.tokenizer import Tokenizer
 from tests.small_models import hf_model
 from tests.test_model import distance, tolerance, torch_logits
 

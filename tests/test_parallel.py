@@ -19,9 +19,9 @@ from gguf import GGMLQuantizationType as T
 
 from benchmarks.parallel import SHAPES, config_of, table
 from qwen_mlx import convert
-from qwen_mlx.config import ModelConfig
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.shards import Shard, rank_bytes
+from qwen_mlx.model.config import ModelConfig
+from qwen_mlx.parallel.shards import Shard, rank_bytes
 
 from . import parallel_worker
 from .small_models import hf_model, save_folder, write_gguf
@@ -208,9 +208,9 @@ def test_accounting_is_what_a_rank_holds(jobs, tmp_path):
 
     from qwen_mlx.backend import mx
     from qwen_mlx.gguf.reader import GGUFFile
-    from qwen_mlx.loading import _fill, _silent
-    from qwen_mlx.model import Qwen2
-    from qwen_mlx.weights import GGUFWeights
+    from qwen_mlx.loading.load import _fill, _silent
+    from qwen_mlx.loading.weights import GGUFWeights
+    from qwen_mlx.model.qwen2 import Qwen2
 
     file = GGUFFile(next(job["model"] for job in jobs if job["name"] == "Q8_0"))
     config = ModelConfig.from_gguf(file)
@@ -317,7 +317,7 @@ def test_files_that_differ_are_refused_by_digest(jobs, tmp_path):
         (tmp_path / str(rank) / name).write_bytes(data)
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys\nfrom qwen_mlx import cli\nfrom qwen_mlx.generate import main\n"
+        "import os, sys\nfrom qwen_mlx.cli import command as cli\nfrom qwen_mlx.cli.generate import main\n"
         f"os.chdir(os.path.join({str(tmp_path)!r}, os.environ['MLX_RANK']))\n"
         "cli.run(lambda: main(['--model', 'model.gguf', '--prompt', 'hi']))\n"
     )
@@ -331,7 +331,7 @@ def test_an_error_of_one_rank_is_told_by_rank_0(jobs, tmp_path):
     """Rank 1's machine lacks the file."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys\nfrom qwen_mlx import cli\nfrom qwen_mlx.generate import main\n"
+        "import os, sys\nfrom qwen_mlx.cli import command as cli\nfrom qwen_mlx.cli.generate import main\n"
         f"model = {jobs[0]['model']!r} if os.environ['MLX_RANK'] == '0' else './no-such.gguf'\n"
         "cli.run(lambda: main(['--model', model, '--prompt', 'hi']))\n"
     )

@@ -17,11 +17,11 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from qwen_mlx import QwenMLXError, load, stream_generate
-from qwen_mlx import prompt_cache as module
 from qwen_mlx.backend import mx
-from qwen_mlx.model import Qwen2Model, TransformerBlock
-from qwen_mlx.prompt_cache import PromptCache, common_prefix, fingerprint
-from qwen_mlx.session import Chat
+from qwen_mlx.generation import prompt_cache as module
+from qwen_mlx.generation.chat import Chat
+from qwen_mlx.generation.prompt_cache import PromptCache, common_prefix, fingerprint
+from qwen_mlx.model.qwen2 import Qwen2Model, TransformerBlock
 from tests.small_models import TOKENS, hf_model, write_gguf
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_mlx import Qwen2, SamplingSettings, generate, load, ops, step
+from qwen_mlx import Qwen2, SamplingSettings, generate, load, ops
 from qwen_mlx.backend import mx
-from qwen_mlx.cache import KVCache
-from qwen_mlx.decoding import generate_ids
-from qwen_mlx.generation import encode_prompt
+from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.text import encode_prompt
+from qwen_mlx.model import fused_step as step
+from qwen_mlx.model.cache import KVCache
 from reference.emulator import emulate
 
 PROMPTS = [

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qwen_mlx.backend import mx
-from qwen_mlx.safetensors_writer import ShardedWriter, TensorSpec, shard
+from qwen_mlx.conversion.write import ShardedWriter, TensorSpec, shard
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "U32": np.uint32, "U8": np.uint8, "BF16": np.uint16}
 

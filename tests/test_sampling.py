@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 from qwen_mlx import QwenMLXError, SamplingSettings
 from qwen_mlx.backend import mx
-from qwen_mlx.sampling import (
+from qwen_mlx.generation.sampling import (
     count_penalties,
     log_probabilities,
     min_p,
@@ -261,7 +261,7 @@ def test_override():
 
 
 def test_defaults_of_deepseek_s_distillations(tmp_path):
-    from qwen_mlx.defaults import gguf_defaults
+    from qwen_mlx.loading.sampling_defaults import gguf_defaults
 
     file = SimpleNamespace(path=tmp_path / "m.gguf", metadata={"general.name": "DeepSeek R1 Distill Qwen 1.5B"})
     assert (gguf_defaults(file).temperature, gguf_defaults(file).top_p) == (0.6, 0.95)

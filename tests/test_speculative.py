@@ -15,19 +15,14 @@ import torch
 
 from qwen_mlx import QwenMLXError, SamplingSettings, load, stream_generate
 from qwen_mlx.backend import mx
-from qwen_mlx.decoding import GenerationStats, generate_ids
-from qwen_mlx.drafts import ModelDraft, PromptLookup, Proposal, load_draft
-from qwen_mlx.generate import main
-from qwen_mlx.generation import encode_prompt, generate
-from qwen_mlx.prompt_cache import PromptCache
-from qwen_mlx.sampling import processed_logits
-from qwen_mlx.speculative import (
-    PAUSE,
-    Pace,
-    _accept_or_draw,
-    speculative_ids,
-)
-from qwen_mlx.tokenizer import check_vocabulary
+from qwen_mlx.cli.generate import main
+from qwen_mlx.generation.drafts import ModelDraft, PromptLookup, Proposal, load_draft
+from qwen_mlx.generation.engine import GenerationStats, generate_ids
+from qwen_mlx.generation.prompt_cache import PromptCache
+from qwen_mlx.generation.sampling import processed_logits
+from qwen_mlx.generation.speculative import PAUSE, Pace, _accept_or_draw, speculative_ids
+from qwen_mlx.generation.text import encode_prompt, generate
+from qwen_mlx.text.tokenizer import check_vocabulary
 from tests.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
 
 PROMPT = "hello world, hello"

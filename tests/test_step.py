@@ -11,8 +11,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks import launches
-from qwen_mlx import ModelConfig, Qwen2, ops, step
-from qwen_mlx.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from qwen_mlx import ModelConfig, Qwen2, ops
+from qwen_mlx.model import fused_step as step
+from qwen_mlx.model.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
 from reference.emulator import emulate
 
 from .ops.test_matvec import raw_blocks

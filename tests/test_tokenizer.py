@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen_mlx import GGUFError, QwenMLXError
 from qwen_mlx.gguf.reader import GGUFFile
-from qwen_mlx.tokenizer import Tokenizer
+from qwen_mlx.text.tokenizer import Tokenizer
 from tests.small_models import hf_model, save_folder, write_gguf
 
 CORPUS = [
@@ -216,7 +216,7 @@ def test_build_imports_nothing_early():
     import subprocess
     import sys
 
-    code = "import qwen_mlx.tokenizer, sys; assert not {'tokenizers', 'jinja2', 'mlx'} & set(sys.modules)"
+    code = "import qwen_mlx.text.tokenizer, sys; assert not {'tokenizers', 'jinja2', 'mlx'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,7 +13,16 @@ from transformers.utils import get_json_schema
 
 from qwen_mlx import QwenMLXError
 from qwen_mlx.errors import Stopped
-from qwen_mlx.tools import Tool, ToolCall, function_schema, load_tools, parse_tool_calls, run, tool, tools_by_name
+from qwen_mlx.generation.tools import (
+    Tool,
+    ToolCall,
+    function_schema,
+    load_tools,
+    parse_tool_calls,
+    run,
+    tool,
+    tools_by_name,
+)
 
 
 class Unit(enum.Enum):

@@ -14,10 +14,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwen_mlx import ModelConfig, QwenMLXError, load, ops
 from qwen_mlx.backend import mx
-from qwen_mlx.generate import main
-from qwen_mlx.generation import encode_prompt, generate
+from qwen_mlx.cli.generate import main
+from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.gguf.reader import GGUFFile
-from qwen_mlx.model import rotary_of
+from qwen_mlx.model.qwen2 import rotary_of
 from tests.small_models import hf_model, save_folder, write_gguf
 
 # https://qwen.readthedocs.io and the model cards of Qwen2.5-7B-Instruct and larger: "rope_scaling" in config.json.

@@ -6,8 +6,8 @@ backends deserves a sentence instead of a linker's message.
 
 import numpy as np
 
+from ..errors import QwenMLXError
 from . import blas
-from .errors import QwenMLXError
 
 blas.preload()
 

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from . import cli
-from .errors import QwenMLXError
+from ..errors import QwenMLXError
+from ..parallel.link import alone, on_first
+from . import command as cli
 from .generate import add_arguments, open_model, ranks
-from .link import alone, on_first
 from .terminal import Pipe, Terminal
 
 if TYPE_CHECKING:
-    from .backend import mx
-    from .session import Chat, Turn
-    from .tools import Tool
+    from ..backend import mx
+    from ..generation.chat import Chat, Turn
+    from ..generation.tools import Tool
 
 HELP = '''/retry             answer my last message again
 /undo              take my last message and its answer back
@@ -65,16 +65,16 @@ def main(argv: list[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> int:
     if arguments.max_tool_rounds < 1:
         raise QwenMLXError(f"--max-tool-rounds is {arguments.max_tool_rounds}, expected 1 or more.")
-    from .tools import load_tools
+    from ..generation.tools import load_tools
 
     tools = load_tools(arguments.tools) if arguments.tools else []
     if arguments.load:
-        from .session import read_messages
+        from ..generation.chat import read_messages
 
         on_first(lambda: read_messages(arguments.load))
     model, tokenizer, settings, cache = open_model(arguments, group)
 
-    from .session import Chat
+    from ..generation.chat import Chat
 
     interactive = on_first(lambda: sys.stdin.isatty() and sys.stdout.isatty())
     window: Pipe | Terminal = Terminal() if interactive and (group is None or group.rank() == 0) else Pipe()
@@ -133,8 +133,8 @@ def turn(chat: Chat, window: Pipe | Terminal) -> bool:
 
 def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
     """Shows an answer while it is made, then what it cost."""
-    from .generation import GenerationChunk, overlap
-    from .tools import OPEN
+    from ..generation.text import GenerationChunk, overlap
+    from ..generation.tools import OPEN
 
     hidden = (OPEN,) if chat.tools else ()
     written = shown = ""
@@ -257,7 +257,3 @@ COMMANDS: dict[str, Callable[[Chat, Pipe | Terminal, str], None]] = {
     "/load": _load,
     "/help": lambda chat, window, rest: window.note(HELP),
 }
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from .errors import QwenMLXError, Stopped
+from ..errors import QwenMLXError, Stopped
 
 # What a model or a file says is text: on a terminal it must not move the cursor, or more.
 CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}

@@ -9,13 +9,13 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import cli
-from .errors import QwenMLXError
+from ..errors import QwenMLXError
+from . import command as cli
 
 if TYPE_CHECKING:
-    from .conversion import Progress
-    from .sources import SourceTensor
-    from .storage import Form, Stored
+    from ..conversion.convert import Progress
+    from ..conversion.quantize import Form, Stored
+    from ..loading.sources import SourceTensor
 
 FLOATS = ("bfloat16", "float16", "float32")
 
@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         raise QwenMLXError("no output folder; give SOURCE and OUTPUT, or --check SOURCE.")
     if arguments.check and arguments.output is not None:
         raise QwenMLXError(f"--check writes nothing, so {arguments.output!r} is not needed; leave it out.")
-    from .conversion import check, convert
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup ignores it
+        signal.signal(signal.SIGINT, _interrupt)
+    from ..conversion.convert import check, convert
 
     if arguments.check:
         with _Bar("Checking") as progress:
@@ -163,9 +165,3 @@ def _print_table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> None:
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)  # once is enough: what follows removes the unfinished folder
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup ignores it
-        signal.signal(signal.SIGINT, _interrupt)
-    cli.run(main)

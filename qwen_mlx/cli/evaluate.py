@@ -8,12 +8,13 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import cli, hub
-from .errors import QwenMLXError
-from .files import check_folder, read_text, whole
+from ..errors import QwenMLXError
+from ..loading import hub
+from ..text.files import check_folder, read_text, whole
+from . import command as cli
 
 if TYPE_CHECKING:
-    from .evaluation import Estimate, Evaluation
+    from ..evaluation.perplexity import Estimate, Evaluation
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.reference is not None:
         paths.append(hub.resolve(arguments.reference))
 
-    from .evaluation import check_windows, evaluate
-    from .loading import load
-    from .tokenizer import Tokenizer, check_vocabulary
+    from ..evaluation.perplexity import check_windows, evaluate
+    from ..loading.load import load
+    from ..text.tokenizer import Tokenizer, check_vocabulary
 
     if len(paths) > 1:
         names, others = (Tokenizer.read(path).names for path in paths)
@@ -121,7 +122,3 @@ def write(path: str, report: dict[str, Any]) -> None:
 
     with whole(path) as file:
         file.write_text(json.dumps(clean(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    cli.run(main)

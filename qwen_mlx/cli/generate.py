@@ -9,18 +9,19 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from . import cli, hub
-from .errors import QwenMLXError
-from .files import check_folder, check_utf8, read_text
-from .link import alone, launched, on_first
+from ..errors import QwenMLXError
+from ..loading import hub
+from ..parallel.link import alone, launched, on_first
+from ..text.files import check_folder, check_utf8, read_text
+from . import command as cli
 
 if TYPE_CHECKING:
-    from .backend import mx
-    from .decoding import GenerationStats
-    from .generation import GenerationChunk
-    from .model import Qwen2
-    from .prompt_cache import PromptCache
-    from .tokenizer import Tokenizer
+    from ..backend import mx
+    from ..generation.engine import GenerationStats
+    from ..generation.prompt_cache import PromptCache
+    from ..generation.text import GenerationChunk
+    from ..model.qwen2 import Qwen2
+    from ..text.tokenizer import Tokenizer
 
 
 SAMPLING = (
@@ -150,7 +151,7 @@ def ranks() -> contextlib.AbstractContextManager[mx.distributed.Group | None]:
     """parallel.together() where a launcher started several processes, without MLX where it did not."""
     if not launched():
         return contextlib.nullcontext()
-    from .parallel import together
+    from ..parallel.group import together
 
     return together()
 
@@ -172,18 +173,20 @@ def open_model(
         raise QwenMLXError(f"--seed is {arguments.seed}, expected an integer from 0 to 2^64 - 1.")
     if arguments.draft is None and arguments.draft_tokens is not None:
         raise QwenMLXError("--draft-tokens needs --draft MODEL or --draft prompt-lookup.")
-    from .ops.dispatch import switched_off
+    from ..ops.dispatch import switched_off
 
     switched_off()  # refuses a wrong QWEN_MLX_KERNELS before a model is fetched
     path = hub.resolve(arguments.model)
 
-    from . import backend, blas, drafts, ops
-    from .cache import make_caches
-    from .generation import check_choices
-    from .loading import load
-    from .prompt_cache import PromptCache, check
-    from .sampling import SamplingSettings
-    from .tokenizer import Tokenizer, check_vocabulary
+    from .. import backend, ops
+    from ..backend import blas
+    from ..generation import drafts
+    from ..generation.prompt_cache import PromptCache, check
+    from ..generation.sampling import SamplingSettings
+    from ..generation.text import check_choices
+    from ..loading.load import load
+    from ..model.cache import make_caches
+    from ..text.tokenizer import Tokenizer, check_vocabulary
 
     sampling: dict[str, Any] = {name: getattr(arguments, name) for name in SAMPLING}
     sampling["logit_bias"] = read_bias(arguments.logit_bias)
@@ -257,8 +260,8 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     prompt = on_first(lambda: read_prompt(arguments))
     model, tokenizer, settings, cache = open_model(arguments, group)
 
-    from .decoding import GenerationStats
-    from .generation import stream_generate
+    from ..generation.engine import GenerationStats
+    from ..generation.text import stream_generate
 
     stats, chances = GenerationStats(), []
     interrupted = False
@@ -293,7 +296,7 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
 
 def statistics(stats: GenerationStats, drafted: bool) -> str:
     """What it cost, in a line."""
-    from . import backend
+    from .. import backend
 
     if not stats.generated_tokens:
         return "interrupted before the first token"
@@ -310,7 +313,3 @@ def statistics(stats: GenerationStats, drafted: bool) -> str:
         f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; {draft}{shared}"
         f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}"
     )
-
-
-if __name__ == "__main__":
-    cli.run(main)

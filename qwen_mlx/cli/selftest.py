@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from . import cli, ops, selftest_decoding
-from .backend import describe, mx
+from .. import ops
+from ..backend import describe, mx
+from . import selftest_decoding
 
 EPS = 1e-6
 LIMIT = 2.0  # units in the last place of the dtype, against float64
@@ -319,7 +320,7 @@ def run(selected: Sequence[Case]) -> list[dict[str, Any]]:
             row["mlx_ulp"] = None if case.peer is None else case.error(case.peer())
             row["ok"] = row["ulp"] <= LIMIT
         except Exception as error:  # a kernel that does not compile is a result too; where this package lies is not
-            text = f"{type(error).__name__}: {error}".replace(f"{Path(__file__).parent.parent}{os.sep}", "")
+            text = f"{type(error).__name__}: {error}".replace(f"{Path(__file__).parents[2]}{os.sep}", "")
             row.update(ulp=None, mlx_ulp=None, ok=False, error=text)
         rows.append(row)
     return rows
@@ -373,7 +374,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _number(value: object) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-if __name__ == "__main__":
-    cli.run(main)

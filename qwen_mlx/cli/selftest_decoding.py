@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from . import ops
-from .backend import mx
-from .ops import Format, Matrix
+from .. import ops
+from ..backend import mx
+from ..ops import Format, Matrix
 
 FORMATS = ("dense", "affine4", "affine5", "affine8", "q4_k", "q6_k")
 EPS = 1e-6

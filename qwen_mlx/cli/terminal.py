@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .cli import CONTROLS, shown
-from .files import LARGEST, decoded
+from ..text.files import LARGEST, decoded
+from .command import CONTROLS, shown
 
 PAUSE = 0.08  # seconds between two drawings, so that drawing takes little of the time that answering has
 BLOCK = '"""'

@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, hub
-from .errors import GGUFError, QwenMLXError
-from .gguf.blocks import threads
-from .safetensors_writer import ShardedWriter
-from .sources import Source, SourceTensor, open_source
-from .storage import PIECE_WEIGHTS, Form, Options, Stored, choose_form, count_bad, in_order, store
+from .. import __version__
+from ..errors import GGUFError, QwenMLXError
+from ..gguf.blocks import threads
+from ..loading import hub
+from ..loading.sources import Source, SourceTensor, open_source
+from .quantize import PIECE_WEIGHTS, Form, Options, Stored, choose_form, count_bad, in_order, store
+from .write import ShardedWriter
 
 SHARD_BYTES = 5 * 10**9
 Progress = Callable[[int, int, int, int], None]  # called with tensors done and in all, bytes done and in all

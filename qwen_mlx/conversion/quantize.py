@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from .errors import QwenMLXError
-from .gguf.blocks import CHUNK_WEIGHTS, threads
-from .gguf.unpack import pack
-from .safetensors_writer import ShardedWriter, TensorSpec
-from .sources import SourceTensor
+from ..errors import QwenMLXError
+from ..gguf.blocks import CHUNK_WEIGHTS, threads
+from ..gguf.unpack import pack
+from ..loading.sources import SourceTensor
+from .write import ShardedWriter, TensorSpec
 
 PIECE_WEIGHTS = CHUNK_WEIGHTS  # a thread works on whole rows of about this many weights
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}  # ours -> safetensors'

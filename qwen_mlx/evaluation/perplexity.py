@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import ops
-from .backend import mx
-from .decoding import NOT_FINITE, PREFILL_CHUNK
-from .errors import QwenMLXError
-from .model import Qwen2
+from .. import ops
+from ..backend import mx
+from ..errors import QwenMLXError
+from ..generation.engine import NOT_FINITE, PREFILL_CHUNK
+from ..model.qwen2 import Qwen2
 
 CONTEXT = 1024
 ROWS = 64  # positions whose logits exist at a time: 39 MB for Qwen2.5's vocabulary in float32

@@ -9,22 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
-from . import display, ops
-from .backend import mx
-from .batch_cache import BatchKVCache, Padding, join, select
-from .decoding import NOT_FINITE, GenerationStats, chances
-from .errors import QwenMLXError, refuse_unknown
-from .generation import (
-    Prompt,
-    TextStream,
-    check_choices,
-    check_ids,
-    check_settings,
-    encode_prompt,
-)
-from .model import Qwen2
+from .. import ops
+from ..backend import mx
+from ..errors import QwenMLXError, refuse_unknown
+from ..model import display
+from ..model.batch_cache import BatchKVCache, Padding, join, select
+from ..model.qwen2 import Qwen2
+from ..text.tokenizer import Tokenizer
+from .engine import NOT_FINITE, GenerationStats, chances
 from .sampling import SamplingSettings, sample
-from .tokenizer import Tokenizer
+from .text import Prompt, TextStream, check_choices, check_ids, check_settings, encode_prompt
 
 PREFILL_CHUNK = 2048  # tokens of all rows: bounds the memory of long prompts' activations
 

@@ -13,17 +13,17 @@ from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
-from . import display
-from .decoding import GenerationStats
+from ..errors import QwenMLXError, refuse_unknown
+from ..model import display
+from ..model.qwen2 import Qwen2
+from ..parallel.link import on_first
+from ..text.files import read_text, whole
+from ..text.tokenizer import Tokenizer
 from .drafts import make_draft
-from .errors import QwenMLXError, refuse_unknown
-from .files import read_text, whole
-from .generation import ARGUMENTS as STREAM_ARGUMENTS
-from .generation import GenerationChunk, stream_generate
-from .link import on_first
-from .model import Qwen2
+from .engine import GenerationStats
 from .prompt_cache import PromptCache
-from .tokenizer import Tokenizer
+from .text import ARGUMENTS as STREAM_ARGUMENTS
+from .text import GenerationChunk, stream_generate
 from .tools import Tool, ToolCall, parse_tool_calls, run, tools_by_name
 
 # Of stream_generate; a conversation makes the others.

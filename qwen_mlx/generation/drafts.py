@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from . import hub, ops
-from .backend import mx
-from .cache import KVCache
-from .decoding import PREFILL_CHUNK
-from .errors import QwenMLXError
-from .loading import load
-from .model import Qwen2
+from .. import ops
+from ..backend import mx
+from ..errors import QwenMLXError
+from ..loading import hub
+from ..loading.load import load
+from ..model.cache import KVCache
+from ..model.qwen2 import Qwen2
+from ..text.tokenizer import Tokenizer, check_vocabulary
+from .engine import PREFILL_CHUNK
 from .prompt_cache import PromptCache
 from .sampling import SamplingSettings, processed_logits
-from .tokenizer import Tokenizer, check_vocabulary
 
 LOOKUP = "prompt-lookup"
 MOST_DRAFT_TOKENS = 32  # a quantized cache keeps the newest 64 tokens as floats, which taking back must not exceed

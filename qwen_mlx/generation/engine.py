@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import ops
-from .backend import mx
-from .cache import KVCache
-from .errors import QwenMLXError
-from .model import Qwen2
+from .. import ops
+from ..backend import mx
+from ..errors import QwenMLXError
+from ..model.cache import KVCache
+from ..model.qwen2 import Qwen2
 from .sampling import SamplingSettings, log_probabilities, sample
 
 PREFILL_CHUNK = 512  # tokens: bounds the memory of a long prompt's activations

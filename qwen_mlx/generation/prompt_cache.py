@@ -16,11 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from .backend import mx, named_arrays
-from .cache import KVCache
-from .errors import QwenMLXError
-from .files import whole
-from .model import Qwen2
+from ..backend import mx, named_arrays
+from ..errors import QwenMLXError
+from ..model.cache import KVCache
+from ..model.qwen2 import Qwen2
+from ..text.files import whole
 
 FORMAT, VERSION = "qwen_mlx prompt cache", "1"
 SAMPLES = 64  # elements of each parameter that the fingerprint sees

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .backend import mx
-from .errors import QwenMLXError, refuse_unknown
+from ..backend import mx
+from ..errors import QwenMLXError, refuse_unknown
 
 
 @dataclass(frozen=True)

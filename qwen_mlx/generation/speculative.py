@@ -17,13 +17,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
-from . import ops
-from .backend import mx
-from .cache import KVCache
-from .decoding import NOT_FINITE, PREFILL_CHUNK, GenerationStats, chances, generate_ids
+from .. import ops
+from ..backend import mx
+from ..errors import QwenMLXError
+from ..model.cache import KVCache
+from ..model.qwen2 import Qwen2
 from .drafts import Draft, Proposal, check_cache, check_draft_tokens, seen_ids
-from .errors import QwenMLXError
-from .model import Qwen2
+from .engine import NOT_FINITE, PREFILL_CHUNK, GenerationStats, chances, generate_ids
 from .sampling import SamplingSettings, processed_logits
 
 WINDOW = 8  # rounds that are judged together

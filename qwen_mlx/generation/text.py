@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from .cache import KVCache
-from .decoding import PREFILL_CHUNK, GenerationStats, generate_ids
+from ..errors import QwenMLXError, refuse_unknown
+from ..model.cache import KVCache
+from ..model.qwen2 import Qwen2
+from ..text.tokenizer import Tokenizer
 from .drafts import Draft, check_draft
-from .errors import QwenMLXError, refuse_unknown
-from .model import Qwen2
+from .engine import PREFILL_CHUNK, GenerationStats, generate_ids
 from .prompt_cache import PromptCache
 from .sampling import SamplingSettings
 from .speculative import speculative_ids
-from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 

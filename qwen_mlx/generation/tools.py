@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from .errors import QwenMLXError, Stopped
-from .files import read_text
+from ..errors import QwenMLXError, Stopped
+from ..text.files import read_text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 UNTAGGED = f"a call must stand between {OPEN} and {CLOSE}"

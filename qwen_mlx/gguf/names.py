@@ -5,8 +5,8 @@ Source: gguf-py's tensor_mapping for MODEL_ARCH.QWEN2. qwen2 permutes no rows of
 
 from __future__ import annotations
 
-from ..config import ModelConfig
 from ..errors import GGUFError
+from ..model.config import ModelConfig
 from .reader import GGUFFile, TensorInfo
 
 ROPE_FACTORS = "rope_freqs.weight"  # optional divisors of the rotary frequencies, (head_dim / 2,): not a parameter

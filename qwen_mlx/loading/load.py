@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from . import hub, ops, parallel
-from .backend import mx, named_arrays, nn
-from .config import ModelConfig
-from .defaults import folder_defaults, gguf_defaults
-from .errors import GGUFError, QwenMLXError
-from .gguf import blocks, names
-from .gguf.reader import GGUFFile
-from .layers import Linear, QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
-from .model import JOINED, JOINED_BIASES, Qwen2
-from .shards import Shard, whole
-from .tokenizer import Tokenizer
+from .. import ops
+from ..backend import mx, named_arrays, nn
+from ..errors import GGUFError, QwenMLXError
+from ..gguf import blocks, names
+from ..gguf.reader import GGUFFile
+from ..model.config import ModelConfig
+from ..model.layers import Linear, QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from ..model.qwen2 import JOINED, JOINED_BIASES, Qwen2
+from ..parallel import group as parallel
+from ..parallel.shards import Shard, whole
+from ..text.tokenizer import Tokenizer
+from . import hub
+from .sampling_defaults import folder_defaults, gguf_defaults
 from .weights import FolderWeights, GGUFWeights, Packing, Weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import ModelConfig, read_json
-from .defaults import folder_defaults, gguf_defaults
-from .errors import GGUFError, QwenMLXError
-from .gguf import blocks
-from .gguf.names import ROPE_FACTORS, model_tensors
-from .gguf.reader import GGUFFile, TensorInfo
-from .sampling import SamplingSettings
-from .tokenizer import Tokenizer
+from ..errors import GGUFError, QwenMLXError
+from ..generation.sampling import SamplingSettings
+from ..gguf import blocks
+from ..gguf.names import ROPE_FACTORS, model_tensors
+from ..gguf.reader import GGUFFile, TensorInfo
+from ..model.config import ModelConfig, read_json
+from ..text.tokenizer import Tokenizer
+from .sampling_defaults import folder_defaults, gguf_defaults
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _open_folder(folder: Path) -> Source:
 
 
 def _folder_tensors(folder: Path, config: ModelConfig) -> list[SourceTensor]:
-    from .backend import mx
+    from ..backend import mx
     from .weights import folder_tensors, load_safetensors
 
     found = folder_tensors(folder, packed=False)

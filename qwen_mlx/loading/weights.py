@@ -15,13 +15,13 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from .backend import mx
-from .config import ModelConfig, read_json
-from .errors import QwenMLXError
-from .gguf import blocks
-from .gguf.names import model_tensors
-from .gguf.reader import GGUFFile
-from .shards import ALL, Cut, whole
+from ..backend import mx
+from ..errors import QwenMLXError
+from ..gguf import blocks
+from ..gguf.names import model_tensors
+from ..gguf.reader import GGUFFile
+from ..model.config import ModelConfig, read_json
+from ..parallel.shards import ALL, Cut, whole
 
 # (group_size, bits) of MLX's affine mode, "q4_k" or "q6_k" for GGUF's blocks as they are, None for dense.
 Packing = tuple[int, int] | str | None

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import ops
-from .backend import in_gpu_memory, mx
+from .. import ops
+from ..backend import in_gpu_memory, mx
 from .cache import KVCache
 
 T = TypeVar("T")

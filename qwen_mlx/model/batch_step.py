@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import ops
-from .backend import mx, nn
+from .. import ops
+from ..backend import mx, nn
 from .batch_cache import BatchKVCache
 from .cache import KVCache, tails_for_one
 
 if TYPE_CHECKING:
-    from .model import Qwen2
+    from .qwen2 import Qwen2
 
 
 def serves(model: Qwen2, input_ids: mx.array, cache: Sequence[KVCache]) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import ops
-from .backend import mx
-from .errors import QwenMLXError
+from .. import ops
+from ..backend import mx
+from ..errors import QwenMLXError
 
 STEP = 256  # tokens: room is a multiple of it
 BLOCK = 64  # tokens whose quantized keys share a scale

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import GGUFError, QwenMLXError
-from .gguf.reader import GGUFFile
+from ..errors import GGUFError, QwenMLXError
+from ..gguf.reader import GGUFFile
 
 MAX_LAYERS = 1000  # the largest Qwen2 has 80
 TRAINED_CONTEXT = 32768  # tokens: what Qwen2.5 was trained on, and its documentation's original_max_position_embeddings

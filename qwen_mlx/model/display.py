@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .backend import named_arrays
+from ..backend import named_arrays
 from .layers import matrices
 
 if TYPE_CHECKING:
-    from .generation import GenerationChunk
-    from .model import Qwen2
-    from .tokenizer import Tokenizer
+    from ..generation.text import GenerationChunk
+    from ..text.tokenizer import Tokenizer
+    from .qwen2 import Qwen2
 
 
 class Html:

@@ -11,14 +11,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import ops
-from .backend import mx, nn
+from .. import ops
+from ..backend import mx, nn
+from ..ops import Matrix
 from .cache import KVCache, tails_for_one
 from .layers import matrices
-from .ops import Matrix
 
 if TYPE_CHECKING:
-    from .model import Qwen2
+    from .qwen2 import Qwen2
 
 # Norms' weights, the projections q, k and v with their bias, o, gate and up, down.
 Layer = tuple[mx.array, mx.array, tuple[Sequence[Matrix], mx.array], Sequence[Matrix], tuple[Sequence[Matrix], ...]]

@@ -6,9 +6,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from . import ops
-from .backend import mx, nn
-from .ops import Format, Matrix
+from .. import ops
+from ..backend import mx, nn
+from ..ops import Format, Matrix
 
 
 class Linear(nn.Linear):

@@ -17,8 +17,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from . import batch_step, display, ops, step
-from .backend import mx, named_arrays, nn
+from .. import ops
+from ..backend import mx, named_arrays, nn
+from . import batch_step, display
+from . import fused_step as step
 from .batch_cache import BatchKVCache
 from .cache import KVCache, make_caches
 from .config import ModelConfig

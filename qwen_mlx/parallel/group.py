@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..backend import mx, nn
+from ..errors import QwenMLXError
 from . import shards
-from .backend import mx, nn
-from .errors import QwenMLXError
 from .link import ENDING, Link
 
 if TYPE_CHECKING:
-    from .model import Qwen2
+    from ..model.qwen2 import Qwen2
 
 SAMPLES, SAMPLE = 1024, 4096  # pieces of a model's file that its digest sees, and the bytes of each
 MEASURED = (32, 4)  # of how many steps, and of how many chunks of a prompt, one has its communication measured
@@ -91,10 +91,10 @@ def exchange(group: mx.distributed.Group, text: str) -> list[str]:
 def check_same(group: mx.distributed.Group, path: Path, settings: dict[str, str]) -> None:
     """Raises QwenMLXError, on every rank, naming the first rank whose package, MLX, settings or files differ from rank
     0's. Of each file the size, the first 16 MB and 1,024 pieces of 4 KB are compared, by SHA-256."""
-    from . import __version__
+    from .. import __version__
 
     mine = {
-        "qwen_mlx": f"{__version__} ({_digest(sorted(Path(__file__).parent.rglob('*.py')))[:12]})",
+        "qwen_mlx": f"{__version__} ({_digest(sorted(Path(__file__).parents[1].rglob('*.py')))[:12]})",
         "MLX": mx.__version__,  # type: ignore[attr-defined]  # not in its stub
         **settings,
         f"the model's files at {path}": _digest(_model_files(path)),

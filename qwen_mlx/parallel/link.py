@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .errors import QwenMLXError
+from ..errors import QwenMLXError
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 6.0  # seconds without one that end all

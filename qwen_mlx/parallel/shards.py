@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .config import ModelConfig
-from .errors import QwenMLXError
+from ..errors import QwenMLXError
+from ..model.config import ModelConfig
 
 ALIGNMENT = 256  # columns: the longest block or group of any packed format
 ALL = slice(None)

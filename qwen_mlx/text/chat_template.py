@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import QwenMLXError
+from ..errors import QwenMLXError
 
 if TYPE_CHECKING:
     import jinja2

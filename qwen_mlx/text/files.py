@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import QwenMLXError
+from ..errors import QwenMLXError
 
 LARGEST = 1 << 28  # bytes: text beyond that is a mistake, or a device without an end
 

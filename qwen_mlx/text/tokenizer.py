@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import GGUFError, QwenMLXError
+from ..gguf.reader import GGUFFile
+from ..model.config import read_json
 from . import chat_template
 from .chat_template import GUARD, MARK
-from .config import read_json
-from .errors import GGUFError, QwenMLXError
 from .files import read_text
-from .gguf.reader import GGUFFile
 
 # Qwen2's rule (transformers' Qwen2Converter): contractions in any case, digits one by one, newlines with punctuation.
 SPLIT = (

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from qwen_mlx import ops
-from qwen_mlx.selftest_decoding import EPS, FORMATS, matrix
+from qwen_mlx.cli.selftest_decoding import EPS, FORMATS, matrix
 
 TILED = ("affine4", "q4_k", "q6_k")
 

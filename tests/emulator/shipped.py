@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from qwen_mlx import ops, selftest
+from qwen_mlx import ops
+from qwen_mlx.cli import selftest
 from reference.emulator import emulate, standin
 
 Call = tuple[str, Callable[..., object], list[mx.array]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_mlx import selftest
+from qwen_mlx.cli import selftest
 from reference.emulator import emulate
 
 SETTINGS = {

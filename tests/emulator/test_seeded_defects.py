@@ -8,7 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from qwen_mlx import ops, selftest
+from qwen_mlx import ops
+from qwen_mlx.cli import selftest
 from qwen_mlx.ops import dispatch
 from reference.emulator import emulate
 

@@ -10,7 +10,8 @@ import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2
 
-from qwen_mlx import ops, selftest
+from qwen_mlx import ops
+from qwen_mlx.cli import selftest
 
 CASES = list(selftest.cases(small=True))
 TORCH = {mx.float32: torch.float32, mx.float16: torch.float16, mx.bfloat16: torch.bfloat16}

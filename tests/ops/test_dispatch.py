@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen_mlx import ops, selftest, selftest_decoding
+from qwen_mlx import ops
+from qwen_mlx.cli import selftest, selftest_decoding
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.ops import dispatch
 

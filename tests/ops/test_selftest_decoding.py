@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from qwen_mlx import ops, selftest
-from qwen_mlx.selftest_decoding import FORMATS
+from qwen_mlx import ops
+from qwen_mlx.cli import selftest
+from qwen_mlx.cli.selftest_decoding import FORMATS
 from reference.emulator import emulate
 
 from ..emulator.decoding_calls import tiles

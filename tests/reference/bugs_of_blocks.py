@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import qwen_mlx.cache as cache_module
+
 from qwen_mlx import ops
 from qwen_mlx.backend import mx
-from qwen_mlx.batch_cache import BatchKVCache, Padding
-from qwen_mlx.cache import KVCache
+from qwen_mlx.model.batch_cache import BatchKVCache, Padding
+from qwen_mlx.model.cache import KVCache
 
 from .bugs import BUGS, LAYER, Bug, bug
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen_mlx import load, ops
 from qwen_mlx.backend import mx
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.model import Qwen2
+from qwen_mlx.model.qwen2 import Qwen2
 from reference import mlx_side, tolerances, torch_side
 from reference.compare import config_of, trace_bytes
 from reference.comparison import TapResult, Tolerance, compare

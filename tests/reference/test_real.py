@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qwen_mlx import SamplingSettings, load
-from qwen_mlx.decoding import generate_ids
-from qwen_mlx.generation import encode_prompt
+from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.text import encode_prompt
 from reference import tolerances, torch_side
 from reference.compare import runs_of
 from reference.comparison import compare

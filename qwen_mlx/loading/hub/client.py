@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import QwenMLXError
+from ...errors import QwenMLXError
 from .transfer import check_room, full_disk, say
 
 HUB_SECONDS = 5.0  # the whole wait for the Hub's first answer: name look-up, every address, every retry

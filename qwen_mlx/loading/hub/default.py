@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import QwenMLXError
+from ...errors import QwenMLXError
 from .client import snapshots
 
 

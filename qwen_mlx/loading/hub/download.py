@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import QwenMLXError
+from ...errors import QwenMLXError
 from .client import Unreachable, remote_files, short
 from .default import DEFAULT, cache_folder, digest, mark, present, verified
 from .packages import append_from_packages

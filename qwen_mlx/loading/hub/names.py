@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import QwenMLXError
+from ...errors import QwenMLXError
 from .client import Unreachable, fetch, remote_files, snapshots
 from .default import DEFAULT, cache_folder, verified
 from .download import default_model

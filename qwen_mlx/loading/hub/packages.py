@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import QwenMLXError
+from ...errors import QwenMLXError
 from .default import DEFAULT
 from .transfer import check_room, cut, progress_bar, say
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import QwenMLXError
+from ...errors import QwenMLXError
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -1,0 +1,1 @@
+"""A GGUF or a folder of safetensors becomes an MLX model folder."""

@@ -1,0 +1,1 @@
+"""Perplexity of a model, and its divergence from a reference."""

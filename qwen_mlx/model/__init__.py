@@ -1,0 +1,1 @@
+"""Qwen2: its configuration, its equations, its caches and its fused decoding step."""

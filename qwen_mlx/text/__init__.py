@@ -1,0 +1,1 @@
+"""Text: the tokenizer, the chat template, and files that people ask for."""
