@@ -69,7 +69,7 @@ class Peer(KVCache):
 
 def make(model: Qwen2, kind: str, tokens: int) -> Sequence[KVCache]:
     if kind.startswith("mlx-lm"):
-        return [Peer(**KINDS[kind]) for _ in range(model.config.n_layers)]
+        return [Peer(**KINDS[kind]) for _ in range(model.config.num_hidden_layers)]
     return model.make_cache(**KINDS[kind], max_size=tokens // 2 if kind.startswith("rotating") else None)
 
 
@@ -103,11 +103,11 @@ def cost(model: Qwen2, kind: str, context: int) -> dict[str, float]:
     config = model.config
     cache = make(model, kind, context)
     dtype = model.model.norm.weight.dtype
-    few = mx.zeros((1, PIECE, config.n_kv_heads, config.head_dim), dtype)  # queries do not matter yet
+    few = mx.zeros((1, PIECE, config.num_key_value_heads, config.head_dim), dtype)  # queries do not matter yet
     for layer in cache:
         layer.reserve(context + PIECE + 8)
         for _ in range(context // PIECE):
-            layer.attend(few, mx.random.normal((1, PIECE, 2, config.n_kv_heads, config.head_dim), dtype), 1.0)
+            layer.attend(few, mx.random.normal((1, PIECE, 2, config.num_key_value_heads, config.head_dim), dtype), 1.0)
             mx.eval(layer.arrays)
     mx.clear_cache()
     mx.reset_peak_memory()

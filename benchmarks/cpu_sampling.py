@@ -22,7 +22,7 @@ SETTINGS = {
         *(0.7, 40, 0.95, 0.02, 1.05, 0.95),
         presence_penalty=0.5,
         frequency_penalty=0.2,
-        no_repeat_ngram=4,
+        no_repeat_ngram_size=4,
         xtc_probability=0.5,
         logit_bias={11: -1.0, 13: 2.0},
     ),
@@ -36,7 +36,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     model, tokenizer = load()
     ids = tokenizer.encode("def reverse(text):\n    return text[::-1]\n" * 20)
-    seen, cache, end_ids = mx.array([ids]), model.make_cache(), tuple(tokenizer.eos_ids)
+    seen, cache, end_ids = mx.array([ids]), model.make_cache(), tuple(tokenizer.eos_token_ids)
     key = mx.random.key(0)
     seconds: dict[str, list[float]] = {name: [] for name in ("step", *SETTINGS)}
     with ops.no_grad():

@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a GGUF or a folder (default: the default model)")
     parser.add_argument("--tokens", type=at_least(2), default=200, help="tokens of an answer at most (default 200)")
-    parser.add_argument("--draft-tokens", type=positive, help="at a time at most (default: prompt-lookup's own)")
+    parser.add_argument("--num-draft-tokens", type=positive, help="at a time at most (default: prompt-lookup's own)")
     parser.add_argument("--repeats", type=positive, default=3, help="interleaved runs of each (default 3)")
     parser.add_argument("--task", action="append", choices=TASKS, help="only these (default: all)")
     parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_speculative.json"))
@@ -102,9 +102,14 @@ def main() -> None:
         for repeat in range(arguments.repeats + 1):
             run: dict[str, Any] = {}
             for draft, cache in caches.items():
-                settings = {"max_tokens": arguments.tokens, "temperature": 0, "draft": draft, "prompt_cache": cache}
+                settings = {
+                    "max_tokens": arguments.tokens,
+                    "temperature": 0,
+                    "draft_model": draft,
+                    "prompt_cache": cache,
+                }
                 if draft:
-                    settings["draft_tokens"] = arguments.draft_tokens
+                    settings["num_draft_tokens"] = arguments.num_draft_tokens
                 chunks = list(stream_generate(model, tokenizer, prompt, **settings))
                 stats = chunks[-1].stats
                 name = draft or "plain"

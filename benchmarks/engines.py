@@ -30,7 +30,7 @@ class QwenMLX:
 
     def start(self, prompts: Prompts) -> Tokens:
         if len(prompts) == 1:
-            tokens = generate_ids(self._model, prompts[0], sampling=SamplingSettings(), prefill_chunk=PREFILL_CHUNK)
+            tokens = generate_ids(self._model, prompts[0], sampling=SamplingSettings(), prefill_step_size=PREFILL_CHUNK)
             return ([token] for token in tokens)
         return self._batch(prompts)
 
@@ -157,13 +157,13 @@ def llama_bench(path: Path, prompt: int, tokens: int, repeats: int) -> dict[str,
     return {"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in rows}
 
 
-def engines_of(model: Qwen2, bits: int | None, twin: Qwen2, names: Sequence[str]) -> Iterator[Callable[[], Any]]:
-    """What makes each engine named; `twin`: the model whose weights mlx-lm can hold. Packed weights are no matter for
+def engines_of(model: Qwen2, bits: int | None, fallback: Qwen2, names: Sequence[str]) -> Iterator[Callable[[], Any]]:
+    """What makes each engine named; `fallback`: the one whose weights mlx-lm can hold. Packed weights are no matter for
     transformers, which is left out."""
     makers = {
         "qwen_mlx": lambda: QwenMLX(model),
-        "mlx-lm": lambda: MlxLm(twin, bits),
-        "transformers": lambda: Transformers(twin, static=False),
-        "transformers-static": lambda: Transformers(twin, static=True),
+        "mlx-lm": lambda: MlxLm(fallback, bits),
+        "transformers": lambda: Transformers(fallback, static=False),
+        "transformers-static": lambda: Transformers(fallback, static=True),
     }
     return (maker for name, maker in makers.items() if name in names and not (bits and name.startswith("transformers")))

@@ -42,7 +42,7 @@ RANKS = (1, 2, 4)
 def q4_k_m(config: ModelConfig) -> Callable[[str], float]:
     """Bits of a weight in llama.cpp's Q4_K_M as qwen_mlx keeps them on a GPU: Q4_K and Q6_K as in the file, Q5_0 and
     Q8_0, which stand in where rows are not whole blocks of 256, with scales and biases in float32."""
-    shapes, n = config.parameter_shapes(), config.n_layers
+    shapes, n = config.parameter_shapes(), config.num_hidden_layers
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
 
     def bits(name: str) -> float:
@@ -71,9 +71,9 @@ def config_of(shape: str) -> ModelConfig:
     return ModelConfig(
         hidden_size=hidden,
         intermediate_size=mlp,
-        n_layers=layers,
-        n_heads=heads,
-        n_kv_heads=kv,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
         head_dim=hidden // heads,
         vocab_size=vocabulary,
         rms_norm_eps=1e-6,
@@ -143,7 +143,7 @@ def measure(model: Any, n_prompt: int, n_new: int) -> dict[str, float]:
 
     prompt = [(7 * i) % 1000 for i in range(n_prompt)]
     start = time.perf_counter()
-    made = generate_ids(model, prompt, sampling=SamplingSettings(temperature=0), prefill_chunk=2048)
+    made = generate_ids(model, prompt, sampling=SamplingSettings(temperature=0), prefill_step_size=2048)
     next(made)
     read = time.perf_counter() - start
     for _ in range(n_new):

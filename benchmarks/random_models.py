@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.backend import mx, nn
-from qwen_mlx.model.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from qwen_mlx.model.layers import GGUFEmbedding, GGUFLinear, MergedLinear, QuantizedEmbedding, QuantizedLinear
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied: Qwen2.5's published config.json files
 SHAPES = {
@@ -62,20 +62,20 @@ def raw_model(size: str) -> Qwen2:
     model = Qwen2(config)
     model.set_dtype(dtype())
     vocabulary, hidden, intermediate = config.vocab_size, config.hidden_size, config.intermediate_size
-    kv = config.n_kv_heads * config.head_dim
-    model.model.embed_tokens = RawEmbedding(random_blocks("q4_k", vocabulary, hidden), dtype())
+    kv = config.num_key_value_heads * config.head_dim
+    model.model.embed_tokens = GGUFEmbedding(random_blocks("q4_k", vocabulary, hidden), dtype())
     if not config.tie_word_embeddings:
-        model.lm_head = RawLinear(random_blocks("q6_k", vocabulary, hidden))
+        model.lm_head = GGUFLinear(random_blocks("q6_k", vocabulary, hidden))
     for n, layer in enumerate(model.model.layers):
-        eighth = config.n_layers // 8
+        eighth = config.num_hidden_layers // 8
         finer = "q6_k" if n < eighth or n >= 7 * eighth or (n - eighth) % 3 == 2 else "q4_k"
         attention, mlp = layer.self_attn, layer.mlp
         rows = {"q4_k": [(hidden + 2 * kv, "q4_k")], "q6_k": [(hidden + kv, "q4_k"), (kv, "q6_k")]}[finer]
-        parts = [RawLinear(random_blocks(kind, count, hidden)) for count, kind in rows]
-        attention.qkv_proj = parts[0] if len(parts) == 1 else SideBySide(parts)
-        attention.o_proj = RawLinear(random_blocks("q4_k", hidden, hidden))
-        mlp.gate_up_proj = RawLinear(random_blocks("q4_k", 2 * intermediate, hidden))
-        mlp.down_proj = RawLinear(random_blocks(finer, hidden, intermediate))
+        parts = [GGUFLinear(random_blocks(kind, count, hidden)) for count, kind in rows]
+        attention.qkv_proj = parts[0] if len(parts) == 1 else MergedLinear(parts)
+        attention.o_proj = GGUFLinear(random_blocks("q4_k", hidden, hidden))
+        mlp.gate_up_proj = GGUFLinear(random_blocks("q4_k", 2 * intermediate, hidden))
+        mlp.down_proj = GGUFLinear(random_blocks(finer, hidden, intermediate))
         mx.eval(model.parameters())
     return model
 

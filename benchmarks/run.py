@@ -211,9 +211,9 @@ def main() -> None:
     print("model, prompt x sequences, engine; prefill tok/s, ours as a multiple of it; decode tok/s (least to most),")
     print("ours as a multiple; the weights' bytes a second as a share of the copy's; peak memory\n")
     for case in arguments.models:
-        model, twin, bits, seconds = model_of(case)
+        model, fallback, bits, seconds = model_of(case)
         weights = weight_bytes(model)
-        makers = engines_of(model, bits, twin, names)
+        makers = engines_of(model, bits, fallback, names)
         rows = measure(model, makers, cases_of(arguments), arguments.tokens, arguments.repeats)
         show(case, rows, copy, weights)
         found = {"weight_bytes": weights, "load_seconds": seconds, "rows": rows}
@@ -222,7 +222,7 @@ def main() -> None:
             print(f"{case}: loaded in {seconds:.1f} s; llama-bench: {found['llama.cpp'] or 'not installed'}")
         report["models"][case] = found
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")  # what there is, should a later case fail
-        del model, twin, makers, rows
+        del model, fallback, makers, rows
         gc.collect()
         mx.clear_cache()
     if arguments.plot:

@@ -217,12 +217,12 @@ def runs_of(ids: list[int]) -> dict[str, Run]:
 def trace_bytes(config: ModelConfig, run: Run) -> int:
     """Size of a float32 trace of a run."""
     hidden, wide = config.hidden_size, 3 * config.intermediate_size
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     values = seen = 0
     for size in run.chunks:
         seen += size
-        layer = size * (6 * hidden + 3 * q + 3 * kv + wide + config.n_heads * seen) + 2 * kv * seen
-        values += config.n_layers * layer + size * (2 * hidden + config.vocab_size)
+        layer = size * (6 * hidden + 3 * q + 3 * kv + wide + config.num_attention_heads * seen) + 2 * kv * seen
+        values += config.num_hidden_layers * layer + size * (2 * hidden + config.vocab_size)
     return 4 * len(run.ids) * values
 
 

@@ -126,7 +126,7 @@ def _norm_input(model: Qwen2, theirs: Trace, key: str) -> np.ndarray:
     call, layer, tap = split_key(key)
     if tap == "post_norm":
         return theirs[f"{call}.layers.{layer}.attn_residual"]
-    before = model.config.n_layers - 1 if tap == "norm" else layer - 1
+    before = model.config.num_hidden_layers - 1 if tap == "norm" else layer - 1
     return theirs[f"{call}.layers.{before}.residual" if before >= 0 else f"{call}.embeddings"]
 
 

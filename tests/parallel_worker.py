@@ -42,7 +42,7 @@ def run(job: dict, group: mx.distributed.Group | None) -> dict:
     # Without a seed each rank would draw its own tokens; a chunk of 8 makes several passes of the prompt.
     for name, sampling in (("greedy", SamplingSettings(temperature=0)), ("sampled", SamplingSettings(temperature=1.5))):
         if name in job.get("kinds", ("greedy",)):
-            made = generate_ids(model, prompt, sampling=sampling, prefill_chunk=job.get("chunk", 8))
+            made = generate_ids(model, prompt, sampling=sampling, prefill_step_size=job.get("chunk", 8))
             found[name] = [next(made) for _ in range(tokens)]
             made.close()
     if "batch" in job.get("kinds", ()):

@@ -53,8 +53,8 @@ def alone(model, tokenizer, ids: list[int], count: int) -> list[GenerationChunk]
 
 
 @pytest.mark.parametrize("which", ["small", "windowed"])
-@pytest.mark.parametrize(("batch_size", "prefill_chunk"), [(64, 2048), (5, 64), (4, 7), (1, 2048)])
-def test_rows_equal_prompts_alone(which, batch_size, prefill_chunk, request):
+@pytest.mark.parametrize(("batch_size", "prefill_step_size"), [(64, 2048), (5, 64), (4, 7), (1, 2048)])
+def test_rows_equal_prompts_alone(which, batch_size, prefill_step_size, request):
     model, tokenizer = request.getfixturevalue(which)
     prompts = prompts_of()
     limits = [40 if i % 3 else 8 + 5 * i for i in range(len(prompts))]
@@ -66,7 +66,7 @@ def test_rows_equal_prompts_alone(which, batch_size, prefill_chunk, request):
         max_tokens=limits,
         temperature=0,
         batch_size=batch_size,
-        prefill_chunk=prefill_chunk,
+        prefill_step_size=prefill_step_size,
         progress=lambda *counts: done.append(counts),
     )
     for ids, limit, result in zip(prompts, limits, results, strict=True):
@@ -111,13 +111,13 @@ def test_rows_equal_transformers_on_a_padded_batch(small, theirs):
 FEATURES = {
     "repetition": {"repetition_penalty": 1.3},
     "counts": {"presence_penalty": 1.0, "frequency_penalty": 0.5},
-    "n-grams": {"no_repeat_ngram": 2},
+    "n-grams": {"no_repeat_ngram_size": 2},
     "bias": {"logit_bias": {5: -3.0, 9: 4.0, IM_END: 2.0}},
     "minimum": {"min_tokens": 9, "logit_bias": {IM_END: 4.0}},
     "all": {
         "repetition_penalty": 1.1,
         "presence_penalty": 0.7,
-        "no_repeat_ngram": 3,
+        "no_repeat_ngram_size": 3,
         "min_tokens": 5,
         "logit_bias": {IM_END: 5.0},
         "logprobs": 3,
@@ -188,7 +188,7 @@ def test_rows_that_have_ended_leave_the_batch(small, monkeypatch):
     limits = [4, 30, 6, 30, 8, 30, 10, 30]
     results = batch_generate(model, tokenizer, prompts_of((6,) * 8), max_tokens=limits, temperature=0, batch_size=4)
     wanted = sum(len(result.token_ids) for result in results) + 6 * 8
-    assert sum(sizes) / model.config.n_layers < 1.25 * wanted
+    assert sum(sizes) / model.config.num_hidden_layers < 1.25 * wanted
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -238,7 +238,7 @@ def test_padding_is_never_seen(window):
         ([[1], [2]], {"max_tokens": [1]}, "max_tokens has 1 values for 2 prompts"),
         ([[1], [2]], {"max_tokens": [1, 0]}, "Prompt 2 of 2: max_tokens is 0"),
         ([[1]], {"batch_size": 0}, "batch_size is 0"),
-        ([[1]], {"prefill_chunk": True}, "prefill_chunk is True"),
+        ([[1]], {"prefill_step_size": True}, "prefill_step_size is True"),
         ([[1]], {"seed": -1}, "seed is -1"),
         ([[1]], {"stop": [""]}, "stop is"),
         ([[1]], {"top_p": 0}, "top_p is 0"),

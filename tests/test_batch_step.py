@@ -16,7 +16,7 @@ from .test_step import leaves_no_memory, model_of, nbytes, same
 def read(model: Qwen2, pads: list[int], length: int) -> list[BatchKVCache]:
     """Caches of rows that hold `length` columns, padding included."""
     padding = Padding(pads)
-    cache = [BatchKVCache(padding) for _ in range(model.config.n_layers)]
+    cache = [BatchKVCache(padding) for _ in range(model.config.num_hidden_layers)]
     ids = mx.array([[(7 * row + 3 * i) % 300 for i in range(length)] for row in range(len(pads))])
     with ops.no_grad():
         mx.eval(model.model(ids, cache))

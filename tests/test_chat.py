@@ -176,7 +176,7 @@ def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back(chat: Chat):
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    chat.arguments |= {"progress": interrupt, "prefill_chunk": 4}
+    chat.arguments |= {"progress": interrupt, "prefill_step_size": 4}
     for question in ("a long question", None):
         with pytest.raises(KeyboardInterrupt):
             say(chat, question)
@@ -248,7 +248,7 @@ def test_a_message_that_cannot_be_answered_is_not_kept(chat: Chat):
         ({"max_tool_round": 3}, "did you mean 'max_tool_rounds'"),
         ({"raw": True}, "no argument 'raw'"),
         ({"top_p": 7}, "top_p is 7"),
-        ({"draft": 7}, "draft is 7"),
+        ({"draft_model": 7}, "draft_model is 7"),
         ({"stop": "x"}, "stop is 'x'"),
     ],
 )

@@ -234,7 +234,7 @@ def test_mixed_types_load_in_qwen_mlx_and_mlx_lm_with_transformers_logits(tied: 
         apart = distance(model(mx.array(IDS)), np.array(original(mx.array(IDS))))
         assert apart < limit if packed else apart == 0
     assert distance(mlx_lm_logits(tmp_path / "out"), torch_logits(theirs)) < limit
-    assert tokenizer.eos_ids == {IM_END, END_OF_TEXT}
+    assert tokenizer.eos_token_ids == {IM_END, END_OF_TEXT}
 
 
 def test_mxfp4_loads_in_qwen_mlx_and_mlx_lm_alike(tmp_path: Path):

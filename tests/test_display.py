@@ -9,10 +9,11 @@ import gguf
 import pytest
 
 from qwen_mlx import Chat, batch_generate, load, stream_generate
+from qwen_mlx.generation.display import coloured
 from qwen_mlx.generation.engine import GenerationStats
 from qwen_mlx.generation.text import GenerationChunk
 from qwen_mlx.gguf.reader import GGUFFile
-from qwen_mlx.model.display import coloured, summary, table
+from qwen_mlx.model.display import summary, table
 from qwen_mlx.text.tokenizer import Tokenizer
 
 from .small_models import hf_model, write_gguf

@@ -38,7 +38,7 @@ def test_greedy_ids_equal_transformers_generate(small, theirs):
     with torch.no_grad():
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, pad_token_id=0)
     for chunk in (512, 7, 1):
-        ids = take(60, generate_ids(model, prompt, sampling=SamplingSettings(), prefill_chunk=chunk))
+        ids = take(60, generate_ids(model, prompt, sampling=SamplingSettings(), prefill_step_size=chunk))
         assert ids == expected[0, len(prompt) :].tolist()
 
 
@@ -58,13 +58,13 @@ def test_no_repeat_ngram_and_min_tokens_equal_transformers_generate(theirs, tmp_
     model, tokenizer = load(write_gguf(tmp_path / "m.gguf", theirs, T.F32))
     prompt = encode_prompt(tokenizer, PROMPT)
     plain = [chunk.token for chunk in stream_generate(model, tokenizer, prompt, max_tokens=40, temperature=0)]
-    tokenizer.eos_ids = {plain[3]}  # what greedy says fourth ends the text
+    tokenizer.eos_token_ids = {plain[3]}  # what greedy says fourth ends the text
     settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": plain[3]}
     with torch.no_grad():
         expected = theirs.generate(torch.tensor([prompt]), no_repeat_ngram_size=2, min_new_tokens=20, **settings)[
             0, len(prompt) :
         ].tolist()
-    arguments = {"max_tokens": 40, "temperature": 0, "no_repeat_ngram": 2, "min_tokens": 20}
+    arguments = {"max_tokens": 40, "temperature": 0, "no_repeat_ngram_size": 2, "min_tokens": 20}
     ours = [chunk.token for chunk in stream_generate(model, tokenizer, prompt, **arguments)]
     assert ours == expected
     assert len(ours) >= 20
@@ -197,7 +197,7 @@ def test_cache_is_continued(small):
         ([], {}, "no tokens"),
         ("x", {"max_tokens": 0}, "max_tokens"),
         ("x", {"max_tokens": 2.5}, "max_tokens"),
-        ("x", {"prefill_chunk": 0}, "prefill_chunk"),
+        ("x", {"prefill_step_size": 0}, "prefill_step_size"),
         ("x", {"seed": -1}, "seed"),
         ("x", {"seed": 2**64}, "seed"),
         ("x", {"seed": "a"}, "seed"),

@@ -20,7 +20,7 @@ from qwen_mlx import QwenMLXError, load
 from qwen_mlx.backend import mx
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading.load import DTYPES
-from qwen_mlx.model.layers import RawLinear
+from qwen_mlx.model.layers import GGUFLinear
 from tests.small_models import hf_model, save_folder, write_gguf
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50]]
@@ -98,7 +98,7 @@ def test_every_file_type_gives_the_logits_of_gguf_py_s_values(kind: T, packed: b
     modules = dict(model.named_modules())
     for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
         assert (f"model.layers.0.{module}.scales" in names) == (packed and affine)
-        assert isinstance(modules[f"model.layers.0.{module}"], RawLinear) == (packed and raw)
+        assert isinstance(modules[f"model.layers.0.{module}"], GGUFLinear) == (packed and raw)
     if packed and raw:
         matrix = modules["model.layers.0.mlp.down_proj"].matrix
         kept = sum(array.nbytes for array in matrix.arrays)

@@ -171,8 +171,9 @@ def test_counts_that_do_not_divide_the_heads_are_refused_naming_those_that_do(si
     config = SIZES[size]
     with pytest.raises(QwenMLXError) as caught:
         Shard(0, 3 if size != "1.5B" else 5, config)
-    assert f"{config.n_heads} heads and {config.n_kv_heads} key/value heads evenly; start {counts} ranks" in str(
-        caught.value
+    assert (
+        f"{config.num_attention_heads} heads and {config.num_key_value_heads} key/value heads evenly; "
+        f"start {counts} ranks" in str(caught.value)
     )
 
 
@@ -180,7 +181,7 @@ def test_counts_that_do_not_divide_the_heads_are_refused_naming_those_that_do(si
 def test_ranks_hold_every_part_once_and_their_heads_read_their_keys(size):
     config = SIZES[size]
     shapes = config.parameter_shapes()
-    for n in (n for n in range(2, config.n_heads + 1) if config.n_heads % n == 0):
+    for n in (n for n in range(2, config.num_attention_heads + 1) if config.num_attention_heads % n == 0):
         try:
             shards = [Shard(rank, n, config) for rank in range(n)]
         except QwenMLXError:
@@ -192,14 +193,14 @@ def test_ranks_hold_every_part_once_and_their_heads_read_their_keys(size):
                 if all(part == whole for part in parts):
                     continue
                 joined = [i for part in parts for i in part]
-                copies = max(1, n // config.n_kv_heads) if ".k_proj" in name or ".v_proj" in name else 1
+                copies = max(1, n // config.num_key_value_heads) if ".k_proj" in name or ".v_proj" in name else 1
                 assert sorted(joined) == sorted([*whole] * copies), name
-        group = config.n_heads // config.n_kv_heads
+        group = config.num_attention_heads // config.num_key_value_heads
         for shard in shards:
             heads, kv = shard.heads, shard.kv_heads
             local = shard.local
             for i, head in enumerate(range(heads.start, heads.stop)):
-                assert head // group == kv.start + i // (local.n_heads // local.n_kv_heads)
+                assert head // group == kv.start + i // (local.num_attention_heads // local.num_key_value_heads)
 
 
 def test_accounting_is_what_a_rank_holds(jobs, tmp_path):

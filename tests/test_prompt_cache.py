@@ -68,7 +68,7 @@ def test_prefix():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"repetition_penalty": 1.5}, {"temperature": 1.0, "seed": 5}, {"prefill_chunk": 3}]
+    "arguments", [{}, {"repetition_penalty": 1.5}, {"temperature": 1.0, "seed": 5}, {"prefill_step_size": 3}]
 )
 def test_same_answers_and_only_what_is_new_is_computed(small, computed: list[int], arguments: dict[str, Any]):
     rng, cache = np.random.default_rng(0), PromptCache(small[0])
@@ -119,7 +119,7 @@ def test_an_interrupt_anywhere_leaves_a_cache_that_serves(small, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(TransformerBlock, "__call__", interrupting)
         with pytest.raises(KeyboardInterrupt):
-            answer(small, first + second, cache, prefill_chunk=4)
+            answer(small, first + second, cache, prefill_step_size=4)
     assert {layer.offset for layer in cache.layers} == {len(cache.ids)}
     assert len(cache.ids) >= len(first)
     assert answer(small, first + second, cache)[0] == answer(small, first + second)[0]

@@ -23,7 +23,7 @@ from qwen_mlx.generation.sampling import (
     count_penalties,
     log_probabilities,
     min_p,
-    no_repeat_ngram,
+    no_repeat_ngrams,
     penalized,
     processed_logits,
     repetition_penalty,
@@ -71,7 +71,7 @@ def test_no_repeat_ngram(n: int):
     ids = np.random.default_rng(n).integers(0, 3, (4, 30))  # few tokens, so that runs repeat
     theirs = NoRepeatNGramLogitsProcessor(n)(torch.from_numpy(ids), torch.from_numpy(LOGITS.copy()))
     assert n > 5 or torch.isinf(theirs).any()
-    same(no_repeat_ngram(mx.array(LOGITS), mx.array(ids), n), theirs)
+    same(no_repeat_ngrams(mx.array(LOGITS), mx.array(ids), n), theirs)
 
 
 def test_presence_and_frequency_penalties_by_their_definition():
@@ -152,8 +152,8 @@ def test_log_probabilities_are_torch_s(n: int):
         ({"typical_p": 0}, "typical_p"),
         ({"presence_penalty": 1e9}, "presence_penalty"),
         ({"frequency_penalty": math.nan}, "frequency_penalty"),
-        ({"no_repeat_ngram": 2.5}, "no_repeat_ngram"),
-        ({"no_repeat_ngram": -1}, "no_repeat_ngram"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
         ({"xtc_probability": 1.5}, "xtc_probability"),
         ({"xtc_threshold": 0.6}, "xtc_threshold"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),

@@ -16,12 +16,13 @@ import torch
 from qwen_mlx import QwenMLXError, SamplingSettings, load, stream_generate
 from qwen_mlx.backend import mx
 from qwen_mlx.cli.generate import main
-from qwen_mlx.generation.drafts import ModelDraft, PromptLookup, Proposal, load_draft
+from qwen_mlx.generation.drafts import ModelDraft, PromptLookup, Proposal
 from qwen_mlx.generation.engine import GenerationStats, generate_ids
 from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.sampling import processed_logits
 from qwen_mlx.generation.speculative import PAUSE, Pace, _accept_or_draw, speculative_ids
 from qwen_mlx.generation.text import encode_prompt, generate
+from qwen_mlx.loading.load import load_draft
 from qwen_mlx.text.tokenizer import check_vocabulary
 from tests.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
 
@@ -31,7 +32,7 @@ ALL = SamplingSettings(
     repetition_penalty=1.1,
     presence_penalty=0.7,
     frequency_penalty=0.2,
-    no_repeat_ngram=3,
+    no_repeat_ngram_size=3,
     logit_bias={5: 2.0, END_OF_TEXT: 3.0},
 )
 steady = count().__next__  # a clock by which every round takes as long as any other, so that drafting never pauses
@@ -73,7 +74,7 @@ def test_greedy_ids_are_those_of_plain_greedy(small, drafts, name: str, sampling
     assert sampling is not ALL or END_OF_TEXT in expected[30:]
     for most in (1, 5, 32):
         stats = GenerationStats()
-        loop = {"draft": drafts[name], "draft_tokens": most, "stats": stats, "clock": steady} | chosen
+        loop = {"draft_model": drafts[name], "num_draft_tokens": most, "stats": stats, "clock": steady} | chosen
         assert list(islice(speculative_ids(model, prompt, **loop), 80)) == expected
         assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
         assert stats.paused_tokens == 0
@@ -90,7 +91,7 @@ def test_log_probabilities_are_those_without_a_draft(small, drafts):
     """Also while drafting pauses, and of the tokens that a proposal was replaced with."""
     settings = {"max_tokens": 60, "temperature": 0, "logprobs": 2}
     plain, *drafted = (
-        list(stream_generate(*small, PROMPT, draft=draft, **settings))
+        list(stream_generate(*small, PROMPT, draft_model=draft, **settings))
         for draft in (None, "prompt-lookup", drafts["near"], drafts["other"])
     )
     for chunks in drafted:
@@ -105,7 +106,7 @@ def test_text_statistics_and_both_caches_are_those_of_plain_generation(small, dr
     plain = list(stream_generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0))
     for stop in (1, 2, 9, 23, 40):
         prompt_cache, draft = PromptCache(model), drafts["near"]
-        settings = {"max_tokens": 40, "temperature": 0, "prompt_cache": prompt_cache, "draft": draft}
+        settings = {"max_tokens": 40, "temperature": 0, "prompt_cache": prompt_cache, "draft_model": draft}
         chunks = list(islice(stream_generate(model, tokenizer, PROMPT, **settings), stop))
         assert [(c.text, c.token, c.finish_reason) for c in chunks] == [
             (c.text, c.token, c.finish_reason) for c in plain[:stop]
@@ -117,7 +118,11 @@ def test_text_statistics_and_both_caches_are_those_of_plain_generation(small, dr
         expected = generate(model, tokenizer, follow, max_tokens=20, temperature=0)
         assert generate(model, tokenizer, follow, **(settings | {"max_tokens": 20})) == expected
     cache = model.make_cache()
-    list(stream_generate(model, tokenizer, PROMPT, max_tokens=30, temperature=0, cache=cache, draft="prompt-lookup"))
+    list(
+        stream_generate(
+            model, tokenizer, PROMPT, max_tokens=30, temperature=0, cache=cache, draft_model="prompt-lookup"
+        )
+    )
     assert {layer.offset for layer in cache} == {len(encode_prompt(tokenizer, PROMPT)) + 29}
 
 
@@ -129,7 +134,7 @@ def test_a_quantized_cache_serves(tmp_path: Path, bits: int):
     prompt, made = encode_prompt(tokenizer, PROMPT), []
     for draft in (None, "prompt-lookup"):
         cache = model.make_cache(bits=bits)
-        settings = {"max_tokens": 150, "temperature": 0, "cache": cache, "draft": draft}
+        settings = {"max_tokens": 150, "temperature": 0, "cache": cache, "draft_model": draft}
         made.append([chunk.token for chunk in stream_generate(model, tokenizer, prompt, **settings)])
         assert {layer.offset for layer in cache} == {len(prompt) + 149}
     assert made[0][: 120 - len(prompt)] == made[1][: 120 - len(prompt)]
@@ -187,7 +192,7 @@ def test_a_replaced_proposal_leaves_the_distribution_as_it_is():
 class Fixed:
     """Proposes the same tokens always, without a distribution."""
 
-    draft_tokens = 2
+    num_draft_tokens = 2
 
     def __init__(self, ids: list[int]):
         self.ids = ids
@@ -203,7 +208,9 @@ def test_sampled_tokens_have_the_models_distribution(small, drafts, kind: str):
     model, tokenizer = small
     sampling = SamplingSettings(temperature=0.7, top_k=6, top_p=0.95, repetition_penalty=1.1)
     if kind == "drawn, all settings":
-        sampling = replace(sampling, presence_penalty=1.0, no_repeat_ngram=3, logit_bias={5: 2.0}, xtc_probability=0.5)
+        sampling = replace(
+            sampling, presence_penalty=1.0, no_repeat_ngram_size=3, logit_bias={5: 2.0}, xtc_probability=0.5
+        )
     prompt = tokenizer.encode("hello hello hello, hello")
 
     def law(ids: list[int]) -> np.ndarray:
@@ -229,7 +236,14 @@ def test_sampled_tokens_have_the_models_distribution(small, drafts, kind: str):
     model(mx.array([prompt[:-1]]), cache)
     counts: list[Counter[int]] = [Counter(), Counter(), Counter()]
     for seed in range(800):
-        loop = {"draft": draft, "sampling": sampling, "seed": seed, "stats": stats, "cache": cache, "clock": steady}
+        loop = {
+            "draft_model": draft,
+            "sampling": sampling,
+            "seed": seed,
+            "stats": stats,
+            "cache": cache,
+            "clock": steady,
+        }
         made = list(islice(speculative_ids(model, prompt[-1:], cached_ids=prompt[:-1], **loop), 3))
         for layer in cache:
             layer.trim(layer.offset - len(prompt) + 1)
@@ -247,7 +261,7 @@ def test_a_seed_repeats_and_another_differs(small, drafts):
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
-        "draft": ModelDraft(drafts["near"].model),
+        "draft_model": ModelDraft(drafts["near"].model),
     }
     texts = [generate(model, tokenizer, PROMPT, seed=seed, **settings) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -277,7 +291,7 @@ def test_drafting_pauses_while_it_is_slower_and_resumes_when_it_is_not():
 class Useless:
     """A draft that proposes one wrong token, slowly."""
 
-    draft_tokens = 4
+    num_draft_tokens = 4
 
     def __init__(self, clock: Clock, wrong: int):
         self.clock, self.wrong = clock, wrong
@@ -301,7 +315,7 @@ def test_a_slow_draft_is_switched_off_and_the_text_is_the_same(small):
     expected = list(islice(generate_ids(model, prompt, sampling=GREEDY), 120))
     wrong = next(i for i in range(model.config.vocab_size) if i not in expected)
     clock, stats = Clock(), GenerationStats()
-    loop = {"draft": Useless(clock, wrong), "sampling": GREEDY, "stats": stats, "clock": clock}
+    loop = {"draft_model": Useless(clock, wrong), "sampling": GREEDY, "stats": stats, "clock": clock}
     assert list(islice(speculative_ids(model, prompt, **loop), 120)) == expected
     assert stats.acceptance_rate == 0
     assert 80 < stats.paused_tokens < 119
@@ -314,7 +328,7 @@ def test_nothing_is_proposed_beyond_the_last_token(small, drafts):
         cache = model.make_cache()
         chunks = list(
             stream_generate(
-                model, tokenizer, PROMPT, max_tokens=most, temperature=0, cache=cache, draft=drafts["itself"]
+                model, tokenizer, PROMPT, max_tokens=most, temperature=0, cache=cache, draft_model=drafts["itself"]
             )
         )
         assert len(chunks) == most
@@ -325,12 +339,12 @@ def test_a_draft_that_has_no_more_context_leaves_the_model_alone(files: Path, sm
     model, tokenizer = small
     short = load_draft(write_gguf(tmp_path / "d.gguf", hf_model(max_position_embeddings=32)), tokenizer)
     expected = generate(model, tokenizer, PROMPT, max_tokens=60, temperature=0)
-    assert generate(model, tokenizer, PROMPT, max_tokens=60, temperature=0, draft=short) == expected
+    assert generate(model, tokenizer, PROMPT, max_tokens=60, temperature=0, draft_model=short) == expected
 
 
 def test_logits_that_are_not_finite_are_refused(files: Path, drafts):
     model, tokenizer = load(files / "model.gguf")
-    tokens = speculative_ids(model, encode_prompt(tokenizer, PROMPT), draft=drafts["near"], sampling=GREEDY)
+    tokens = speculative_ids(model, encode_prompt(tokenizer, PROMPT), draft_model=drafts["near"], sampling=GREEDY)
     next(tokens)
     model.model.norm.weight = model.model.norm.weight * math.nan
     with pytest.raises(QwenMLXError, match="not finite"):
@@ -344,14 +358,14 @@ def test_impossible_settings_are_refused_by_name(small, drafts):
         with pytest.raises(QwenMLXError, match=match):
             stream_generate(model, tokenizer, PROMPT, **arguments)
 
-    refused("RotatingKVCache cannot take back", cache=model.make_cache(max_size=64), draft="prompt-lookup")
+    refused("RotatingKVCache cannot take back", cache=model.make_cache(max_size=64), draft_model="prompt-lookup")
     rotating = PromptCache(model, lambda: model.make_cache(max_size=64))
-    refused("RotatingKVCache cannot take back", prompt_cache=rotating, draft=drafts["near"])
-    refused("draft is 'lookup', expected", draft="lookup")
-    refused("draft is 5, expected", draft=5)
-    refused("draft_tokens is given without a draft", draft_tokens=4)
+    refused("RotatingKVCache cannot take back", prompt_cache=rotating, draft_model=drafts["near"])
+    refused("draft_model is 'lookup', expected", draft_model="lookup")
+    refused("draft_model is 5, expected", draft_model=5)
+    refused("num_draft_tokens is given without a draft", num_draft_tokens=4)
     for value in (0, 33, -1, 2.0, True):
-        refused(f"draft_tokens is {value!r}, expected 1 to 32", draft="prompt-lookup", draft_tokens=value)
+        refused(f"num_draft_tokens is {value!r}, expected 1 to 32", draft_model="prompt-lookup", num_draft_tokens=value)
 
 
 def test_vocabularies_are_compared_by_token_and_padding_does_not_count():
@@ -374,8 +388,8 @@ def test_a_draft_with_another_vocabulary_is_refused_before_weights_are_read(file
     # On the command line neither model's weights are read: those of the model are cut off here.
     damaged = tmp_path / "m.gguf"
     damaged.write_bytes((files / "model.gguf").read_bytes())
-    with pytest.raises(QwenMLXError, match=r"--draft .*d\.gguf has another vocabulary"):
-        main(["--model", str(damaged), "--draft", str(path), "--prompt", "x"])
+    with pytest.raises(QwenMLXError, match=r"--draft-model .*d\.gguf has another vocabulary"):
+        main(["--model", str(damaged), "--draft-model", str(path), "--prompt", "x"])
 
 
 def test_command_line(files: Path, capfd):
@@ -383,13 +397,13 @@ def test_command_line(files: Path, capfd):
     assert main(model) == 0
     plain = capfd.readouterr().out
     for draft in ("prompt-lookup", str(files / "near.gguf")):
-        assert main([*model, "--draft", draft, "--draft-tokens", "3"]) == 0
+        assert main([*model, "--draft-model", draft, "--num-draft-tokens", "3"]) == 0
         out, err = capfd.readouterr()
         assert out == plain
         assert " accepted (" in err
     for arguments, match in (
-        (["--draft-tokens", "3"], "--draft-tokens needs --draft"),
-        (["--draft", "prompt-lookup", "--draft-tokens", "0"], "--draft-tokens is 0, expected 1 to 32"),
+        (["--num-draft-tokens", "3"], "--num-draft-tokens needs --draft-model"),
+        (["--draft-model", "prompt-lookup", "--num-draft-tokens", "0"], "--num-draft-tokens is 0, expected 1 to 32"),
     ):
         with pytest.raises(QwenMLXError, match=match):
             main([*model[:4], *arguments])
@@ -402,6 +416,6 @@ def test_real_model(real_gguf: Path):
     expected = list(islice(generate_ids(model, prompt, sampling=GREEDY), 24))
     for draft in (PromptLookup(), ModelDraft(model)):
         stats = GenerationStats()
-        loop = {"draft": draft, "sampling": GREEDY, "stats": stats, "clock": steady}
+        loop = {"draft_model": draft, "sampling": GREEDY, "stats": stats, "clock": steady}
         assert list(islice(speculative_ids(model, prompt, **loop), 24)) == expected
         assert stats.accepted_tokens >= 8

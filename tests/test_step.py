@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from benchmarks import launches
 from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.model import fused_step as step
-from qwen_mlx.model.layers import QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from qwen_mlx.model.layers import GGUFEmbedding, GGUFLinear, MergedLinear, QuantizedEmbedding, QuantizedLinear
 from reference.emulator import emulate
 
 from .ops.test_matvec import raw_blocks
@@ -48,15 +48,15 @@ def packed(form: str, weight: mx.array, embedding: bool) -> nn.Module:
         return QuantizedEmbedding(*arrays, 32, 4, mx.float32) if embedding else QuantizedLinear(*arrays, 32, 4)
     kinds = {"mixed": ("q4_k", "q6_k")}.get(form, (form,))
     if embedding:
-        return RawEmbedding(ops.raw_matrix(raw_blocks(rows, columns, kinds[-1], 7)[0], kinds[-1]), mx.float32)
+        return GGUFEmbedding(ops.raw_matrix(raw_blocks(rows, columns, kinds[-1], 7)[0], kinds[-1]), mx.float32)
     # Cut where v begins, and between gate and up; o_proj and down_proj stay whole.
     cut = {512: 384, 1024: 512}.get(rows, rows) if len(kinds) > 1 else rows
     parts = [
-        RawLinear(ops.raw_matrix(raw_blocks(size, columns, kind, 7)[0], kind))
+        GGUFLinear(ops.raw_matrix(raw_blocks(size, columns, kind, 7)[0], kind))
         for kind, size in zip(kinds, (cut, rows - cut))
         if size
     ]
-    return parts[0] if len(parts) == 1 else SideBySide(parts)
+    return parts[0] if len(parts) == 1 else MergedLinear(parts)
 
 
 def same(found: mx.array, expected: mx.array) -> None:

@@ -207,7 +207,7 @@ def test_a_message_cannot_open_a_turn(ours):
 
 
 def test_end_tokens(ours):
-    assert ours.eos_ids == {151645, 151643}
+    assert ours.eos_token_ids == {151645, 151643}
     assert ours.decode([151644, 9707, 151645]) == "Hello"
     assert ours.decode([151657, 9707]) == "<tool_call>Hello"
 
@@ -227,7 +227,7 @@ def test_folder_and_gguf_give_the_same(tmp_path: Path):
     for text in ("hello hello", "<|im_start|>hell<|im_end|>", "é\u0301 x"):
         for allow in (True, False):
             assert one.encode(text, allow) == two.encode(text, allow)
-    assert one.eos_ids == two.eos_ids
+    assert one.eos_token_ids == two.eos_token_ids
     messages = [{"role": "user", "content": "hello"}]
     assert one.apply_chat_template(messages) == two.apply_chat_template(messages)
 
@@ -242,7 +242,7 @@ def test_saved_folder_loads_in_transformers(ours, tmp_path: Path):
         ids = ours.encode(text, allow_special=True)
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert again.encode(text, allow_special=True) == ids
-    assert again.eos_ids == ours.eos_ids
+    assert again.eos_token_ids == ours.eos_token_ids
     messages, tools = CONVERSATIONS[4]
     assert again.apply_chat_template(messages, tools) == ours.apply_chat_template(messages, tools)
     assert theirs.eos_token == "<|im_end|>"

@@ -29,7 +29,9 @@ def theirs(config: ModelConfig) -> Qwen2RotaryEmbedding:
     return Qwen2RotaryEmbedding(Qwen2Config(**config.to_hf()))
 
 
-@pytest.mark.parametrize("config", [QWEN, replace(QWEN, head_dim=64, hidden_size=896, n_heads=14, n_kv_heads=2)])
+@pytest.mark.parametrize(
+    "config", [QWEN, replace(QWEN, head_dim=64, hidden_size=896, num_attention_heads=14, num_key_value_heads=2)]
+)
 @pytest.mark.parametrize("factor", [4, 2.5])
 def test_tables_equal_transformers_to_float32_rounding_up_to_131072(config: ModelConfig, factor: float):
     config = config.with_yarn(factor)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
 from ..loading import hub
-from ..text.files import check_folder, read_text, whole
+from ..text.files import atomic_write, check_folder, read_text
 from . import command as cli
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         line.clear()
     ids = tokenizer.encode(text)
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + ids
+    ids = ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]) + ids
     line = cli.ProgressLine("Reading the text")
     try:
         found = evaluate(
@@ -120,5 +120,5 @@ def write(path: str, report: dict[str, Any]) -> None:
             return {key: clean(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write_text(json.dumps(clean(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")

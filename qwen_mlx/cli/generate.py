@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "typical_p", "presence_penalty"),
-    *("frequency_penalty", "no_repeat_ngram", "xtc_probability", "xtc_threshold"),
+    *("frequency_penalty", "no_repeat_ngram_size", "xtc_probability", "xtc_threshold"),
 )
 
 
@@ -70,7 +70,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     sampling.add_argument("--typical-p", type=float, metavar="P", help="keep tokens of expected surprise; 1 is off")
     sampling.add_argument("--presence-penalty", type=float, metavar="A", help="taken from tokens generated already")
     sampling.add_argument("--frequency-penalty", type=float, metavar="A", help="taken for each time they were")
-    sampling.add_argument("--no-repeat-ngram", type=int, metavar="N", help="no run of N tokens twice; 0 is off")
+    sampling.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="no run of N tokens twice; 0 is off")
     sampling.add_argument(
         "--xtc-probability", type=float, metavar="P", help="how often top choices are excluded; 0: off"
     )
@@ -103,11 +103,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="attend to the first 4 and the newest tokens, N in all: bounded memory, the middle of a long text is lost",
     )
     p.add_argument(
-        "--draft",
+        "--draft-model",
         metavar="MODEL",
         help="guess tokens with a smaller model of the same vocabulary, or with prompt-lookup; the same output, faster",
     )
-    p.add_argument("--draft-tokens", type=int, metavar="N", help="guess at most N tokens at a time, 1 to 32")
+    p.add_argument("--num-draft-tokens", type=int, metavar="N", help="guess at most N tokens at a time, 1 to 32")
     p.add_argument("--verbose", "-v", action="store_true", help="say what is used: model, dtype, sampling, libraries")
 
 
@@ -165,14 +165,14 @@ def open_model(
         check_utf8(arguments.system, "--system")
     for text in arguments.stop:
         check_utf8(text, "--stop")
-    if group is not None and (arguments.draft or arguments.prompt_cache):
-        raise QwenMLXError("--draft and --prompt-cache do not work with several ranks; leave them out.")
+    if group is not None and (arguments.draft_model or arguments.prompt_cache):
+        raise QwenMLXError("--draft-model and --prompt-cache do not work with several ranks; leave them out.")
     if arguments.max_tokens < 1:
         raise QwenMLXError(f"--max-tokens is {arguments.max_tokens}, expected 1 or more.")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
         raise QwenMLXError(f"--seed is {arguments.seed}, expected an integer from 0 to 2^64 - 1.")
-    if arguments.draft is None and arguments.draft_tokens is not None:
-        raise QwenMLXError("--draft-tokens needs --draft MODEL or --draft prompt-lookup.")
+    if arguments.draft_model is None and arguments.num_draft_tokens is not None:
+        raise QwenMLXError("--num-draft-tokens needs --draft-model MODEL or --draft-model prompt-lookup.")
     from ..ops.dispatch import switched_off
 
     switched_off()  # refuses a wrong QWEN_MLX_KERNELS before a model is fetched
@@ -197,14 +197,14 @@ def open_model(
     caches = make_caches(1, 128, **kind)  # refuses an impossible kind, too
     if arguments.prompt_cache is not None and any(kind.values()):
         raise QwenMLXError("--prompt-cache keeps the plain cache only: leave out --kv-bits and --max-kv-size.")
-    draft = arguments.draft
+    draft = arguments.draft_model
     if draft is not None:
         drafts.check_cache(caches)
-    if arguments.draft_tokens is not None:
-        drafts.check_draft_tokens(arguments.draft_tokens, "--draft-tokens")
+    if arguments.num_draft_tokens is not None:
+        drafts.check_draft_tokens(arguments.num_draft_tokens, "--num-draft-tokens")
     if draft not in (None, drafts.LOOKUP):
         draft_path = hub.resolve(draft)
-        check_vocabulary(Tokenizer.read(path).names, Tokenizer.read(draft_path).names, f"--draft {draft}")
+        check_vocabulary(Tokenizer.read(path).names, Tokenizer.read(draft_path).names, f"--draft-model {draft}")
     kept = arguments.prompt_cache is not None and os.path.exists(arguments.prompt_cache)
     if kept:
         check(arguments.prompt_cache)
@@ -228,7 +228,7 @@ def open_model(
     settings = {"max_tokens": arguments.max_tokens, "stop": arguments.stop, "seed": arguments.seed, **sampling}
     settings |= {"min_tokens": arguments.min_tokens, "logprobs": logprobs}
     if draft is not None:  # one object, so that what it has read is kept from answer to answer
-        settings |= drafts.check_draft(draft, arguments.draft_tokens)
+        settings |= drafts.check_draft(draft, arguments.num_draft_tokens)
     cache = None
     if any(kind.values()):
         cache = PromptCache(model, functools.partial(model.make_cache, **kind))
@@ -288,7 +288,7 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     print(flush=True)
     for text in chances:
         print(text, file=sys.stderr)
-    print(statistics(stats, arguments.draft is not None), file=sys.stderr)
+    print(statistics(stats, arguments.draft_model is not None), file=sys.stderr)
     if arguments.prompt_cache is not None and cache is not None and cache.ids:
         cache.save(arguments.prompt_cache)
     return 130 if interrupted else 0

@@ -242,7 +242,7 @@ def _umask() -> int:
 
 def _write_metadata(folder: Path, source: Source, forms: list[Form], options: Options) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    eos = sorted(source.tokenizer.eos_ids, reverse=True)
+    eos = sorted(source.tokenizer.eos_token_ids, reverse=True)
     config = source.config.to_hf() | {"torch_dtype": options.dtype, "eos_token_id": eos}
     _write_json(folder / "config.json", config | _quantization(source.tensors, forms))
     defaults = source.defaults

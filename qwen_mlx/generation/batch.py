@@ -92,14 +92,14 @@ def batch_generate(
     logprobs: int | None = None,
     seed: int | None = None,
     batch_size: int = 64,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_step_size: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
     **sampling: Any,
 ) -> list[BatchResult]:
     """Answers all prompts, `batch_size` at a time, and returns the results in their order.
 
-    prompts: each as stream_generate takes it; max_tokens: for all, or one for each; prefill_chunk: tokens of all rows
-    read in one pass; progress: called with (prompts answered, prompts in all). The other arguments are
+    prompts: each as stream_generate takes it; max_tokens: for all, or one for each; prefill_step_size: tokens of all
+    rows read in one pass; progress: called with (prompts answered, prompts in all). The other arguments are
     stream_generate's, its sampling arguments among them. Greedy tokens are those of one prompt at a time, up to the
     rounding of sums; a seed repeats a whole batch. A row that has ended leaves, and prompts that wait take its place.
     Raises QwenMLXError for an impossible argument or a prompt without room in the context, before any work.
@@ -111,7 +111,7 @@ def batch_generate(
         raise QwenMLXError(f"max_tokens has {len(limits)} values for {len(prompts)} prompts.")
     refuse_unknown(sampling, ARGUMENTS)
     settings = model.generation_defaults.override(**sampling)
-    check_settings(seed, stop, batch_size=batch_size, prefill_chunk=prefill_chunk)
+    check_settings(seed, stop, batch_size=batch_size, prefill_step_size=prefill_step_size)
     stats = BatchStats(prompts=len(prompts))
     rows = []
     for number, (prompt, limit) in enumerate(zip(prompts, limits), 1):
@@ -123,9 +123,15 @@ def batch_generate(
         except QwenMLXError as error:
             raise QwenMLXError(f"Prompt {number} of {len(prompts)}: {error}") from None
         rows.append(_Row(ids, limit, TextStream(tokenizer, stop, limit), BatchResult(len(ids), stats)))
-    end_ids = tuple(sorted(tokenizer.eos_ids))
+    end_ids = tuple(sorted(tokenizer.eos_token_ids))
     loop = BatchLoop(
-        model, settings, seed, prefill_chunk, min_tokens=min_tokens, end_ids=end_ids, keep_logits=logprobs is not None
+        model,
+        settings,
+        seed,
+        prefill_step_size,
+        min_tokens=min_tokens,
+        end_ids=end_ids,
+        keep_logits=logprobs is not None,
     )
     _answer(loop, rows, batch_size, stats, logprobs, progress)
     if model.ranks is not None:
@@ -195,14 +201,14 @@ class BatchLoop:
         model: Qwen2,
         sampling: SamplingSettings,
         seed: int | None,
-        prefill_chunk: int,
+        prefill_step_size: int,
         *,
         min_tokens: int = 0,
         end_ids: Sequence[int] = (),
         keep_logits: bool = False,
     ) -> None:
         self.logits: mx.array | None = None
-        self._model, self._sampling, self._chunk = model, sampling, prefill_chunk
+        self._model, self._sampling, self._chunk = model, sampling, prefill_step_size
         self._min_tokens, self._end_ids, self._keep_logits = min_tokens, end_ids, keep_logits
         self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
         self._state: _State | None = None
@@ -219,7 +225,7 @@ class BatchLoop:
         pads = [longest - len(ids) for ids in prompts]
         padding = Padding(pads)
         ids = mx.array([[ids[0]] * pad + ids for pad, ids in zip(pads, prompts)], mx.int32)
-        cache = [BatchKVCache(padding) for _ in range(self._model.config.n_layers)]
+        cache = [BatchKVCache(padding) for _ in range(self._model.config.num_hidden_layers)]
         for layer in cache:
             layer.reserve(longest)
         columns = max(1, self._chunk // len(prompts))

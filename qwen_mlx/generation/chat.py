@@ -17,7 +17,7 @@ from ..errors import QwenMLXError, refuse_unknown
 from ..model import display
 from ..model.qwen2 import Qwen2
 from ..parallel.link import on_first
-from ..text.files import read_text, whole
+from ..text.files import atomic_write, read_text
 from ..text.tokenizer import Tokenizer
 from .drafts import make_draft
 from .engine import GenerationStats
@@ -106,8 +106,8 @@ class Chat:
         self.max_tool_rounds = max_tool_rounds
         self.prompt_cache = PromptCache(model) if prompt_cache is None else prompt_cache
         self.seed = seed
-        if arguments.get("draft") is not None:  # one object, so that what it has read is kept from turn to turn
-            arguments["draft"] = make_draft(arguments["draft"])
+        if arguments.get("draft_model") is not None:  # one object, so that what it has read is kept from turn to turn
+            arguments["draft_model"] = make_draft(arguments["draft_model"])
         # Everything but the messages is checked here; what is never asked for a chunk does no work.
         stream_generate(model, tokenizer, [0], prompt_cache=self.prompt_cache, seed=seed, **arguments)
         self.arguments = arguments
@@ -210,7 +210,7 @@ class Chat:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the messages as a JSON list; the file appears whole or not at all. Raises QwenMLXError if it cannot be
         written."""
-        with whole(path) as file:
+        with atomic_write(path) as file:
             file.write_text(json.dumps(self.messages, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -240,7 +240,7 @@ class Chat:
                     for chunk in chunks:
                         self.turn[rounds:] = [chunk.stats]
                         answer["content"] += chunk.text
-                        answer["ids"] += [] if chunk.token in self.tokenizer.eos_ids else [chunk.token]
+                        answer["ids"] += [] if chunk.token in self.tokenizer.eos_token_ids else [chunk.token]
                         yield chunk
             finally:
                 if len(self.turn) > rounds:

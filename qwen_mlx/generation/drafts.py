@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,11 +9,8 @@ from typing import Any, Protocol
 from .. import ops
 from ..backend import mx
 from ..errors import QwenMLXError
-from ..loading import hub
-from ..loading.load import load
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
-from ..text.tokenizer import Tokenizer, check_vocabulary
 from .engine import PREFILL_CHUNK
 from .prompt_cache import PromptCache
 from .sampling import SamplingSettings, processed_logits
@@ -33,9 +29,9 @@ class Proposal:
 
 
 class Draft(Protocol):
-    """What proposes tokens. draft_tokens: how many at most, by default."""
+    """What proposes tokens. num_draft_tokens: how many at most, by default."""
 
-    draft_tokens: int
+    num_draft_tokens: int
 
     def propose(self, ids: list[int], count: int, sampling: SamplingSettings, key: mx.array) -> Proposal:
         """Up to `count` tokens after `ids`, all of the text so far; none if it has no idea."""
@@ -45,7 +41,7 @@ class Draft(Protocol):
 class PromptLookup(Draft):
     """Proposes what followed the latest earlier occurrence of the last 4, 3 or 2 tokens of prompt and answer."""
 
-    draft_tokens = 15  # with the token before them a multiple of what BLAS libraries work on at a time
+    num_draft_tokens = 15  # with the token before them a multiple of what BLAS libraries work on at a time
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -76,7 +72,7 @@ class ModelDraft(Draft):
     model's own choice makes up for what a draft leaves out.
     """
 
-    draft_tokens = 4
+    num_draft_tokens = 4
 
     def __init__(self, model: Qwen2) -> None:
         self.model = model
@@ -118,35 +114,39 @@ def seen_ids(sampling: SamplingSettings, ids: list[int]) -> mx.array | None:
 
 
 def make_draft(draft: Draft | Qwen2 | str) -> Draft:
-    """What `draft=` of stream_generate may be: a model, "prompt-lookup", or a draft that is kept from call to call."""
+    """The meaning of stream_generate's draft_model: a model, "prompt-lookup" or a draft kept between calls."""
     if isinstance(draft, Qwen2):
         return ModelDraft(draft)
     if draft == LOOKUP:
         return PromptLookup()
     if isinstance(draft, str) or not hasattr(draft, "propose"):
-        raise QwenMLXError(f"draft is {draft!r}, expected a model that load() gave, or {LOOKUP!r}.")
+        raise QwenMLXError(f"draft_model is {draft!r}, expected a model that load() gave, or {LOOKUP!r}.")
     return draft
 
 
-def check_draft(draft: Draft | Qwen2 | str, draft_tokens: int | None, cache: Sequence[KVCache] = ()) -> dict[str, Any]:
-    """The arguments `draft` and `draft_tokens` of speculative_ids; QwenMLXError for what cannot be."""
+def check_draft(
+    draft: Draft | Qwen2 | str, num_draft_tokens: int | None, cache: Sequence[KVCache] = ()
+) -> dict[str, Any]:
+    """The arguments `draft` and `num_draft_tokens` of speculative_ids; QwenMLXError for what cannot be."""
     check_cache(cache)
     found = make_draft(draft)
     return {
-        "draft": found,
-        "draft_tokens": check_draft_tokens(found.draft_tokens if draft_tokens is None else draft_tokens),
+        "draft_model": found,
+        "num_draft_tokens": check_draft_tokens(
+            found.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
+        ),
     }
 
 
-def check_draft_tokens(draft_tokens: int, name: str = "draft_tokens") -> int:
-    """`draft_tokens`; QwenMLXError if it cannot be."""
+def check_draft_tokens(num_draft_tokens: int, name: str = "num_draft_tokens") -> int:
+    """`num_draft_tokens`; QwenMLXError if it cannot be."""
     if (
-        not isinstance(draft_tokens, int)
-        or isinstance(draft_tokens, bool)
-        or not 1 <= draft_tokens <= MOST_DRAFT_TOKENS
+        not isinstance(num_draft_tokens, int)
+        or isinstance(num_draft_tokens, bool)
+        or not 1 <= num_draft_tokens <= MOST_DRAFT_TOKENS
     ):
-        raise QwenMLXError(f"{name} is {draft_tokens!r}, expected 1 to {MOST_DRAFT_TOKENS}.")
-    return draft_tokens
+        raise QwenMLXError(f"{name} is {num_draft_tokens!r}, expected 1 to {MOST_DRAFT_TOKENS}.")
+    return num_draft_tokens
 
 
 def check_cache(cache: Sequence[KVCache]) -> None:
@@ -157,13 +157,3 @@ def check_cache(cache: Sequence[KVCache]) -> None:
             f"A {type(other).__name__} cannot take back the tokens of a rejected draft: leave out the draft, or use a "
             "cache that keeps all tokens."
         )
-
-
-def load_draft(draft: str | os.PathLike[str], tokenizer: Tokenizer, **arguments: Any) -> ModelDraft:
-    """Loads a model as a draft for the one that `tokenizer` belongs to; names and arguments as for load().
-
-    Raises QwenMLXError for another vocabulary, before any weights are read.
-    """
-    path = hub.resolve(draft)
-    check_vocabulary(tokenizer.names, Tokenizer.read(path).names, str(draft))
-    return ModelDraft(load(path, **arguments)[0])

@@ -68,7 +68,7 @@ def generate_ids(
     end_ids: Sequence[int] = (),
     logprobs: int | None = None,
     on_logprobs: Callable[[float, tuple[tuple[int, float], ...]], None] | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_step_size: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[int, None, None]:
     """Yields token ids without end. The next step is launched before the last one is read.
@@ -91,12 +91,12 @@ def generate_ids(
     for layer in cache:
         layer.reserve(start + length)
     done = 0
-    while length - done > prefill_chunk:
+    while length - done > prefill_step_size:
         with ops.no_grad():
-            model.model(prompt[:, done : done + prefill_chunk], cache)
+            model.model(prompt[:, done : done + prefill_step_size], cache)
         mx.eval([layer.arrays for layer in cache])
         mx.clear_cache()  # of a long prompt, each chunk needs buffers of other sizes than the last
-        done += prefill_chunk
+        done += prefill_step_size
         if progress:
             progress(done, length)
 

@@ -20,7 +20,7 @@ from ..backend import mx, named_arrays
 from ..errors import QwenMLXError
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
-from ..text.files import whole
+from ..text.files import atomic_write
 
 FORMAT, VERSION = "qwen_mlx prompt cache", "1"
 SAMPLES = 64  # elements of each parameter that the fingerprint sees
@@ -142,7 +142,7 @@ def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[i
         "dtype": str(model.model.norm.weight.dtype).removeprefix("mlx.core."),
         "crc32": _checksum(arrays),
     }
-    with whole(path, ".safetensors") as file:
+    with atomic_write(path, ".safetensors") as file:
         mx.save_safetensors(str(file), arrays, metadata)
 
 
@@ -167,8 +167,8 @@ def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], lis
             f"expected {_describe(config)}, {digest[:12]}; use that model, or delete the file."
         )
     count = header["ids"]["shape"][0]
-    shape = [1, 2 * config.n_kv_heads, count, config.head_dim]
-    for name in (f"layers.{i}" for i in range(config.n_layers)):
+    shape = [1, 2 * config.num_key_value_heads, count, config.head_dim]
+    for name in (f"layers.{i}" for i in range(config.num_hidden_layers)):
         entry = header.get(name, {})
         if entry.get("shape") != shape or DTYPES.get(entry.get("dtype")) != model.model.norm.weight.dtype:
             raise QwenMLXError(f"{where}: damaged; {name!r} is {_short(entry)}, expected {shape} in {dtype}.")
@@ -241,5 +241,5 @@ def _short(value: object) -> str:
 
 
 def _describe(config: Any) -> str:
-    size = f"{config.n_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"
+    size = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"
     return f"{size}, context {config.context_length}"  # which --yarn changes, and with it all keys

@@ -21,11 +21,11 @@ from ..errors import QwenMLXError, refuse_unknown
 @dataclass(frozen=True)
 class SamplingSettings:
     """How the next token is chosen. temperature 0 is greedy; these values are off: top_k, min_p, presence_penalty,
-    frequency_penalty, no_repeat_ngram and xtc_probability 0, top_p, typical_p and repetition_penalty 1.
+    frequency_penalty, no_repeat_ngram_size and xtc_probability 0, top_p, typical_p and repetition_penalty 1.
 
-    repetition_penalty and no_repeat_ngram look at the prompt too, presence_penalty and frequency_penalty at what was
-    generated. logit_bias: (token id, what is added to its logit) pairs, or a mapping. `source` says where the values
-    come from, for --verbose. Raises QwenMLXError for an impossible value.
+    repetition_penalty and no_repeat_ngram_size look at the prompt too, presence_penalty and frequency_penalty at what
+    was generated. logit_bias: (token id, what is added to its logit) pairs, or a mapping. `source` says where the
+    values come from, for --verbose. Raises QwenMLXError for an impossible value.
     """
 
     temperature: float = 0.0
@@ -36,7 +36,7 @@ class SamplingSettings:
     typical_p: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    no_repeat_ngram: int = 0
+    no_repeat_ngram_size: int = 0
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -52,12 +52,12 @@ class SamplingSettings:
             ("typical_p", 0, 1, "more than 0 and at most 1 (off)"),
             ("presence_penalty", -100, 100, "from -100 to 100; 0 is off"),
             ("frequency_penalty", -100, 100, "from -100 to 100; 0 is off"),
-            ("no_repeat_ngram", 0, math.inf, "0 (off) or more"),
+            ("no_repeat_ngram_size", 0, math.inf, "0 (off) or more"),
             ("xtc_probability", 0, 1, "from 0 (off) to 1"),
             ("xtc_threshold", 0, 0.5, "from 0 to 0.5"),
         ):
             value = getattr(self, name)
-            kinds = (int,) if name in ("top_k", "no_repeat_ngram") else (int, float)
+            kinds = (int,) if name in ("top_k", "no_repeat_ngram_size") else (int, float)
             bad = (
                 not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high or value == math.inf
             )
@@ -89,7 +89,7 @@ class SamplingSettings:
     @property
     def looks_back(self) -> bool:
         """Whether earlier tokens matter."""
-        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0 or self.counts
+        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0 or self.counts
 
     @property
     def counts(self) -> bool:
@@ -189,7 +189,7 @@ def count_penalties(logits: mx.array, made: mx.array, presence: float, frequency
     return mx.put_along_axis(logits, made, lower, axis=-1)
 
 
-def no_repeat_ngram(logits: mx.array, ids: mx.array, n: int) -> mx.array:
+def no_repeat_ngrams(logits: mx.array, ids: mx.array, n: int) -> mx.array:
     """Rules out what would end a run of n tokens that `ids` (B, N) already holds.
 
     Source: transformers' NoRepeatNGramLogitsProcessor.
@@ -239,8 +239,8 @@ def penalized(
         logits = repetition_penalty(logits, seen, settings.repetition_penalty)
     if settings.counts and made.size:
         logits = count_penalties(logits, made, settings.presence_penalty, settings.frequency_penalty)
-    if settings.no_repeat_ngram:
-        logits = no_repeat_ngram(logits, seen, settings.no_repeat_ngram)
+    if settings.no_repeat_ngram_size:
+        logits = no_repeat_ngrams(logits, seen, settings.no_repeat_ngram_size)
     return logits[:, :width]
 
 

@@ -78,8 +78,8 @@ def speculative_ids(
     model: Qwen2,
     prompt_ids: Sequence[int],
     *,
-    draft: Draft,
-    draft_tokens: int | None = None,
+    draft_model: Draft,
+    num_draft_tokens: int | None = None,
     max_tokens: int | None = None,
     stats: GenerationStats | None = None,
     sampling: SamplingSettings | None = None,
@@ -90,13 +90,13 @@ def speculative_ids(
     end_ids: Sequence[int] = (),
     logprobs: int | None = None,
     on_logprobs: Callable[[float, tuple[tuple[int, float], ...]], None] | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_step_size: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[int, None, None]:
-    """Yields the ids of generate_ids, whose arguments it has, faster where `draft` guesses well.
+    """Yields the ids of generate_ids, whose arguments it has, faster where `draft_model` guesses well.
 
-    draft_tokens: proposed at a time at most, 1 to 32; None is the draft's own. So many are proposed after a proposal
+    num_draft_tokens: proposed at a time at most, 1 to 32; None is the draft's own. So many are proposed after one
     that was kept whole, else 2, which cost a CPU hardly more than none. max_tokens: none is proposed beyond it.
     stats: gets drafted_tokens, accepted_tokens and paused_tokens. clock: seconds, for Pace. Raises QwenMLXError as
     check_cache and generate_ids.
@@ -105,7 +105,7 @@ def speculative_ids(
     cache = model.make_cache() if cache is None else cache
     check_cache(cache)
     stats = GenerationStats() if stats is None else stats
-    most = check_draft_tokens(draft.draft_tokens if draft_tokens is None else draft_tokens)
+    most = check_draft_tokens(draft_model.num_draft_tokens if num_draft_tokens is None else num_draft_tokens)
     key = mx.random.key(secrets.randbits(63) if seed is None else seed)
     ids = [*cached_ids, *prompt_ids]
     rules = Rules(sampling, len(ids), min_tokens, tuple(end_ids))
@@ -129,7 +129,7 @@ def speculative_ids(
                 end_ids=end_ids,
                 logprobs=logprobs,
                 on_logprobs=on_logprobs,
-                prefill_chunk=prefill_chunk,
+                prefill_step_size=prefill_step_size,
                 progress=progress if len(new) > 1 else None,
             )
         )
@@ -155,7 +155,7 @@ def speculative_ids(
             key, first, second = mx.random.split(key, 3)
             proposal = Proposal([])
             if count > 0 and not pace.wants_plain:
-                proposal = draft.propose(ids, count, sampling, first)
+                proposal = draft_model.propose(ids, count, sampling, first)
             made, logits = _check(model, cache, ids, proposal, rules, second)
             proposed, kept = len(proposal.ids), len(made) - 1
             for layer in cache:

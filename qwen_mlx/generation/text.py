@@ -85,7 +85,7 @@ def stream_generate(
     typical_p: float | None = None,
     presence_penalty: float | None = None,
     frequency_penalty: float | None = None,
-    no_repeat_ngram: int | None = None,
+    no_repeat_ngram_size: int | None = None,
     xtc_probability: float | None = None,
     xtc_threshold: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
@@ -94,9 +94,9 @@ def stream_generate(
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
     prompt_cache: PromptCache | None = None,
-    draft: Draft | Qwen2 | str | None = None,
-    draft_tokens: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    draft_model: Draft | Qwen2 | str | None = None,
+    num_draft_tokens: int | None = None,
+    prefill_step_size: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
     **unknown: Any,
 ) -> Generator[GenerationChunk, None, None]:
@@ -108,13 +108,13 @@ def stream_generate(
     ln p and so many of the likeliest.
     cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and what the cache
     shares with its beginning is not computed again; afterwards it holds the prompt and the answer.
-    draft: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an object of
-    drafts.py: the same tokens (greedy) or distribution (sampling) in fewer passes. draft_tokens: at most so many
-    at a time, 1 to 32.
+    draft_model: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an
+    object of drafts.py: the same tokens (greedy) or distribution (sampling) in fewer passes. num_draft_tokens: at most so
+    many at a time, 1 to 32.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
     refuse_unknown(unknown, ARGUMENTS)
-    check_settings(seed, stop, max_tokens=max_tokens, prefill_chunk=prefill_chunk)
+    check_settings(seed, stop, max_tokens=max_tokens, prefill_step_size=prefill_step_size)
     if cache is not None and prompt_cache is not None:
         raise QwenMLXError("Both cache and prompt_cache are given; a prompt cache has its own.")
     check_caches(model, cache, prompt_cache)
@@ -127,7 +127,7 @@ def stream_generate(
         typical_p=typical_p,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        no_repeat_ngram=no_repeat_ngram,
+        no_repeat_ngram_size=no_repeat_ngram_size,
         xtc_probability=xtc_probability,
         xtc_threshold=xtc_threshold,
         logit_bias=logit_bias,
@@ -135,15 +135,21 @@ def stream_generate(
     check_choices(sampling, min_tokens, logprobs, max_tokens, model.config.vocab_size)
     ids = encode_prompt(tokenizer, prompt, system, raw)
     max_tokens = min(max_tokens, check_ids(model, ids, cache[0].offset if cache else 0))
-    loop = {"sampling": sampling, "seed": seed, "cache": cache, "prefill_chunk": prefill_chunk, "progress": progress}
-    loop |= {"min_tokens": min_tokens, "end_ids": tuple(sorted(tokenizer.eos_ids)), "logprobs": logprobs}
-    if draft is not None and model.ranks is not None:
+    loop = {
+        "sampling": sampling,
+        "seed": seed,
+        "cache": cache,
+        "prefill_step_size": prefill_step_size,
+        "progress": progress,
+    }
+    loop |= {"min_tokens": min_tokens, "end_ids": tuple(sorted(tokenizer.eos_token_ids)), "logprobs": logprobs}
+    if draft_model is not None and model.ranks is not None:
         raise QwenMLXError("A draft cannot be used with a model on several ranks; leave it out.")
-    if draft is not None:
+    if draft_model is not None:
         held = prompt_cache.layers if cache is None and prompt_cache is not None else cache
-        loop |= check_draft(draft, draft_tokens, held or ()) | {"max_tokens": max_tokens}
-    elif draft_tokens is not None:
-        raise QwenMLXError("draft_tokens is given without a draft; give a draft too.")
+        loop |= check_draft(draft_model, num_draft_tokens, held or ()) | {"max_tokens": max_tokens}
+    elif num_draft_tokens is not None:
+        raise QwenMLXError("num_draft_tokens is given without a draft; give a draft too.")
     return _stream(model, tokenizer, ids, max_tokens, tuple(stop), prompt_cache, loop)
 
 
@@ -173,7 +179,7 @@ def check_choices(
 
 def check_caches(model: Qwen2, cache: Any, prompt_cache: Any) -> None:
     """Raises QwenMLXError for caches that are not this model's."""
-    layers = model.config.n_layers
+    layers = model.config.num_hidden_layers
     if cache is not None and (not isinstance(cache, Sequence) or len(cache) != layers):
         raise QwenMLXError(f"cache is {str(cache)[:60]!r}, expected what model.make_cache() gives, {layers} layers.")
     if prompt_cache is not None and getattr(prompt_cache, "model", None) is not model:
@@ -199,7 +205,7 @@ def _tokens(
     """generate_ids, or speculative_ids, without what a prompt cache holds already; the cache learns what it holds,
     whatever ends this."""
     make: Callable[..., Generator[int, None, None]] = generate_ids
-    if "draft" in loop:
+    if "draft_model" in loop:
         make = functools.partial(speculative_ids, stats=stats)
     if prompt_cache is None:
         yield from make(model, ids, **loop)
@@ -255,7 +261,7 @@ class TextStream:
     """The text that tokens make, given out as it becomes complete: never half a character or part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> None:
-        self._eos_ids, self._detokenizer = tokenizer.eos_ids, tokenizer.detokenizer()
+        self._eos_ids, self._detokenizer = tokenizer.eos_token_ids, tokenizer.detokenizer()
         self._stop, self._left = stop, max_tokens
         self._pending = ""  # text that may be the beginning of a stop string
 

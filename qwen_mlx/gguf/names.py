@@ -5,10 +5,6 @@ Source: gguf-py's tensor_mapping for MODEL_ARCH.QWEN2. qwen2 permutes no rows of
 
 from __future__ import annotations
 
-from ..errors import GGUFError
-from ..model.config import ModelConfig
-from .reader import GGUFFile, TensorInfo
-
 ROPE_FACTORS = "rope_freqs.weight"  # optional divisors of the rotary frequencies, (head_dim / 2,): not a parameter
 
 _MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -48,33 +44,3 @@ def to_gguf(name: str) -> str:
         return f"{_MODEL_BACK[module]}.{kind}"
     _, _, index, part = module.split(".", 3)
     return f"blk.{index}.{_LAYER_BACK[part]}.{kind}"
-
-
-def model_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
-    """The file's tensor for each of the model's parameters, by Hugging Face's names.
-
-    Raises GGUFError for a tensor that is missing, is not part of the model, has another shape or holds integers.
-    """
-    shapes = config.parameter_shapes()
-    found: dict[str, TensorInfo] = {}
-    for name, info in file.tensors.items():
-        hf_name = to_hf(name)
-        if name == ROPE_FACTORS:
-            continue
-        if hf_name not in shapes:
-            raise GGUFError(
-                f"{file.path}: tensor {name!r} is not part of a qwen2 model of {config.n_layers} layers; "
-                "convert the model again."
-            )
-        if info.type.name in ("I8", "I16", "I32", "I64"):
-            raise GGUFError(f"{file.path}: tensor {name!r} has type {info.type.name}, which holds no weights.")
-        if info.shape != shapes[hf_name]:
-            raise GGUFError(
-                f"{file.path}: tensor {name!r} has shape {info.shape}, expected {shapes[hf_name]} (rows, columns)."
-            )
-        found[hf_name] = info
-    missing = [name for name in shapes if name not in found]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise GGUFError(f"{file.path}: tensor {to_gguf(missing[0])!r}{more} missing; convert the model again.")
-    return {name: found[name] for name in shapes}

@@ -17,14 +17,15 @@ import numpy as np
 from .. import ops
 from ..backend import mx, named_arrays, nn
 from ..errors import GGUFError, QwenMLXError
+from ..generation.drafts import ModelDraft
 from ..gguf import blocks, names
 from ..gguf.reader import GGUFFile
 from ..model.config import ModelConfig
-from ..model.layers import Linear, QuantizedEmbedding, QuantizedLinear, RawEmbedding, RawLinear, SideBySide
+from ..model.layers import GGUFEmbedding, GGUFLinear, Linear, MergedLinear, QuantizedEmbedding, QuantizedLinear
 from ..model.qwen2 import JOINED, JOINED_BIASES, Qwen2
 from ..parallel import group as parallel
-from ..parallel.shards import Shard, whole
-from ..text.tokenizer import Tokenizer
+from ..parallel.shards import Shard, uncut
+from ..text.tokenizer import Tokenizer, check_vocabulary
 from . import hub
 from .sampling_defaults import folder_defaults, gguf_defaults
 from .weights import FolderWeights, GGUFWeights, Packing, Weights
@@ -76,7 +77,7 @@ def _load(
     progress: Progress,
     group: mx.distributed.Group | None,
 ) -> tuple[Qwen2, Tokenizer]:
-    shard, cut = None, whole
+    shard, cut = None, uncut
 
     def read(config: ModelConfig) -> ModelConfig:
         nonlocal shard, cut
@@ -141,7 +142,7 @@ def _fill(model: Qwen2, weights: Weights, dtype: mx.Dtype, keep_packed: bool, pr
             module = name.removesuffix(".weight")
             old = _get(model, module)
             parts = [_module(weights, names, packing, old, dtype) for names, packing in target]
-            _set(model, module, parts[0] if len(parts) == 1 else SideBySide(parts))
+            _set(model, module, parts[0] if len(parts) == 1 else MergedLinear(parts))
             mx.eval(_get(model, module).parameters())
         mx.eval(_get(model, name) if _has(model, name) else [])
         done += nbytes
@@ -178,8 +179,8 @@ def _module(weights: Weights, names: list[str], packing: Packing, old: nn.Module
     if isinstance(packing, str):
         matrix = ops.raw_matrix(weights.raw(names), packing)
         if isinstance(old, nn.Embedding):
-            return RawEmbedding(matrix, dtype)
-        new = RawLinear(matrix)
+            return GGUFEmbedding(matrix, dtype)
+        new = GGUFLinear(matrix)
         if "bias" in old:
             new.bias = old.bias
         return new
@@ -222,3 +223,13 @@ def _has(model: nn.Module, path: str) -> bool:
 def _set(model: nn.Module, path: str, value: mx.array | nn.Module) -> None:
     parent, _, last = path.rpartition(".")
     setattr(_get(model, parent) if parent else model, last, value)
+
+
+def load_draft(draft: str | os.PathLike[str], tokenizer: Tokenizer, **arguments: Any) -> ModelDraft:
+    """Loads a model as a draft for the one that `tokenizer` belongs to; names and arguments as for load().
+
+    Raises QwenMLXError for another vocabulary, before any weights are read.
+    """
+    path = hub.resolve(draft)
+    check_vocabulary(tokenizer.names, Tokenizer.read(path).names, str(draft))
+    return ModelDraft(load(path, **arguments)[0])

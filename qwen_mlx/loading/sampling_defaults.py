@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import QwenMLXError
 from ..generation.sampling import SamplingSettings
 from ..gguf.reader import GGUFFile
-from ..model.config import read_json
+from ..text.files import read_json
 
 # What Qwen publishes for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value
 # of the sizes from 3B on and of Qwen's own documentation); for files that bring no settings of their own.

@@ -15,9 +15,10 @@ import numpy as np
 from ..errors import GGUFError, QwenMLXError
 from ..generation.sampling import SamplingSettings
 from ..gguf import blocks
-from ..gguf.names import ROPE_FACTORS, model_tensors
+from ..gguf.names import ROPE_FACTORS, to_gguf, to_hf
 from ..gguf.reader import GGUFFile, TensorInfo
-from ..model.config import ModelConfig, read_json
+from ..model.config import ModelConfig
+from ..text.files import read_json
 from ..text.tokenizer import Tokenizer
 from .sampling_defaults import folder_defaults, gguf_defaults
 
@@ -174,3 +175,33 @@ def _folder_tensors(folder: Path, config: ModelConfig) -> list[SourceTensor]:
         return SourceTensor(name, name, shapes[name], kind, lazy.nbytes, values, done=loaded.clear)
 
     return [tensor(name) for name in shapes]
+
+
+def model_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, TensorInfo]:
+    """The file's tensor for each of the model's parameters, by Hugging Face's names.
+
+    Raises GGUFError for a tensor that is missing, is not part of the model, has another shape or holds integers.
+    """
+    shapes = config.parameter_shapes()
+    found: dict[str, TensorInfo] = {}
+    for name, info in file.tensors.items():
+        hf_name = to_hf(name)
+        if name == ROPE_FACTORS:
+            continue
+        if hf_name not in shapes:
+            raise GGUFError(
+                f"{file.path}: tensor {name!r} is not part of a qwen2 model of {config.num_hidden_layers} layers; "
+                "convert the model again."
+            )
+        if info.type.name in ("I8", "I16", "I32", "I64"):
+            raise GGUFError(f"{file.path}: tensor {name!r} has type {info.type.name}, which holds no weights.")
+        if info.shape != shapes[hf_name]:
+            raise GGUFError(
+                f"{file.path}: tensor {name!r} has shape {info.shape}, expected {shapes[hf_name]} (rows, columns)."
+            )
+        found[hf_name] = info
+    missing = [name for name in shapes if name not in found]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise GGUFError(f"{file.path}: tensor {to_gguf(missing[0])!r}{more} missing; convert the model again.")
+    return {name: found[name] for name in shapes}

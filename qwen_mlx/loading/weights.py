@@ -18,10 +18,11 @@ import numpy as np
 from ..backend import mx
 from ..errors import QwenMLXError
 from ..gguf import blocks
-from ..gguf.names import model_tensors
 from ..gguf.reader import GGUFFile
-from ..model.config import ModelConfig, read_json
-from ..parallel.shards import ALL, Cut, whole
+from ..model.config import ModelConfig
+from ..parallel.shards import ALL, Cut, uncut
+from ..text.files import read_json
+from .sources import model_tensors
 
 # (group_size, bits) of MLX's affine mode, "q4_k" or "q6_k" for GGUF's blocks as they are, None for dense.
 Packing = tuple[int, int] | str | None
@@ -64,7 +65,7 @@ class GGUFWeights:
     Raises GGUFError if they are not exactly those of `config`.
     """
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, cut: Cut = whole):
+    def __init__(self, file: GGUFFile, config: ModelConfig, cut: Cut = uncut):
         self._file, self._cut = file, cut
         self._infos = model_tensors(file, config)
         self._rooms: Iterator[mx.array] = iter(())
@@ -171,7 +172,7 @@ class FolderWeights:
     Raises QwenMLXError if they are not exactly those of `config`.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, cut: Cut = whole):
+    def __init__(self, folder: Path, config: ModelConfig, cut: Cut = uncut):
         self._cut, tensors = cut, folder_tensors(folder)
         self._files = {name: file for name, (file, _) in tensors.items()}
         self._arrays = {name: array for name, (_, array) in tensors.items()}

@@ -3,7 +3,6 @@ for what a file must say."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..errors import GGUFError, QwenMLXError
 from ..gguf.reader import GGUFFile
+from ..text.files import read_json
 
 MAX_LAYERS = 1000  # the largest Qwen2 has 80
 TRAINED_CONTEXT = 32768  # tokens: what Qwen2.5 was trained on, and its documentation's original_max_position_embeddings
@@ -48,9 +48,9 @@ class ModelConfig:
 
     hidden_size: int
     intermediate_size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
     vocab_size: int
     rms_norm_eps: float
@@ -63,13 +63,21 @@ class ModelConfig:
     max_window_layers: int = 0
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
+        sizes = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+        )
         for name in (*sizes, "max_position_embeddings"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise QwenMLXError(f"{name} is {value!r}, expected a positive integer.")
-        if self.n_layers > MAX_LAYERS:
-            raise QwenMLXError(f"n_layers is {self.n_layers}, expected at most {MAX_LAYERS}.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise QwenMLXError(f"num_hidden_layers is {self.num_hidden_layers}, expected at most {MAX_LAYERS}.")
         if self.sliding_window is not None and (not isinstance(self.sliding_window, int) or self.sliding_window < 1):
             raise QwenMLXError(f"sliding_window is {self.sliding_window!r}, expected a positive integer.")
         if not isinstance(self.max_window_layers, int):
@@ -83,8 +91,11 @@ class ModelConfig:
                 raise QwenMLXError(f"{name} is {value!r}, expected a positive number.")
         if self.rope_theta <= 1:
             raise QwenMLXError(f"rope_theta is {self.rope_theta!r}, expected more than 1 (Qwen2.5 has 1000000).")
-        if self.n_heads % self.n_kv_heads:
-            raise QwenMLXError(f"n_heads is {self.n_heads}, expected a multiple of n_kv_heads, {self.n_kv_heads}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise QwenMLXError(
+                f"num_attention_heads is {self.num_attention_heads}, expected a multiple of "
+                f"num_key_value_heads, {self.num_key_value_heads}."
+            )
         if self.head_dim % 2:
             raise QwenMLXError(f"head_dim is {self.head_dim}, expected an even number (RoPE rotates pairs).")
 
@@ -135,9 +146,9 @@ class ModelConfig:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face's parameter names and shapes, (out, in) for matrices, in the order of the forward pass."""
         hidden, mlp = self.hidden_size, self.intermediate_size
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for i in range(self.n_layers):
+        for i in range(self.num_hidden_layers):
             layer = f"model.layers.{i}"
             shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
             for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
@@ -162,9 +173,9 @@ class ModelConfig:
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
             "rms_norm_eps": self.rms_norm_eps,
@@ -212,8 +223,10 @@ class ModelConfig:
                 f"{where}: tensor 'token_embd.weight' (vocabulary, hidden) is missing; convert the model again."
             )
         hidden_size = get("embedding_length", int)
-        n_heads = get("attention.head_count", int)
-        head_dim = get("attention.key_length", int, hidden_size // n_heads if n_heads > 0 else 0)
+        num_attention_heads = get("attention.head_count", int)
+        head_dim = get(
+            "attention.key_length", int, hidden_size // num_attention_heads if num_attention_heads > 0 else 0
+        )
         if get("attention.value_length", int, head_dim) != head_dim:
             raise GGUFError(
                 f"{where}: qwen2.attention.value_length differs from the key length, {head_dim}; Qwen2 has one."
@@ -222,11 +235,11 @@ class ModelConfig:
         if rope_dim != head_dim:
             raise GGUFError(f"{where}: qwen2.rope.dimension_count is {rope_dim}, expected the head size {head_dim}.")
         context_length = get("context_length", int)
-        n_layers = get("block_count", int)
-        if n_layers > len(file.tensors):  # before anything is made for each layer
+        num_hidden_layers = get("block_count", int)
+        if num_hidden_layers > len(file.tensors):  # before anything is made for each layer
             raise GGUFError(
-                f"{where}: metadata field 'qwen2.block_count' is {n_layers}, but the file holds {len(file.tensors)} "
-                "tensors; it is damaged, download it again."
+                f"{where}: metadata field 'qwen2.block_count' is {num_hidden_layers}, but the file holds "
+                f"{len(file.tensors)} tensors; it is damaged, download it again."
             )
         scaling, scaling_type = None, metadata.get("qwen2.rope.scaling.type", "none")
         if scaling_type not in ("none", "linear", "yarn"):
@@ -249,9 +262,9 @@ class ModelConfig:
             return cls(
                 hidden_size=hidden_size,
                 intermediate_size=get("feed_forward_length", int),
-                n_layers=n_layers,
-                n_heads=n_heads,
-                n_kv_heads=get("attention.head_count_kv", int),
+                num_hidden_layers=num_hidden_layers,
+                num_attention_heads=num_attention_heads,
+                num_key_value_heads=get("attention.head_count_kv", int),
                 head_dim=head_dim,
                 vocab_size=embeddings.shape[0],
                 rms_norm_eps=get("attention.layer_norm_rms_epsilon", float),
@@ -299,14 +312,14 @@ class ModelConfig:
             raise QwenMLXError(f"{path}: 'rope_theta' is missing; this is not a complete Qwen2 configuration.")
         context_length = get("max_position_embeddings")
         try:
-            n_heads, hidden_size = get("num_attention_heads"), get("hidden_size")
+            num_attention_heads, hidden_size = get("num_attention_heads"), get("hidden_size")
             config = cls(
                 hidden_size=hidden_size,
                 intermediate_size=get("intermediate_size"),
-                n_layers=get("num_hidden_layers"),
-                n_heads=n_heads,
-                n_kv_heads=get("num_key_value_heads"),
-                head_dim=raw.get("head_dim") or hidden_size // n_heads,
+                num_hidden_layers=get("num_hidden_layers"),
+                num_attention_heads=num_attention_heads,
+                num_key_value_heads=get("num_key_value_heads"),
+                head_dim=raw.get("head_dim") or hidden_size // num_attention_heads,
                 vocab_size=get("vocab_size"),
                 rms_norm_eps=get("rms_norm_eps"),
                 rope_theta=rope_theta,
@@ -349,22 +362,7 @@ def _check_layer_types(layer_types: Any, config: ModelConfig) -> None:
     slides = config.sliding_window is not None
     said = [
         "sliding_attention" if slides and i >= config.max_window_layers else "full_attention"
-        for i in range(config.n_layers)
+        for i in range(config.num_hidden_layers)
     ]
     if layer_types is not None and layer_types != said:
         raise QwenMLXError("layer_types contradicts sliding_window and max_window_layers; only their pattern is known.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; QwenMLXError, naming the file, for anything else."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
-        raise QwenMLXError(f"{path}: is not a regular file.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QwenMLXError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    except (ValueError, RecursionError) as error:
-        raise QwenMLXError(f"{path}: not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise QwenMLXError(f"{path}: holds {type(value).__name__}, expected a JSON object.")
-    return value

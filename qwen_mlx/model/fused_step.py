@@ -87,7 +87,12 @@ class Step:
 
     def _run(self, input_ids: mx.array, place: mx.array, *rest: mx.array) -> list[mx.array]:
         config, eps = self._config, self._config.rms_norm_eps
-        n_layers, n_heads, n_kv_heads, scale = config.n_layers, self._n_heads, self._n_kv_heads, config.head_dim**-0.5
+        n_layers, n_heads, n_kv_heads, scale = (
+            config.num_hidden_layers,
+            self._n_heads,
+            self._n_kv_heads,
+            config.head_dim**-0.5,
+        )
         buffers, tails = rest[:n_layers], list(rest[n_layers:])
         table, place = ops.rotation_table(place, self._rotary)
         if self._ranks is None:

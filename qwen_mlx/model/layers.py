@@ -70,7 +70,7 @@ class QuantizedEmbedding(nn.Module):
         return y.astype(x.dtype)
 
 
-class SideBySide(nn.Module):
+class MergedLinear(nn.Module):
     """Projections of one input whose packings differ, so that they cannot be one matrix: their outputs joined."""
 
     def __init__(self, parts: list[nn.Module]):
@@ -81,7 +81,7 @@ class SideBySide(nn.Module):
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
 
 
-class RawLinear(nn.Module):
+class GGUFLinear(nn.Module):
     """y = x W^T + b with W (out, in) as GGUF's Q4_K or Q6_K blocks, which stay in memory as they are in the file.
 
     One vector is multiplied by the blocks; more are multiplied by values unpacked, `TILE` rows of W at a time.
@@ -111,7 +111,7 @@ class RawLinear(nn.Module):
         return f"{self._format.columns} -> {self._format.rows}, {self._format.kind.upper()}"
 
 
-class RawEmbedding(RawLinear):
+class GGUFEmbedding(GGUFLinear):
     """Rows of such a matrix in `dtype`; `as_linear` multiplies by it for a tied head."""
 
     def __init__(self, matrix: Matrix, dtype: mx.Dtype):
@@ -122,7 +122,7 @@ class RawEmbedding(RawLinear):
         return ops.unpack(self.matrix, self.dtype, ids)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return RawLinear.__call__(self, x)
+        return GGUFLinear.__call__(self, x)
 
 
 def _product(x: mx.array, matrix: Matrix, tile: int) -> mx.array:
@@ -141,9 +141,9 @@ def _format(kind: str, rows: int, columns: int, bits: int = 0, group_size: int =
 
 def matrices(module: nn.Module) -> Sequence[Matrix]:
     """The matrices of a projection or an embedding, one above the other: more than one where packings differ."""
-    if isinstance(module, SideBySide):
+    if isinstance(module, MergedLinear):
         return [matrix for part in module["parts"] for matrix in matrices(part)]
-    if isinstance(module, RawLinear):
+    if isinstance(module, GGUFLinear):
         return [module.matrix]
     weight = module["weight"]
     if "scales" in module:

@@ -50,11 +50,15 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, rotary: ops.Rotary, sliding_window: int | None):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
         self.qkv_bias = mx.zeros((rows,))
-        self.o_proj = Linear(config.n_heads * config.head_dim, config.hidden_size, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
         self.rotary = rotary
         self.sliding_window = sliding_window
 
@@ -107,7 +111,7 @@ class Qwen2Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [
             TransformerBlock(config, rotary, config.sliding_window if i >= config.max_window_layers else None)
-            for i in range(config.n_layers)
+            for i in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -156,7 +160,11 @@ class Qwen2(nn.Module):
     def hf_parameters(self) -> dict[str, mx.array]:
         """All parameters under Hugging Face's names: joined ones as views of their rows."""
         config = self.config
-        q, kv, mlp = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.intermediate_size
+        q, kv, mlp = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+            config.intermediate_size,
+        )
         rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": mlp, "up_proj": mlp}
         found: dict[str, mx.array] = {}
         for name, array in named_arrays(self):
@@ -185,7 +193,7 @@ class Qwen2(nn.Module):
     def make_cache(self, *, bits: int | None = None, max_size: int | None = None, n_sinks: int = 4) -> list[KVCache]:
         """An empty cache for every layer: see cache.make_caches."""
         config = self.config
-        return make_caches(config.n_layers, config.head_dim, bits=bits, max_size=max_size, n_sinks=n_sinks)
+        return make_caches(config.num_hidden_layers, config.head_dim, bits=bits, max_size=max_size, n_sinks=n_sinks)
 
 
 def rotary_of(config: ModelConfig, rope_factors: np.ndarray | None = None) -> ops.Rotary:

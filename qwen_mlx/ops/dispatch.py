@@ -177,20 +177,20 @@ def _compiled(factory: Callable[..., Any], kernel: Kernel) -> Callable[..., list
     return made
 
 
-def differentiable(kernel: Callable[..., R], twin: Callable[..., R], *arrays: mx.array) -> R:
-    """kernel(*arrays), with the gradient of `twin`, the same function in plain MLX."""
+def differentiable(kernel: Callable[..., R], fallback: Callable[..., R], *arrays: mx.array) -> R:
+    """kernel(*arrays), with the gradient of `fallback`, the same function in plain MLX."""
     if not _gradients.wanted:
         return kernel(*arrays)
     function: Any = mx.custom_function(kernel)  # an object, to its stub
-    function.vjp(lambda primals, cotangents, _: _twin_gradients(twin, primals, cotangents))
+    function.vjp(lambda primals, cotangents, _: _twin_gradients(fallback, primals, cotangents))
     result: R = function(*arrays)
     return result
 
 
 def _twin_gradients(
-    twin: Callable[..., Any], primals: Sequence[mx.array], cotangents: Sequence[mx.array]
+    fallback: Callable[..., Any], primals: Sequence[mx.array], cotangents: Sequence[mx.array]
 ) -> tuple[mx.array, ...]:
-    return tuple(mx.vjp(lambda *x: _as_list(twin(*x)), _as_list(primals), _as_list(cotangents))[1])
+    return tuple(mx.vjp(lambda *x: _as_list(fallback(*x)), _as_list(primals), _as_list(cotangents))[1])
 
 
 def _as_list(value: Any) -> list[mx.array]:

@@ -196,11 +196,11 @@ def qkv_rope(
     _check_offset(offset, qkv.shape[0], qkv.shape[1])
     arrays = (qkv,) if bias is None else (qkv, bias)
 
-    def twin(qkv: mx.array, *bias: mx.array) -> tuple[mx.array, mx.array]:
+    def fallback(qkv: mx.array, *bias: mx.array) -> tuple[mx.array, mx.array]:
         return _split_and_turn(qkv, *bias, offset=offset, rotary=rotary, n_heads=n_heads, n_kv_heads=n_kv_heads)
 
     if executor("rope") == "reference" or not _fits(qkv, rotary):
-        q, kv = twin(*arrays)
+        q, kv = fallback(*arrays)
     else:
         position = _position(offset)
 
@@ -213,7 +213,7 @@ def qkv_rope(
             heads = n_heads + 2 * n_kv_heads
             return tuple(_launch(_QKV_ROPE, inputs, rotary, template, batch * length, heads, shapes))
 
-        q, kv = differentiable(kernel, twin, *arrays)
+        q, kv = differentiable(kernel, fallback, *arrays)
     return (q, kv) if join_kv else (q, kv[:, :, 0], kv[:, :, 1])
 
 

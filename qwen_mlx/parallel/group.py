@@ -196,7 +196,7 @@ class Ranks:
         return result
 
 
-class SummedLinear(nn.Module):
+class RowParallelLinear(nn.Module):
     """A projection of which each rank has some input columns: the products' sum, then the bias, once."""
 
     def __init__(self, part: nn.Module, ranks: Ranks):
@@ -210,7 +210,7 @@ class SummedLinear(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
-class JoinedLinear(nn.Module):
+class ParallelHead(nn.Module):
     """A head of which each rank has some rows, `most` or fewer: the logits of all, (..., vocab_size)."""
 
     def __init__(self, part: nn.Module, ranks: Ranks, rows: slice, vocab_size: int):
@@ -229,7 +229,7 @@ class JoinedLinear(nn.Module):
         return self._ranks.join(y)[..., : self._vocab_size]
 
 
-class SummedEmbedding(JoinedLinear):
+class ParallelEmbedding(ParallelHead):
     """An embedding of which each rank has some rows: the rank that has a token's row gives it, the others zeros."""
 
     def __init__(self, part: nn.Module, ranks: Ranks, rows: slice, vocab_size: int):
@@ -256,8 +256,8 @@ def share(model: Qwen2, shard: shards.Shard, group: mx.distributed.Group) -> Non
     config = model.config = shard.config
     rows = shard.vocabulary
     for layer in model.model.layers:
-        layer.self_attn["o_proj"] = SummedLinear(layer.self_attn.o_proj, ranks)
-        layer.mlp["down_proj"] = SummedLinear(layer.mlp.down_proj, ranks)
-    model.model["embed_tokens"] = SummedEmbedding(model.model.embed_tokens, ranks, rows, config.vocab_size)
+        layer.self_attn["o_proj"] = RowParallelLinear(layer.self_attn.o_proj, ranks)
+        layer.mlp["down_proj"] = RowParallelLinear(layer.mlp.down_proj, ranks)
+    model.model["embed_tokens"] = ParallelEmbedding(model.model.embed_tokens, ranks, rows, config.vocab_size)
     if not config.tie_word_embeddings:
-        model["lm_head"] = JoinedLinear(model.lm_head, ranks, rows, config.vocab_size)
+        model["lm_head"] = ParallelHead(model.lm_head, ranks, rows, config.vocab_size)

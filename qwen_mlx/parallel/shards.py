@@ -19,7 +19,7 @@ ALL = slice(None)
 Cut = Callable[[str], tuple[slice, slice]]  # a parameter's Hugging Face name to the rows and columns that are read
 
 
-def whole(name: str) -> tuple[slice, slice]:
+def uncut(name: str) -> tuple[slice, slice]:
     """The cut of a model that is not shared."""
     return ALL, ALL
 
@@ -39,24 +39,24 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not _divides(self.config, self.size):
-            counts = [n for n in range(2, self.config.n_heads + 1) if _divides(self.config, n)]
+            counts = [n for n in range(2, self.config.num_attention_heads + 1) if _divides(self.config, n)]
             fix = f"start {_either(counts)} ranks, or one" if counts else "start one"
             raise QwenMLXError(
-                f"{self.size} ranks cannot share this model's {self.config.n_heads} heads and "
-                f"{self.config.n_kv_heads} key/value heads evenly; {fix}."
+                f"{self.size} ranks cannot share this model's {self.config.num_attention_heads} heads and "
+                f"{self.config.num_key_value_heads} key/value heads evenly; {fix}."
             )
 
     @property
     def heads(self) -> slice:
         """Of the queries."""
-        n = self.config.n_heads // self.size
+        n = self.config.num_attention_heads // self.size
         return slice(self.rank * n, (self.rank + 1) * n)
 
     @property
     def kv_heads(self) -> slice:
         """Of keys and values: those that `heads` read."""
-        n = max(1, self.config.n_kv_heads // self.size)
-        start = self.rank * self.config.n_kv_heads // self.size
+        n = max(1, self.config.num_key_value_heads // self.size)
+        start = self.rank * self.config.num_key_value_heads // self.size
         return slice(start, start + n)
 
     @property
@@ -74,7 +74,7 @@ class Shard:
     @property
     def local(self) -> ModelConfig:
         """The configuration of a model of this rank's parts alone."""
-        sizes = {"n_heads": self.heads, "n_kv_heads": self.kv_heads}
+        sizes = {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads}
         sizes |= {"intermediate_size": self.mlp, "vocab_size": self.vocabulary}
         return replace(self.config, **{name: part.stop - part.start for name, part in sizes.items()})
 
@@ -101,7 +101,7 @@ def rank_bytes(
     most = 0
     for rank in range(size):
         shard = Shard(rank, size, config)
-        total = 2 * config.n_layers * shard.local.n_kv_heads * config.head_dim * context * itemsize
+        total = 2 * config.num_hidden_layers * shard.local.num_key_value_heads * config.head_dim * context * itemsize
         for name, shape in config.parameter_shapes().items():
             sizes = [len(range(*part.indices(n))) for part, n in zip(shard.cut(name), shape)]
             each = bits(name) / 8 if len(shape) == 2 else itemsize
@@ -112,8 +112,8 @@ def rank_bytes(
 
 def _divides(config: ModelConfig, size: int) -> bool:
     """Whether every rank gets as many heads as the others, which read key/value heads of its own or a single one."""
-    kv = config.n_kv_heads
-    whole_heads = config.n_heads % size == 0 and (kv % size == 0 or size % kv == 0)
+    kv = config.num_key_value_heads
+    whole_heads = config.num_attention_heads % size == 0 and (kv % size == 0 or size % kv == 0)
     filled = (size - 1) * _vocabulary_rows(config, size) < config.vocab_size
     return whole_heads and filled and _mlp_units(config)[1] >= size
 

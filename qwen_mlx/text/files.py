@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import QwenMLXError
 
@@ -51,7 +53,7 @@ def check_utf8(text: str, where: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
     """A new, empty file beside `path` to write to, its name ending in `suffix`; it takes the place of `path` when the
     block ends, and goes if that raises.
 
@@ -82,3 +84,18 @@ def check_folder(path: str | os.PathLike[str], what: str) -> None:
         raise QwenMLXError(f"{what} {path}: is not a regular file; give another name.")
     if not os.access(os.path.dirname(where), os.W_OK):
         raise QwenMLXError(f"{what} {path}: its folder does not exist, or is read-only.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; QwenMLXError, naming the file, for anything else."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+        raise QwenMLXError(f"{path}: is not a regular file.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QwenMLXError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise QwenMLXError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise QwenMLXError(f"{path}: holds {type(value).__name__}, expected a JSON object.")
+    return value

@@ -16,10 +16,9 @@ from typing import Any
 
 from ..errors import GGUFError, QwenMLXError
 from ..gguf.reader import GGUFFile
-from ..model.config import read_json
 from . import chat_template
 from .chat_template import GUARD, MARK
-from .files import read_text
+from .files import read_json, read_text
 
 # Qwen2's rule (transformers' Qwen2Converter): contractions in any case, digits one by one, newlines with punctuation.
 SPLIT = (
@@ -33,7 +32,7 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 class Tokenizer:
     """Text to token ids and back.
 
-    eos_ids: the tokens that end a generation. bos_id: put before raw text if the file asks for it, else None.
+    eos_token_ids: the tokens that end a generation. bos_token_id: put before raw text if the file asks for it.
     special: name -> id of every token that is not ordinary text. vocab_size: number of ids.
     """
 
@@ -43,17 +42,17 @@ class Tokenizer:
         names: Sequence[str],
         special: Mapping[str, int],
         control: Iterable[str],
-        eos_ids: Iterable[int],
+        eos_token_ids: Iterable[int],
         chat_template: str | None,
-        bos_id: int | None = None,
+        bos_token_id: int | None = None,
     ):
         self._bpe = bpe
         self._names = names
         self.special = dict(special)
         self._special_names = {i: name for name, i in self.special.items()}
         self._control = frozenset(self.special[name] for name in control)
-        self.eos_ids = frozenset(eos_ids)
-        self.bos_id = bos_id
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.bos_token_id = bos_token_id
         self.chat_template = chat_template
         # A user's text is guarded where a control token could begin: at its first two characters.
         self._starts = {name[:2] for name in control}
@@ -250,7 +249,7 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise QwenMLXError("The model has no chat template; give the prompt as it is (--raw, or raw=True).")
-        names = {} if self.bos_id is None else {"bos_token": self._special_names.get(self.bos_id, "")}
+        names = {} if self.bos_token_id is None else {"bos_token": self._special_names.get(self.bos_token_id, "")}
         return chat_template.render(
             self.chat_template,
             messages,
@@ -301,12 +300,12 @@ class Tokenizer:
             {"id": i, "content": name, **flags, "special": i in self._control} for name, i in self.special.items()
         ]
         (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
-        eos = [name for name in END_TOKENS if self.special.get(name) in self.eos_ids]
-        eos += [self._names[i] for i in sorted(self.eos_ids) if self._names[i] not in eos]
+        eos = [name for name in END_TOKENS if self.special.get(name) in self.eos_token_ids]
+        eos += [self._names[i] for i in sorted(self.eos_token_ids) if self._names[i] not in eos]
         settings = {
             "tokenizer_class": "Qwen2Tokenizer",
-            "add_bos_token": self.bos_id is not None,
-            "bos_token": None if self.bos_id is None else self._names[self.bos_id],
+            "add_bos_token": self.bos_token_id is not None,
+            "bos_token": None if self.bos_token_id is None else self._names[self.bos_token_id],
             "eos_token": eos[0],
             "pad_token": eos[-1],
             "unk_token": None,

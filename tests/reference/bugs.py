@@ -42,7 +42,7 @@ def bug(name: str, first: str, cause: str | None = None, **where: str) -> Callab
 def joined(array: mx.array, model: Any, part: str, change: Callable[[mx.array], mx.array]) -> mx.array:
     """`array` (q, k and v, or gate and up, joined) with one part changed."""
     c = model.config
-    q, kv, f = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.intermediate_size
+    q, kv, f = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
     start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), "gate": (0, f), "up": (f, 2 * f)}[part]
     return mx.concatenate([array[:start], change(array[start:stop]), array[stop:]])
 
@@ -82,7 +82,7 @@ def _(model, patch):
 @bug("q rows permuted as for Llama", "0.layers.1.q", "permuted")
 def _(model, patch):
     def permute(w: mx.array) -> mx.array:
-        heads, size = model.config.n_heads, model.config.head_dim
+        heads, size = model.config.num_attention_heads, model.config.head_dim
         return w.reshape(heads, 2, size // 2, -1).swapaxes(1, 2).reshape(w.shape)
 
     change_part(model, "q", "weight", permute)

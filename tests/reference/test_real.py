@@ -103,7 +103,7 @@ def test_long_prompt_in_float32(real_hf, real_gguf: Path):
     run = Run.chunked(load_tokens(real_gguf, 1100), 512)
     model, _ = load(real_gguf, dtype="float32")
     model.model.layers = model.model.layers[:4]
-    model.config = replace(model.config, n_layers=4)
+    model.config = replace(model.config, num_hidden_layers=4)
     real_hf.model.layers, real_hf.config.num_hidden_layers = layers[:4], 4
     try:
         limits = tolerances.from_floors(measure_floors(real_hf, [run], "float32"), "float32")
