@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the built-in model")
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "qwen_mlx" / "tokenizer.py")
+    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "qwen_mlx" / "text" / "tokenizer.py")
     parser.add_argument("--tokens", type=at_least(2), default=768, help="of the text, for the error")
     parser.add_argument("--context", type=at_least(2), default=4096, help="tokens held, for memory and time")
     parser.add_argument("--output", type=to_write, default=Path(__file__).parent / "results" / "cache.json")

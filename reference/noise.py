@@ -92,7 +92,7 @@ def measure_floors(model, runs: list[Run], dtype: str) -> dict[str, tuple[float,
 
 def small_floors(dtype: str) -> dict[str, tuple[float, float]]:
     """Floors over the sweep of small random models, which the tests' own maker makes."""
-    from tests.small_models import hf_model
+    from reference.small_models import hf_model
 
     models = (hf_model(seed, **shape) for seed, shape in enumerate(SMALL_SHAPES.values()))
     return by_tap(*(measure_floors(model, small_runs(), dtype) for model in models))

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cpu_generate import ENGINES
-
-from .small_models import hf_model, write_gguf
+from reference.small_models import hf_model, write_gguf
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mlx-lm would run on Apple's GPU")

@@ -15,8 +15,7 @@ import pytest
 
 import qwen_mlx
 from qwen_mlx import QwenMLXError, convert, generate, load
-
-from .small_models import hf_model, write_gguf
+from reference.small_models import hf_model, write_gguf
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [

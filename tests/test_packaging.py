@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .small_models import hf_model, write_gguf
+from reference.small_models import hf_model, write_gguf
 
 ROOT = Path(__file__).parents[1]
 

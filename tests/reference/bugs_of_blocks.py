@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import qwen_mlx.cache as cache_module
+import qwen_mlx.model.cache as cache_module
 
 from qwen_mlx import ops
 from qwen_mlx.backend import mx

@@ -12,8 +12,8 @@ from reference import tolerances, torch_side
 from reference.comparison import compare
 from reference.diagnose import diagnose
 from reference.noise import SMALL_SHAPES, small_runs
+from reference.small_models import hf_model, save_folder
 from tests.reference.bugs_of_blocks import BUGS, Bug
-from tests.small_models import hf_model, save_folder
 
 RUNS = {run.name: run for run in small_runs()}
 

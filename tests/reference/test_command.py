@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_mlx.errors import QwenMLXError
 from reference.compare import main
-from tests.small_models import hf_model, save_folder, write_gguf
+from reference.small_models import hf_model, save_folder, write_gguf
 
 FULL = [name for name in ("/dev/full",) if os.path.exists(name)]  # Linux's, where every write fails
 PROMPT = ["--prompt", "hello hell, ll he!" * 4]

@@ -22,8 +22,8 @@ from reference.compare import config_of, trace_bytes
 from reference.comparison import TapResult, Tolerance, compare
 from reference.measures import Measure, measure, measure_logits
 from reference.noise import SMALL_SHAPES, measure_floors, small_ids, small_runs
+from reference.small_models import hf_model, save_folder, write_gguf
 from reference.taps import CACHE_TAPS, LAYER_TAPS, Run, keys_of_call
-from tests.small_models import hf_model, save_folder, write_gguf
 
 RUNS = {run.name: run for run in small_runs()}
 

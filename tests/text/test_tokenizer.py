@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen_mlx import GGUFError, QwenMLXError
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.text.tokenizer import Tokenizer
-from tests.small_models import hf_model, save_folder, write_gguf
+from reference.small_models import hf_model, save_folder, write_gguf
 
 CORPUS = [
     "",

@@ -13,7 +13,7 @@ import torch
 from qwen_mlx import QwenMLXError, load
 from qwen_mlx.cli.evaluate import main
 from qwen_mlx.evaluation.perplexity import _Mean, evaluate, windows
-from tests.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
+from reference.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
 
 TEXT = "hello world, hello hell; the llama says hello to all of the world. " * 6
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen_mlx.backend import blas
-
-from .small_models import hf_model, write_gguf
+from reference.small_models import hf_model, write_gguf
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX needs no help on macOS")
 

@@ -14,7 +14,7 @@ from qwen_mlx.generation.text import GenerationChunk
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding, join, select
 from qwen_mlx.model.cache import KVCache
 from reference.emulator import emulate
-from tests.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
+from reference.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
 
 LENGTHS = (3, 90, 1, 41, 17, 150, 2, 64, 33, 5, 120, 18)
 

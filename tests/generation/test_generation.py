@@ -13,7 +13,7 @@ from qwen_mlx import QwenMLXError, SamplingSettings, generate, load, stream_gene
 from qwen_mlx.backend import mx
 from qwen_mlx.generation.engine import generate_ids
 from qwen_mlx.generation.text import encode_prompt
-from tests.small_models import IM_END, IM_START, hf_model, write_gguf
+from reference.small_models import IM_END, IM_START, hf_model, write_gguf
 
 PROMPT = "hello world, hello"
 

@@ -24,7 +24,7 @@ from qwen_mlx.generation.speculative import PAUSE, Pace, _accept_or_draw, specul
 from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.loading.load import load_draft
 from qwen_mlx.text.tokenizer import check_vocabulary
-from tests.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
+from reference.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
 
 PROMPT = "hello world, hello"
 GREEDY = SamplingSettings()

@@ -16,7 +16,7 @@ from qwen_mlx.model import fused_step as step
 from qwen_mlx.model.layers import GGUFEmbedding, GGUFLinear, MergedLinear, QuantizedEmbedding, QuantizedLinear
 from reference.emulator import emulate
 
-from .ops.test_matvec import raw_blocks
+from tests.ops.test_matvec import raw_blocks
 
 
 def model_of(form: str, tied: bool) -> Qwen2:

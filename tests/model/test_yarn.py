@@ -18,7 +18,7 @@ from qwen_mlx.cli.generate import main
 from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.model.qwen2 import rotary_of
-from tests.small_models import hf_model, save_folder, write_gguf
+from reference.small_models import hf_model, save_folder, write_gguf
 
 # https://qwen.readthedocs.io and the model cards of Qwen2.5-7B-Instruct and larger: "rope_scaling" in config.json.
 DOCUMENTED = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}

@@ -15,7 +15,7 @@ from qwen_mlx.cli.generate import main
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding
 from qwen_mlx.model.cache import BLOCK, STEP, KVCache, QuantizedKVCache, RotatingKVCache, make_caches
-from tests.small_models import TOKENS, hf_model, write_gguf
+from reference.small_models import TOKENS, hf_model, write_gguf
 
 HEADS, KV_HEADS, DIM, SCALE = 6, 2, 64, 0.125
 

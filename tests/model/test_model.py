@@ -21,7 +21,7 @@ from qwen_mlx.backend import mx
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading.load import DTYPES
 from qwen_mlx.model.layers import GGUFLinear
-from tests.small_models import hf_model, save_folder, write_gguf
+from reference.small_models import hf_model, save_folder, write_gguf
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50]]
 

@@ -26,7 +26,7 @@ from qwen_mlx.generation.chat import Chat, ToolResult
 from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.tools import parse_tool_calls, run
 from qwen_mlx.model.qwen2 import Qwen2Model
-from tests.small_models import CHATML, hf_model, write_gguf
+from reference.small_models import CHATML, hf_model, write_gguf
 
 WITH_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}" + CHATML
 THOUGHTS = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
@@ -708,7 +708,7 @@ def test_benchmark(path: Path, tmp_path: Path):
     command = [sys.executable, "-m", "benchmarks.cpu_chat", "--model", path, "--output", tmp_path / "o.json"]
     sizes = ["--max-tokens", "5", "--saved-tokens", "50"]
     done = subprocess.run(
-        [*command, *sizes], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+        [*command, *sizes], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "o.json").read_text())

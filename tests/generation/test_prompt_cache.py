@@ -22,7 +22,7 @@ from qwen_mlx.generation import prompt_cache as module
 from qwen_mlx.generation.chat import Chat
 from qwen_mlx.generation.prompt_cache import PromptCache, common_prefix, fingerprint
 from qwen_mlx.model.qwen2 import Qwen2Model, TransformerBlock
-from tests.small_models import TOKENS, hf_model, write_gguf
+from reference.small_models import TOKENS, hf_model, write_gguf
 
 
 @pytest.fixture(scope="module")

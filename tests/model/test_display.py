@@ -15,8 +15,7 @@ from qwen_mlx.generation.text import GenerationChunk
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.model.display import summary, table
 from qwen_mlx.text.tokenizer import Tokenizer
-
-from .small_models import hf_model, write_gguf
+from reference.small_models import hf_model, write_gguf
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from qwen_mlx.backend import mx
 from qwen_mlx.generation.engine import generate_ids
 from qwen_mlx.generation.sampling import sample
 from qwen_mlx.text.tokenizer import Tokenizer
-from tests.small_models import IM_END, IM_START, hf_model, save_folder
+from reference.small_models import IM_END, IM_START, hf_model, save_folder
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from tests.small_models import hf_model, save_folder, write_gguf
+from reference.small_models import hf_model, save_folder, write_gguf
 
 COMMAND = [sys.executable, "-W", "default", "-m", "qwen_mlx.generate"]
 
