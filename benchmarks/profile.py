@@ -68,9 +68,9 @@ def bytes_read(model: Qwen2, kernel: str) -> int | None:
     modules = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj, head)
     for place, module in enumerate(modules):
         for matrix in matrices(module):
-            rows, columns = matrix.format.rows, matrix.format.columns
+            rows, columns = matrix.rows, matrix.columns
             sizes = f"matvec_qkv.*_{columns}" if place == 0 else f"(_swiglu.*_{rows // 2}|_{rows}_[tf]_[tf])_{columns}"
-            if re.search(f"_{matrix.format.kind}_", kernel) and re.search(f"{sizes}_", kernel):
+            if re.search(f"_{matrix.packing.kind}_", kernel) and re.search(f"{sizes}_", kernel):
                 return sum(array.nbytes for array in matrix.arrays)
     return None
 

@@ -86,7 +86,7 @@ def random_blocks(kind: str, rows: int, columns: int) -> ops.Matrix:
     if kind == "q4_k":
         blocks = words(rows, columns // 256, 36)
         blocks[..., 0] = mx.array([5e-5, 5e-5 * 7.5], mx.float16).view(mx.uint32)
-        return ops.Matrix(ops.Format(kind, rows, columns), (blocks,))
+        return ops.Matrix(ops.Packing(kind), rows, columns, (blocks,))
     parts = [words(rows, columns // share) for share in (8, 16, 64)]
     factors = mx.full((rows, columns // 256), 1e-5, mx.float16)
-    return ops.Matrix(ops.Format(kind, rows, columns), (*parts, factors))
+    return ops.Matrix(ops.Packing(kind), rows, columns, (*parts, factors))

@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import mx
-from ..ops import Format, Matrix
+from ..ops import Matrix, Packing
 
 FORMATS = ("dense", "affine4", "affine5", "affine8", "q4_k", "q6_k")
 EPS = 1e-6
@@ -29,9 +29,9 @@ def matrix(form: str, rows: int, columns: int, dtype: mx.Dtype) -> Matrix:
         return ops.raw_matrix(blocks.reshape(rows, -1), form)
     w = mx.array((rng.standard_normal((rows, columns)) * 0.05).astype(np.float32)).astype(dtype)
     if form == "dense":
-        return Matrix(Format("dense", rows, columns), (w,))
+        return Matrix(Packing("dense"), rows, columns, (w,))
     bits, group = int(form[6]), int(form[8:] or 32)
-    return Matrix(Format("affine", rows, columns, bits, group), mx.quantize(w, group_size=group, bits=bits))
+    return Matrix(Packing("affine", bits, group), rows, columns, mx.quantize(w, group_size=group, bits=bits))
 
 
 def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
@@ -76,14 +76,17 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
         yield "matmul, 2 rows", lambda: [ops.matmul(few, w)]
         yield "matmul, 33 rows", lambda: [ops.matmul(many, w)]
     yield "rotation", lambda: [ops.rotation_table(mx.array([999_999, 0], mx.int32), rotary)[0]]
-    yield "attend_one", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5)]
-    yield "attend_one, window", lambda: [ops.attend_one(q, short, tail, place, head_dim**-0.5, 77)]
+    yield "decode_attention", lambda: [ops.decode_attention(q, short, tail, place, head_dim**-0.5)]
+    yield "decode_attention, window", lambda: [ops.decode_attention(q, short, tail, place, head_dim**-0.5, 77)]
     q3, short3, tail3 = (mx.concatenate([a, 0.5 * a, a[:, :, ::-1]]) for a in (q, short, tail))
     least = mx.array([0, 70, 296], mx.int32)
-    yield "attend_one, rows", lambda: [ops.attend_one(q3, short3, tail3, place, head_dim**-0.5, None, least)]
+    yield (
+        "decode_attention, rows",
+        lambda: [ops.decode_attention(q3, short3, tail3, place, head_dim**-0.5, None, least)],
+    )
     logits = random(3, 151_936 if not small else 300)
     yield "best_token", lambda: [ops.best_token(logits).astype(mx.float32)]
-    yield "attend_one, split", lambda: [ops.attend_one(q, long, tail, place, head_dim**-0.5)]
+    yield "decode_attention, split", lambda: [ops.decode_attention(q, long, tail, place, head_dim**-0.5)]
 
 
 def error(got: Sequence[mx.array], want: Sequence[np.ndarray], dtype: mx.Dtype) -> float:

@@ -109,8 +109,8 @@ def stream_generate(
     cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and what the cache
     shares with its beginning is not computed again; afterwards it holds the prompt and the answer.
     draft_model: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an
-    object of drafts.py: the same tokens (greedy) or distribution (sampling) in fewer passes. num_draft_tokens: at most so
-    many at a time, 1 to 32.
+    object of drafts.py: the same tokens (greedy) or distribution (sampling) in fewer passes. num_draft_tokens: at most
+    so many at a time, 1 to 32.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
     refuse_unknown(unknown, ARGUMENTS)

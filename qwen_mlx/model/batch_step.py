@@ -90,7 +90,7 @@ class _Layer:
         """As KVCache.attend, of one token."""
         rows, _, n_heads, head_dim = q.shape
         self.tail = mx.where(self._newest, kv.reshape(rows, -1, 1, head_dim), self.tail)
-        out = ops.attend_one(
+        out = ops.decode_attention(
             q.reshape(rows, n_heads, 1, head_dim),
             self._buffer,
             self.tail,

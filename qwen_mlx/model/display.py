@@ -24,11 +24,9 @@ def summary(model: Qwen2) -> dict[str, str]:
     for module in model.modules():
         if "weight" in module and module["weight"].ndim > 1 and "parts" not in module:
             (matrix,) = matrices(module)
-            form = matrix.format
-            name = f"{form.bits} bits, group {form.group_size}" if form.kind == "affine" else form.kind.upper()
-            mix[str(matrix.arrays[0].dtype).rpartition(".")[2] if form.kind == "dense" else name] += (
-                form.rows * form.columns
-            )
+            dense = matrix.packing.kind == "dense"
+            name = str(matrix.arrays[0].dtype).rpartition(".")[2] if dense else str(matrix.packing)
+            mix[name] += matrix.rows * matrix.columns
     arrays = {id(array): array for _, array in named_arrays(model)}
     vectors = sum(array.size for array in arrays.values() if array.ndim == 1)
     total = sum(mix.values())

@@ -106,8 +106,8 @@ class Step:
                 joined = mx.concatenate([ops.matvec(h, part, (norm, eps)) for part in qkv], axis=-1)
                 q, kv = ops.qkv_rope(joined, bias, place[:1], self._rotary, n_heads, n_kv_heads, join_kv=True)
                 q, kv = q.reshape(1, n_heads, 1, -1), kv.reshape(1, 2 * n_kv_heads, 1, -1)
-                tails[i] = ops.put_in_tail(tails[i], kv, place)
-            out = ops.attend_one(q, buffers[i], tails[i], place, scale, self._windows[i])
+                tails[i] = ops.put_recent(tails[i], kv, place)
+            out = ops.decode_attention(q, buffers[i], tails[i], place, scale, self._windows[i])
             h = self._add(h, out, o_proj[0])
             if len(gate_up) == 1:
                 act = ops.matvec_swiglu(h, gate_up[0], (mlp_norm, eps))

@@ -3,12 +3,11 @@ codes), and on a GGUF file's blocks."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from .. import ops
 from ..backend import mx, nn
-from ..ops import Format, Matrix
+from ..ops import Matrix, Packing
 
 
 class Linear(nn.Linear):
@@ -91,24 +90,24 @@ class GGUFLinear(nn.Module):
 
     def __init__(self, matrix: Matrix):
         super().__init__()
-        self._format = matrix.format
+        self._packing, self._shape = matrix.packing, (matrix.rows, matrix.columns)
         self.weight, *self.more = matrix.arrays
         self.freeze()
 
     @property
     def matrix(self) -> Matrix:
         """The blocks."""
-        return Matrix(self._format, (self.weight, *self.more))
+        return Matrix(self._packing, *self._shape, (self.weight, *self.more))
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size == self._format.columns:
-            y = ops.matvec(x, self.matrix).reshape(*x.shape[:-1], self._format.rows)
+        if x.size == self._shape[1]:
+            y = ops.matvec(x, self.matrix).reshape(*x.shape[:-1], self._shape[0])
         else:
             y = _product(x, self.matrix, self.TILE)
         return y + self.bias if "bias" in self else y
 
     def _extra_repr(self) -> str:
-        return f"{self._format.columns} -> {self._format.rows}, {self._format.kind.upper()}"
+        return f"{self._shape[1]} -> {self._shape[0]}, {self._packing}"
 
 
 class GGUFEmbedding(GGUFLinear):
@@ -127,16 +126,11 @@ class GGUFEmbedding(GGUFLinear):
 
 def _product(x: mx.array, matrix: Matrix, tile: int) -> mx.array:
     parts = []
-    for start in range(0, matrix.format.rows, tile):
+    for start in range(0, matrix.rows, tile):
         rows = tuple(array[start : start + tile] for array in matrix.arrays)
-        form = Format(matrix.format.kind, rows[0].shape[0], matrix.format.columns)
-        parts.append(x @ ops.unpack(Matrix(form, rows), x.dtype).T)
+        part = matrix._replace(rows=rows[0].shape[0], arrays=rows)
+        parts.append(x @ ops.unpack(part, x.dtype).T)
     return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-
-
-@functools.lru_cache(maxsize=64)
-def _format(kind: str, rows: int, columns: int, bits: int = 0, group_size: int = 0) -> Format:
-    return Format(kind, rows, columns, bits, group_size)
 
 
 def matrices(module: nn.Module) -> Sequence[Matrix]:
@@ -147,7 +141,8 @@ def matrices(module: nn.Module) -> Sequence[Matrix]:
         return [module.matrix]
     weight = module["weight"]
     if "scales" in module:
-        bits = module.bits
-        form = _format("affine", weight.shape[0], weight.shape[1] * 32 // bits, bits, module.group_size)
-        return [Matrix(form, (weight, module["scales"], module["biases"]))]
-    return [Matrix(_format("dense", *weight.shape), (weight,))]
+        packing = Packing("affine", module.bits, module.group_size)
+        columns = weight.shape[1] * 32 // module.bits
+        return [Matrix(packing, weight.shape[0], columns, (weight, module["scales"], module["biases"]))]
+    rows, columns = weight.shape
+    return [Matrix(Packing("dense"), rows, columns, (weight,))]

@@ -1,25 +1,27 @@
 """The model's operations: what each computes and how it rounds stands in its docstring."""
 
-from .attend import attend_one
+from ..gguf.packing import DENSE, Packing
+from .attend import decode_attention
 from .attention import attention
 from .best_token import best_token, or_not_finite
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
 from .matmul import matmul
-from .matvec import matvec, matvec_qkv, matvec_swiglu, put_in_tail, rotation_table
+from .matvec import matvec, matvec_qkv, matvec_swiglu, put_recent, rotation_table
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import Rotary, qkv_rope, rope
 from .swiglu import swiglu, swiglu_joined
-from .unpack import Format, Matrix, raw_matrix, unpack
+from .unpack import Matrix, raw_matrix, unpack
 
 __all__ = [
-    "Format",
+    "DENSE",
     "Matrix",
+    "Packing",
     "Rotary",
     "add_rms_norm",
-    "attend_one",
     "attention",
     "best_token",
     "compiled",
+    "decode_attention",
     "executor",
     "explain",
     "forced",
@@ -29,7 +31,7 @@ __all__ = [
     "matvec_swiglu",
     "no_grad",
     "or_not_finite",
-    "put_in_tail",
+    "put_recent",
     "qkv_rope",
     "raw_matrix",
     "recording",

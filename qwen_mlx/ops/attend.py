@@ -29,7 +29,7 @@ _ONE, _RAGGED = _kernels(False), _kernels(True)
 _COMBINE = Kernel("combine", ("sums", "stats"), ("out",))
 
 
-def attend_one(
+def decode_attention(
     q: mx.array,
     kv: mx.array,
     tail: mx.array,
@@ -76,7 +76,7 @@ def attend_one(
         require_like("least", least, (n_rows,), mx.int32)
     row = head_dim * q.dtype.size
     if executor("attend") == "reference" or row not in (16, 32, 64, 128, 256, 512):
-        return attend_one_reference(q, kv, tail, place, scale, window, least)
+        return decode_attention_fallback(q, kv, tail, place, scale, window, least)
     n_kv_heads, room = kv.shape[1] // 2, kv.shape[2]
     ratio = n_heads // n_kv_heads
     template: list[tuple[str, object]] = [
@@ -101,7 +101,7 @@ def attend_one(
     return _COMBINE(parts, template, (head_dim, n_rows * n_heads, 1), (head_dim, 1, 1), [q.shape], q.dtype)[0]
 
 
-def attend_one_reference(
+def decode_attention_fallback(
     q: mx.array,
     kv: mx.array,
     tail: mx.array,
@@ -110,7 +110,7 @@ def attend_one_reference(
     window: int | None = None,
     least: mx.array | None = None,
 ) -> mx.array:
-    """attend_one in MLX's own operations."""
+    """decode_attention in MLX's own operations."""
     n_kv_heads, position, filled = kv.shape[1] // 2, place[0], place[1]
     slots, newest = mx.arange(kv.shape[2]), mx.arange(tail.shape[2])
     # A token's distance from the newest; what is not filled lies after it.

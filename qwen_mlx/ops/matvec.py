@@ -73,7 +73,7 @@ def matvec(
     sum with the residual is rounded. Raises ValueError if shapes or dtypes do not agree.
     """
     _check(x, matrix, norm)
-    rows = matrix.format.rows
+    rows = matrix.rows
     if residual is not None:
         require(
             residual.size == rows and residual.dtype == x.dtype,
@@ -96,11 +96,11 @@ def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> 
     Rounding and errors as matvec's and swiglu's.
     """
     _check(x, matrix, _required(norm))
-    require(matrix.format.rows % 2 == 0, lambda: f"matrix has {matrix.format.rows} rows, expected gate's and up's.")
+    require(matrix.rows % 2 == 0, lambda: f"matrix has {matrix.rows} rows, expected gate's and up's.")
     if not _on_kernel(x, matrix, norm):
         return swiglu_joined_reference(matvec_reference(x, matrix, norm))
     tuning = _tuning("matvec_swiglu", [matrix], x.dtype, True)
-    width = matrix.format.rows // 2
+    width = matrix.rows // 2
     units = -(-width // (tuning.rows // 2))
     return _launch("matvec_swiglu", x, [matrix], norm, (), (("F", width),), tuning, units, [(1, 1, width)])[0]
 
@@ -127,7 +127,7 @@ def matvec_qkv(
         _check(x, part, _required(norm))
     require_like("table", table, (table.shape[0] if isinstance(table, mx.array) and table.ndim else 1, 4), mx.float32)
     require(isinstance(n_heads, int) and n_heads > 0, lambda: f"n_heads is {n_heads!r}, expected a positive integer.")
-    rows, half = sum(part.format.rows for part in parts), table.shape[0]
+    rows, half = sum(part.rows for part in parts), table.shape[0]
     require(
         isinstance(tail, mx.array)
         and (tail.ndim == 4 and tail.shape[0] == 1 and tail.size > 0 and tail.shape[3] == 2 * half)
@@ -135,9 +135,9 @@ def matvec_qkv(
         lambda: f"tail {described(tail)}, expected (1, 2 n_kv_heads, tokens, {2 * half}) and {x.dtype}.",
     )
     require(
-        rows == (n_heads + tail.shape[1]) * 2 * half and parts[0].format.rows % (2 * half) == 0 and len(parts) < 3,
+        rows == (n_heads + tail.shape[1]) * 2 * half and parts[0].rows % (2 * half) == 0 and len(parts) < 3,
         lambda: (
-            f"parts have {[part.format.rows for part in parts]} rows, expected one or two matrices of whole heads, "
+            f"parts have {[part.rows for part in parts]} rows, expected one or two matrices of whole heads, "
             f"{n_heads} + {tail.shape[1]} of {2 * half}."
         ),
     )
@@ -150,17 +150,17 @@ def matvec_qkv(
     if not all(_on_kernel(x, part, norm) for part in parts) or half % (tuning.rows // 2):
         y = mx.concatenate([matvec_reference(x, part, norm) for part in parts], axis=-1) + bias
         q, kv = _turned(y, table, n_heads, tail.shape[1] // 2)
-        return q.reshape(shape), put_in_tail(tail, kv, place)
+        return q.reshape(shape), put_recent(tail, kv, place)
     units = -(-rows // tuning.rows)
     shapes = (("HEADS", n_heads), ("KV", tail.shape[1] // 2), ("HALF", half), ("TAIL", tail.shape[2]))
     copiers = -(-tail.nbytes // (16 * tuning.threads))  # threadgroups that copy the tail, 16 bytes a thread
-    template = (*shapes, ("PAIRS1", parts[0].format.rows // 2), ("COPIERS", copiers))
+    template = (*shapes, ("PAIRS1", parts[0].rows // 2), ("COPIERS", copiers))
     extra = (bias, table, tail, place)
     q, kv = _launch("matvec_qkv", x, parts, norm, extra, template, tuning, units, [shape, tail.shape], copiers)
     return q, kv
 
 
-def put_in_tail(tail: mx.array, kv: mx.array, place: mx.array) -> mx.array:
+def put_recent(tail: mx.array, kv: mx.array, place: mx.array) -> mx.array:
     """tail with kv (1, 2 n_kv_heads, 1, head_dim) at place[0] - place[1]."""
     here = mx.arange(tail.shape[2]) == place[0] - place[1]
     return mx.where(here[:, None], kv, tail)
@@ -181,7 +181,7 @@ def matvec_reference(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] |
     y = x.reshape(1, 1, -1)
     if norm is not None:
         y = rms_norm(y, *norm)
-    form = matrix.format
+    form = matrix.packing
     if form.kind == "affine":
         scales, biases = (array.astype(mx.float32) for array in matrix.arrays[1:])
         wide = y.astype(mx.float32)
@@ -227,7 +227,7 @@ def _required(norm: tuple[mx.array, float]) -> tuple[mx.array, float]:
 def _check(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> None:
     require_float("x", x)
     require_arrays(matrix)
-    columns = matrix.format.columns
+    columns = matrix.columns
     require(x.size == columns, lambda: f"x has shape {x.shape}, expected one vector of {columns}.")
     if norm is not None:
         require_like("norm's weight", norm[0], (columns,), x.dtype)
@@ -235,53 +235,58 @@ def _check(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> 
 
 
 def _on_kernel(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None) -> bool:
-    if executor("matvec") == "reference" or not matrix.format.served:
+    if executor("matvec") == "reference" or not matrix.supported:
         return False
-    dense = matrix.format.kind != "dense" or matrix.arrays[0].dtype == x.dtype
+    dense = matrix.packing.kind != "dense" or matrix.arrays[0].dtype == x.dtype
     return dense and (norm is None or x.nbytes <= MAX_STAGED)
 
 
 def tiled(parts: Sequence[Matrix], dtype: mx.Dtype) -> bool:
     """Whether the products of these matrices with a vector of `dtype` are made as tiles."""
-    forms = [part.format for part in parts]
-    in_one_order = all((f.kind in RAW) == (forms[0].kind in RAW) for f in forms)  # see the kernels' staged_element
+    # Of one order of codes: see the kernels' staged_element.
+    in_one_order = len({part.packing.kind in RAW for part in parts}) == 1
     return (
         in_one_order
         and executor("matvec") in TILED_ON
         and dtype != mx.float32
-        and all(part.format.kind != "affine" or part.arrays[1].dtype == part.arrays[2].dtype for part in parts)
-        and all(f.kind in RAW or (f.kind == "affine" and f.bits == 4 and f.columns % f.group_size == 0) for f in forms)
+        and all(part.packing.kind != "affine" or part.arrays[1].dtype == part.arrays[2].dtype for part in parts)
+        and all(part.packing.kind in RAW or _affine_tiles(part) for part in parts)
     )
+
+
+def _affine_tiles(matrix: Matrix) -> bool:
+    packing = matrix.packing
+    return packing.kind == "affine" and packing.bits == 4 and matrix.columns % packing.group_size == 0
 
 
 def _tuning(name: str, parts: Sequence[Matrix], dtype: mx.Dtype, normed: bool) -> Tuning:
     """Measured on an H200 (benchmarks/results/matvec_h200.json): packed rows share the vector's elements, so more of
     them at once; a long row is shared by simdgroups."""
-    form = parts[0].format
+    matrix = parts[0]
     if tiled(parts, dtype):
         return _tile_tuning(name, parts, normed)
-    if form.kind == "dense":
+    if matrix.packing.kind == "dense":
         if name == "matvec":
-            split = 8 if form.columns >= 16384 else 2 if form.columns >= 4096 else 1
+            split = 8 if matrix.columns >= 16384 else 2 if matrix.columns >= 4096 else 1
             return Tuning(1, split, 4)
-        wide = form.columns > 1024
+        wide = matrix.columns > 1024
         return Tuning(2, 2 if wide and name == "matvec_qkv" else 1, 2 if wide else 4, groups=528 if wide else 264)
     if name == "matvec_swiglu":
         return Tuning(4, 1, 1, groups=396)
-    return Tuning(2, 4 if form.columns >= 8192 else 1, 1)
+    return Tuning(2, 4 if matrix.columns >= 8192 else 1, 1)
 
 
 def _tile_tuning(name: str, parts: Sequence[Matrix], normed: bool) -> Tuning:
     """About 2000 simdgroups, each with as many of a row's stages, two at least where the vector is normed, which every
     threadgroup does anew; up to eight simdgroups to a threadgroup, as there is room. A third stage under way made
     most products slower."""
-    form = parts[0].format
-    stages = -(-form.columns // 256)
-    rounds = max(1 + normed, round(stages * form.rows / TILE_ROWS / 2000), -(-stages // 8))
+    matrix = parts[0]
+    stages = -(-matrix.columns // 256)
+    rounds = max(1 + normed, round(stages * matrix.rows / TILE_ROWS / 2000), -(-stages // 8))
     split = -(-stages // min(rounds, stages))
     ring, depth = max(map(_stage_words, parts)) + (0 if normed else 128), 2
     # Besides: the vector with its gaps, sums of each 16 of its elements, and what the simdgroups' sums meet in.
-    room = THREADGROUP_MEMORY[executor("matvec")] - (form.columns * 5 // 2 if normed else 0) - 1024
+    room = THREADGROUP_MEMORY[executor("matvec")] - (matrix.columns * 5 // 2 if normed else 0) - 1024
     most = max(1, room // (4 * ring * depth))
     split = min(split, most)
     units = 1 if split > 2 else min(most // split, 6 if name == "matvec_swiglu" and split == 1 else 4 // split)
@@ -290,7 +295,7 @@ def _tile_tuning(name: str, parts: Sequence[Matrix], normed: bool) -> Tuning:
 
 def _stage_words(matrix: Matrix) -> int:
     """Words of codes and scales that a simdgroup copies in a stage; see the formats' headers for tiles."""
-    form = matrix.format
+    form = matrix.packing
     return {"q4_k": 576, "q6_k": 848}.get(form.kind) or 512 + 8 * (256 // form.group_size) * matrix.arrays[1].dtype.size
 
 
@@ -315,10 +320,10 @@ def _launch(
         *(("THREADS", tuning.threads), ("GROUPS", groups), ("EPS", float_bits(eps))),
     )
     for part, number in zip(parts, ("", "2")):
-        template += ((f"BITS{number}", part.format.bits or 4), (f"GROUP{number}", part.format.group_size or 32))
+        template += ((f"BITS{number}", part.packing.bits or 4), (f"GROUP{number}", part.packing.group_size or 32))
     grid = ((groups + copiers) * tuning.threads, 1, 1)
     given = (x, weight, *(array for part in parts for array in part.arrays), *extra)
     missing = ("weight",) * (weight is None) + ("residual",) * any(array is None for array in extra)
-    kernel = _kernel(name, tuple(part.format.kind for part in parts), tiled(parts, x.dtype), missing)
+    kernel = _kernel(name, tuple(part.packing.kind for part in parts), tiled(parts, x.dtype), missing)
     inputs = [array for array in given if array is not None]
     return kernel(inputs, template, grid, (tuning.threads, 1, 1), shapes)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from ..backend import mx
+from ..gguf.packing import Packing
 from .dispatch import Kernel, described, executor, require, threads
 
 RAW = ("q4_k", "q6_k")
@@ -35,42 +35,31 @@ def format_macros(kind: str, number: str = "", tiled: bool = False) -> tuple[tup
     return (f"FORMAT{number}", tag), (f"MATRIX{number}", ", ".join(array_names(kind, number)))
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, which is fast; made once by the layers
-class Format:
-    """How a matrix (rows, columns) is stored.
+class Matrix(NamedTuple):
+    """A matrix (rows, columns): how it is packed, and the arrays that hold it.
 
-    dense: (w,); affine: (codes, scales, biases) as mx.quantize makes them, with `bits` and `group_size`; q4_k:
-    (blocks,), GGUF's bytes as uint32 (rows, columns / 256, 36); q6_k: (low, high, scales, d), the parts of GGUF's
-    blocks each in an array of its own, uint32 (rows, columns / 8), (rows, columns / 16) and (rows, columns / 64),
-    float16 (rows, columns / 256).
+    dense: (w,); affine: (codes, scales, biases) as mx.quantize makes them; q4_k: (blocks,), GGUF's bytes as uint32
+    (rows, columns / 256, 36); q6_k: (low, high, scales, d), the fields of GGUF's blocks each in an array of its own,
+    uint32 (rows, columns / 8), (rows, columns / 16) and (rows, columns / 64), float16 (rows, columns / 256).
     """
 
-    kind: str
+    packing: Packing
     rows: int
     columns: int
-    bits: int = 0
-    group_size: int = 0
+    arrays: tuple[mx.array, ...]
 
     @property
-    def served(self) -> bool:
-        """Whether the matrix-vector kernels read it."""
-        if self.kind == "affine":
-            return self.bits in (2, 3, 4, 5, 6, 8) and self.columns % 32 == 0
-        return self.columns % (256 if self.kind in RAW else 16) == 0
-
-
-class Matrix(NamedTuple):
-    """A matrix: how it is stored, and the arrays that hold it."""
-
-    format: Format
-    arrays: tuple[mx.array, ...]
+    def supported(self) -> bool:
+        """True if the matrix-vector kernels read it."""
+        if self.packing.kind == "affine":
+            return self.packing.bits in (2, 3, 4, 5, 6, 8) and self.columns % 32 == 0
+        return self.columns % (256 if self.packing.kind in RAW else 16) == 0
 
 
 def require_arrays(matrix: Matrix) -> None:
     """Raises ValueError unless the arrays have the shapes that the format says."""
     require(isinstance(matrix, Matrix), lambda: f"matrix {described(matrix)}, expected an ops.Matrix.")
-    form = matrix.format
-    rows, columns = form.rows, form.columns
+    form, rows, columns = matrix.packing, matrix.rows, matrix.columns
     require(rows > 0 and columns > 0, lambda: f"The format has {rows} rows and {columns} columns, expected some.")
     shapes: tuple[tuple[int, ...], ...]
     if form.kind == "affine":
@@ -105,28 +94,28 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
     require_arrays(matrix)
     require(
         ids is None or (isinstance(ids, mx.array) and mx.issubdtype(ids.dtype, mx.integer)),
-        lambda: f"ids {described(ids)}, expected integers, each below {matrix.format.rows}.",
+        lambda: f"ids {described(ids)}, expected integers, each below {matrix.rows}.",
     )
-    form = matrix.format
-    if executor("unpack") == "reference" or form.kind == "dense" or not form.served:
+    form = matrix.packing
+    if executor("unpack") == "reference" or form.kind == "dense" or not matrix.supported:
         return unpack_reference(matrix, dtype, ids)
-    rows = form.rows if ids is None else ids.size
-    shape = (form.rows,) if ids is None else ids.shape
-    packs = form.columns // 8
+    rows = matrix.rows if ids is None else ids.size
+    shape = (matrix.rows,) if ids is None else ids.shape
+    packs = matrix.columns // 8
     n_threads = threads(packs, 128)
     grid = (-(-packs // n_threads) * n_threads, rows, 1)
-    template = [("T", dtype), ("K", form.columns), ("BITS", form.bits or 4), ("GROUP", form.group_size or 32)]
+    template = [("T", dtype), ("K", matrix.columns), ("BITS", form.bits or 4), ("GROUP", form.group_size or 32)]
     inputs = (*matrix.arrays, *(() if ids is None else (ids,)))
     return _kernel(form.kind, ids is not None)(
-        inputs, template, grid, (n_threads, 1, 1), [(*shape, form.columns)], dtype
+        inputs, template, grid, (n_threads, 1, 1), [(*shape, matrix.columns)], dtype
     )[0]
 
 
 def unpack_reference(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
     """unpack in plain MLX."""
-    form = matrix.format
+    form = matrix.packing
     arrays = matrix.arrays if ids is None else tuple(array[ids] for array in matrix.arrays)
-    shape = (*((form.rows,) if ids is None else ids.shape), form.columns)
+    shape = (*((matrix.rows,) if ids is None else ids.shape), matrix.columns)
     if form.kind == "dense":
         return arrays[0].astype(dtype)
     if form.kind == "affine":
@@ -175,4 +164,4 @@ def raw_matrix(raw: np.ndarray, kind: str) -> Matrix:
         ]
         d = np.ascontiguousarray(blocks[..., 208:]).view(np.float16).reshape(rows, -1)
         arrays = (*(mx.array(part.view(np.uint32)) for part in parts), mx.array(d))
-    return Matrix(Format(kind, rows, columns), arrays)
+    return Matrix(Packing(kind), rows, columns, arrays)

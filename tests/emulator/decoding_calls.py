@@ -59,10 +59,12 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
     wide, least, w = random(1, 1, 8192), mx.array([17, 3], mx.int32), random(37, 224)
     found: dict[str, Callable[[], list[mx.array]]] = {
         "rotation": lambda: list(ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))),
-        "attend": lambda: [ops.attend_one(q, kv, new, seen, 0.125, 42)],
-        "attend_split": lambda: [ops.attend_one(q, long, new, seen, 0.125)],
-        "attend rows": lambda: [ops.attend_one(*(twice(a) for a in (q, kv, new)), seen, 0.125, None, least)],
-        "attend_split rows": lambda: [ops.attend_one(*(twice(a) for a in (q, long, new)), seen, 0.125, None, least)],
+        "attend": lambda: [ops.decode_attention(q, kv, new, seen, 0.125, 42)],
+        "attend_split": lambda: [ops.decode_attention(q, long, new, seen, 0.125)],
+        "attend rows": lambda: [ops.decode_attention(*(twice(a) for a in (q, kv, new)), seen, 0.125, None, least)],
+        "attend_split rows": lambda: [
+            ops.decode_attention(*(twice(a) for a in (q, long, new)), seen, 0.125, None, least)
+        ],
         "best_token": lambda: [ops.best_token(logits)],
         "matvec dense, split": lambda: [ops.matvec(wide, matrix("dense", 21, 8192, dtype))],
     }

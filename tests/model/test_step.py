@@ -15,7 +15,6 @@ from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.model import fused_step as step
 from qwen_mlx.model.layers import GGUFEmbedding, GGUFLinear, MergedLinear, QuantizedEmbedding, QuantizedLinear
 from reference.emulator import emulate
-
 from tests.ops.test_matvec import raw_blocks
 
 

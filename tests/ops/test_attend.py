@@ -42,7 +42,7 @@ def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, fille
     kv = mx.where((mx.arange(room) >= filled)[:, None], mx.array(1e4, dtype), kv)
     tail = mx.where((mx.arange(16) > position - filled)[:, None], mx.array(1e4, dtype), tail)
     scale = head_dim**-0.5
-    out = ops.attend_one(q, kv, tail, mx.array([position, filled], mx.int32), scale, window)
+    out = ops.decode_attention(q, kv, tail, mx.array([position, filled], mx.int32), scale, window)
     assert out.shape == q.shape
     assert out.dtype == dtype
     both = mx.concatenate([kv[:, :, :filled], tail], axis=2)
@@ -68,7 +68,7 @@ def test_rows_are_those_of_one_at_a_time(executor: str, room: int, window: int |
     ]
     if executor == "reference":  # MLX's own attention adds NaN times 0
         padded = [kv, tail]
-    out = ops.attend_one(q, *padded, place, 0.125, window, rows)
+    out = ops.decode_attention(q, *padded, place, 0.125, window, rows)
     assert out.shape == q.shape
     both = mx.concatenate([kv[:, :, :filled], tail], axis=2)
     for row, first in enumerate(least):
@@ -81,7 +81,7 @@ def test_padding_of_another_batch_is_refused():
     q, kv, tail = (mx.zeros((2, 4, n, 64)) for n in (1, 256, 16))
     place = mx.zeros(2, mx.int32)
     with pytest.raises(ValueError, match=r"least has shape \(3,\).*expected \(2,\)"):
-        ops.attend_one(q, kv, tail, place, 1.0, None, mx.zeros(3, mx.int32))
+        ops.decode_attention(q, kv, tail, place, 1.0, None, mx.zeros(3, mx.int32))
 
 
 @pytest.mark.parametrize(
@@ -96,4 +96,4 @@ def test_padding_of_another_batch_is_refused():
 )
 def test_what_does_not_agree_is_named(q, kv, tail, message):
     with pytest.raises(ValueError, match=message):
-        ops.attend_one(mx.zeros(q), mx.zeros(kv), mx.zeros(tail), mx.array([0, 0], mx.int32), 1.0)
+        ops.decode_attention(mx.zeros(q), mx.zeros(kv), mx.zeros(tail), mx.array([0, 0], mx.int32), 1.0)

@@ -71,15 +71,15 @@ REFUSED = {
         "eps is -1.0",
     ),
     "a format of other rows": (
-        lambda: ops.matvec(x(64), ops.Matrix(ops.Format("dense", 5, 64), (x(4, 64),))),
+        lambda: ops.matvec(x(64), ops.Matrix(ops.Packing("dense"), 5, 64, (x(4, 64),))),
         r"arrays have shapes \(\(4, 64\),\), expected \(\(5, 64\),\)",
     ),
     "a format of other groups": (
-        lambda: ops.matvec(x(64), ops.Matrix(ops.Format("affine", 4, 64, 4, 64), (x(4, 8), x(4, 2), x(4, 2)))),
+        lambda: ops.matvec(x(64), ops.Matrix(ops.Packing("affine", 4, 64), 4, 64, (x(4, 8), x(4, 2), x(4, 2)))),
         "arrays have shapes",
     ),
     "a format without rows": (
-        lambda: ops.matvec(x(64), ops.Matrix(ops.Format("dense", 0, 64), (x(0, 64),))),
+        lambda: ops.matvec(x(64), ops.Matrix(ops.Packing("dense"), 0, 64, (x(0, 64),))),
         "The format has 0 rows",
     ),
     "ids that are no integers": (
@@ -180,7 +180,7 @@ def test_a_part_that_is_switched_off_launches_nothing(monkeypatch):
     matrix = selftest_decoding.matrix("q4_k", 8, 256, mx.float32)
     part_calls = {
         "matvec": lambda: ops.matvec(x(1, 1, 256), matrix),
-        "attend": lambda: ops.attend_one(
+        "attend": lambda: ops.decode_attention(
             x(1, 2, 1, 64), x(1, 2, 32, 64), x(1, 2, 16, 64), mx.array([5, 3], mx.int32), 1.0
         ),
         "unpack": lambda: ops.unpack(matrix, mx.float32),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_mlx import ops
-from qwen_mlx.ops import Format, Matrix
+from qwen_mlx.ops import Matrix, Packing
 
 FORMATS = ["dense", *(f"affine{bits}" for bits in (2, 3, 4, 5, 6, 8)), "q4_k", "q6_k"]
 ULP = {mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}
@@ -36,11 +36,11 @@ def matrix_of(form: str, rows: int, columns: int, dtype: mx.Dtype, seed: int = 0
     w = mx.random.normal((rows, columns), key=mx.random.key(seed)) * 0.05
     if form == "dense":
         w = w.astype(dtype)
-        return Matrix(Format("dense", rows, columns), (w,)), np.array(w.astype(mx.float32), np.float64)
+        return Matrix(Packing("dense"), rows, columns, (w,)), np.array(w.astype(mx.float32), np.float64)
     bits = int(form[-1])
     arrays = mx.quantize(w.astype(dtype), group_size=32, bits=bits)
     values = mx.dequantize(arrays[0], *(a.astype(mx.float32) for a in arrays[1:]), group_size=32, bits=bits)
-    return Matrix(Format("affine", rows, columns, bits, 32), arrays), np.array(values, np.float64)
+    return Matrix(Packing("affine", bits, 32), rows, columns, arrays), np.array(values, np.float64)
 
 
 def vector(columns: int, dtype: mx.Dtype, seed: int = 1) -> mx.array:
