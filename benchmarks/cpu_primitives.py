@@ -91,7 +91,7 @@ def operations() -> dict[str, dict[str, float]]:
     rotary = ops.Rotary.plain(HEAD_DIM, 1e6)
     found: dict[str, dict[str, float]] = {}
     for case, offset, length in (("one token after 300", 300, 1), ("prompt of 256", 0, 256)):
-        seen = offset + length
+        seen, table = offset + length, rotary.table(offset, length)
         weight, x = mx.ones((HIDDEN,)), mx.random.normal((1, length, HIDDEN))
         qkv, bias = mx.random.normal((1, length, 1152)), mx.random.normal((1152,))
         q = mx.random.normal((1, length, HEADS, HEAD_DIM))
@@ -124,7 +124,7 @@ def operations() -> dict[str, dict[str, float]]:
             "rms_norm": lambda x=x, w=weight: ops.rms_norm(x, w, 1e-6),
             "rms_norm, mx.fast": lambda x=x, w=weight: mx.fast.rms_norm(x, w, 1e-6),
             "add_rms_norm": lambda x=x, w=weight: ops.add_rms_norm(x, x, w, 1e-6),
-            "qkv_rope": lambda v=qkv, b=bias, o=offset: ops.qkv_rope(v, b, o, rotary, HEADS, KV_HEADS, join_kv=True),
+            "qkv_rope": lambda v=qkv, b=bias, t=table: ops.qkv_rope(v, b, t, HEADS, KV_HEADS),
             "qkv_rope, mx.fast": built_in_rope,
             "attention": lambda q=q, k=keys, v=values, m=mask: ops.attention(q, k, v, 0.125, m),
             "attention, mx.fast": built_in_attention,

@@ -105,7 +105,7 @@ def subjects(tokens: int, dtype: mx.Dtype) -> Iterator[Subject]:
             )
         width = (heads + 2 * kv) * head_dim
         bias = mx.random.normal((width,)).astype(dtype)
-        rotary = ops.Rotary.plain(head_dim, 1e6)
+        table = ops.Rotary.plain(head_dim, 1e6).table(100, tokens)
 
         def split_then_turn(
             qkv: mx.array,
@@ -122,7 +122,7 @@ def subjects(tokens: int, dtype: mx.Dtype) -> Iterator[Subject]:
         yield Subject(
             "rope",
             hidden,
-            lambda x, rotary=rotary: ops.rope(x, 100, rotary),
+            lambda x, table=table: ops.rope(x, table),
             lambda x, head_dim=head_dim: mx.fast.rope(
                 x.swapaxes(1, 2), head_dim, traditional=False, base=1e6, scale=1.0, offset=100
             ),
@@ -132,9 +132,7 @@ def subjects(tokens: int, dtype: mx.Dtype) -> Iterator[Subject]:
         yield Subject(
             "qkv_rope",
             hidden,
-            lambda x, bias=bias, rotary=rotary, heads=heads, kv=kv: ops.qkv_rope(
-                x, bias, 100, rotary, heads, kv, join_kv=True
-            ),
+            lambda x, bias=bias, table=table, heads=heads, kv=kv: ops.qkv_rope(x, bias, table, heads, kv),
             split_then_turn,
             ((1, tokens, width),),
             2 * tokens * width * dtype.size,

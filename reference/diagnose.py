@@ -268,7 +268,7 @@ def _norm(
 def _rope(
     model: Qwen2, x: np.ndarray, run: Run, call: int, found: np.ndarray, expected: np.ndarray
 ) -> Iterator[Hypothesis]:
-    rotary = model.model.layers[0].self_attn.rotary
+    rotary = model.model.rotary
     half = x.shape[-1] // 2
     inv_freq = np.array(rotary.inv_freq)
     positions, past = run.positions(call)[..., None], sum(run.chunks[:call])

@@ -90,17 +90,17 @@ def taps(model: Qwen2, report: Sink) -> Iterator[None]:
         return run
 
     def qkv_rope(
-        qkv: mx.array, bias: mx.array | None, offset: Any, rotary: ops.Rotary, heads: int, kv_heads: int, **options: Any
-    ) -> Any:
+        qkv: mx.array, bias: mx.array | None, table: mx.array, heads: int, kv_heads: int
+    ) -> tuple[mx.array, mx.array]:
         head_dim = qkv.shape[-1] // (heads + 2 * kv_heads)
         biased = qkv if bias is None else qkv + bias
         parts = mx.split(biased, [heads * head_dim, (heads + kv_heads) * head_dim], axis=-1)
         for tap, array in zip("qkv", parts):
             say(layer, tap, array)
-        out = operations["qkv_rope"](qkv, bias, offset, rotary, heads, kv_heads, **options)
-        say(layer, "q_rope", out[0])
-        say(layer, "k_rope", out[1][:, :, 0] if options.get("join_kv") else out[1])
-        return out
+        q, kv = operations["qkv_rope"](qkv, bias, table, heads, kv_heads)
+        say(layer, "q_rope", q)
+        say(layer, "k_rope", kv[:, :, 0])
+        return q, kv
 
     def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any) -> mx.array:
         say(layer, "probs", probabilities(q, keys, scale, mask))

@@ -40,13 +40,18 @@ def named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
     return found
 
 
-def in_gpu_memory(integers: np.ndarray) -> mx.array:
-    """The integers as an array that the GPU's kernels find at once. With CUDA a small array that Python wrote lies in
-    the host's memory, and each kernel fetches it across the bus (6 us of a kernel's time on an H200); what a kernel
-    wrote lies in the GPU's, except that MLX keeps arrays of up to 8 bytes in the host's, whoever writes them."""
+def in_gpu_memory(array: np.ndarray) -> mx.array:
+    """Copies an array to where the GPU's kernels read it at once.
+
+    With CUDA an array that Python wrote lies in the host's memory, and each kernel fetches it across the bus. An array
+    that a kernel wrote lies in the GPU's memory, unless it has at most 8 bytes: MLX keeps those on the host.
+    """
     if mx.default_device() == mx.cpu or not mx.cuda.is_available():
-        return mx.array(integers)
-    moved = (mx.array(np.pad(integers.reshape(-1), (0, 2))) + 0)[: integers.size].reshape(integers.shape)
+        return mx.array(array)
+    if array.nbytes > 8:
+        moved = mx.array(array) + 0
+    else:
+        moved = (mx.array(np.pad(array.reshape(-1), (0, 8))) + 0)[: array.size].reshape(array.shape)
     mx.async_eval(moved)  # or every compiled function that uses it would move it again
     return moved
 

@@ -55,6 +55,18 @@ class Case:
         return max((ulp_error(got, want, self.dtype) for got, want in zip(outputs, exact)), default=0.0)
 
 
+class _RotationCase(Case):
+    """A case of rotated pairs, whose error is measured at the pair's length: two outputs, or one, are rotated; a third,
+    v, is not."""
+
+    def error(self, outputs: Arrays) -> float:
+        exact = self.exact()
+        if len(outputs) != len(exact):
+            return float("inf")
+        sizes = [*map(pair_lengths, exact[:2]), *exact[2:]]
+        return max(ulp_error(got, want, self.dtype, size) for got, want, size in zip(outputs, exact, sizes))
+
+
 class _SumCase(Case):
     """A case of long sums, whose error is measured at the largest element."""
 
@@ -62,8 +74,9 @@ class _SumCase(Case):
         return selftest_decoding.error(outputs, self.exact(), self.dtype)
 
 
-def ulp_error(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> float:
-    """The largest difference, in units of dtype's last place at want; inf where only one is NaN or infinite."""
+def ulp_error(got: mx.array, want: np.ndarray, dtype: mx.Dtype, size: np.ndarray | None = None) -> float:
+    """The largest difference, in units of dtype's last place at `size` (None: at want); inf where only one is NaN or
+    infinite."""
     if got.shape != want.shape or got.dtype != dtype:
         return float("inf")
     if not got.size:
@@ -74,15 +87,26 @@ def ulp_error(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> float:
         mx.bfloat16: (8, -126, 3.3961775292304957e38),
     }[dtype]
     values = to_float64(got)
+    size = want if size is None else size
     want = np.where(np.abs(want) >= largest, np.copysign(np.inf, want), want)  # rounds to infinity
     with np.errstate(invalid="ignore"):
-        exponent = np.where((want == 0) | ~np.isfinite(want), smallest, np.frexp(want)[1] - 1)
+        exponent = np.where((size == 0) | ~np.isfinite(size), smallest, np.frexp(size)[1] - 1)
         unit = 2.0 ** (np.maximum(exponent, smallest) - precision + 1)
         error = np.abs(values - want) / unit
     same = (np.isnan(values) & np.isnan(want)) | (values == want)
     if sys.platform == "darwin":  # Apple's GPUs may flush subnormal numbers to zero
         same |= (values == 0) & (np.abs(want) < 2.0**smallest)
     return float(np.where(same, 0.0, np.where(np.isfinite(error), error, np.inf)).max())
+
+
+def pair_lengths(x: np.ndarray) -> np.ndarray:
+    """sqrt(a^2 + b^2) of the pair that each element of the heads x (..., head_dim) belongs to, in x's shape.
+
+    RoPE's error is judged against it: |error| / ulp(dtype, sqrt(a^2 + b^2)). Attention sees products of whole pairs; an
+    element alone may cancel to almost nothing, where its own last place says nothing about the result.
+    """
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([np.hypot(a, b)] * 2, axis=-1)
 
 
 def to_float64(x: mx.array) -> np.ndarray:
@@ -138,9 +162,9 @@ def exact_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return product
 
 
-def exact_rope(x: np.ndarray, offsets: Sequence[int], rotary: ops.Rotary) -> np.ndarray:
+def exact_rope(x: np.ndarray, offset: int | np.ndarray, rotary: ops.Rotary) -> np.ndarray:
     """rope in float64: integer positions times float32 frequencies are exact there."""
-    positions = np.array(offsets)[:, None] + np.arange(x.shape[1])
+    positions = np.atleast_1d(offset)[:, None] + np.arange(x.shape[1])
     angles = positions[:, :, None, None] * np.array(rotary.inv_freq)
     cos, sin = np.cos(angles) * rotary.attention_factor, np.sin(angles) * rotary.attention_factor
     a, b = np.split(x, 2, axis=-1)
@@ -222,18 +246,19 @@ def _swiglu_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Cas
 def _rope_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]:
     plain = ops.Rotary.plain(64, 1e6)
     yarn = ops.Rotary.yarn(128, 1e6, 4.0, 32768)
-    offsets = mx.array([3, 70_000, 999_000], mx.int32)
+    offsets = np.array([3, 70_000, 999_000])
 
-    def one(label: str, x: mx.array, offset: int | mx.array, rotary: ops.Rotary, peer: bool = True) -> Case:
+    def one(label: str, x: mx.array, offset: int | np.ndarray, rotary: ops.Rotary, peer: bool = True) -> Case:
         def fast() -> Arrays:
-            turned = mx.fast.rope(x.swapaxes(1, 2), x.shape[-1], traditional=False, base=1e6, scale=1.0, offset=offset)
+            start = offset if isinstance(offset, int) else mx.array(offset.astype(np.int32))
+            turned = mx.fast.rope(x.swapaxes(1, 2), x.shape[-1], traditional=False, base=1e6, scale=1.0, offset=start)
             return [turned.swapaxes(1, 2)]
 
-        return Case(
+        return _RotationCase(
             f"rope {label}",
             dtype,
-            lambda: [ops.rope(x, offset, rotary)],
-            lambda: [exact_rope(to_float64(x), _offsets(offset, x.shape[0]), rotary)],
+            lambda: [ops.rope(x, rotary.table(offset, x.shape[1]))],
+            lambda: [exact_rope(to_float64(x), offset, rotary)],
             fast if peer else None,
         )
 
@@ -251,27 +276,37 @@ def _rope_cases(random: _Random, dtype: mx.Dtype, small: bool) -> Iterator[Case]
         yield one("(1, 2048, 16, 128) at 500_000", random(1, 2048, 16, 128), 500_000, ops.Rotary.plain(128, 1e6))
 
     def fused(
-        label: str, x: mx.array, bias: mx.array | None, offset: int | mx.array, rotary: ops.Rotary, heads: int, kv: int
+        label: str,
+        x: mx.array,
+        bias: mx.array | None,
+        offset: int | np.ndarray,
+        rotary: ops.Rotary,
+        heads: int,
+        kv: int,
     ) -> Case:
+        def compute() -> Arrays:
+            q, k_and_v = ops.qkv_rope(x, bias, rotary.table(offset, x.shape[1]), heads, kv)
+            return [q, k_and_v[:, :, 0], k_and_v[:, :, 1]]
+
         def exact() -> Exact:
             total = to_float64(x if bias is None else _on_cpu(lambda: x + bias))
             split = total.reshape(*x.shape[:2], heads + 2 * kv, -1)
-            turned = exact_rope(split[:, :, : heads + kv], _offsets(offset, x.shape[0]), rotary)
+            turned = exact_rope(split[:, :, : heads + kv], offset, rotary)
             return [turned[:, :, :heads], turned[:, :, heads:], split[:, :, heads + kv :]]
 
-        return Case(f"qkv_rope {label}", dtype, lambda: ops.qkv_rope(x, bias, offset, rotary, heads, kv), exact)
+        return _RotationCase(f"qkv_rope {label}", dtype, compute, exact)
 
     yield fused("(1, 1, 1152) 14 + 2 heads", random(1, 1, 1152), random(1152), 41, plain, 14, 2)
     yield fused("(3, 2, 256) by sequence", random(3, 2, 256), random(256), offsets, plain, 2, 1)
     yield fused("(2, 3, 1024) YaRN, no bias", random(2, 3, 1024), None, 5000, yarn, 4, 2)
     yield fused("unaligned", random(2, 4, 264)[:, 1:, 5:261], random(257)[1:], 9, plain, 2, 1)
-    yield fused("(2, 513, 192) many tokens", random(2, 513, 192), None, mx.array([7, 900], mx.int32), plain, 1, 1)
+    yield fused("(2, 513, 192) many tokens", random(2, 513, 192), None, np.array([7, 900]), plain, 1, 1)
     if not small:
         yield fused("(1, 1024, 4608) 28 + 4 heads", random(1, 1024, 4608), random(4608), 0, yarn, 28, 4)
 
 
 def _gradient_cases(random: _Random, dtype: mx.Dtype) -> Iterator[Case]:
-    rotary = ops.Rotary.plain(64, 1e6)
+    table = ops.Rotary.plain(64, 1e6).table(7, 3)
 
     def one(name: str, function: Callable[..., mx.array | tuple[mx.array, ...]], *inputs: mx.array) -> Case:
         def gradients() -> Arrays:
@@ -293,16 +328,12 @@ def _gradient_cases(random: _Random, dtype: mx.Dtype) -> Iterator[Case]:
     yield one("add_rms_norm", lambda x, y, w: ops.add_rms_norm(x, y, w, EPS), x, y, weight)
     yield one("swiglu", ops.swiglu, x, y, weight, weight)
     yield one("swiglu_joined", ops.swiglu_joined, x, weight)
-    yield one("rope", lambda x: ops.rope(x, 7, rotary), random(1, 3, 2, 64))
-    yield one("qkv_rope", lambda x, b: ops.qkv_rope(x, b, 7, rotary, 2, 1), random(1, 3, 256), random(256))
+    yield one("rope", lambda x: ops.rope(x, table), random(1, 3, 2, 64))
+    yield one("qkv_rope", lambda x, b: ops.qkv_rope(x, b, table, 2, 1), random(1, 3, 256), random(256))
 
 
 def _shapes(small: bool, dtype: mx.Dtype) -> int | None:
     return 2 if small and dtype != mx.float32 else None
-
-
-def _offsets(offset: int | mx.array, batch: int) -> list[int]:
-    return [offset] * batch if isinstance(offset, int) else np.array(offset).tolist()
 
 
 def _on_cpu(function: Callable[[], mx.array]) -> mx.array:

@@ -45,8 +45,7 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     rows = (heads + 2 * kv_heads) * head_dim
     x, weight, bias, residual = random(1, 1, hidden), random(hidden), random(rows), random(1, 1, rows)
     tail, place = random(1, 2 * kv_heads, 16, head_dim), mx.array([300, 290], mx.int32)
-    rotary = ops.Rotary.plain(head_dim, 1e6)
-    table, place = ops.rotation_table(place, rotary)
+    table = ops.Rotary.plain(head_dim, 1e6).table(300, 1)[0, 0]
     q, short, long = (random(1, n, m, head_dim) for n, m in ((heads, 1), (2 * kv_heads, 512), (2 * kv_heads, 2304)))
 
     def products(form: str) -> Iterator[tuple[str, Call]]:
@@ -75,7 +74,6 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     if dtype != mx.float32:  # which is MLX's own product, in TF32 on NVIDIA
         yield "matmul, 2 rows", lambda: [ops.matmul(few, w)]
         yield "matmul, 33 rows", lambda: [ops.matmul(many, w)]
-    yield "rotation", lambda: [ops.rotation_table(mx.array([999_999, 0], mx.int32), rotary)[0]]
     yield "decode_attention", lambda: [ops.decode_attention(q, short, tail, place, head_dim**-0.5)]
     yield "decode_attention, window", lambda: [ops.decode_attention(q, short, tail, place, head_dim**-0.5, 77)]
     q3, short3, tail3 = (mx.concatenate([a, 0.5 * a, a[:, :, ::-1]]) for a in (q, short, tail))

@@ -101,7 +101,7 @@ def fingerprint(model: Qwen2) -> str:
 
     Two models that agree in all of these, though they differ elsewhere, have the same fingerprint.
     """
-    rotary = model.model.layers[0].self_attn.rotary
+    rotary = model.model.rotary
     digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(rotary)], sort_keys=True).encode())
     names: list[str] = []
     samples: list[mx.array] = []

@@ -1,6 +1,6 @@
 // q | k | v = T(T(W norm(x)) + bias) for one vector x (K), q and k turned. FORMAT, MATRIX: W ((HEADS + 2 KV) 2 HALF, K), see its
 // format's header, of which a second matrix may hold what follows the first PAIRS1 pairs; weight (K) and EPS, the bits of
-// eps, of the norm; table (HALF, 4) of rotation.metal; place (2) int32: the position, and how many tokens lie before the
+// eps, of the norm; table (HALF, 2), cosine and sine; place (2) int32: the position, and how many tokens lie before the
 // tail. q (HEADS, 2 HALF), T. new_tail (2 KV, TAIL, 2 HALF), T: tail, k and v put at place[0] - place[1]. A unit is R / 2
 // pairs of elements HALF apart.
 // Template: T, K, HEADS, KV, HALF, TAIL, R, SPLIT, DEPTH, RING, THREADS, GROUPS threadgroups that multiply and COPIERS that
@@ -52,7 +52,7 @@ if (group >= uint(GROUPS)) {
     // Asked for before the products, which take as long.
     const float low_bias = float(bias[at]);
     const float high_bias = float(bias[at + uint(HALF)]);
-    const Pack<4> turn = load<4>(table, 4u * i);
+    const Pack<2> turn = load_aligned<2, true>(table, 2u * i);
     UnitSums sums;
 #ifdef MATRIX2
     if (unit >= UNITS1) {
@@ -68,9 +68,9 @@ if (group >= uint(GROUPS)) {
       float a = float(T(float(T(sums.first)) + low_bias));
       float b = float(T(float(T(sums.second)) + high_bias));
       if (head < uint(HEADS + KV)) {
-        const float turned = difference(a, turn.v[0], turn.v[1], b, turn.v[2], turn.v[3]);
-        b = difference(b, turn.v[0], turn.v[1], -a, turn.v[2], turn.v[3]);
-        a = turned;
+        const float first_half = rotated(a, b, turn.v[0], turn.v[1]);
+        b = rotated(b, -a, turn.v[0], turn.v[1]);
+        a = first_half;
       }
       if (head < uint(HEADS)) {
         q[at] = T(a);

@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 class Padding:
-    """How many columns on the left of each row hold nothing; shared by all layers of a batch, as are the positions and
-    masks that follow from it. `array`: the same, int32 (B,)."""
+    """How many columns on the left of each row hold nothing; shared by all layers of a batch, as are the masks that
+    follow from it. `array`: the same, int32 (B,)."""
 
     def __init__(self, columns: Sequence[int] | np.ndarray) -> None:
         self.columns = np.array(columns, np.int32)
         self.array = in_gpu_memory(self.columns)
         self._made: dict[str, tuple[object, Any]] = {}
 
-    def positions(self, width: int) -> mx.array:
+    def positions(self, width: int) -> np.ndarray:
         """Each row's position in column `width`, int32 (B,); negative within the padding."""
-        return self._once("positions", width, lambda: width - self.array)
+        return width - self.columns
 
     def mask(self, width: int, length: int, sliding_window: int | None) -> mx.array | str | None:
         """Which of width + length columns the queries in the last `length` see, bool (B, 1, length, columns): as
@@ -56,7 +56,7 @@ class BatchKVCache(KVCache):
         self.padding = padding
 
     @property
-    def positions(self) -> mx.array:
+    def positions(self) -> np.ndarray:
         """Each row's next position, int32 (B,)."""
         return self.padding.positions(self.offset)
 

@@ -55,24 +55,27 @@ class BatchStep:
         """Logits (B, 1, vocab_size) of the tokens after input_ids (B, 1); the cache then holds those too."""
         buffers, tails, filled = tails_for_one(cache)
         place = mx.array([cache[0].offset, filled, 0, 0], mx.int32)
-        logits, *longer = self._compiled(input_ids, place, cache[0].padding.array, *buffers, *tails)
+        table = mx.array(self._body.rotary.host_table(cache[0].positions, 1))
+        logits, *longer = self._compiled(input_ids, place, table, cache[0].padding.array, *buffers, *tails)
         for layer, tail in zip(cache, longer, strict=True):
             layer.advance(tail)
         return logits
 
-    def _run(self, input_ids: mx.array, place: mx.array, padding: mx.array, *rest: mx.array) -> list[mx.array]:
-        place = place + 0  # into the GPU's own memory: see backend.in_gpu_memory
+    def _run(
+        self, input_ids: mx.array, place: mx.array, table: mx.array, padding: mx.array, *rest: mx.array
+    ) -> list[mx.array]:
+        table, place = table + 0, place + 0  # into the GPU's own memory: see backend.in_gpu_memory
         half = len(rest) // 2
         newest = mx.arange(rest[half].shape[2])[:, None] == place[0] - place[1]
-        shared = place, padding, place[:1] - padding, newest
+        shared = place, padding, newest
         layers = [_Layer(buffer, tail, *shared) for buffer, tail in zip(rest[:half], rest[half:])]
-        h = self._body(input_ids, layers, 1)
+        h = self._body(input_ids, layers, 1, table)
         logits = self._body.embed_tokens.as_linear(h) if self._head is None else self._head(h)
         return [logits, *(layer.tail for layer in layers)]
 
 
 class _Layer:
-    """What a layer needs of its cache: the next token's `positions`, and `attend`, which puts it into `tail`."""
+    """What a layer needs of its cache: `attend`, which puts the next token into `tail`."""
 
     def __init__(
         self,
@@ -80,10 +83,9 @@ class _Layer:
         tail: mx.array,
         place: mx.array,
         padding: mx.array,
-        positions: mx.array,
         newest: mx.array,
     ) -> None:
-        self.positions, self.tail = positions, tail
+        self.tail = tail
         self._buffer, self._place, self._padding, self._newest = buffer, place, padding, newest
 
     def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:

@@ -34,7 +34,7 @@ class KVCache:
         self._reserved = 0
 
     @property
-    def positions(self) -> int | mx.array:
+    def positions(self) -> int | np.ndarray:
         """The next token's position; of each row, (B,), where they differ."""
         return self.offset
 

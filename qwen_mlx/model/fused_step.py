@@ -44,7 +44,7 @@ class Step:
         self._held: list[tuple[dict[str, Any], str, Any]] = []  # an owner, a name, and what the owner has under it
         body = model["model"]
         layers = body["layers"]
-        self._rotary = layers[0]["self_attn"].rotary
+        self._rotary = body.rotary
         self._windows = [layer["self_attn"].sliding_window for layer in layers]
         self._n_heads, self._n_kv_heads = layers[0]["self_attn"].n_heads, layers[0]["self_attn"].n_kv_heads
         self._embedding = self._matrices(body, "embed_tokens")
@@ -77,15 +77,16 @@ class Step:
     def __call__(self, input_ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
         """Logits (1, 1, vocab_size) of the token after input_ids (1, 1); the cache then holds that token too."""
         buffers, tails, filled = tails_for_one(cache)
-        place = mx.array([cache[0].offset, filled], mx.int32)
+        place = mx.array([cache[0].offset, filled, 0, 0], mx.int32)
+        table = mx.array(self._rotary.host_table(cache[0].offset, 1))
         if self._ranks is not None:
             self._ranks.begin(chunk=False)
-        logits, *longer = self._compiled(input_ids, place, *buffers, *tails)
+        logits, *longer = self._compiled(input_ids, place, table, *buffers, *tails)
         for layer, tail in zip(cache, longer, strict=True):
             layer.advance(tail)
         return logits
 
-    def _run(self, input_ids: mx.array, place: mx.array, *rest: mx.array) -> list[mx.array]:
+    def _run(self, input_ids: mx.array, place: mx.array, table: mx.array, *rest: mx.array) -> list[mx.array]:
         config, eps = self._config, self._config.rms_norm_eps
         n_layers, n_heads, n_kv_heads, scale = (
             config.num_hidden_layers,
@@ -94,17 +95,17 @@ class Step:
             config.head_dim**-0.5,
         )
         buffers, tails = rest[:n_layers], list(rest[n_layers:])
-        table, place = ops.rotation_table(place, self._rotary)
+        table, place = table + 0, place + 0  # into the GPU's own memory: see backend.in_gpu_memory
         if self._ranks is None:
             h = ops.unpack(self._embedding[0], tails[0].dtype, input_ids)
         else:
             h = self._embed.rows(input_ids)
         for i, (norm, mlp_norm, (qkv, bias), o_proj, (gate_up, down_proj)) in enumerate(self._layers):
             if len(qkv) <= 2:
-                q, tails[i] = ops.matvec_qkv(h, qkv, bias, (norm, eps), table, tails[i], place, n_heads)
+                q, tails[i] = ops.matvec_qkv(h, qkv, bias, (norm, eps), table[0, 0], tails[i], place, n_heads)
             else:  # q, k and v are stored in three ways
                 joined = mx.concatenate([ops.matvec(h, part, (norm, eps)) for part in qkv], axis=-1)
-                q, kv = ops.qkv_rope(joined, bias, place[:1], self._rotary, n_heads, n_kv_heads, join_kv=True)
+                q, kv = ops.qkv_rope(joined, bias, table, n_heads, n_kv_heads)
                 q, kv = q.reshape(1, n_heads, 1, -1), kv.reshape(1, 2 * n_kv_heads, 1, -1)
                 tails[i] = ops.put_recent(tails[i], kv, place)
             out = ops.decode_attention(q, buffers[i], tails[i], place, scale, self._windows[i])

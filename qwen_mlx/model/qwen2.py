@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """q, k and v come from one product; their bias is added where q and k are rotated."""
 
-    def __init__(self, config: ModelConfig, rotary: ops.Rotary, sliding_window: int | None):
+    def __init__(self, config: ModelConfig, sliding_window: int | None):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -59,14 +59,11 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
         self.qkv_bias = mx.zeros((rows,))
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-        self.rotary = rotary
         self.sliding_window = sliding_window
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: KVCache, table: mx.array) -> mx.array:
         batch, length, _ = x.shape
-        q, kv = ops.qkv_rope(
-            self.qkv_proj(x), self.qkv_bias, cache.positions, self.rotary, self.n_heads, self.n_kv_heads, join_kv=True
-        )
+        q, kv = ops.qkv_rope(self.qkv_proj(x), self.qkv_bias, table, self.n_heads, self.n_kv_heads)
         out = cache.attend(q, kv, self.head_dim**-0.5, self.sliding_window)
         return self.o_proj(out.reshape(batch, length, -1))
 
@@ -87,39 +84,50 @@ class MLP(nn.Module):
 class TransformerBlock(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h)); the last addition is left to the next norm, which does both.
 
-    Call: h (B, L, hidden_size) without the previous block's output, and that output or None. Returns both for the next.
+    Call: h (B, L, hidden_size) without the previous block's output, and that output or None; the positions' cosines and
+    sines of ops.Rotary.table. Returns both for the next.
     """
 
-    def __init__(self, config: ModelConfig, rotary: ops.Rotary, sliding_window: int | None):
+    def __init__(self, config: ModelConfig, sliding_window: int | None):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, rotary, sliding_window)
+        self.self_attn = Attention(config, sliding_window)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, h: mx.array, last: mx.array | None, cache: KVCache) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, h: mx.array, last: mx.array | None, cache: KVCache, table: mx.array
+    ) -> tuple[mx.array, mx.array]:
         h, x = self.input_layernorm(h, last)
-        h, x = self.post_attention_layernorm(h, self.self_attn(x, cache))
+        h, x = self.post_attention_layernorm(h, self.self_attn(x, cache, table))
         return h, self.mlp(x)
 
 
 class Qwen2Model(nn.Module):
-    """Everything below the head: token ids (B, L) to normalised hidden states of the last `keep` positions (0: all)."""
+    """Everything below the head: token ids (B, L) to normalised hidden states of the last `keep` positions (0: all).
+
+    table: of ops.Rotary.table for these positions; None makes it from the cache's.
+    """
 
     def __init__(self, config: ModelConfig, rotary: ops.Rotary):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [
-            TransformerBlock(config, rotary, config.sliding_window if i >= config.max_window_layers else None)
+            TransformerBlock(config, config.sliding_window if i >= config.max_window_layers else None)
             for i in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = rotary
 
-    def __call__(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:
+    def __call__(
+        self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0, table: mx.array | None = None
+    ) -> mx.array:
+        if table is None:
+            table = self.rotary.table(cache[0].positions, input_ids.shape[1])
         h: mx.array = self.embed_tokens(input_ids)
         last: mx.array | None = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h, last = layer(h, last, layer_cache)
+            h, last = layer(h, last, layer_cache, table)
         return self.norm(h[:, -keep:], None if last is None else last[:, -keep:])[1]
 
 

@@ -6,7 +6,7 @@ from .attention import attention
 from .best_token import best_token, or_not_finite
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
 from .matmul import matmul
-from .matvec import matvec, matvec_qkv, matvec_swiglu, put_recent, rotation_table
+from .matvec import matvec, matvec_qkv, matvec_swiglu, put_recent
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import Rotary, qkv_rope, rope
 from .swiglu import swiglu, swiglu_joined
@@ -37,7 +37,6 @@ __all__ = [
     "recording",
     "rms_norm",
     "rope",
-    "rotation_table",
     "swiglu",
     "swiglu_joined",
     "unpack",

@@ -269,7 +269,7 @@ def explain() -> str:
     lines = [f"rms_norm, add_rms_norm, rope, qkv_rope, swiglu, swiglu_joined: {what} ({why})"]
     if kind != "reference":
         lines += [
-            "plain MLX for rows above 16384 (rms_norm), heads above 1024 (rope) and arrays of 2^31 elements or more",
+            "plain MLX for rows above 16384 (rms_norm) and arrays of 2^31 elements or more",
             "one token after others: fused kernels on dense, affine, Q4_K and Q6_K matrices; else MLX's products",
         ]
         if kind == "cuda":

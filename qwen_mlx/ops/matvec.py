@@ -9,12 +9,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ..backend import mx
 from .dispatch import Kernel, described, executor, float_bits, require, require_float, require_like, require_place
 from .rms_norm import require_eps, rms_norm
-from .rope import Rotary, scale_template, turns_of
+from .rope import qkv_rope
 from .swiglu import swiglu_joined_reference
 from .unpack import RAW, Matrix, array_names, format_macros, require_arrays, unpack_reference
 
@@ -39,9 +37,6 @@ class Tuning:
     threads: int = 256
     groups: int = 1056
     ring: int = 0
-
-
-_ROTATION = Kernel("rotation", ("turns", "place"), ("out", "here"), ("rotary.h",))
 
 
 @functools.cache
@@ -118,14 +113,14 @@ def matvec_qkv(
     """qkv_rope(matrix @ norm(x), bias) for one vector, its key and value put among those of the tokens before it.
 
     parts: one or two matrices, one above the other, ((n_heads + 2 n_kv_heads) head_dim, columns); the first one's rows
-    are whole heads; bias: of all rows; table: rotation_table(...);
+    are whole heads; bias: of all rows; table (head_dim / 2, 2): one position's of Rotary.table;
     tail (1, 2 n_kv_heads, tokens, head_dim): keys, then values, of the newest tokens; place: int32 (2,), the token's
     position and the tail's. Returns q (1, n_heads, 1, head_dim) and the new tail. Rounding and errors as matvec's and
     qkv_rope's.
     """
     for part in parts:
         _check(x, part, _required(norm))
-    require_like("table", table, (table.shape[0] if isinstance(table, mx.array) and table.ndim else 1, 4), mx.float32)
+    require_like("table", table, (table.shape[0] if isinstance(table, mx.array) and table.ndim else 1, 2), mx.float32)
     require(isinstance(n_heads, int) and n_heads > 0, lambda: f"n_heads is {n_heads!r}, expected a positive integer.")
     rows, half = sum(part.rows for part in parts), table.shape[0]
     require(
@@ -148,9 +143,9 @@ def matvec_qkv(
     if len(parts) > 1 and tuning.split > 1:  # all units of a threadgroup must be of one matrix
         tuning = replace(tuning, threads=32 * tuning.split)
     if not all(_on_kernel(x, part, norm) for part in parts) or half % (tuning.rows // 2):
-        y = mx.concatenate([matvec_reference(x, part, norm) for part in parts], axis=-1) + bias
-        q, kv = _turned(y, table, n_heads, tail.shape[1] // 2)
-        return q.reshape(shape), put_recent(tail, kv, place)
+        y = mx.concatenate([matvec_reference(x, part, norm) for part in parts], axis=-1)
+        q, kv = qkv_rope(y, bias, table[None, None], n_heads, tail.shape[1] // 2)
+        return q.reshape(shape), put_recent(tail, kv.reshape(1, tail.shape[1], 1, 2 * half), place)
     units = -(-rows // tuning.rows)
     shapes = (("HEADS", n_heads), ("KV", tail.shape[1] // 2), ("HALF", half), ("TAIL", tail.shape[2]))
     copiers = -(-tail.nbytes // (16 * tuning.threads))  # threadgroups that copy the tail, 16 bytes a thread
@@ -166,16 +161,6 @@ def put_recent(tail: mx.array, kv: mx.array, place: mx.array) -> mx.array:
     return mx.where(here[:, None], kv, tail)
 
 
-def _turned(y: mx.array, table: mx.array, n_heads: int, n_kv_heads: int) -> tuple[mx.array, mx.array]:
-    y = y.reshape(1, -1, 1, 2, table.shape[0])
-    wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
-    cos, sin = (table[:, i].astype(wide) + table[:, i + 1].astype(wide) for i in (0, 2))
-    a, b = (y[:, : n_heads + n_kv_heads, :, i].astype(wide) for i in (0, 1))
-    turned = mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).astype(y.dtype)
-    both = mx.concatenate([turned, y[:, n_heads + n_kv_heads :]], axis=1).reshape(1, y.shape[1], 1, -1)
-    return both[:, :n_heads], both[:, n_heads:]
-
-
 def matvec_reference(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None = None) -> mx.array:
     """matvec in MLX's own operations, without the residual."""
     y = x.reshape(1, 1, -1)
@@ -189,34 +174,6 @@ def matvec_reference(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] |
             wide, matrix.arrays[0], scales, biases, group_size=form.group_size, bits=form.bits
         ).astype(x.dtype)
     return (y.astype(mx.float32) @ unpack_reference(matrix, mx.float32).T).astype(x.dtype)
-
-
-def rotation_table(place: mx.array, rotary: Rotary) -> tuple[mx.array, mx.array]:
-    """Cosine and sine of every pair's angle at position place[0], each as a sum of two floats; and place again.
-
-    place: int32 (2,), the token's position and that of the newest tokens' tail. Returns (head_dim / 2, 4) float32:
-    cosine, its rest, sine, its rest, exact to 2^-48, with YaRN's attention factor; and place as (4,), for all layers of
-    a step: what Python wrote lies in the host's memory, where every layer's kernels would fetch it across the bus (5 of
-    a kernel's 10 microseconds on an H200), and arrays of up to 8 bytes MLX keeps there, whoever writes them.
-    """
-    half = len(rotary.inv_freq)
-    require_place(place)
-    if executor() == "reference":
-        return _rotation_table_reference(place, rotary), mx.pad(place[:2], (0, 2))
-    scale = scale_template(rotary)
-    inputs, size, shapes = (turns_of(rotary), place), -(-half // 32) * 32, [(half, 4), (4,)]
-    table, here = _ROTATION(
-        inputs, [("HALF", half), *scale], (size, 1, 1), (size, 1, 1), shapes, [mx.float32, mx.int32]
-    )
-    return table, here
-
-
-def _rotation_table_reference(place: mx.array, rotary: Rotary) -> mx.array:
-    angles = float(np.array(place)[0]) * np.array(rotary.inv_freq)
-    wide = [table(angles) * rotary.attention_factor for table in (np.cos, np.sin)]
-    high = [values.astype(np.float32) for values in wide]
-    low = [(values - rounded).astype(np.float32) for values, rounded in zip(wide, high)]
-    return mx.array(np.stack([high[0], low[0], high[1], low[1]], axis=-1))
 
 
 def _required(norm: tuple[mx.array, float]) -> tuple[mx.array, float]:

@@ -53,12 +53,11 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
     rows = (heads + 2 * kv_heads) * head_dim
     x, weight, bias, residual = random(1, 1, columns), random(columns), random(rows), random(37)
     tail, place = random(1, 2 * kv_heads, 4, head_dim), mx.array([100_000, 99_998], mx.int32)
-    table, _ = ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))
+    table = ops.Rotary.plain(head_dim, 1e6).table(100_000, 1)[0, 0]
     q, kv, new = random(1, 4, 1, 64), random(1, 4, 256, 64), random(1, 4, 16, 64)
     long, seen = random(1, 4, 2304, 64), mx.array([45, 40], mx.int32)
     wide, least, w = random(1, 1, 8192), mx.array([17, 3], mx.int32), random(37, 224)
     found: dict[str, Callable[[], list[mx.array]]] = {
-        "rotation": lambda: list(ops.rotation_table(place, ops.Rotary.plain(head_dim, 1e6))),
         "attend": lambda: [ops.decode_attention(q, kv, new, seen, 0.125, 42)],
         "attend_split": lambda: [ops.decode_attention(q, long, new, seen, 0.125)],
         "attend rows": lambda: [ops.decode_attention(*(twice(a) for a in (q, kv, new)), seen, 0.125, None, least)],

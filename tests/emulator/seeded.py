@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from qwen_mlx import ops
 from reference.emulator import (
@@ -40,13 +41,11 @@ class WrongNumbers(Exception):
 EDITS = {
     "rms_norm without its barrier": Edit("rms_norm.metal", BARRIER, "", RACE),
     "add_rms_norm without its barrier": Edit("add_rms.h", BARRIER, "", RACE),
-    "rope without its barrier": Edit("rope.metal", BARRIER, "", RACE),
-    "qkv_rope without its barrier": Edit("qkv_rope.metal", BARRIER, "", RACE),
     "rms_norm: barrier for no memory": Edit(
         "rms_norm.metal", "mem_flags::mem_threadgroup", "mem_flags::mem_none", RACE
     ),
-    "rope: barrier for the wrong memory": Edit(
-        "rope.metal", "mem_flags::mem_threadgroup", "mem_flags::mem_device", RACE
+    "rms_norm: barrier for the wrong memory": Edit(
+        "rms_norm.metal", "mem_flags::mem_threadgroup", "mem_flags::mem_device", RACE
     ),
     "rms_norm: barrier of a simdgroup only": Edit("rms_norm.metal", "threadgroup_barrier(", "simdgroup_barrier(", RACE),
     "rms_norm without its tail guard": Edit("rms_norm.metal", "if (i < uint(D)) {", "{", OutOfBounds),
@@ -58,9 +57,18 @@ EDITS = {
     "add_rms_norm: sums not stored": Edit(
         "add_rms.h", "store_aligned<T>(sums, row + i, values[p]);", "", UnwrittenOutput
     ),
-    "rope: second half not stored": Edit("heads.h", "store_aligned<T>(q, to + uint(HALF), b);", "", UnwrittenOutput),
+    "rope: second half not stored": Edit("rotary.h", "store<T>(q, to + uint(HALF), b);", "", UnwrittenOutput),
+    "rope without its tail guard": Edit(
+        "rope.metal", "if (item < uint(x_shape[0] * x_shape[1] * HEADS * (HALF / N))) {", "{", OutOfBounds
+    ),
+    "qkv_rope without its tail guard": Edit(
+        "qkv_rope.metal",
+        "if (item < uint(qkv_shape[0] * qkv_shape[1] * (HEADS + 2 * KV) * (HALF / N))) {",
+        "{",
+        OutOfBounds,
+    ),
     "qkv_rope: v stored over k": Edit(
-        "heads.h", "head - uint(HEADS))", "(head - uint(HEADS)) % uint(KV))", (DataRace, UnwrittenOutput)
+        "rotary.h", "head - uint(HEADS))", "(head - uint(HEADS)) % uint(KV))", (DataRace, UnwrittenOutput)
     ),
     "rms_norm: sum starts from nothing": Edit("rms_norm.metal", "float sum = 0.0f;", "float sum;", UninitialisedRead),
     "rms_norm: partial sums that nobody wrote": Edit(
@@ -89,47 +97,50 @@ EDITS = {
     "rms_norm: only the first simdgroup's sum": Edit(
         "rms_norm.metal", "lane < uint(SIMDS) ? partial[lane]", "lane < 1u ? partial[lane]", WrongNumbers
     ),
-    "rope: turns the wrong way": Edit("heads.h", "a.v[k] = first_half;", "a.v[k] = -first_half;", WrongNumbers),
+    "rope: turns the wrong way": Edit(
+        "rotary.h", "a.v[k + i] = first_half;", "a.v[k + i] = -first_half;", WrongNumbers
+    ),
     "rope: pairs neighbours": Edit(
-        "heads.h",
-        "load_aligned<N, ALIGNED>(x, from + uint(HALF));",
-        "load_aligned<N, ALIGNED>(x, from ^ 1u);",
+        "rotary.h",
+        "load<N>(x, from + uint(HALF));",
+        "load<N>(x, from ^ 1u);",
         WrongNumbers,
     ),
-    "rope: the first sequence's offset for all": Edit("heads.h", "? 0u : batch]", "? 0u : 0u]", WrongNumbers),
-    "qkv_rope: v turned too": Edit("heads.h", "head < uint(HEADS + KV)", "head < ALL", WrongNumbers),
+    "rope: the first sequence's angles for all": Edit(
+        "rope.metal", "table_shape[0] * table_shape[1]", "table_shape[1]", WrongNumbers
+    ),
+    "qkv_rope: v rotated too": Edit("rotary.h", "head < uint(HEADS + KV)", "head < ALL", WrongNumbers),
     "qkv_rope: bias of the first head for all": Edit(
-        "heads.h",
-        "beside = head * uint(2 * HALF) + column;",
-        "beside = column;",
+        "rotary.h",
+        "load<N>(bias, head * uint(2 * HALF) + column);",
+        "load<N>(bias, column);",
         WrongNumbers,
     ),
     "swiglu: silu not rounded": Edit("swiglu.metal", "float(T(activated))", "activated", WrongNumbers),
-    "rope: octants swapped wrongly": Edit(
-        "rotary.h", "((octant + 1u) & 2u) == 2u", "(octant & 2u) == 2u", WrongNumbers
+    "rope: cosine and sine exchanged": Edit(
+        "rotary.h", "metal::fma(a, cosine, -(b * sine))", "metal::fma(a, sine, -(b * cosine))", WrongNumbers
     ),
-    "rope: sine not scaled": Edit("rotary.h", "float(sine) * unit;", "float(sine) * unit / scale;", WrongNumbers),
-    "rope: short cosine not scaled": Edit("rotary.h", "two(cos_sign * scale, ", "two(cos_sign, ", WrongNumbers),
-    "rope: low parts left out": Edit(
-        "rotary.h", "metal::fma(-b, r.sin_low, metal::fma(a, r.cos_low, sum))", "sum", WrongNumbers
+    "rope: the first pair's angle for two": Edit(
+        "rotary.h", "-a.v[k + i], turn.v[2 * i], turn.v[2 * i + 1])", "-a.v[k + i], turn.v[0], turn.v[1])", WrongNumbers
     ),
-    "rope: short quarters signed wrongly": Edit(
-        "rotary.h", "quarter == 1u || quarter == 2u", "quarter == 1u", WrongNumbers
+    "rope: angles of the next pair": Edit(
+        "rotary.h",
+        "uint(HALF) + column;\n    UNROLL",
+        "uint(HALF) + column + 1u;\n    UNROLL",
+        (WrongNumbers, OutOfBounds),
     ),
     "rope: tokens beyond the last": Edit(
-        "rope.metal", "threadgroup_position_in_grid.x;", "threadgroup_position_in_grid.x + 1u;", OutOfBounds
+        "rope.metal", "item = thread_position_in_grid.x;", "item = thread_position_in_grid.x + 1u;", UnwrittenOutput
     ),
-    "rope: angles where they are not read": Edit(
-        "heads.h", "table[slot<N, HALF>(i)]", "table[i]", (WrongNumbers, UninitialisedRead)
-    ),
-    "qkv_rope: one offset read for each sequence": Edit(
-        "heads.h", "n_offsets == 1u ? 0u : batch", "batch", OutOfBounds
-    ),
+    "qkv_rope: angles of one sequence read for each": Edit("rotary.h", "token % rows", "token", OutOfBounds),
     "qkv_rope: the first half's bias for the second": Edit(
-        "heads.h",
-        "bias, beside + uint(HALF))",
-        "bias, beside)",
+        "rotary.h",
+        "load<N>(bias, head * uint(2 * HALF) + column + uint(HALF));",
+        "load<N>(bias, head * uint(2 * HALF) + column);",
         WrongNumbers,
+    ),
+    "qkv_rope: sum with the bias not rounded": Edit(
+        "rotary.h", "float(T(b.v[k] + b_bias.v[k]))", "b.v[k] + b_bias.v[k]", WrongNumbers
     ),
     "rms_norm: eps added before the division": Edit(
         "rms.h", "const float x = mean + eps;", "const float x = (sum + eps) / count;", WrongNumbers
@@ -164,21 +175,21 @@ def case_inputs() -> dict[str, Callable[[], list[mx.array]]]:
     x, y, weight = random(2, 2054), random(2, 2054), random(2054)
     gate, up, gate_bias, up_bias = random(3, 70), random(3, 70), random(70), random(70)
     heads, qkv, bias = random(2, 3, 3, 16), random(2, 3, 4 * 16), random(4 * 16)
-    offsets = mx.array([3, 70_000], mx.int32)
-    # So many tokens share threadgroups, whose last one is not full; YaRN scales cosine and sine.
+    by_row = rotary.table(np.array([3, 70_000]), 3)
+    # The last threadgroup is not full; YaRN scales cosine and sine.
     many, wide, yarn = random(1, 1031, 1, 64), random(1, 2, 4 * 64), ops.Rotary.yarn(64, 1e4, 4.0, 2048)
     return {
         "rms_norm": lambda: [ops.rms_norm(x * 1e-3, weight, 1e-6), ops.rms_norm(x[:, :31], weight[:31], 1e-6)],
         "add_rms_norm": lambda: list(ops.add_rms_norm(x, y, weight, 1e-6)),
         "swiglu": lambda: [ops.swiglu(gate, up, gate_bias, up_bias), ops.swiglu_joined(mx.concatenate([gate, up], -1))],
         "rope": lambda: [
-            ops.rope(heads, offsets, rotary),
-            ops.rope(many, 5, yarn),
-            ops.rope(many[:, :9].astype(mx.float32), 5, yarn),
+            ops.rope(heads, by_row),
+            ops.rope(many, yarn.table(5, 1031)),
+            ops.rope(many[:, :9].astype(mx.float32), yarn.table(5, 9)),
         ],
         "qkv_rope": lambda: [
-            *ops.qkv_rope(qkv, bias, offsets, rotary, 2, 1, join_kv=True),
-            *ops.qkv_rope(qkv, None, 7, rotary, 2, 1),
-            *ops.qkv_rope(wide, wide[0, 0], 7, yarn, 2, 1),
+            *ops.qkv_rope(qkv, bias, by_row, 2, 1),
+            *ops.qkv_rope(qkv, None, rotary.table(7, 3), 2, 1),
+            *ops.qkv_rope(wide, wide[0, 0], yarn.table(7, 2), 2, 1),
         ],
     }

@@ -19,7 +19,6 @@ EDITS: dict[str, tuple[str, Edit]] = {
         "matvec q4_k",
         Edit("rows.h", "i = i < uint(COUNT) ? i : uint(COUNT - 1);", "", OutOfBounds),
     ),
-    "rotation without its tail guard": ("rotation", Edit("rotation.metal", "if (i < uint(HALF)) {", "{", OutOfBounds)),
     "matvec_qkv: the tail copied over the new token": (
         "matvec_qkv dense",
         Edit("matvec_qkv.metal", "if (i / uint(2 * HALF) % uint(TAIL) != slot) {", "{", DataRace),

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 
 from qwen_mlx import ops
 from qwen_mlx.cli import selftest
@@ -29,11 +30,11 @@ def calls() -> list[Call]:
                 ("swiglu", ops.swiglu_joined, [x, w]),
             ]
         heads, qkv, bias = mx.zeros((2, 3, 2, 8), dtype), mx.zeros((2, 3, 32), dtype), mx.zeros((32,), dtype)
-        offsets = mx.array([3, 5], mx.int32)
+        table, rows = rotary.table(5, 3), rotary.table(np.array([3, 5]), 3)
         result += [
-            ("rope", lambda x: ops.rope(x, 5, rotary), [heads]),
-            ("qkv_rope", lambda x: ops.qkv_rope(x, None, 5, rotary, 2, 1), [qkv]),
-            ("qkv_rope", lambda x, b, o: ops.qkv_rope(x, b, o, rotary, 2, 1), [qkv, bias, offsets]),
+            ("rope", ops.rope, [heads, table]),
+            ("qkv_rope", lambda x, t: ops.qkv_rope(x, None, t, 2, 1), [qkv, table]),
+            ("qkv_rope", lambda x, b, t: ops.qkv_rope(x, b, t, 2, 1), [qkv, bias, rows]),
         ]
     return result
 

@@ -59,7 +59,7 @@ def test_defects_of_shipped_kernels_are_seen(kernels, name):
     with_defect(
         kernels,
         edit,
-        {"rms.h": "rms_norm", "add_rms.h": "add_rms_norm", "rotary.h": "rope", "heads.h": "qkv_rope"}.get(
+        {"rms.h": "rms_norm", "add_rms.h": "add_rms_norm", "rotary.h": "qkv_rope"}.get(
             edit.file, edit.file.removesuffix(".metal")
         ),
     )

@@ -17,6 +17,7 @@ from ..emulator.decoding_calls import TILED, calls
 from .nvrtc import compiled_kernels
 
 ROTARY = ops.Rotary.plain(8, 1e4)
+TABLE = ROTARY.table(0, 2)
 
 
 def x(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -43,15 +44,32 @@ REFUSED = {
     "gate's bias": (lambda: ops.swiglu(x(2, 8), x(2, 8), x(7), x(8)), r"gate_bias has shape \(7,\).*expected \(8,\)"),
     "odd joined axis": (lambda: ops.swiglu_joined(x(2, 7)), r"gate_up has shape \(2, 7\).*even"),
     "joined bias": (lambda: ops.swiglu_joined(x(2, 8), x(4)), r"bias has shape \(4,\).*expected \(8,\)"),
-    "three axes": (lambda: ops.rope(x(2, 3, 8), 0, ROTARY), r"x has shape \(2, 3, 8\), expected \(B, L, H, 8\)"),
-    "odd head": (lambda: ops.rope(x(1, 2, 3, 7), 0, ROTARY), r"x has shape \(1, 2, 3, 7\)"),
-    "negative offset": (lambda: ops.rope(x(1, 2, 3, 8), -1, ROTARY), "offset is -1"),
+    "three axes": (lambda: ops.rope(x(2, 3, 8), TABLE), r"x has shape \(2, 3, 8\), expected \(B, L, H, head_dim\)"),
+    "odd head": (lambda: ops.rope(x(1, 2, 3, 7), TABLE), r"x has shape \(1, 2, 3, 7\), expected \(B, L, H, 8\)"),
+    "negative offset": (lambda: ROTARY.table(-1, 2), "offset is -1"),
     "offsets of another batch": (
-        lambda: ops.rope(x(2, 2, 3, 8), mx.array([1, 2, 3], mx.int32), ROTARY),
-        r"offset has shape \(3,\).*\(2,\)",
+        lambda: ops.rope(x(2, 2, 3, 8), ROTARY.table(np.array([1, 2, 3]), 2)),
+        r"table has shape \(3, 2, 4, 2\).*expected \(1 or 2, 2, head_dim / 2, 2\)",
     ),
-    "offsets of floats": (lambda: ops.rope(x(1, 2, 3, 8), mx.array([1.0]), ROTARY), "offset .*float32.*int32"),
-    "width of qkv": (lambda: ops.qkv_rope(x(1, 2, 30), None, 0, ROTARY, 2, 1), r"qkv has shape \(1, 2, 30\).*32"),
+    "offsets of floats": (
+        lambda: ROTARY.table(np.array([1.0]), 2),
+        r"offset is array\(\[1.\]\), expected an int, or a NumPy array",
+    ),
+    "offsets of MLX": (
+        lambda: ROTARY.table(mx.array([1]), 2),
+        r"offset is array\(\[1\], dtype=int32\), expected .* NumPy",
+    ),
+    "offsets in two axes": (
+        lambda: ROTARY.table(np.ones((2, 1), int), 2),
+        r"offset is array\(\[\[1\],\s+\[1\]\]\), expected",
+    ),
+    "offsets beyond int32": (
+        lambda: ROTARY.table(np.array([1, 2**31 - 1]), 2),
+        "offset is .*2147483647.*, expected -2147483646 to",
+    ),
+    "a table of another length": (lambda: ops.rope(x(1, 3, 3, 8), TABLE), r"table has shape \(1, 2, 4, 2\)"),
+    "a table of float16": (lambda: ops.rope(x(1, 2, 3, 8), TABLE.astype(mx.float16)), "table .*float16, expected"),
+    "width of qkv": (lambda: ops.qkv_rope(x(1, 2, 30), None, TABLE, 2, 1), r"qkv has shape \(1, 2, 30\).*32"),
     "x is None": (lambda: ops.rms_norm(None, x(8), 1e-6), "x is None, expected an array of float32"),
     "x is a list": (lambda: ops.swiglu_joined([1.0, 2.0]), "gate_up is of type list, expected an array"),
     "weight of numpy": (lambda: ops.rms_norm(x(2, 8), np.ones(8, np.float32), 1e-6), "weight is of type ndarray"),
@@ -60,8 +78,8 @@ REFUSED = {
     "negative eps": (lambda: ops.rms_norm(x(2, 8), x(8), -1.0), "eps is -1.0, expected a number from 0"),
     "eps not a number": (lambda: ops.rms_norm(x(2, 8), x(8), float("nan")), "eps is nan"),
     "eps as text": (lambda: ops.add_rms_norm(x(2, 8), x(2, 8), x(8), "1e-6"), "eps is '1e-6'"),
-    "offset beyond int32": (lambda: ops.rope(x(1, 2, 3, 8), 2**31 - 1, ROTARY), "expected 0 to 2147483646 for 2"),
-    "offset is True": (lambda: ops.rope(x(1, 2, 3, 8), True, ROTARY), "offset is of type bool, expected an int"),
+    "offset beyond int32": (lambda: ROTARY.table(2**31 - 1, 2), "expected 0 to 2147483646 for 2"),
+    "offset is True": (lambda: ROTARY.table(True, 2), "offset is True, expected an int"),
     "products without a norm": (
         lambda: ops.matvec_swiglu(x(64), selftest_decoding.matrix("affine4", 4, 64, mx.float32), None),
         "norm is None",
@@ -86,10 +104,10 @@ REFUSED = {
         lambda: ops.unpack(selftest_decoding.matrix("affine4", 4, 64, mx.float32), mx.float32, x(2)),
         "ids has shape .* expected integers",
     ),
-    "no rotary": (lambda: ops.rope(x(1, 2, 3, 8), 0, None), "rotary is of type NoneType, expected a Rotary"),
-    "no heads": (lambda: ops.qkv_rope(x(1, 2, 0), None, 0, ROTARY, 0, 0), "n_heads is 0 and n_kv_heads 0"),
-    "heads below none": (lambda: ops.qkv_rope(x(1, 2, 32), None, 0, ROTARY, 6, -1), "n_kv_heads -1, expected positive"),
-    "heads of floats": (lambda: ops.qkv_rope(x(1, 2, 32), None, 0, ROTARY, 2.0, 1), "n_heads is 2.0"),
+    "no table": (lambda: ops.rope(x(1, 2, 3, 8), None), r"table is None, expected \(1 or 1, 2, head_dim / 2, 2\)"),
+    "no heads": (lambda: ops.qkv_rope(x(1, 2, 0), None, TABLE, 0, 0), "n_heads is 0 and n_kv_heads 0"),
+    "heads below none": (lambda: ops.qkv_rope(x(1, 2, 32), None, TABLE, 6, -1), "n_kv_heads -1, expected positive"),
+    "heads of floats": (lambda: ops.qkv_rope(x(1, 2, 32), None, TABLE, 2.0, 1), "n_heads is 2.0"),
     "theta of 0": (lambda: ops.Rotary.plain(8, 0.0), "theta is 0.0, expected a positive number"),
     "theta not a number": (lambda: ops.Rotary.plain(8, float("nan")), "theta is nan"),
     "factor of 0": (lambda: ops.Rotary.plain(8, 1e4, 0.0), "factor is 0.0"),
@@ -103,7 +121,7 @@ REFUSED = {
     "YaRN's factor": (lambda: ops.Rotary.yarn(8, 1e4, 4.0, 100, attention_factor=0), "attention_factor is 0"),
     "no frequency": (lambda: ops.Rotary(()), "expected one or more finite numbers"),
     "factors of another length": (lambda: ROTARY.divided(np.ones(3)), r"factors has shape \(3,\), expected 4 positive"),
-    "bias of qkv": (lambda: ops.qkv_rope(x(1, 2, 32), x(8), 0, ROTARY, 2, 1), r"bias has shape \(8,\).*\(32,\)"),
+    "bias of qkv": (lambda: ops.qkv_rope(x(1, 2, 32), x(8), TABLE, 2, 1), r"bias has shape \(8,\).*\(32,\)"),
 }
 
 
@@ -120,9 +138,9 @@ def test_arrays_without_elements_launch_nothing():
         with ops.forced(kind):
             assert ops.rms_norm(x(2, 0), x(0), 1e-6).shape == (2, 0)
             assert ops.swiglu_joined(x(3, 0)).shape == (3, 0)
-            assert ops.rope(x(2, 3, 0, 8), 5, ROTARY).shape == (2, 3, 0, 8)
-            assert ops.rope(x(2, 0, 2, 8), 5, ROTARY).shape == (2, 0, 2, 8)
-            assert [y.shape for y in ops.qkv_rope(x(0, 2, 32), None, 5, ROTARY, 2, 1)][1:] == [(0, 2, 1, 8)] * 2
+            assert ops.rope(x(2, 3, 0, 8), ROTARY.table(5, 3)).shape == (2, 3, 0, 8)
+            assert ops.rope(x(2, 0, 2, 8), ROTARY.table(5, 0)).shape == (2, 0, 2, 8)
+            assert [y.shape for y in ops.qkv_rope(x(0, 2, 32), None, TABLE, 2, 1)] == [(0, 2, 2, 8), (0, 2, 2, 1, 8)]
 
 
 def test_odd_head_dim_has_no_frequencies():
@@ -186,8 +204,8 @@ def test_a_part_that_is_switched_off_launches_nothing(monkeypatch):
         "unpack": lambda: ops.unpack(matrix, mx.float32),
         "rms_norm": lambda: (ops.rms_norm(x(2, 8), x(8), 1e-6), ops.add_rms_norm(x(2, 8), x(2, 8), x(8), 1e-6)),
         "rope": lambda: (
-            ops.rope(x(1, 2, 2, 8), 3, ops.Rotary.plain(8, 1e4)),
-            ops.qkv_rope(x(1, 2, 32), None, 3, ops.Rotary.plain(8, 1e4), 2, 1),
+            ops.rope(x(1, 2, 2, 8), TABLE),
+            ops.qkv_rope(x(1, 2, 32), None, TABLE, 2, 1),
         ),
         "swiglu": lambda: (ops.swiglu(x(2, 8), x(2, 8)), ops.swiglu_joined(x(2, 16))),
         "best_token": lambda: ops.best_token(x(2, 8)),
@@ -211,21 +229,20 @@ def test_rows_above_the_limit_are_computed_in_plain_mlx():
     with ops.forced("metal"):  # without a stand-in a launch would raise
         assert ops.rms_norm(x(1, 20_000), x(20_000), 1e-6).shape == (1, 20_000)
         mx.eval(ops.rms_norm(x(1, 20_000), x(20_000), 1e-6))
-        wide = ops.Rotary.plain(2048, 1e4)
-        mx.eval(ops.rope(x(1, 1, 1, 2048), 0, wide))
         with pytest.raises(RuntimeError, match="No Metal back-end"):
             mx.eval(ops.rms_norm(x(1, 16_384), x(16_384), 1e-6))
 
 
 def test_every_kernel_compiles_as_cuda_with_16_byte_accesses():
+    table = ops.Rotary.plain(64, 1e6).table(5, 3)
     calls = [
         lambda dtype: ops.rms_norm(x(3, 896, dtype=dtype), x(896, dtype=dtype), 1e-6),
         lambda dtype: ops.add_rms_norm(x(3, 896, dtype=dtype), x(3, 896, dtype=dtype), x(896, dtype=dtype), 1e-6),
         lambda dtype: ops.swiglu(x(3, 48, dtype=dtype), x(3, 48, dtype=dtype), x(48, dtype=dtype), x(48, dtype=dtype)),
         lambda dtype: ops.swiglu_joined(x(3, 96, dtype=dtype)),
-        lambda dtype: ops.rope(x(1, 3, 2, 64, dtype=dtype), 5, ops.Rotary.plain(64, 1e6)),
-        lambda dtype: ops.qkv_rope(x(1, 3, 256, dtype=dtype), x(256, dtype=dtype), 5, ops.Rotary.plain(64, 1e6), 2, 1),
-        lambda dtype: ops.qkv_rope(x(1, 3, 256, dtype=dtype), None, 5, ops.Rotary.plain(64, 1e6), 2, 1),
+        lambda dtype: ops.rope(x(1, 3, 2, 64, dtype=dtype), table),
+        lambda dtype: ops.qkv_rope(x(1, 3, 256, dtype=dtype), x(256, dtype=dtype), table, 2, 1),
+        lambda dtype: ops.qkv_rope(x(1, 3, 256, dtype=dtype), None, table, 2, 1),
     ]
     for dtype in selftest.DTYPES:
         for call in calls:
@@ -272,16 +289,15 @@ def test_every_case_of_the_self_test_compiles_as_cuda():
 
 
 @pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
-def test_odd_sizes_and_scaling_compile_as_cuda(dtype):
+def test_odd_sizes_compile_as_cuda(dtype):
     with compiled_kernels() as ptx, ops.no_grad():
-        ops.rope(x(1, 3, 2, 64, dtype=dtype), 5, ops.Rotary.yarn(64, 1e6, 4.0, 32768))
         ops.rms_norm(x(3, 897, dtype=dtype), x(897, dtype=dtype), 1e-6)
         ops.swiglu(x(3, 7, dtype=dtype), x(3, 7, dtype=dtype))
         for head_dim in (2, 4, 6, 80, 96):
-            rotary = ops.Rotary.plain(head_dim, 1e6)
-            ops.rope(x(1, 3, 2, head_dim, dtype=dtype), 5, rotary)
-            ops.qkv_rope(x(1, 3, 4 * head_dim, dtype=dtype), x(4 * head_dim, dtype=dtype), 5, rotary, 2, 1)
-    assert len(ptx) == 13
+            table = ops.Rotary.plain(head_dim, 1e6).table(5, 3)
+            ops.rope(x(1, 3, 2, head_dim, dtype=dtype), table)
+            ops.qkv_rope(x(1, 3, 4 * head_dim, dtype=dtype), x(4 * head_dim, dtype=dtype), table, 2, 1)
+    assert len(ptx) == 12
 
 
 def test_a_kernel_that_does_not_compile_fails_the_test_of_it(tmp_path, monkeypatch):

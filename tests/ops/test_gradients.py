@@ -30,7 +30,7 @@ def torch_rope(x, offset=7):
 def torch_qkv(qkv, bias):
     heads = (qkv + bias).unflatten(-1, (4, 32))
     turned = torch_rope(heads[:, :, :3])
-    return turned[:, :, :2], turned[:, :, 2:], heads[:, :, 3:]
+    return turned[:, :, :2], torch.stack([turned[:, :, 2:], heads[:, :, 3:]], 2)
 
 
 def torch_swiglu(gate, up):
@@ -51,13 +51,13 @@ OPERATIONS = {
         [(3, 40), (3, 40), (40,), (40,)],
     ),
     "swiglu_joined": (ops.swiglu_joined, lambda x, b: torch_swiglu(*(x + b).chunk(2, -1)), [(3, 40), (40,)]),
-    "rope": (lambda x: ops.rope(x, 7, ROTARY), torch_rope, [(2, 3, 2, 32)]),
+    "rope": (lambda x: ops.rope(x, ROTARY.table(7, 3)), torch_rope, [(2, 3, 2, 32)]),
     "rope by sequence": (
-        lambda x: ops.rope(x, mx.array([7, 7], mx.int32), ROTARY),
+        lambda x: ops.rope(x, ROTARY.table(np.array([7, 7]), 3)),
         torch_rope,
         [(2, 3, 2, 32)],
     ),
-    "qkv_rope": (lambda x, b: ops.qkv_rope(x, b, 7, ROTARY, 2, 1), torch_qkv, [(2, 3, 128), (128,)]),
+    "qkv_rope": (lambda x, b: ops.qkv_rope(x, b, ROTARY.table(7, 3), 2, 1), torch_qkv, [(2, 3, 128), (128,)]),
 }
 
 

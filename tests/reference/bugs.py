@@ -132,8 +132,7 @@ def _(model, patch):
 
 
 def change_rotary(model: Any, make: Callable[[ops.Rotary], ops.Rotary]) -> None:
-    for layer in model.model.layers:
-        layer.self_attn.rotary = make(layer.self_attn.rotary)
+    model.model.rotary = make(model.model.rotary)
 
 
 @bug("theta 1e4", "0.layers.0.q_rope", "theta is 10000")
@@ -163,22 +162,27 @@ def _(model, patch):
 
 
 def patch_rope(patch: pytest.MonkeyPatch, turn: Callable[..., mx.array]) -> None:
-    """Replaces how q and k are rotated: turn(x, offset, rotary)."""
+    """Replaces how q and k are rotated: turn(x, table)."""
 
-    def qkv_rope(qkv, bias, offset, rotary, n_heads, n_kv_heads, join_kv=False):
+    def qkv_rope(qkv, bias, table, n_heads, n_kv_heads):
         x = (qkv if bias is None else qkv + bias).reshape(*qkv.shape[:2], n_heads + 2 * n_kv_heads, -1)
         q, k, v = mx.split(x, [n_heads, n_heads + n_kv_heads], axis=2)
-        q, k = turn(q, offset, rotary), turn(k, offset, rotary)
-        return (q, mx.stack([k, v], axis=2)) if join_kv else (q, k, v)
+        return turn(q, table), mx.stack([turn(k, table), v], axis=2)
 
     patch.setattr(ops, "qkv_rope", qkv_rope)
 
 
+def patch_offset(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
+    """Replaces the first position that a table is made for."""
+    table = ops.Rotary.table
+    patch.setattr(ops.Rotary, "table", lambda rotary, offset, length: table(rotary, change(offset), length))
+
+
 @bug("RoPE pairs neighbours", "0.layers.0.q_rope", "pairs neighbours")
 def _(model, patch):
-    def turn(x, offset, rotary):
+    def turn(x, table):
         halves = mx.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
-        out = ops.rope(halves, offset, rotary)
+        out = ops.rope(halves, table)
         return mx.stack(mx.split(out, 2, axis=-1), axis=-1).reshape(x.shape)
 
     patch_rope(patch, turn)
@@ -186,25 +190,22 @@ def _(model, patch):
 
 @bug("RoPE turns the wrong way", "0.layers.0.q_rope", "wrong way")
 def _(model, patch):
-    patch_rope(
-        patch,
-        lambda x, offset, rotary: ops.rope(x, offset, replace(rotary, inv_freq=tuple(-f for f in rotary.inv_freq))),
-    )
+    patch_rope(patch, lambda x, table: ops.rope(x, table * mx.array([1.0, -1.0])))
 
 
 @bug("RoPE left out", "0.layers.0.q_rope", "RoPE was left out")
 def _(model, patch):
-    patch_rope(patch, lambda x, offset, rotary: x)
+    patch_rope(patch, lambda x, table: x)
 
 
 @bug("RoPE starts at 1", "0.layers.0.q_rope", "off by 1")
 def _(model, patch):
-    patch_rope(patch, lambda x, offset, rotary: ops.rope(x, offset + 1, rotary))
+    patch_offset(patch, lambda offset: offset + 1)
 
 
 @bug("RoPE ignores the cache's offset", "1.layers.0.q_rope", "offset is not used", run="decode")
 def _(model, patch):
-    patch_rope(patch, lambda x, offset, rotary: ops.rope(x, 0, rotary))
+    patch_offset(patch, lambda offset: 0)
 
 
 @bug("eps 1e-5 instead of 1e-6", "0.layers.0.input_norm", "eps is 1e-05, expected 1e-06")
