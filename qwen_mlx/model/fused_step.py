@@ -96,13 +96,14 @@ class Step:
         )
         buffers, tails = rest[:n_layers], list(rest[n_layers:])
         table, place = table + 0, place + 0  # into the GPU's own memory: see backend.in_gpu_memory
+        angles = table[0, 0]
         if self._ranks is None:
             h = ops.unpack(self._embedding[0], tails[0].dtype, input_ids)
         else:
             h = self._embed.rows(input_ids)
         for i, (norm, mlp_norm, (qkv, bias), o_proj, (gate_up, down_proj)) in enumerate(self._layers):
             if len(qkv) <= 2:
-                q, tails[i] = ops.matvec_qkv(h, qkv, bias, (norm, eps), table[0, 0], tails[i], place, n_heads)
+                q, tails[i] = ops.matvec_qkv(h, qkv, bias, (norm, eps), angles, tails[i], place, n_heads)
             else:  # q, k and v are stored in three ways
                 joined = mx.concatenate([ops.matvec(h, part, (norm, eps)) for part in qkv], axis=-1)
                 q, kv = ops.qkv_rope(joined, bias, table, n_heads, n_kv_heads)
