@@ -41,7 +41,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "matvec_qkv: second half turned the wrong way": (
         "matvec_qkv dense",
-        Edit("matvec_qkv.metal", "turn.v[1], -a,", "turn.v[1], a,", WrongNumbers),
+        Edit("matvec_qkv.metal", "b = rotated(b, -a,", "b = rotated(b, a,", WrongNumbers),
     ),
     "matvec_qkv: the second matrix from the first one's unit on": (
         "matvec_qkv mixed",
