@@ -34,8 +34,10 @@ def kernels(tmp_path, monkeypatch):
 
 
 def compare(name: str) -> None:
-    """Runs a shipped kernel in the emulator. Raises WrongNumbers unless it is within an ulp of plain MLX, for RoPE at the
-    length of each pair."""
+    """Runs a shipped kernel in the emulator. Raises WrongNumbers unless it is within an ulp of plain MLX.
+
+    RoPE's ulp is that of each pair's length: see selftest.pair_lengths.
+    """
     with emulate(seed=1), ops.no_grad():
         got = CASES[name]()
     want = CASES[name]()
