@@ -20,6 +20,7 @@ from benchmarks.arguments import require_module
 from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.backend import mx
 from qwen_mlx.cli import command as cli
+from qwen_mlx.model.fused import FusedModel
 
 Counts = collections.Counter[str]
 VIEWS = {"Transpose", "Reshape", "Flatten", "Unflatten", "Broadcast", "Slice", "ExpandDims", "Squeeze", "Split"}
@@ -76,11 +77,11 @@ def ours(n_layers: int) -> Counts:
     """Of a decoding step."""
     model = Qwen2(config_of(n_layers))
     cache = model.make_cache()
-    with ops.no_grad():
-        model(mx.array([[1, 2]]), cache)
-        mx.eval(model.parameters(), [layer.tail_for_one()[:2] for layer in cache])
-        with ops.forced("metal"):
-            return primitives(lambda: [model(mx.array([[3]]), cache), *(layer.tail_for_one()[1] for layer in cache)])
+    fused = FusedModel.of(model)
+    fused(mx.array([[1, 2]]), cache)
+    mx.eval(model.parameters(), [layer.recent()[:2] for layer in cache])
+    with ops.forced("metal"):
+        return primitives(lambda: [fused(mx.array([[3]]), cache), *(layer.recent()[1] for layer in cache)])
 
 
 def theirs(n_layers: int) -> Counts:

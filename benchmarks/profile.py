@@ -26,7 +26,7 @@ from qwen_mlx import Qwen2, ops
 from qwen_mlx.backend import describe, mx
 from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.model.layers import matrices
+from qwen_mlx.model.layers import join_rows
 
 
 def traced(tokens, count: int) -> list[tuple[str, int, int]]:
@@ -65,9 +65,10 @@ def bytes_read(model: Qwen2, kernel: str) -> int | None:
     """What a launch must read of a matrix at least, by its kernel's name, in which its sizes stand; None: no matrix."""
     layer = model.model.layers[0]
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    modules = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj, head)
-    for place, module in enumerate(modules):
-        for matrix in matrices(module):
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, gate_up = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+    for place, modules in enumerate((qkv, [attention.o_proj], gate_up, [mlp.down_proj], [head])):
+        for matrix in join_rows(modules):
             rows, columns = matrix.rows, matrix.columns
             sizes = f"matvec_qkv.*_{columns}" if place == 0 else f"(_swiglu.*_{rows // 2}|_{rows}_[tf]_[tf])_{columns}"
             if re.search(f"_{matrix.packing.kind}_", kernel) and re.search(f"{sizes}_", kernel):

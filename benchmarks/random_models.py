@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.backend import mx, nn
-from qwen_mlx.model.layers import GGUFEmbedding, GGUFLinear, MergedLinear, QuantizedEmbedding, QuantizedLinear
+from qwen_mlx.model.layers import QuantizedEmbedding, QuantizedLinear
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied: Qwen2.5's published config.json files
 SHAPES = {
@@ -39,13 +39,11 @@ def random_model(size: str, bits: int | None) -> Qwen2:
         for name, module in model.named_modules():  # a joined matrix is packed as one
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
-            packed = mx.quantize(module.weight, group_size=64, bits=bits)
-            if isinstance(module, nn.Embedding):
-                new = QuantizedEmbedding(*packed, 64, bits, dtype())
-            else:
-                new = QuantizedLinear(*packed, 64, bits)
-                if "bias" in module:
-                    new.bias = module.bias
+            arrays = mx.quantize(module.weight, group_size=64, bits=bits)
+            matrix = ops.Matrix(ops.Packing("affine", bits, 64), *module.weight.shape, tuple(arrays))
+            new = QuantizedEmbedding(matrix, dtype()) if isinstance(module, nn.Embedding) else QuantizedLinear(matrix)
+            if "bias" in module:
+                new.bias = module.bias
             mx.eval(new.parameters())
             *path, last = name.split(".")
             parent = model
@@ -63,19 +61,26 @@ def raw_model(size: str) -> Qwen2:
     model.set_dtype(dtype())
     vocabulary, hidden, intermediate = config.vocab_size, config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
-    model.model.embed_tokens = GGUFEmbedding(random_blocks("q4_k", vocabulary, hidden), dtype())
+    model.model.embed_tokens = QuantizedEmbedding(random_blocks("q4_k", vocabulary, hidden), dtype())
     if not config.tie_word_embeddings:
-        model.lm_head = GGUFLinear(random_blocks("q6_k", vocabulary, hidden))
+        model.lm_head = QuantizedLinear(random_blocks("q6_k", vocabulary, hidden))
     for n, layer in enumerate(model.model.layers):
         eighth = config.num_hidden_layers // 8
         finer = "q6_k" if n < eighth or n >= 7 * eighth or (n - eighth) % 3 == 2 else "q4_k"
         attention, mlp = layer.self_attn, layer.mlp
-        rows = {"q4_k": [(hidden + 2 * kv, "q4_k")], "q6_k": [(hidden + kv, "q4_k"), (kv, "q6_k")]}[finer]
-        parts = [GGUFLinear(random_blocks(kind, count, hidden)) for count, kind in rows]
-        attention.qkv_proj = parts[0] if len(parts) == 1 else MergedLinear(parts)
-        attention.o_proj = GGUFLinear(random_blocks("q4_k", hidden, hidden))
-        mlp.gate_up_proj = GGUFLinear(random_blocks("q4_k", 2 * intermediate, hidden))
-        mlp.down_proj = GGUFLinear(random_blocks(finer, hidden, intermediate))
+        for owner, name, kind, rows, columns in (
+            (attention, "q_proj", "q4_k", hidden, hidden),
+            (attention, "k_proj", "q4_k", kv, hidden),
+            (attention, "v_proj", finer, kv, hidden),
+            (attention, "o_proj", "q4_k", hidden, hidden),
+            (mlp, "gate_proj", "q4_k", intermediate, hidden),
+            (mlp, "up_proj", "q4_k", intermediate, hidden),
+            (mlp, "down_proj", finer, hidden, intermediate),
+        ):
+            new = QuantizedLinear(random_blocks(kind, rows, columns))
+            if "bias" in owner[name]:
+                new.bias = owner[name].bias
+            owner[name] = new
         mx.eval(model.parameters())
     return model
 

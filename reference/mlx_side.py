@@ -11,35 +11,39 @@ from typing import Any
 from qwen_mlx import ops
 from qwen_mlx.backend import mx, nn
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding
+from qwen_mlx.model.fused import FusedModel
 from qwen_mlx.model.qwen2 import Qwen2
 
 from .taps import Run
 
 Sink = Callable[[str, mx.array], None]  # called with key and array, in the order of computation
 
-# Where each tap is read, all in one place. A layer's modules: (tap of the input, taps of the outputs); "<" before a tap
-# is the layer before, None is not reported. Norms return the residual stream too, whose addition they do.
+# Where each tap is read, all in one place. A layer's modules: (tap of the input, tap of the output), None not reported.
 LAYER_MODULES = {
-    "input_layernorm": (None, ("<residual", "input_norm")),
-    "self_attn.o_proj": ("attn", ("o",)),
-    "post_attention_layernorm": (None, ("attn_residual", "post_norm")),
-    "mlp.down_proj": ("act", ("down",)),
+    "input_layernorm": (None, "input_norm"),
+    "self_attn.q_proj": (None, "q"),
+    "self_attn.k_proj": (None, "k"),
+    "self_attn.v_proj": (None, "v"),
+    "self_attn.o_proj": ("attn", "o"),
+    "post_attention_layernorm": ("attn_residual", "post_norm"),
+    "mlp.gate_proj": (None, "gate"),
+    "mlp.up_proj": (None, "up"),
+    "mlp.down_proj": ("act", "down"),
+    "": (None, "residual"),
 }
-OPERATIONS = ("qkv_rope", "attention", "swiglu_joined")  # q, k, v, q_rope, k_rope; probs; gate, up
 
 
 def record(model: Qwen2, run: Run, sink: Sink) -> None:
     """Runs the model on `run` and hands every tap to `sink`, positions on axis 1.
 
-    Logits and caches are those of a second run that nobody watches, the way generation goes: what is fused there, and
-    has no taps inside, is compared too.
+    Logits and caches are those of a second run, of the fused form that generation uses: it has no taps inside, and is
+    compared too.
     """
     watched, unwatched = _cache(model, run), _cache(model, run)
     for call, ids in enumerate(run.calls()):
         with taps(model, lambda name, array, call=call: sink(f"{call}.{name}", array)):
             model(mx.array(ids), watched)
-        with ops.no_grad():
-            sink(f"{call}.logits", model(mx.array(ids), unwatched))
+        sink(f"{call}.logits", FusedModel.of(model)(mx.array(ids), unwatched, 0))
         for i, layer in enumerate(unwatched):
             for tap, array in zip(("cache_k", "cache_v"), layer.state):
                 sink(f"{call}.layers.{i}.{tap}", array.swapaxes(1, 2))
@@ -56,64 +60,48 @@ def _cache(model: Qwen2, run: Run) -> list[Any]:
 def taps(model: Qwen2, report: Sink) -> Iterator[None]:
     """While open, `model` reports every tap but logits and cache as it computes them."""
     modules = dict(model.named_modules())
-    last = len(model.model.layers) - 1
-    places: dict[int, tuple[int, str | None, tuple[str | None, ...]]] = {
-        id(modules["model.embed_tokens"]): (-1, None, ("embeddings",)),
-        id(modules["model.norm"]): (last + 1, None, ("<residual", "norm")),
+    points: dict[int, tuple[int | None, str | None, str]] = {
+        id(modules["model.embed_tokens"]): (None, None, "embeddings"),
+        id(modules["model.norm"]): (None, None, "norm"),
     }
-    for i in range(last + 1):
-        for path, (before, after) in LAYER_MODULES.items():
-            places[id(modules[f"model.layers.{i}.{path}"])] = (i, before, after)
+    for i in range(len(model.model.layers)):
+        for path, taps_of in LAYER_MODULES.items():
+            points[id(modules[f"model.layers.{i}.{path}".rstrip(".")])] = (i, *taps_of)
     layer = 0  # the one being computed, for the operations, which know none
+    ropes = 0  # rotations computed so far: of queries and keys in turn
 
-    def say(at: int, tap: str | None, array: mx.array) -> None:
-        if tap and tap.startswith("<"):
-            at, tap = at - 1, tap[1:]
-            if at < 0:
-                return  # before the first layer it is the embeddings
+    def say(at: int | None, tap: str | None, array: mx.array) -> None:
         if tap:
-            report(f"layers.{at}.{tap}" if 0 <= at <= last else tap, array)
+            report(tap if at is None else f"layers.{at}.{tap}", array)
 
     def tapped(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
             nonlocal layer
-            if id(self) not in places:
+            if id(self) not in points:
                 return call(self, x, *args, **kwargs)
-            at, before, after = places[id(self)]
-            layer = at
+            at, before, after = points[id(self)]
+            layer = layer if at is None else at
             say(at, before, x)
             out = call(self, x, *args, **kwargs)
-            for tap, array in zip(after, out if isinstance(out, tuple) else (out,), strict=True):
-                say(at, tap, array)
+            say(at, after, out)
             return out
 
         return run
 
-    def qkv_rope(
-        qkv: mx.array, bias: mx.array | None, table: mx.array, heads: int, kv_heads: int
-    ) -> tuple[mx.array, mx.array]:
-        head_dim = qkv.shape[-1] // (heads + 2 * kv_heads)
-        biased = qkv if bias is None else qkv + bias
-        parts = mx.split(biased, [heads * head_dim, (heads + kv_heads) * head_dim], axis=-1)
-        for tap, array in zip("qkv", parts):
-            say(layer, tap, array)
-        q, kv = operations["qkv_rope"](qkv, bias, table, heads, kv_heads)
-        say(layer, "q_rope", q)
-        say(layer, "k_rope", kv[:, :, 0])
-        return q, kv
+    def rope(x: mx.array, table: mx.array) -> mx.array:
+        nonlocal ropes
+        out = operations["rope"](x, table)
+        say(layer, ("q_rope", "k_rope")[ropes % 2], out)
+        ropes += 1
+        return out
 
     def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any) -> mx.array:
         say(layer, "probs", probabilities(q, keys, scale, mask))
         return operations["attention"](q, keys, values, scale, mask)
 
-    def swiglu_joined(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
-        for tap, array in zip(("gate", "up"), mx.split(gate_up if bias is None else gate_up + bias, 2, axis=-1)):
-            say(layer, tap, array)
-        return operations["swiglu_joined"](gate_up, bias)
-
-    operations = {name: getattr(ops, name) for name in OPERATIONS}
-    watched = {"qkv_rope": qkv_rope, "attention": attention, "swiglu_joined": swiglu_joined}
-    calls = {cls: cls.__call__ for cls in {type(m) for m in modules.values() if id(m) in places}}
+    watched = {"rope": rope, "attention": attention}
+    operations = {name: getattr(ops, name) for name in watched}
+    calls = {cls: cls.__call__ for cls in {type(m) for m in modules.values() if id(m) in points}}
     try:
         for cls, call in calls.items():
             cls.__call__ = tapped(call)

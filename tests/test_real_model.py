@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_mlx import Qwen2, SamplingSettings, generate, load, ops
+from qwen_mlx import SamplingSettings, generate, load, ops
 from qwen_mlx.backend import mx
 from qwen_mlx.generation.engine import generate_ids
 from qwen_mlx.generation.text import encode_prompt
-from qwen_mlx.model import fused_step as step
 from qwen_mlx.model.cache import KVCache
+from qwen_mlx.model.fused import FusedModel
 from reference.emulator import emulate
 
 PROMPTS = [
@@ -84,16 +84,16 @@ def test_256_tokens_by_the_decoding_step_equal_the_plain_ones(ours, monkeypatch)
     """The step that a GPU takes, its products and its cache's tail in plain MLX operations."""
     ids = encode_prompt(ours[1], PROMPTS[0])
     plain = greedy(ours, ids, 256)
-    served = []
+    steps = []
 
-    def serves(model: Qwen2, input_ids: mx.array, cache: list[KVCache]) -> bool:
-        served.append(input_ids.size == 1 and cache[0].offset > 0)
-        return served[-1]
+    def supports_step(self: FusedModel, input_ids: mx.array, cache: list[KVCache]) -> bool:
+        steps.append(input_ids.size == 1 and cache[0].offset > 0)
+        return steps[-1]
 
-    monkeypatch.setattr(step, "serves", serves)
+    monkeypatch.setattr(FusedModel, "supports_step", supports_step)
     with ops.forced("reference"):
         assert greedy(ours, ids, 256) == plain
-    assert sum(served) >= 255
+    assert sum(steps) >= 255
 
 
 @pytest.mark.slow
@@ -103,9 +103,9 @@ def test_a_decoding_step_in_the_emulator_gives_the_plain_tokens(real_gguf: Path)
     ids = encode_prompt(tokenizer, "Write a haiku about the sea.")
     plain = list(itertools.islice(generate_ids(model, ids, sampling=SamplingSettings()), 6))
     cache = model.make_cache()
-    with ops.no_grad():
-        model(mx.array([ids]), cache)
-        for token, following in itertools.pairwise(plain):
-            with emulate(checked=False):
-                logits = model(mx.array([[token]]), cache)
-                assert logits[0, -1].argmax().item() == following
+    fused = FusedModel.of(model)
+    fused(mx.array([ids]), cache)
+    for token, following in itertools.pairwise(plain):
+        with emulate(checked=False):
+            logits = fused(mx.array([[token]]), cache)
+            assert logits[0, -1].argmax().item() == following

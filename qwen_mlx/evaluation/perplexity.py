@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import ops
 from ..backend import mx
 from ..errors import QwenMLXError
 from ..generation.engine import NOT_FINITE, PREFILL_CHUNK
+from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
 
 CONTEXT = 1024
@@ -170,17 +170,14 @@ def _hidden(model: Qwen2, inputs: mx.array, keep: int) -> mx.array:
     cache, skipped, found = model.make_cache(), inputs.shape[1] - keep, []
     for start in range(0, inputs.shape[1], PREFILL_CHUNK):  # bounds memory, and how long a Ctrl-C waits
         chunk = inputs[:, start : start + PREFILL_CHUNK]
-        with ops.no_grad():
-            hidden = model.model(chunk, cache)[0, max(0, skipped - start) :]
+        hidden = FusedModel.of(model).hidden(chunk, cache)[0, max(0, skipped - start) :]
         mx.eval(hidden, [layer.arrays for layer in cache])
         found.append(hidden)
     return mx.concatenate(found)
 
 
 def _head(model: Qwen2, hidden: mx.array) -> mx.array:
-    tied = model.config.tie_word_embeddings
-    logits: mx.array = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
-    return logits.astype(mx.float32)
+    return model.head(hidden).astype(mx.float32)
 
 
 def _sum(values: mx.array) -> mx.array:

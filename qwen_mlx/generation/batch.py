@@ -14,6 +14,7 @@ from ..backend import mx
 from ..errors import QwenMLXError, refuse_unknown
 from ..model import display
 from ..model.batch_cache import BatchKVCache, Padding, join, select
+from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .engine import NOT_FINITE, GenerationStats, chances
@@ -209,6 +210,7 @@ class BatchLoop:
     ) -> None:
         self.logits: mx.array | None = None
         self._model, self._sampling, self._chunk = model, sampling, prefill_step_size
+        self._fused = FusedModel.of(model)
         self._min_tokens, self._end_ids, self._keep_logits = min_tokens, end_ids, keep_logits
         self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
         self._state: _State | None = None
@@ -231,8 +233,7 @@ class BatchLoop:
         columns = max(1, self._chunk // len(prompts))
         done = 0
         while longest - done > columns:
-            with ops.no_grad():
-                self._model.model(ids[:, done : done + columns], cache)
+            self._fused.hidden(ids[:, done : done + columns], cache)
             mx.eval([layer.arrays for layer in cache])
             mx.clear_cache()
             done += columns
@@ -294,8 +295,7 @@ class BatchLoop:
         self, ids: mx.array, cache: list[BatchKVCache], seen: mx.array | None, n_prompt: mx.array, made: mx.array
     ) -> _State:
         """The next token of each row, -1 where a logit is not finite; on its way when this returns."""
-        with ops.no_grad():
-            logits = self._model(ids, cache, logits_to_keep=1)[:, -1]
+        logits = self._fused(ids, cache)[:, -1]
         now = None
         if not self._sampling.greedy:
             self._key, now = mx.random.split(self._key)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from .. import ops
 from ..backend import mx
 from ..errors import QwenMLXError
 from ..model.cache import KVCache
+from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
 from .engine import PREFILL_CHUNK
 from .prompt_cache import PromptCache
@@ -91,8 +91,7 @@ class ModelDraft(Draft):
             while len(found) < count:
                 for start in range(0, len(rest), PREFILL_CHUNK):
                     chunk = mx.array(rest[start : start + PREFILL_CHUNK], mx.int32)[None]
-                    with ops.no_grad():
-                        logits = self.model(chunk, self._cache.layers, logits_to_keep=1)[:, -1]
+                    logits = FusedModel.of(self.model)(chunk, self._cache.layers)[:, -1]
                     mx.eval(logits)
                 logits = processed_logits(logits, sampling, seen_ids(sampling, ids + found))
                 if sampling.greedy:

@@ -12,6 +12,7 @@ from .. import ops
 from ..backend import mx
 from ..errors import QwenMLXError
 from ..model.cache import KVCache
+from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
 from .sampling import SamplingSettings, log_probabilities, sample
 
@@ -82,6 +83,7 @@ def generate_ids(
     """
     sampling = model.generation_defaults if sampling is None else sampling
     cache = model.make_cache() if cache is None else cache
+    fused = FusedModel.of(model)
     key = mx.random.key(secrets.randbits(63) if seed is None else seed)
     prompt = mx.array(np.asarray(prompt_ids, np.int32))[None]
     length = prompt.shape[1]
@@ -92,8 +94,7 @@ def generate_ids(
         layer.reserve(start + length)
     done = 0
     while length - done > prefill_step_size:
-        with ops.no_grad():
-            model.model(prompt[:, done : done + prefill_step_size], cache)
+        fused.hidden(prompt[:, done : done + prefill_step_size], cache)
         mx.eval([layer.arrays for layer in cache])
         mx.clear_cache()  # of a long prompt, each chunk needs buffers of other sizes than the last
         done += prefill_step_size
@@ -103,8 +104,7 @@ def generate_ids(
     def step(ids: mx.array) -> tuple[mx.array, ...]:
         """The next token, -1 if a logit is not finite. The logits too, if log-probabilities are wanted."""
         nonlocal key, launched
-        with ops.no_grad():
-            logits = model(ids, cache, logits_to_keep=1)[:, -1]
+        logits = fused(ids, cache)[:, -1]
         now = None
         if not sampling.greedy:
             key, now = mx.random.split(key)

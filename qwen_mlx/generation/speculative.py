@@ -17,10 +17,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
-from .. import ops
 from ..backend import mx
 from ..errors import QwenMLXError
 from ..model.cache import KVCache
+from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
 from .drafts import Draft, Proposal, check_cache, check_draft_tokens, seen_ids
 from .engine import NOT_FINITE, PREFILL_CHUNK, GenerationStats, chances, generate_ids
@@ -194,8 +194,7 @@ def _check(
     """The proposals that are kept, and one token more; the model's logits for them, (proposals + 1, V) float32. The
     cache grows by the last of `ids` and all proposals."""
     inputs = [ids[-1], *proposal.ids]
-    with ops.no_grad():
-        logits = model(mx.array([inputs], mx.int32), cache)[0].astype(mx.float32)
+    logits = FusedModel.of(model)(mx.array([inputs], mx.int32), cache, 0)[0].astype(mx.float32)
     finite = mx.isfinite(logits.sum())
     made: list[int] = []
     for i, proposed in enumerate([*proposal.ids, None]):

@@ -7,8 +7,9 @@ and Q6_K byte for byte, others with scales as wide as exactness needs; on the CP
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from ..generation.drafts import ModelDraft
 from ..gguf import blocks, names
 from ..gguf.reader import GGUFFile
 from ..model.config import ModelConfig
-from ..model.layers import GGUFEmbedding, GGUFLinear, Linear, MergedLinear, QuantizedEmbedding, QuantizedLinear
-from ..model.qwen2 import JOINED, JOINED_BIASES, Qwen2
+from ..model.layers import QuantizedEmbedding, QuantizedLinear, matrix_of, remember_joined, rows_of
+from ..model.qwen2 import Qwen2
 from ..parallel import group as parallel
 from ..parallel.shards import Shard, uncut
 from ..text.tokenizer import Tokenizer, check_vocabulary
@@ -124,76 +125,87 @@ def _silent(done: int, total: int) -> None:
 
 
 def _fill(model: Qwen2, weights: Weights, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> None:
-    """Gives every parameter of the model its values, joined ones (see model.JOINED) side by side."""
-    targets = [(name, _sources(name), array.size) for name, array in named_arrays(model)]
+    """Gives every parameter of the model its values; projections of one input lie in one buffer, if packed alike."""
+    sizes = {name: array.size for name, array in named_arrays(model)}
+    groups = _groups(sizes)
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
-    targets.sort(key=lambda target: -target[2])
-    packings = {
-        name: [weights.packing(source) if keep_packed else None for source in sources] for name, sources, _ in targets
-    }
-    groups = [_alike(sources, packings[name]) for name, sources, _ in targets]
-    weights.expect_dense([names for target in groups for names, packing in target if packing is None])
-    done, total = 0, sum(weights.nbytes(source) for _, sources, _ in targets for source in sources)
-    for (name, sources, _), target in zip(targets, groups):
-        nbytes = sum(weights.nbytes(source) for source in sources)
-        if [packing for _, packing in target] == [None]:
-            _set(model, name, weights.dense(sources).astype(dtype))
+    groups.sort(key=lambda names: -sum(sizes[name] for name in names))
+    runs = [_alike(weights, names, keep_packed) for names in groups]
+    weights.expect_dense([names for run in runs for names, packing in run if packing is None])
+    done, total = 0, sum(weights.nbytes(name) for name in sizes)
+    for group, run in zip(groups, runs):
+        nbytes = sum(weights.nbytes(name) for name in group)
+        if group[0].endswith(".bias") or "norm" in group[0]:
+            _set(model, group[0], weights.dense(group).astype(dtype))
+            mx.eval(_get(model, group[0]))
         else:
-            module = name.removesuffix(".weight")
-            old = _get(model, module)
-            parts = [_module(weights, names, packing, old, dtype) for names, packing in target]
-            _set(model, module, parts[0] if len(parts) == 1 else MergedLinear(parts))
-            mx.eval(_get(model, module).parameters())
-        mx.eval(_get(model, name) if _has(model, name) else [])
+            modules = [name.removesuffix(".weight") for name in group]
+            matrices = [_matrix(weights, names, packing, dtype) for names, packing in run]
+            for (names, _), matrix in zip(run, matrices):
+                _set_rows(model, [name.removesuffix(".weight") for name in names], matrix, dtype)
+            remember_joined([_get(model, module) for module in modules], matrices)
         done += nbytes
         progress(done, total)
 
 
-def _sources(name: str) -> list[str]:
-    """Hugging Face's names of what a parameter of the model holds."""
-    path, _, kind = name.rpartition(".")
-    if kind in JOINED_BIASES:
-        return [f"{path}.{part}.bias" for part in JOINED[JOINED_BIASES[kind]]]
-    parent, _, module = path.rpartition(".")
-    return [f"{parent}.{part}.{kind}" for part in JOINED[module]] if module in JOINED else [name]
+def _groups(names: Iterable[str]) -> list[list[str]]:
+    """Parameters that are read together: the weights of projections of one input, others alone."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        key = name
+        for joined in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            module = name.rpartition(".")[0].rpartition(".")
+            if module[2] in joined and name.endswith(".weight"):
+                key = f"{module[0]} {joined}"
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
-def _alike(sources: list[str], packings: list[Packing]) -> list[tuple[list[str], Packing]]:
-    """Runs of sources with one packing: each run becomes one matrix."""
-    runs: list[tuple[list[str], Packing]] = []
-    for source, packing in zip(sources, packings):
-        if runs and runs[-1][1] == packing:
-            runs[-1][0].append(source)
-        else:
-            runs.append(([source], packing))
-    return runs
+def _alike(weights: Weights, names: list[str], keep_packed: bool) -> list[tuple[list[str], Packing]]:
+    """Runs of parameters with one packing: each becomes one matrix."""
+    packings = [weights.packing(name) if keep_packed else None for name in names]
+    pairs = itertools.groupby(zip(names, packings), lambda pair: pair[1])
+    return [([name for name, _ in run], packing) for packing, run in pairs]
 
 
-def _module(weights: Weights, names: list[str], packing: Packing, old: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """One matrix of `names`, dense or packed, in place of the dense module `old`."""
+def _matrix(weights: Weights, names: list[str], packing: Packing, dtype: mx.Dtype) -> ops.Matrix:
+    """The matrix of some parameters, one above the other, dense or packed."""
     if packing is None:
         array = weights.dense(names).astype(dtype)
-        new: nn.Module = Linear(1, 1, bias=False)
-        new.weight = array
-        return new
+        mx.eval(array)
+        rows, columns = array.shape
+        return ops.Matrix(ops.DENSE, rows, columns, (array,))
     if isinstance(packing, str):
-        matrix = ops.raw_matrix(weights.raw(names), packing)
-        if isinstance(old, nn.Embedding):
-            return GGUFEmbedding(matrix, dtype)
-        new = GGUFLinear(matrix)
-        if "bias" in old:
-            new.bias = old.bias
-        return new
+        return ops.raw_matrix(weights.raw(names), packing)
     parts = [weights.packed(name) for name in names]
     codes, scales, biases = (mx.concatenate(list(column)) if len(parts) > 1 else column[0] for column in zip(*parts))
     # Scales of another dtype than the activations' would be converted for every product: float32 keeps them exact.
     scales, biases = (array if array.dtype == dtype else array.astype(mx.float32) for array in (scales, biases))
-    if isinstance(old, nn.Embedding):
-        return QuantizedEmbedding(codes, scales, biases, *packing, dtype)
-    new = QuantizedLinear(codes, scales, biases, *packing)
-    if "bias" in old:
-        new.bias = old.bias  # filled already, or to be
-    return new
+    mx.eval(codes, scales, biases)
+    group_size, bits = packing
+    columns = codes.shape[1] * 32 // bits
+    return ops.Matrix(ops.Packing("affine", bits, group_size), codes.shape[0], columns, (codes, scales, biases))
+
+
+def _set_rows(model: Qwen2, paths: list[str], matrix: ops.Matrix, dtype: mx.Dtype) -> None:
+    """Puts modules with the rows of a matrix, one above the other, where the model has dense ones."""
+    start, modules = 0, []
+    for path in paths:
+        old = _get(model, path)
+        rows = old.weight.shape[0]
+        part = rows_of(matrix, start, start + rows)
+        start += rows
+        if matrix.packing.kind == "dense":
+            old.weight = part.arrays[0]
+        elif isinstance(old, nn.Embedding):
+            _set(model, path, QuantizedEmbedding(part, dtype))
+        else:
+            new = QuantizedLinear(part)
+            if "bias" in old:
+                new.bias = old.bias
+            _set(model, path, new)
+        modules.append(_get(model, path))
+    mx.eval([matrix_of(module).arrays for module in modules])
 
 
 def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
@@ -213,11 +225,6 @@ def _get(model: nn.Module, path: str) -> Any:
     for part in path.split("."):
         node = node[int(part)] if part.isdigit() else getattr(node, part)
     return node
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    parent, _, last = path.rpartition(".")
-    return hasattr(_get(model, parent) if parent else model, last)
 
 
 def _set(model: nn.Module, path: str, value: mx.array | nn.Module) -> None:

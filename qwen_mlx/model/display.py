@@ -1,42 +1,38 @@
-"""How a model and its answers look in a notebook: HTML in which all text is escaped, legible on light and on dark."""
+"""A model and its texts in a notebook: HTML in which all text is escaped, legible on light and on dark."""
 
 from __future__ import annotations
 
 import html
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from ..backend import named_arrays
-from .layers import matrices
-
-if TYPE_CHECKING:
-    from .qwen2 import Qwen2
+from ..backend import named_arrays, nn
+from .config import ModelConfig
+from .layers import matrix_of
 
 
-def summary(model: Qwen2) -> dict[str, str]:
-    """What a model is, a line each: architecture, number of parameters, how its matrices are stored, its memory.
+def summary(model: nn.Module, config: ModelConfig) -> dict[str, str]:
+    """Architecture, number of parameters, packing of the matrices and memory of a model, a line each.
 
     Memory is that of the arrays as they are; shared ones count once.
     """
-    config = model.config
-    mix: Counter[str] = Counter()
+    packings: Counter[str] = Counter()
     for module in model.modules():
-        if "weight" in module and module["weight"].ndim > 1 and "parts" not in module:
-            (matrix,) = matrices(module)
+        if "weight" in module and module["weight"].ndim > 1:
+            matrix = matrix_of(module)
             dense = matrix.packing.kind == "dense"
             name = str(matrix.arrays[0].dtype).rpartition(".")[2] if dense else str(matrix.packing)
-            mix[name] += matrix.rows * matrix.columns
+            packings[name] += matrix.rows * matrix.columns
     arrays = {id(array): array for _, array in named_arrays(model)}
     vectors = sum(array.size for array in arrays.values() if array.ndim == 1)
-    total = sum(mix.values())
+    total = sum(packings.values())
     return {
         "layers": f"{config.num_hidden_layers} of hidden size {config.hidden_size}, MLP {config.intermediate_size}",
         "heads": f"{config.num_attention_heads} of {config.head_dim}, {config.num_key_value_heads} for keys and values",
         "vocabulary": f"{config.vocab_size}{', the embedding is the head too' if config.tie_word_embeddings else ''}",
         "context": f"{config.context_length} tokens",
         "parameters": f"{(total + vectors) / 1e6:.0f} million",
-        "matrices": ", ".join(f"{100 * count / total:.0f} % {name}" for name, count in mix.most_common()),
+        "matrices": ", ".join(f"{100 * count / total:.0f} % {name}" for name, count in packings.most_common()),
         "memory": f"{sum(array.nbytes for array in arrays.values()) / 1e9:.2f} GB",
     }
 

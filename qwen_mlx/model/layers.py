@@ -1,117 +1,63 @@
-"""Linear and embedding layers on dense weights, on MLX's packed affine ones (w = scale * code + bias for each group of
-codes), and on a GGUF file's blocks."""
+"""Linear and embedding layers on dense and on packed matrices, and the joining of several in one buffer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 from .. import ops
 from ..backend import mx, nn
-from ..ops import Matrix, Packing
+from ..ops import DENSE, Matrix, Packing
+
+# Names that a module gives to the arrays of its matrix, by the kind of its packing.
+ARRAYS = {
+    "dense": ("weight",),
+    "affine": ("weight", "scales", "biases"),
+    "q4_k": ("weight",),
+    "q6_k": ("weight", "high", "scales", "factors"),
+}
+TILE = 16384  # rows of GGUF's blocks that are unpacked at a time
 
 
 class Linear(nn.Linear):
     """y = x W^T + b with W (out, in) dense."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if "bias" in self or x.dtype != self.weight.dtype:
-            y: mx.array = super().__call__(x)
-            return y
-        return ops.matmul(x, self.weight)
+        y = multiply(x, matrix_of(self))
+        return y + self.bias if "bias" in self else y
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b with W (out, in) packed.
+    """y = x W^T + b with W (out, in) packed: MLX's affine form, or GGUF's Q4_K and Q6_K blocks as they are in the file.
 
-    weight: uint32 (out, in * bits / 32); scales, biases: (out, in / group_size). Scales may be wider than the
-    activations (a GGUF's are exact in float16 or float32 only): the product is then formed in float32 and rounded once.
+    Scales may be wider than the activations (a GGUF's are exact in float16 or float32 only): the product is then formed
+    in float32 and rounded once.
     """
-
-    def __init__(self, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int):
-        super().__init__()
-        self.weight, self.scales, self.biases = weight, scales, biases
-        self.group_size, self.bits = group_size, bits
-        self.freeze()
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = mx.quantized_matmul(
-            x, self.weight, self.scales, self.biases, transpose=True, group_size=self.group_size, bits=self.bits
-        )
-        y = y.astype(x.dtype)
-        return y + self.bias if "bias" in self else y
-
-    def _extra_repr(self) -> str:
-        rows, words = self.weight.shape
-        return f"{words * 32 // self.bits} -> {rows}, {self.bits} bits, group {self.group_size}"
-
-
-class QuantizedEmbedding(nn.Module):
-    """Rows of a packed (vocabulary, hidden) matrix in `dtype`; `as_linear` multiplies by it for a tied head."""
-
-    def __init__(
-        self, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int, dtype: mx.Dtype
-    ):
-        super().__init__()
-        self.weight, self.scales, self.biases = weight, scales, biases
-        self.group_size, self.bits, self.dtype = group_size, bits, dtype
-        self.freeze()
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        rows = mx.dequantize(
-            self.weight[ids], self.scales[ids], self.biases[ids], group_size=self.group_size, bits=self.bits
-        )
-        return rows.astype(self.dtype)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        y = mx.quantized_matmul(
-            x, self.weight, self.scales, self.biases, transpose=True, group_size=self.group_size, bits=self.bits
-        )
-        return y.astype(x.dtype)
-
-
-class MergedLinear(nn.Module):
-    """Projections of one input whose packings differ, so that they cannot be one matrix: their outputs joined."""
-
-    def __init__(self, parts: list[nn.Module]):
-        super().__init__()
-        self.parts = parts
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.concatenate([part(x) for part in self.parts], axis=-1)
-
-
-class GGUFLinear(nn.Module):
-    """y = x W^T + b with W (out, in) as GGUF's Q4_K or Q6_K blocks, which stay in memory as they are in the file.
-
-    One vector is multiplied by the blocks; more are multiplied by values unpacked, `TILE` rows of W at a time.
-    """
-
-    TILE = 16384
 
     def __init__(self, matrix: Matrix):
         super().__init__()
         self._packing, self._shape = matrix.packing, (matrix.rows, matrix.columns)
-        self.weight, *self.more = matrix.arrays
+        for name, array in zip(ARRAYS[matrix.packing.kind], matrix.arrays, strict=True):
+            self[name] = array
         self.freeze()
 
     @property
     def matrix(self) -> Matrix:
-        """The blocks."""
-        return Matrix(self._packing, *self._shape, (self.weight, *self.more))
+        """The packed matrix."""
+        rows, columns = self._shape
+        return Matrix(self._packing, rows, columns, tuple(self[name] for name in ARRAYS[self._packing.kind]))
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size == self._shape[1]:
-            y = ops.matvec(x, self.matrix).reshape(*x.shape[:-1], self._shape[0])
-        else:
-            y = _product(x, self.matrix, self.TILE)
+        y = multiply(x, self.matrix)
         return y + self.bias if "bias" in self else y
 
     def _extra_repr(self) -> str:
-        return f"{self._shape[1]} -> {self._shape[0]}, {self._packing}"
+        rows, columns = self._shape
+        return f"{columns} -> {rows}, {self._packing}"
 
 
-class GGUFEmbedding(GGUFLinear):
-    """Rows of such a matrix in `dtype`; `as_linear` multiplies by it for a tied head."""
+class QuantizedEmbedding(QuantizedLinear):
+    """Rows of a packed (vocabulary, hidden) matrix in `dtype`; `as_linear` multiplies by it for a tied head."""
 
     def __init__(self, matrix: Matrix, dtype: mx.Dtype):
         super().__init__(matrix)
@@ -121,28 +67,109 @@ class GGUFEmbedding(GGUFLinear):
         return ops.unpack(self.matrix, self.dtype, ids)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return GGUFLinear.__call__(self, x)
+        return multiply(x, self.matrix)
 
 
-def _product(x: mx.array, matrix: Matrix, tile: int) -> mx.array:
-    parts = []
-    for start in range(0, matrix.rows, tile):
-        rows = tuple(array[start : start + tile] for array in matrix.arrays)
-        part = matrix._replace(rows=rows[0].shape[0], arrays=rows)
-        parts.append(x @ ops.unpack(part, x.dtype).T)
-    return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+def matrix_of(module: nn.Module) -> Matrix:
+    """The matrix of a projection or an embedding."""
+    if isinstance(module, QuantizedLinear):
+        return module.matrix
+    rows, columns = module["weight"].shape
+    return Matrix(DENSE, rows, columns, (module["weight"],))
 
 
-def matrices(module: nn.Module) -> Sequence[Matrix]:
-    """The matrices of a projection or an embedding, one above the other: more than one where packings differ."""
-    if isinstance(module, MergedLinear):
-        return [matrix for part in module["parts"] for matrix in matrices(part)]
-    if isinstance(module, GGUFLinear):
-        return [module.matrix]
-    weight = module["weight"]
-    if "scales" in module:
-        packing = Packing("affine", module.bits, module.group_size)
-        columns = weight.shape[1] * 32 // module.bits
-        return [Matrix(packing, weight.shape[0], columns, (weight, module["scales"], module["biases"]))]
-    rows, columns = weight.shape
-    return [Matrix(Packing("dense"), rows, columns, (weight,))]
+def multiply(x: mx.array, matrix: Matrix) -> mx.array:
+    """x W^T for x (..., columns), in x.dtype.
+
+    One vector is multiplied by GGUF's blocks as they are; more are multiplied by values unpacked, TILE rows of W at a
+    time.
+    """
+    packing, arrays = matrix.packing, matrix.arrays
+    if packing.kind == "dense":
+        return ops.matmul(x, arrays[0]) if x.dtype == arrays[0].dtype else x @ arrays[0].T
+    if packing.kind == "affine":
+        codes, scales, biases = arrays
+        y = mx.quantized_matmul(x, codes, scales, biases, group_size=packing.group_size, bits=packing.bits)
+        return y.astype(x.dtype)
+    if x.size == matrix.columns:
+        return ops.matvec(x, matrix).reshape(*x.shape[:-1], matrix.rows)
+    tiles = (rows_of(matrix, start, start + TILE) for start in range(0, matrix.rows, TILE))
+    return _side_by_side([x @ ops.unpack(tile, x.dtype).T for tile in tiles])
+
+
+def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
+    """x by several matrices: the products side by side, (..., rows of all)."""
+    return _side_by_side([multiply(x, matrix) for matrix in matrices])
+
+
+def _side_by_side(arrays: list[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)
+
+
+def rows_of(matrix: Matrix, start: int, stop: int) -> Matrix:
+    """Rows start to stop of a matrix, as a view."""
+    stop = min(stop, matrix.rows)
+    return matrix._replace(rows=stop - start, arrays=tuple(array[start:stop] for array in matrix.arrays))
+
+
+class _Joined:
+    """Matrices that hold the rows of several modules, and the arrays of the modules that are views of them."""
+
+    def __init__(self, matrices: list[Matrix], modules: Sequence[nn.Module]):
+        self.matrices, self.views = matrices, [array for m in modules for array in matrix_of(m).arrays]
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None  # a copy's arrays are no views
+
+
+def join_rows(modules: Sequence[nn.Module]) -> list[Matrix]:
+    """The matrices of several projections of one input, one above the other: a single one where they are packed alike.
+
+    The modules' arrays become views of its rows, so that memory holds them once. While they stay that, a repeated call
+    costs nothing.
+    """
+    joined: _Joined | None = getattr(modules[0], "_joined", None)
+    arrays = [array for module in modules for array in matrix_of(module).arrays]
+    if joined is not None and len(arrays) == len(joined.views) and all(map(_is, arrays, joined.views)):
+        return joined.matrices
+    matrices = []
+    for _, group in itertools.groupby(modules, _alike):
+        run = list(group)
+        if len(run) > 1:
+            parts = [matrix_of(module) for module in run]
+            columns = zip(*(part.arrays for part in parts))
+            matrix = parts[0]._replace(
+                rows=sum(part.rows for part in parts), arrays=tuple(mx.concatenate(list(column)) for column in columns)
+            )
+            set_rows(run, matrix)
+            matrices.append(matrix)
+        else:
+            matrices.append(matrix_of(run[0]))
+    return remember_joined(modules, matrices)
+
+
+def set_rows(modules: Iterable[nn.Module], matrix: Matrix) -> None:
+    """Lets the arrays of `modules`, of which the matrix holds the rows, one above the other, be views of it."""
+    start = 0
+    for module in modules:
+        rows = matrix_of(module).rows
+        part = rows_of(matrix, start, start + rows)
+        for name, array in zip(ARRAYS[matrix.packing.kind], part.arrays, strict=True):
+            module[name] = array
+        start += rows
+    mx.eval(matrix.arrays, [matrix_of(module).arrays for module in modules])
+
+
+def remember_joined(modules: Sequence[nn.Module], matrices: list[Matrix]) -> list[Matrix]:
+    """Tells join_rows that the modules' arrays are views of `matrices`, which it will return."""
+    modules[0]._joined = _Joined(matrices, modules)
+    return matrices
+
+
+def _alike(module: nn.Module) -> tuple[Packing, tuple[mx.Dtype, ...]]:
+    matrix = matrix_of(module)
+    return matrix.packing, tuple(array.dtype for array in matrix.arrays)
+
+
+def _is(a: mx.array, b: mx.array) -> bool:
+    return a is b

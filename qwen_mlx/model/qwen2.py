@@ -6,87 +6,77 @@ Notable features:
 - RMSNorm before attention and before the MLP, one more before the head
 - SwiGLU; its projections have biases only where a file carries them
 - the head shares the embedding's weights where the file has no head of its own
-- q, k and v are one matrix, gate and up another: fewer launches, and each reads its input once
-Other parameters have Hugging Face's names; `Qwen2.hf_parameters` gives all of them under those.
+Modules and parameters have Hugging Face's names. Generation computes the same function in fewer launches: fused.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from .. import ops
 from ..backend import mx, named_arrays, nn
-from . import batch_step, display
-from . import fused_step as step
-from .batch_cache import BatchKVCache
+from . import display
 from .cache import KVCache, make_caches
 from .config import ModelConfig
 from .layers import Linear
 
-# What one matrix of the model holds, in the order of its rows, under Hugging Face's names.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-JOINED_BIASES = {"qkv_bias": "qkv_proj", "gate_up_bias": "gate_up_proj"}
+Mask = mx.array | str | None
 
 
 class RMSNorm(nn.Module):
-    """(h + last, its norm), or (h, its norm) without `last`."""
+    """x / sqrt(mean(x^2) + eps) * weight."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = mx.ones((size,))
         self.eps = eps
 
-    def __call__(self, h: mx.array, last: mx.array | None = None) -> tuple[mx.array, mx.array]:
-        if last is None:
-            return h, ops.rms_norm(h, self.weight, self.eps)
-        return ops.add_rms_norm(last, h, self.weight, self.eps)
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
-    """q, k and v come from one product; their bias is added where q and k are rotated."""
+    """Causal attention, within the last `sliding_window` tokens where there is one."""
 
     def __init__(self, config: ModelConfig, sliding_window: int | None):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
-        self.qkv_bias = mx.zeros((rows,))
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-        self.sliding_window = sliding_window
+        self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.scale, self.sliding_window = config.head_dim, config.head_dim**-0.5, sliding_window
+        self.q_proj = Linear(config.hidden_size, self.n_heads * self.head_dim, bias=True)
+        self.k_proj = Linear(config.hidden_size, self.n_kv_heads * self.head_dim, bias=True)
+        self.v_proj = Linear(config.hidden_size, self.n_kv_heads * self.head_dim, bias=True)
+        self.o_proj = Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, cache: KVCache, table: mx.array) -> mx.array:
-        batch, length, _ = x.shape
-        q, kv = ops.qkv_rope(self.qkv_proj(x), self.qkv_bias, table, self.n_heads, self.n_kv_heads)
-        out = cache.attend(q, kv, self.head_dim**-0.5, self.sliding_window)
-        return self.o_proj(out.reshape(batch, length, -1))
+    def __call__(self, x: mx.array, rotation: mx.array, cache: KVCache, mask: Mask) -> mx.array:
+        def heads(y: mx.array) -> mx.array:
+            return y.reshape(*x.shape[:2], -1, self.head_dim)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k = ops.rope(q, rotation), ops.rope(k, rotation)
+        keys, values = cache.update(mx.stack([k, v], axis=2))
+        out = ops.attention(q, keys, values, self.scale, mask)
+        return self.o_proj(out.flatten(2))
 
 
 class MLP(nn.Module):
-    """Gate and up come from one product."""
+    """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.gate_up_bias = mx.zeros((2 * config.intermediate_size,)) if config.mlp_bias else None
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        hidden, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(hidden, width, bias=bias)
+        self.up_proj = Linear(hidden, width, bias=bias)
+        self.down_proj = Linear(width, hidden, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(ops.swiglu_joined(self.gate_up_proj(x), self.gate_up_bias))
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class TransformerBlock(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)); the last addition is left to the next norm, which does both.
-
-    Call: h (B, L, hidden_size) without the previous block's output, and that output or None; the positions' cosines and
-    sines of ops.Rotary.table. Returns both for the next.
-    """
+    """h = x + attention(norm(x)), then h + mlp(norm(h)); x (B, L, hidden_size)."""
 
     def __init__(self, config: ModelConfig, sliding_window: int | None):
         super().__init__()
@@ -95,19 +85,13 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(
-        self, h: mx.array, last: mx.array | None, cache: KVCache, table: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        h, x = self.input_layernorm(h, last)
-        h, x = self.post_attention_layernorm(h, self.self_attn(x, cache, table))
-        return h, self.mlp(x)
+    def __call__(self, x: mx.array, rotation: mx.array, cache: KVCache, mask: Mask) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), rotation, cache, mask)
+        return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Qwen2Model(nn.Module):
-    """Everything below the head: token ids (B, L) to normalised hidden states of the last `keep` positions (0: all).
-
-    table: of ops.Rotary.table for these positions; None makes it from the cache's.
-    """
+    """Everything below the head: token ids (B, L) to normalised hidden states of the last `keep` positions (0: all)."""
 
     def __init__(self, config: ModelConfig, rotary: ops.Rotary):
         super().__init__()
@@ -119,16 +103,18 @@ class Qwen2Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = rotary
 
-    def __call__(
-        self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0, table: mx.array | None = None
-    ) -> mx.array:
-        if table is None:
-            table = self.rotary.table(cache[0].positions, input_ids.shape[1])
-        h: mx.array = self.embed_tokens(input_ids)
-        last: mx.array | None = None
+    def __call__(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:
+        rotation, masks = self.positions(input_ids.shape[1], cache)
+        h = self.embed_tokens(input_ids)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h, last = layer(h, last, layer_cache, table)
-        return self.norm(h[:, -keep:], None if last is None else last[:, -keep:])[1]
+            h = layer(h, rotation, layer_cache, masks[layer.self_attn.sliding_window])
+        return self.norm(h[:, -keep:])
+
+    def positions(self, length: int, cache: Sequence[KVCache]) -> tuple[mx.array, dict[int | None, Mask]]:
+        """The rotary table of the next `length` positions, and the mask of each kind of layer by its window."""
+        windows = {layer.self_attn.sliding_window for layer in self.layers}
+        masks = {window: cache[0].mask(length, window) for window in windows}
+        return self.rotary.table(cache[0].positions, length), masks
 
 
 class Qwen2(nn.Module):
@@ -141,9 +127,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig, rope_factors: np.ndarray | None = None):
         super().__init__()
         self.config = config
-        self._step: step.Step | None = None
-        self._batch_step: batch_step.BatchStep | None = None
-        self.ranks: Any = None  # parallel.Ranks, where others hold parts of the model
+        self.ranks: Any = None  # parallel.TensorParallelGroup, where others hold parts of the model
         self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -152,51 +136,23 @@ class Qwen2(nn.Module):
         self, input_ids: mx.array, cache: Sequence[KVCache] | None = None, logits_to_keep: int = 0
     ) -> mx.array:
         cache = self.make_cache() if cache is None else cache
-        if step.serves(self, input_ids, cache):
-            if self._step is None or not self._step.current:
-                self._step = step.Step(self)
-            return self._step(input_ids, cache)
-        if batch_step.serves(self, input_ids, cache):
-            if self._batch_step is None or not self._batch_step.current(self):
-                self._batch_step = batch_step.BatchStep(self)
-            return self._batch_step(input_ids, cast("Sequence[BatchKVCache]", cache))
-        h = self.model(input_ids, cache, logits_to_keep)
-        head = self.model.embed_tokens.as_linear if self.config.tie_word_embeddings else self.lm_head
-        logits: mx.array = head(h)
+        return self.head(self.model(input_ids, cache, logits_to_keep))
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (..., vocab_size) of normalised hidden states (..., hidden_size)."""
+        embeddings = self.model.embed_tokens
+        logits: mx.array = embeddings.as_linear(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
         return logits
 
     def hf_parameters(self) -> dict[str, mx.array]:
-        """All parameters under Hugging Face's names: joined ones as views of their rows."""
-        config = self.config
-        q, kv, mlp = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-            config.intermediate_size,
-        )
-        rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": mlp, "up_proj": mlp}
-        found: dict[str, mx.array] = {}
-        for name, array in named_arrays(self):
-            path, _, kind = name.rpartition(".")
-            if kind in JOINED_BIASES:
-                path, kind = f"{path}.{JOINED_BIASES[kind]}", "bias"
-            parent, _, module = path.rpartition(".")
-            if path.rpartition(".parts.")[1]:  # projections whose packings differ lie side by side
-                parent, _, part = path.partition(".parts.")
-                parent, _, module = parent.rpartition(".")
-                found[f"{parent}.{JOINED[module][int(part)]}.{kind}"] = array
-                continue
-            start = 0
-            for part in JOINED.get(module, (module,)):
-                size = rows[part] if module in JOINED else array.shape[0]
-                found[f"{parent}.{part}.{kind}" if parent else f"{part}.{kind}"] = array[start : start + size]
-                start += size
-        return found
+        """All parameters by name; the names are Hugging Face's."""
+        return dict(named_arrays(self))
 
     def __repr__(self) -> str:
-        return f"Qwen2({'; '.join(f'{name}: {text}' for name, text in display.summary(self).items())})"
+        return f"Qwen2({'; '.join(f'{name}: {text}' for name, text in display.summary(self, self.config).items())})"
 
     def _repr_html_(self) -> str:
-        return display.table(display.summary(self).items(), "Qwen2")
+        return display.table(display.summary(self, self.config).items(), "Qwen2")
 
     def make_cache(self, *, bits: int | None = None, max_size: int | None = None, n_sinks: int = 4) -> list[KVCache]:
         """An empty cache for every layer: see cache.make_caches."""

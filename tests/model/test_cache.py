@@ -16,6 +16,7 @@ from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding
 from qwen_mlx.model.cache import BLOCK, STEP, KVCache, QuantizedKVCache, RotatingKVCache, make_caches
 from reference.small_models import TOKENS, hf_model, write_gguf
+from tests.helpers.attending import attend
 
 HEADS, KV_HEADS, DIM, SCALE = 6, 2, 64, 0.125
 
@@ -56,7 +57,7 @@ def fed(cache: KVCache, q: mx.array, kv: mx.array, pieces: list[int], window: in
     """The cache's answers for tokens that come in `pieces`."""
     out, at = [], 0
     for size in pieces:
-        out.append(cache.attend(q[:, at : at + size], kv[:, at : at + size], SCALE, window))
+        out.append(attend(cache, q[:, at : at + size], kv[:, at : at + size], SCALE, window))
         at += size
     assert at == q.shape[1] == cache.offset
     return np.array(mx.concatenate(out, axis=1))
@@ -80,7 +81,7 @@ def test_rotating_as_mlx_lm_does():
     ours, peer = RotatingKVCache(16, 4), mlx_lm_cache.RotatingKVCache(16, keep=4)
     for at, size in [(0, 9), (9, 1)] + [(at, 1) for at in range(10, 60)]:
         new = kv[:, at : at + size]
-        out = ours.attend(q[:, at : at + size], new, SCALE)
+        out = attend(ours, q[:, at : at + size], new, SCALE)
         keys, values = peer.update_and_fetch(new[:, :, 0].swapaxes(1, 2), new[:, :, 1].swapaxes(1, 2))
         mask = "causal" if size > 1 else None
         other = mx.fast.scaled_dot_product_attention(
@@ -94,7 +95,7 @@ def test_rotating_memory_is_bounded():
     q, kv = drawn(1200, 3)
     cache = RotatingKVCache(300)
     fed(cache, q, kv, [500, 200] + [1] * 20 + [480])
-    assert cache.held == 300
+    assert cache.size == 300
     assert cache.nbytes == 300 * 2 * KV_HEADS * DIM * 4
 
 
@@ -103,14 +104,14 @@ def test_rotating_takes_back_the_newest_token_exactly_and_no_more():
     wrong_q, wrong_kv = drawn(1, 5)
     cache = RotatingKVCache(16, 4)
     fed(cache, q[:, :12], kv[:, :12], [12])
-    cache.attend(wrong_q, wrong_kv, SCALE)
+    attend(cache, wrong_q, wrong_kv, SCALE)
     cache.trim(1)  # nothing is lost before it is full
     cache.trim(3)
-    out = [cache.attend(q[:, 9:20], kv[:, 9:20], SCALE)]
+    out = [attend(cache, q[:, 9:20], kv[:, 9:20], SCALE)]
     for at in range(20, 30):
-        cache.attend(wrong_q, wrong_kv, SCALE)
+        attend(cache, wrong_q, wrong_kv, SCALE)
         cache.trim(1)
-        out.append(cache.attend(q[:, at : at + 1], kv[:, at : at + 1], SCALE))
+        out.append(attend(cache, q[:, at : at + 1], kv[:, at : at + 1], SCALE))
     np.testing.assert_allclose(mx.concatenate(out, axis=1), expected(q, kv, 9, visible(30, 16, 4)), atol=3e-6)
     assert not cache.can_trim(2)
     with pytest.raises(QwenMLXError, match="Cannot trim 2 tokens from a rotating cache of 16 after 30"):
@@ -163,7 +164,7 @@ def test_quantized_is_trimmed_anywhere(left):
     if left:
         for part, old in zip(cache.state, before):
             np.testing.assert_array_equal(part, old[:, :, :left])
-    out = cache.attend(*again, SCALE)
+    out = attend(cache, *again, SCALE)
     whole = [mx.concatenate([first[:, :left], more], axis=1) for first, more in zip((q, kv), again)]
     np.testing.assert_allclose(out, expected(*whole, left, visible(left + 150)), atol=0.02)
     assert cache.offset == left + 150
@@ -183,8 +184,7 @@ def test_the_buffer_grows_rarely_and_is_made_once_where_its_size_is_said():
     _, kv = drawn(1, 10)
     cache, sizes = KVCache(), set()
     for _ in range(40 * STEP):
-        cache._write((kv.reshape(1, 2 * KV_HEADS, 1, DIM),), cache.offset, cache.offset + 1)
-        cache.offset += 1
+        cache.update(kv)
         sizes.add(cache.nbytes)
         mx.eval(cache.arrays)
     assert len(sizes) < 30
@@ -232,7 +232,7 @@ def test_a_long_chunk_is_attended_to_in_slices(dtype, window, monkeypatch):
     for size in (1, 50 * 2 * HEADS * 7):
         monkeypatch.setattr(attention, "SCORES", size)
         for cache in (KVCache(), BatchKVCache(Padding([0, 0]))):
-            out = cache.attend(q.astype(dtype), kv.astype(dtype), SCALE, window)
+            out = attend(cache, q.astype(dtype), kv.astype(dtype), SCALE, window)
             assert out.dtype == dtype
             atol = 3e-6 if dtype == mx.float32 else 0.02
             np.testing.assert_allclose(out.astype(mx.float32), wanted, atol=atol)
@@ -291,7 +291,7 @@ def test_generation_continues_on_every_kind_of_cache(small, kind):
     first = answer(prompt, 9, cache)
     assert {layer.offset for layer in cache} == {len(prompt) + 8}
     second = answer([first[-1], *more], 20, cache)
-    assert cache[0].held == min(len(prompt) + 9 + 3 + 19, kind.get("max_size", 10**6))
+    assert cache[0].size == min(len(prompt) + 9 + 3 + 19, kind.get("max_size", 10**6))
     assert second == answer([*prompt, *first, *more], 20, model.make_cache(**kind))
     assert (second == answer([*prompt, *first, *more], 20, None)) == (kind != {"max_size": 50})
 

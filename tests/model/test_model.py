@@ -20,7 +20,7 @@ from qwen_mlx import QwenMLXError, load
 from qwen_mlx.backend import mx
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading.load import DTYPES
-from qwen_mlx.model.layers import GGUFLinear
+from qwen_mlx.model.layers import QuantizedLinear
 from reference.small_models import hf_model, save_folder, write_gguf
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50]]
@@ -96,9 +96,9 @@ def test_every_file_type_gives_the_logits_of_gguf_py_s_values(kind: T, packed: b
     affine = kind not in (T.F16, T.BF16, T.Q4_K, T.Q6_K)
     raw = kind in (T.Q4_K, T.Q6_K)
     modules = dict(model.named_modules())
-    for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
-        assert (f"model.layers.0.{module}.scales" in names) == (packed and affine)
-        assert isinstance(modules[f"model.layers.0.{module}"], GGUFLinear) == (packed and raw)
+    for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        assert (f"model.layers.0.{module}.biases" in names) == (packed and affine)
+        assert isinstance(modules[f"model.layers.0.{module}"], QuantizedLinear) == (packed and (affine or raw))
     if packed and raw:
         matrix = modules["model.layers.0.mlp.down_proj"].matrix
         kept = sum(array.nbytes for array in matrix.arrays)
@@ -265,7 +265,7 @@ def test_dtype_of_every_tap(kind: T, packed: bool, dtype: str, tmp_path: Path, m
     assert len(seen) >= 15
     assert {found for _, found in seen} == {DTYPES[dtype]}, seen
     for name, array in tree_flatten(model.parameters()):
-        assert array.dtype in (DTYPES[dtype], mx.uint32) or name.endswith((".scales", ".biases", ".more.2")), name
+        assert array.dtype in (DTYPES[dtype], mx.uint32) or name.endswith((".scales", ".biases", ".factors")), name
 
 
 @pytest.mark.parametrize("dtype", ["int4", "", 5, mx.int32])

@@ -16,7 +16,7 @@ from qwen_mlx.backend import mx
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.generation.engine import generate_ids
 from qwen_mlx.generation.sampling import SamplingSettings
-from qwen_mlx.model import fused_step as step
+from qwen_mlx.model.fused import FusedModel
 
 PROMPTS = [list(range(3, 23)), [7, 1, 9]]
 
@@ -65,9 +65,9 @@ def step_error(model: Qwen2) -> float:
             expected = model(mx.array([[token]]), plain)
             mx.eval(expected)
             with emulate():
-                if model.ranks is not None:
-                    assert step.serves(model, mx.array([[token]]), fused)
-                logits = model(mx.array([[token]]), fused)
+                form = FusedModel.of(model)
+                assert form.supports_step(mx.array([[token]]), fused)
+                logits = form(mx.array([[token]]), fused)
                 mx.eval(logits)
             worst = max(worst, float(mx.abs(logits - expected).max() / mx.abs(expected).max()))
     return worst

@@ -39,27 +39,21 @@ def bug(name: str, first: str, cause: str | None = None, **where: str) -> Callab
     return keep
 
 
-def joined(array: mx.array, model: Any, part: str, change: Callable[[mx.array], mx.array]) -> mx.array:
-    """`array` (q, k and v, or gate and up, joined) with one part changed."""
-    c = model.config
-    q, kv, f = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
-    start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), "gate": (0, f), "up": (f, 2 * f)}[part]
-    return mx.concatenate([array[:start], change(array[start:stop]), array[stop:]])
+def module_of(model: Any, part: str) -> Any:
+    """The projection `part` ("q", "up", ...) of the layer where bugs sit."""
+    layer = model.model.layers[LAYER]
+    return (layer.mlp if part in ("gate", "up", "down") else layer.self_attn)[f"{part}_proj"]
 
 
 def change_part(model: Any, part: str, kind: str, change: Callable[[mx.array], mx.array]) -> None:
-    layer = model.model.layers[LAYER]
-    if kind == "bias":
-        layer.self_attn.qkv_bias = joined(layer.self_attn.qkv_bias, model, part, change)
-    else:
-        module = layer.mlp.gate_up_proj if part in ("gate", "up") else layer.self_attn.qkv_proj
-        module.weight = joined(module.weight, model, part, change)
+    module = module_of(model, part)
+    module[kind] = change(module[kind])
 
 
 @bug("gate and up swapped", "0.layers.1.gate", "gate and up are swapped")
 def _(model, patch):
-    module = model.model.layers[LAYER].mlp.gate_up_proj
-    module.weight = mx.concatenate(mx.split(module.weight, 2)[::-1])
+    gate, up = module_of(model, "gate"), module_of(model, "up")
+    gate.weight, up.weight = up.weight, gate.weight
 
 
 @bug("q_proj transposed", "0.layers.1.q", "square weight is transposed")
@@ -117,8 +111,9 @@ def _(model, patch):
 
 @bug("biases of two layers exchanged", "0.layers.0.q", NOT_THE_FILES)
 def _(model, patch):
-    one, two = (model.model.layers[i].self_attn for i in (0, 1))
-    one.qkv_bias, two.qkv_bias = two.qkv_bias, one.qkv_bias
+    for name in ("q_proj", "k_proj", "v_proj"):
+        one, two = (model.model.layers[i].self_attn[name] for i in (0, 1))
+        one.bias, two.bias = two.bias, one.bias
 
 
 @bug("a row of up is NaN", "0.layers.1.up", "NaN")
@@ -161,51 +156,38 @@ def _(model, patch):
     change_rotary(model, lambda rotary: ops.Rotary.plain(model.config.head_dim, model.config.rope_theta))
 
 
-def patch_rope(patch: pytest.MonkeyPatch, turn: Callable[..., mx.array]) -> None:
-    """Replaces how q and k are rotated: turn(x, table)."""
-
-    def qkv_rope(qkv, bias, table, n_heads, n_kv_heads):
-        x = (qkv if bias is None else qkv + bias).reshape(*qkv.shape[:2], n_heads + 2 * n_kv_heads, -1)
-        q, k, v = mx.split(x, [n_heads, n_heads + n_kv_heads], axis=2)
-        return turn(q, table), mx.stack([turn(k, table), v], axis=2)
-
-    patch.setattr(ops, "qkv_rope", qkv_rope)
-
-
-def patch_offset(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
-    """Replaces the first position that a table is made for."""
-    table = ops.Rotary.table
-    patch.setattr(ops.Rotary, "table", lambda rotary, offset, length: table(rotary, change(offset), length))
-
-
 @bug("RoPE pairs neighbours", "0.layers.0.q_rope", "pairs neighbours")
 def _(model, patch):
+    rope = ops.rope
+
     def turn(x, table):
         halves = mx.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
-        out = ops.rope(halves, table)
-        return mx.stack(mx.split(out, 2, axis=-1), axis=-1).reshape(x.shape)
+        return mx.stack(mx.split(rope(halves, table), 2, axis=-1), axis=-1).reshape(x.shape)
 
-    patch_rope(patch, turn)
+    patch.setattr(ops, "rope", turn)
 
 
 @bug("RoPE turns the wrong way", "0.layers.0.q_rope", "wrong way")
 def _(model, patch):
-    patch_rope(patch, lambda x, table: ops.rope(x, table * mx.array([1.0, -1.0])))
+    rope = ops.rope
+    patch.setattr(ops, "rope", lambda x, table: rope(x, table * mx.array([1.0, -1.0])))
 
 
 @bug("RoPE left out", "0.layers.0.q_rope", "RoPE was left out")
 def _(model, patch):
-    patch_rope(patch, lambda x, table: x)
+    patch.setattr(ops, "rope", lambda x, table: x)
 
 
 @bug("RoPE starts at 1", "0.layers.0.q_rope", "off by 1")
 def _(model, patch):
-    patch_offset(patch, lambda offset: offset + 1)
+    table = ops.Rotary.table
+    patch.setattr(ops.Rotary, "table", lambda self, offset, length: table(self, offset + 1, length))
 
 
 @bug("RoPE ignores the cache's offset", "1.layers.0.q_rope", "offset is not used", run="decode")
 def _(model, patch):
-    patch_offset(patch, lambda offset: 0)
+    table = ops.Rotary.table
+    patch.setattr(ops.Rotary, "table", lambda self, offset, length: table(self, 0, length))
 
 
 @bug("eps 1e-5 instead of 1e-6", "0.layers.0.input_norm", "eps is 1e-05, expected 1e-06")
@@ -256,7 +238,7 @@ def _(model, patch):
 @bug("final norm left out", "0.norm", "the norm was left out")
 def _(model, patch):
     class Nothing(type(model.model.norm)):
-        def __call__(self, h, last=None):
-            return h + last, h + last
+        def __call__(self, x):
+            return x
 
     model.model.norm = Nothing(model.config.hidden_size, 1e-6)
