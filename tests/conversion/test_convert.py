@@ -36,10 +36,10 @@ from qwen_mlx.gguf.names import to_hf
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.text.tokenizer import Tokenizer
 from reference.small_models import CHATML, END_OF_TEXT, IM_END, TOKENS, hf_model, save_folder, write_gguf
-from tests.gguf.test_blocks import SCALES, assert_same_numbers, gguf_py, random_rows
-from tests.gguf.test_reader import text as gguf_text
-from tests.loading.test_hostile import layout, small_fields, small_tensors
-from tests.model.test_model import IDS, distance, tolerance, torch_logits
+from tests.helpers.blocks import SCALES, assert_same_numbers, gguf_py, random_rows
+from tests.helpers.gguf_bytes import text as gguf_text
+from tests.helpers.peers import IDS, distance, tolerance, torch_logits
+from tests.helpers.small_gguf import layout, small_fields, small_tensors
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 

@@ -9,8 +9,7 @@ from qwen_mlx import Qwen2, ops
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding, join, select
 from qwen_mlx.model.batch_step import serves
 from reference.emulator import emulate
-
-from .test_step import leaves_no_memory, model_of, nbytes, same
+from tests.helpers.small_qwen import leaves_no_memory, model_of, nbytes, same
 
 
 def read(model: Qwen2, pads: list[int], length: int) -> list[BatchKVCache]:

@@ -23,8 +23,7 @@ from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.config import ModelConfig
 from qwen_mlx.parallel.shards import Shard, rank_bytes
 from reference.small_models import hf_model, save_folder, write_gguf
-
-from . import worker as parallel_worker
+from tests.helpers import parallel_worker
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -85,7 +84,7 @@ def _free(port: int, n: int) -> bool:
 def run_jobs(tmp_path: Path, n: int, jobs: list[dict]) -> list[dict]:
     """Every rank's results."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    code, out, err = Launch(n, "-m", "tests.parallel.worker", tmp_path / "jobs.json", tmp_path).finish()
+    code, out, err = Launch(n, "-m", "tests.helpers.parallel_worker", tmp_path / "jobs.json", tmp_path).finish()
     files = [tmp_path / f"{rank}.json" for rank in range(n)]
     assert all(file.exists() for file in files), (code, out, err)
     return [json.loads(file.read_text()) for file in files]

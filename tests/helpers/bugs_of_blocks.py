@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import qwen_mlx.model.cache as cache_module
 
+import qwen_mlx.model.cache as cache_module
 from qwen_mlx import ops
 from qwen_mlx.backend import mx
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding
