@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cpu_generate import ENGINES
-from reference.small_models import hf_model, write_gguf
+from reference.small_models import RandomModel, write_gguf
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mlx-lm would run on Apple's GPU")
 def test_cpu_generate(tmp_path: Path):
-    model, output = write_gguf(tmp_path / "small.gguf", hf_model()), tmp_path / "results.json"
+    model, output = write_gguf(tmp_path / "small.gguf", RandomModel()), tmp_path / "results.json"
     command = [sys.executable, "-m", "benchmarks.cpu_generate", "--model", model, "--output", output]
     sizes = ["--prefill", "24", "--decode", "3", "--repeats", "1"]
     done = subprocess.run(

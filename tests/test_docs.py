@@ -15,7 +15,7 @@ import pytest
 
 import qwen_mlx
 from qwen_mlx import QwenMLXError, convert, generate, load
-from reference.small_models import hf_model, write_gguf
+from reference.small_models import RandomModel, write_gguf
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [
@@ -107,7 +107,7 @@ def test_public_names_have_docstrings(name: str):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple:
-    path = Path(write_gguf(tmp_path_factory.mktemp("docs") / "small.gguf", hf_model()))
+    path = Path(write_gguf(tmp_path_factory.mktemp("docs") / "small.gguf", RandomModel()))
     return path, *load(path)
 
 

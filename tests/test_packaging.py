@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.small_models import hf_model, write_gguf
+from reference.small_models import RandomModel, write_gguf
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +46,7 @@ def test_the_installed_wheel_generates_with_its_kernels(wheel: Path, tmp_path: P
     site = Path(subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip())
     zipfile.ZipFile(wheel).extractall(site)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # comes after the wheel's folder
-    model = write_gguf(tmp_path / "small.gguf", hf_model())
+    model = write_gguf(tmp_path / "small.gguf", RandomModel())
     command = [python, "-I", "-m", "qwen_mlx.generate", "--model", model, "--prompt", "hello", "--max-tokens", "4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

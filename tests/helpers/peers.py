@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-import torch
 
 from qwen_mlx.backend import mx
+from reference.lazy import torch
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50]]
 

@@ -22,7 +22,7 @@ from qwen_mlx import convert
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.config import ModelConfig
 from qwen_mlx.parallel.shards import Shard, rank_bytes
-from reference.small_models import hf_model, save_folder, write_gguf
+from reference.small_models import RandomModel, save_folder, write_gguf
 from tests.helpers import parallel_worker
 
 ROOT = Path(__file__).parents[2]
@@ -111,18 +111,20 @@ def jobs(tmp_path_factory) -> list[dict]:
     small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160}
     for heads, kv in RATIOS:
         tied = heads == 12
-        model = hf_model(
+        model = RandomModel(
             heads, num_attention_heads=heads, num_key_value_heads=kv, head_dim=8, tie_word_embeddings=tied, **small
         )
         path = save_folder(folder / f"{heads}to{kv}", model)
         made.append({"name": f"{heads} heads, {kv} keys", "model": str(path)})
     made[0]["kinds"] = ["greedy", "sampled", "batch"]
-    path = write_gguf(folder / "biases.gguf", hf_model(5, **small), edit=add_mlp_biases)
+    path = write_gguf(folder / "biases.gguf", RandomModel(5, **small), edit=add_mlp_biases)
     made.append({"name": "MLP biases", "model": str(path)})
     # Two heads of 64 a rank of two: o_proj is cut within Q4_K's and Q6_K's blocks of 256, down_proj between them.
     wide = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 1024}
     for kind in (T.Q4_K, T.Q6_K, T.Q8_0):
-        path = write_gguf(folder / f"{kind.name}.gguf", hf_model(3, tie_word_embeddings=kind == T.Q6_K, **wide), kind)
+        path = write_gguf(
+            folder / f"{kind.name}.gguf", RandomModel(3, tie_word_embeddings=kind == T.Q6_K, **wide), kind
+        )
         made.append({"name": kind.name, "model": str(path), "quantized": True})
     made[-3]["kinds"] = ["greedy", "step"]
     made.append({"name": "Q4_K dense", "model": str(folder / "Q4_K.gguf"), "quantized": False})
