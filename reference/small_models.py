@@ -102,6 +102,9 @@ class RandomModel:
             shapes[f"{layer}self_attn.o_proj.weight"] = (hidden, q)
             shapes |= {f"{layer}mlp.{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
             shapes[f"{layer}mlp.down_proj.weight"] = (hidden, wide)
+            if getattr(c, "mlp_bias", False):
+                shapes |= {f"{layer}mlp.{name}_proj.bias": (wide,) for name in ("gate", "up")}
+                shapes[f"{layer}mlp.down_proj.bias"] = (hidden,)
             shapes |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
         shapes["model.norm.weight"] = (hidden,)
         return shapes if c.tie_word_embeddings else shapes | {"lm_head.weight": (c.vocab_size, hidden)}

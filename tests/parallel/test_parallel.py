@@ -27,7 +27,7 @@ from tests.helpers import parallel_worker
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
-linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' process ids in /proc")
+linux = pytest.mark.linux  # finds the ranks' process ids in /proc
 
 
 class Launch:
