@@ -21,16 +21,15 @@ from pathlib import Path
 
 from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading import hub
 from qwen_mlx.model.config import ModelConfig
 from qwen_mlx.text.tokenizer import Tokenizer
 
 from . import tolerances
 from .comparison import Comparison, compare, logits_line
+from .inputs import PROMPT, config_of, runs_of, tokenizer_of
 from .taps import TAPS, Run
 
-PROMPT = "def fibonacci(n):\n    # 返回第 n 个斐波那契数\n"
 HEAD = ("max abs", "rel L2", "worst row", "1 - cos", "tolerance", "floor")
 RUNS = ("prefill", "chunked", "decode", "padded")
 
@@ -159,14 +158,6 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def config_of(path: Path) -> ModelConfig:
-    return ModelConfig.from_folder(path) if path.is_dir() else ModelConfig.from_gguf(GGUFFile(path))
-
-
-def tokenizer_of(path: Path) -> Tokenizer:
-    return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(GGUFFile(path).metadata)
-
-
 def _ids(options, config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
     if options.tokens < 2:
         raise QwenMLXError(f"--tokens is {options.tokens}, expected at least 2.")
@@ -201,17 +192,6 @@ def _check_same_vocabulary(path: Path, reference: Path, config, tokenizer: Token
         raise QwenMLXError(
             f"{path} and {reference} split the prompt into different tokens; compare two forms of one model."
         )
-
-
-def runs_of(ids: list[int]) -> dict[str, Run]:
-    """The runs that can be asked for, on the same ids."""
-    n = len(ids)
-    return {
-        "prefill": Run.prefill(ids),
-        "chunked": Run.chunked(ids, max(1, n // 3)),
-        "decode": Run.decode(ids, max(1, n - 8)),
-        "padded": Run.padded([ids[: max(1, n // part)] for part in (1, 2, 4)], min(4, max(0, n // 4 - 1))),
-    }
 
 
 def trace_bytes(config: ModelConfig, run: Run) -> int:

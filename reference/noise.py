@@ -16,6 +16,7 @@ from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
 
 from . import tolerances
+from .inputs import load_tokens, runs_of
 from .measures import measure
 from .taps import Run
 
@@ -119,8 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         from qwen_mlx.loading import hub
 
-        from .compare import runs_of
-
         path = hub.resolve(options.model)
         runs = list(runs_of(load_tokens(path, 64)).values())  # what the command compares if nothing else is asked for
         model = torch_side.load(Path(path))
@@ -135,14 +134,6 @@ def main(arguments: list[str] | None = None) -> int:
     tolerances.FILE.write_text(head + "\n".join(parts), encoding="utf-8")
     print(f"wrote {tolerances.FILE}")
     return 0
-
-
-def load_tokens(path: Path, count: int) -> list[int]:
-    """The first `count` ids of PROMPT repeated, by the model's own tokenizer, without loading the model."""
-    from .compare import PROMPT, tokenizer_of
-
-    ids = tokenizer_of(path).encode(PROMPT)
-    return (ids * -(-count // len(ids)))[:count]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""Small random Qwen2 models, written by transformers and by gguf-py: neither shares code with what is tested."""
+"""Small random Qwen2 models, of transformers or of NumPy alone, written by transformers, gguf-py, safetensors and
+tokenizers: none of these shares code with what is tested.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType as T
-from transformers import Qwen2Config, Qwen2ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -17,10 +23,10 @@ CHATML = (
 
 
 def byte_tokens() -> list[str]:
-    """GPT-2's printable names of the 256 bytes, by gguf-py's neighbour transformers."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return list(bytes_to_unicode().values())
+    """GPT-2's printable names of the 256 bytes (bytes_to_unicode of its encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*map(chr, printable), *(chr(256 + n) for n in range(len(others)))]
 
 
 TOKENS = [*byte_tokens(), "he", "ll", "hell", "hello", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -28,24 +34,29 @@ MERGES = ["h e", "l l", "he ll", "hell o"]
 END_OF_TEXT, IM_START, IM_END = len(TOKENS) - 3, len(TOKENS) - 2, len(TOKENS) - 1
 
 
+SETTINGS: dict[str, Any] = {
+    "vocab_size": len(TOKENS),
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
 def hf_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
-    """A random model whose norms and biases are random too (transformers starts them at one and zero)."""
-    settings = {
-        "vocab_size": len(TOKENS),
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    """A random model of transformers; norms and biases are random too (transformers starts them at one and zero)."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**(settings | overrides))).eval().float()
+    model = Qwen2ForCausalLM(Qwen2Config(**(SETTINGS | overrides))).eval().float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -53,9 +64,82 @@ def hf_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * torch.randn_like(parameter))
             else:
-                size = (0.8 if "embed" in name else 1.2) / parameter.shape[-1] ** 0.5
-                parameter.copy_(torch.randn_like(parameter) * size)
+                parameter.copy_(torch.randn_like(parameter) * deviation(name, parameter.shape[-1]))
     return model
+
+
+def deviation(name: str, columns: int) -> float:
+    """Standard deviation of the random values of a matrix."""
+    return (0.8 if "embed" in name else 1.2) / columns**0.5
+
+
+class RandomModel:
+    """A random model in NumPy for tests that need a file and not transformers: the same names, shapes and spread as
+    hf_model's, other values.
+    """
+
+    def __init__(self, seed: int = 0, **overrides: Any):
+        settings = SETTINGS | {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28} | overrides
+        theta = settings.pop("rope_theta")
+        settings["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"} | settings.get(
+            "rope_parameters", {}
+        )
+        self.config = SimpleNamespace(**settings)
+        rng = np.random.default_rng(seed)
+        self._state = {name: self._random(rng, name, shape) for name, shape in self._shapes().items()}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        c = self.config
+        hidden, wide = c.hidden_size, c.intermediate_size
+        head_dim = getattr(c, "head_dim", hidden // c.num_attention_heads)
+        q, kv = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, hidden)}
+        for n in range(c.num_hidden_layers):
+            layer = f"model.layers.{n}."
+            for name, rows in (("q", q), ("k", kv), ("v", kv)):
+                shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, hidden)
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+            shapes[f"{layer}self_attn.o_proj.weight"] = (hidden, q)
+            shapes |= {f"{layer}mlp.{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+            shapes[f"{layer}mlp.down_proj.weight"] = (hidden, wide)
+            if getattr(c, "mlp_bias", False):
+                shapes |= {f"{layer}mlp.{name}_proj.bias": (wide,) for name in ("gate", "up")}
+                shapes[f"{layer}mlp.down_proj.bias"] = (hidden,)
+            shapes |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        shapes["model.norm.weight"] = (hidden,)
+        return shapes if c.tie_word_embeddings else shapes | {"lm_head.weight": (c.vocab_size, hidden)}
+
+    @staticmethod
+    def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        values = rng.standard_normal(shape)
+        if name.endswith("norm.weight"):
+            return (1 + 0.3 * values).astype(np.float32)
+        return (values * (0.5 if name.endswith("bias") else deviation(name, shape[-1]))).astype(np.float32)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The weights by Hugging Face's names; tied embeddings have no lm_head."""
+        return dict(self._state)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes config.json and model.safetensors as transformers does."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._state, folder / "model.safetensors", {"format": "pt"})
+        architecture = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
+        settings = architecture | {"dtype": "float32"} | vars(self.config)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2))
+
+
+def to_hf(model: RandomModel) -> Qwen2ForCausalLM:
+    """transformers' model of the same weights, as they are now."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    theirs = Qwen2ForCausalLM(Qwen2Config(**vars(model.config))).eval().float()
+    weights = {name: torch.from_numpy(values.copy()) for name, values in model.state_dict().items()}
+    theirs.load_state_dict(weights, strict=not model.config.tie_word_embeddings)
+    return theirs
 
 
 def random_blocks(rng: np.random.Generator, kind: T, shape: tuple[int, int]) -> np.ndarray:
@@ -73,7 +157,7 @@ def random_blocks(rng: np.random.Generator, kind: T, shape: tuple[int, int]) -> 
     return raw.reshape(shape[0], -1)
 
 
-def write_gguf(path: Path, model: Qwen2ForCausalLM, kinds: dict[str, T] | T = T.F32, edit=None) -> Path:
+def write_gguf(path: Path, model: Qwen2ForCausalLM | RandomModel, kinds: dict[str, T] | T = T.F32, edit=None) -> Path:
     """Writes `model` with gguf-py; matrices take the type that `kinds` gives for their Hugging Face name, and the
     model's weights become what gguf-py reads back, so that file and model agree exactly. `edit(writer, tensors)` may
     spoil it.
@@ -112,14 +196,13 @@ def write_gguf(path: Path, model: Qwen2ForCausalLM, kinds: dict[str, T] | T = T.
         kind = T.F32
         if value.ndim == 2:
             kind = kinds.get(hf_name, T.F32) if isinstance(kinds, dict) else kinds
-        array = value.numpy()
+        array = np.asarray(value)  # shares memory, with torch too
         if kind != T.F32:
             block = gguf.GGML_QUANT_SIZES[kind][0]
             assert array.shape[1] % block == 0, f"{hf_name}: rows of {array.shape[1]} for {kind.name}"
             can_quantize = kind in (T.F16, T.BF16)
             array = gguf.quants.quantize(array, kind) if can_quantize else random_blocks(rng, kind, array.shape)
-            with torch.no_grad():
-                value.copy_(torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(array, kind))))
+            np.asarray(value)[...] = gguf.quants.dequantize(array, kind)
         tensors[name] = (array, kind)
     if edit is not None:
         edit(writer, tensors)
@@ -132,10 +215,8 @@ def write_gguf(path: Path, model: Qwen2ForCausalLM, kinds: dict[str, T] | T = T.
     return path
 
 
-def save_folder(folder: Path, model: Qwen2ForCausalLM) -> Path:
+def save_folder(folder: Path, model: Qwen2ForCausalLM | RandomModel) -> Path:
     """Writes `model` as transformers does, with a tokenizer.json made by the tokenizers library."""
-    import json
-
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     model.save_pretrained(folder)

@@ -1,16 +1,104 @@
-"""Fixtures that several test files share."""
+"""The tiers of the tests, what a system cannot run, and fixtures that several test files share.
+
+A test is marked by what its source reaches (tests/helpers/needs.py): `torch` where it compares with PyTorch,
+transformers or mlx-lm, `emulator` where Metal kernels run in the emulator, `real` where it reads the real model,
+`linux` where it needs Linux. `--fast` runs the tests with none of these marks; `--as-macos` selects on Linux the tests
+that a Mac would run. What is not selected is counted as deselected.
+"""
 
 from __future__ import annotations
 
+import collections
+import importlib.abc
+import os
+import platform
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import qwen_mlx.backend  # noqa: F401  (before any test imports MLX: its fast BLAS must be in the process first)
+from qwen_mlx.backend import mx  # before any test imports MLX: its fast BLAS must be in the process first
+from tests.helpers import needs
+
+pytest.register_assert_rewrite("tests.helpers.packed_models", "tests.helpers.blocks", "tests.helpers.nvrtc")
+FAST = "not (slow or torch or emulator or real or heavy)"
+MARKS = {"slow", "torch", "emulator", "real", "linux", "gpu", "heavy"}
+TIERS = pytest.StashKey[collections.Counter[str]]()
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests compare float32 results of the CPU, on a machine with a GPU too; a test that means the GPU says so.
+mx.set_default_device(mx.cpu)
+
+
+class NoPeers(importlib.abc.MetaPathFinder):
+    """Refuses the peers in the fast tier, whose tests must run where they are not installed."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname in ("torch", "transformers"):
+            raise ModuleNotFoundError(f"{fullname} is not for tests of the fast tier", name=fullname)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests without PyTorch, emulator and real model")
+    parser.addoption("--as-macos", action="store_true", help="behave as on macOS as far as Linux can")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TIERS] = collections.Counter()
+    if config.getoption("fast"):
+        config.option.markexpr = FAST
+        sys.meta_path.insert(0, NoPeers())
+    if config.getoption("as_macos"):
+        sys.platform = "darwin"
+        platform.system, platform.machine = lambda: "Darwin", lambda: "arm64"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file that imports PyTorch is not even imported in the fast tier."""
+    if not config.getoption("fast") or not collection_path.name.startswith("test_"):
+        return None
+    if not needs.of_file(collection_path):
+        return None
+    config.stash[TIERS]["files that import torch"] += 1
+    return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for need in sorted(needs.of_test(item.path, item.originalname)):
+            item.add_marker(need)
+        if {"real_gguf", "real_hf"} & set(item.fixturenames):
+            item.add_marker("real")
+        if "real_hf" in item.fixturenames:
+            item.add_marker("torch")
+            item.add_marker(pytest.mark.xdist_group("transformers' real model"))
+    unable = {"linux"} if sys.platform != "linux" else set()
+    unable |= set() if mx.metal.is_available() or mx.cuda.is_available() else {"gpu"}
+    if not config.getoption("fast") and (reason := emulator_unavailable()):
+        unable.add("emulator")
+        config.stash[TIERS][f"emulator tests not selected: {reason}"] += 1
+    if unable:
+        out = [item for item in items if unable & {mark.name for mark in item.iter_markers()}]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
+
+def emulator_unavailable() -> str | None:
+    """Why the emulator cannot run here; None where it can, and in CI on Linux, where its tests must fail instead."""
+    from reference.emulator import unavailable
+
+    return None if os.environ.get("CI") and sys.platform == "linux" else unavailable()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = {mark.name for mark in item.iter_markers()} & MARKS
+        item.config.stash[TIERS][f"deselected: {', '.join(sorted(names)) or 'by name'}"] += 1
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +119,17 @@ def real_hf(real_gguf: Path):
     return model.eval()
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Says plainly how many tests ran and how many were skipped."""
+@pytest.fixture(scope="session", autouse=True)
+def fast_tier_imports_no_peer(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The fast tier ends as it began: without PyTorch and transformers in the process."""
+    yield
+    if request.config.getoption("fast"):
+        assert not {"torch", "transformers"} & sys.modules.keys()
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Says plainly how many tests ran, how many were skipped, and which were not selected."""
     ran = sum(len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "error"))
+    for what, count in sorted(config.stash[TIERS].items()):
+        terminalreporter.write_line(f"{count:6} {what}")
     terminalreporter.write_line(f"{ran} tests ran, {len(terminalreporter.stats.get('skipped', ()))} skipped")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cpu_generate import ENGINES
-from reference.small_models import hf_model, write_gguf
+from reference.small_models import RandomModel, write_gguf
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mlx-lm would run on Apple's GPU")
+@pytest.mark.linux  # mlx-lm would run on Apple's GPU
 def test_cpu_generate(tmp_path: Path):
-    model, output = write_gguf(tmp_path / "small.gguf", hf_model()), tmp_path / "results.json"
+    model, output = write_gguf(tmp_path / "small.gguf", RandomModel()), tmp_path / "results.json"
     command = [sys.executable, "-m", "benchmarks.cpu_generate", "--model", model, "--output", output]
     sizes = ["--prefill", "24", "--decode", "3", "--repeats", "1"]
     done = subprocess.run(
@@ -30,7 +30,7 @@ def test_cpu_generate(tmp_path: Path):
     assert float32 == [float32[0]] * 3
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mlx-lm would run on Apple's GPU")
+@pytest.mark.linux  # mlx-lm would run on Apple's GPU
 def test_run_compares_engines_that_make_the_same_tokens(tmp_path: Path):
     output, picture = tmp_path / "run.json", tmp_path / "run.png"
     command = [sys.executable, "-m", "benchmarks.run", "--models", "tiny", "tiny:q4_k_m", "--output", output]
@@ -69,7 +69,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a Mac has a GPU")
+@pytest.mark.linux  # a Mac has a GPU
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_sentence_before_anything_is_measured(name: str):
     (script, *arguments), message = MISTAKES[name]

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from qwen_mlx.backend import blas
-from reference.small_models import hf_model, write_gguf
+from reference.small_models import RandomModel, write_gguf
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX needs no help on macOS")
+pytestmark = pytest.mark.linux  # MLX needs no help on macOS
 
 INSTALLED = [name for name in blas._DISTRIBUTIONS if blas._version(name)]
 # Shapes: one row (a decoding step), several rows, a stack with a broadcast operand.
 PRODUCTS = """
 import numpy as np
-from qwen_mlx import backend, blas
+from qwen_mlx import backend
+from qwen_mlx.backend import blas
 mx = backend.mx
 rng = np.random.default_rng(0)
 for left, right in [((1, 896), (1152, 896)), ((33, 65), (70, 65)), ((2, 1, 7, 64), (2, 1, 300, 64))]:
@@ -150,7 +151,7 @@ def test_generating_calls_no_compiler(tmp_path: Path):
     compiler.parent.mkdir()
     compiler.write_text(f"#!/bin/sh\n: > {marker}\nexit 1\n")
     compiler.chmod(0o755)
-    model = write_gguf(tmp_path / "small.gguf", hf_model())
+    model = write_gguf(tmp_path / "small.gguf", RandomModel())
     command = [sys.executable, "-m", "qwen_mlx.generate", "--model", model, "--prompt", "hello", "--max-tokens", "6"]
     # MLX keeps what it compiled in the folder for temporary files.
     environment = os.environ | {"PATH": str(compiler.parent), "TMPDIR": str(tmp_path)}

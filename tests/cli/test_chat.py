@@ -19,14 +19,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from qwen_mlx import QwenMLXError, load
 from qwen_mlx.generation.chat import Chat, ToolResult
 from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.tools import parse_tool_calls, run
 from qwen_mlx.model.qwen2 import Qwen2Model
-from reference.small_models import CHATML, hf_model, write_gguf
+from reference.lazy import torch
+from reference.small_models import CHATML, RandomModel, hf_model, write_gguf
 
 WITH_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}" + CHATML
 THOUGHTS = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
@@ -42,7 +42,7 @@ def template(text: str):
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model, which never ends by itself and writes tokens that no tokenizer would choose."""
-    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", hf_model(max_position_embeddings=8192))
+    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", RandomModel(max_position_embeddings=8192))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_control_tokens_in_a_message_stay_text(small, chat: Chat):
 
 def test_a_template_that_changes_answers_wins_over_their_ids(small, tmp_path: Path):
     """As DeepSeek-R1's, which drops thoughts: what the model reads is what the template says."""
-    _, tokenizer = load(write_gguf(tmp_path / "m.gguf", hf_model(), edit=template(THOUGHTS)))
+    _, tokenizer = load(write_gguf(tmp_path / "m.gguf", RandomModel(), edit=template(THOUGHTS)))
     thought = "hell</think>hello"
     messages = [
         {"role": "user", "content": "h"},

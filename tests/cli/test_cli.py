@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from reference.small_models import hf_model, save_folder, write_gguf
+from reference.small_models import RandomModel, save_folder, write_gguf
 
 COMMAND = [sys.executable, "-W", "default", "-m", "qwen_mlx.generate"]
 
@@ -39,7 +39,7 @@ def refused(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", hf_model(max_position_embeddings=256), T.Q8_0)
+    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", RandomModel(max_position_embeddings=256), T.Q8_0)
 
 
 def test_help_imports_no_mlx_and_warns_of_nothing():
@@ -150,7 +150,7 @@ def test_told_to_stop_before_the_first_token_says_so_and_twice_is_quiet(small: P
 
 def test_a_terminal_gets_no_control_characters(tmp_path: Path):
     """This model writes them; a pipe gets its text as it is."""
-    path = write_gguf(tmp_path / "m.gguf", hf_model())
+    path = write_gguf(tmp_path / "m.gguf", RandomModel())
     arguments = ["--model", str(path), "--prompt", "hello", "--temp", "0", "--max-tokens", "200"]
     raw = run(*arguments).stdout
     assert set(raw) & {*range(9), *range(11, 32)}
@@ -208,7 +208,7 @@ def test_progress_line_appears_on_a_terminal_and_is_cleared(small: Path):
 
 
 def test_folder_of_safetensors(tmp_path: Path):
-    folder = save_folder(tmp_path / "model", hf_model())
+    folder = save_folder(tmp_path / "model", RandomModel())
     assert run("--model", folder, "--prompt", "hello", "--max-tokens", "3").returncode == 0
 
 
@@ -314,7 +314,7 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_file(case: str, tmp_path: Path):
     edit, *words = DAMAGED[case]
-    path = write_gguf(tmp_path / "m.gguf", hf_model(), edit=edit)
+    path = write_gguf(tmp_path / "m.gguf", RandomModel(), edit=edit)
     refused(run("--model", path, "--prompt", "x"), *words)
 
 
@@ -346,7 +346,7 @@ def test_folder_that_is_no_model(small: Path, tmp_path: Path):
     refused(run("--model", small.parent, "--prompt", "x"), "config.json", "m.gguf")
     (tmp_path / "empty").mkdir()
     refused(run("--model", tmp_path / "empty", "--prompt", "x"), "config.json")
-    folder = save_folder(tmp_path / "model", hf_model())
+    folder = save_folder(tmp_path / "model", RandomModel())
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     refused(run("--model", folder, "--prompt", "x"), "model.safetensors")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors import SafetensorError, safe_open
 
 from qwen_mlx.backend import mx
 from qwen_mlx.conversion.write import ShardedWriter, TensorSpec, shard
+from reference.lazy import torch
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "U32": np.uint32, "U8": np.uint8, "BF16": np.uint16}
 

@@ -10,8 +10,7 @@ import pytest
 
 from qwen_mlx import ops
 from reference.emulator import DataRace, OutOfBounds, Unavailable, UninitialisedRead, emulate, metal_kernel, source
-
-from .launching import I, run
+from tests.helpers.launching import I, run
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in source.TYPES if dtype != mx.float64], ids=str)

@@ -16,9 +16,8 @@ from reference.emulator import (
     metal_source,
     standin,
 )
-
-from . import decoding_calls, shipped
-from .test_published_kernels import module
+from tests.helpers import decoding_calls, shipped
+from tests.helpers.mlx_lm_kernels import module
 
 # rule: (rejected, accepted, what the finding says); a "|" divides header and body.
 RULES = {

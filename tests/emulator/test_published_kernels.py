@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from types import ModuleType
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from reference.emulator import DataRace, emulate
-
-
-def module(name: str) -> ModuleType:
-    """A fresh copy of a module of mlx_lm.models: within `emulate` its kernels are emulated ones."""
-    spec = importlib.util.find_spec(f"mlx_lm.models.{name}")
-    fresh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fresh)
-    return fresh
+from tests.helpers.mlx_lm_kernels import module
 
 
 def random(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:

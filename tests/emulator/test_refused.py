@@ -21,8 +21,7 @@ from reference.emulator import (
     emulate,
     metal_kernel,
 )
-
-from .launching import I, run
+from tests.helpers.launching import I, run
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,11 +12,10 @@ from qwen_mlx import ops
 from qwen_mlx.cli import selftest
 from qwen_mlx.ops import dispatch
 from reference.emulator import emulate
-
-from . import seeded_decoding
-from .decoding_calls import calls
-from .seeded import EDITS, Edit, WrongNumbers, case_inputs
-from .seeded_small import SMALL, Small
+from tests.helpers import seeded_decoding
+from tests.helpers.decoding_calls import calls
+from tests.helpers.seeded import EDITS, Edit, WrongNumbers, case_inputs
+from tests.helpers.seeded_small import SMALL, Small
 
 DECODING = calls(mx.bfloat16)
 CASES = case_inputs() | DECODING

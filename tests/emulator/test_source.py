@@ -12,8 +12,7 @@ import pytest
 
 from qwen_mlx import ops
 from reference.emulator import InvalidLaunch, metal_kernel, metal_source, source
-
-from . import shipped
+from tests.helpers import shipped
 
 MLX_KERNEL = mx.fast.metal_kernel
 DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.int8, mx.uint8, mx.int32, mx.uint64, mx.bool_, mx.complex64)

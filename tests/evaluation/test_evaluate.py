@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from qwen_mlx import QwenMLXError, load
 from qwen_mlx.cli.evaluate import main
 from qwen_mlx.evaluation.perplexity import _Mean, evaluate, windows
-from reference.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
+from reference.lazy import torch
+from reference.small_models import END_OF_TEXT, TOKENS, RandomModel, hf_model, write_gguf
 
 TEXT = "hello world, hello hell; the llama says hello to all of the world. " * 6
 
@@ -183,7 +183,7 @@ def test_mistakes_are_one_sentence(pair, tmp_path: Path):
         entry = writer.kv_data[0]["tokenizer.ggml.tokens"]
         entry.value = [*TOKENS[:5], TOKENS[6], TOKENS[5], *TOKENS[7:]]
 
-    other = write_gguf(tmp_path / "other.gguf", hf_model(), edit=spoil)
+    other = write_gguf(tmp_path / "other.gguf", RandomModel(), edit=spoil)
     model = ["--model", str(files["small"])]
     for arguments, match in (
         (["--text", str(tmp_path / "no.txt")], r"--text .*no\.txt: cannot be read \(No such file"),

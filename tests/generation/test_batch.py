@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from qwen_mlx import QwenMLXError, batch_generate, load, stream_generate
 from qwen_mlx.backend import mx
@@ -14,7 +13,8 @@ from qwen_mlx.generation.text import GenerationChunk
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding, join, select
 from qwen_mlx.model.cache import KVCache
 from reference.emulator import emulate
-from reference.small_models import IM_END, TOKENS, hf_model, save_folder, write_gguf
+from reference.lazy import torch
+from reference.small_models import IM_END, TOKENS, RandomModel, save_folder, to_hf, write_gguf
 from tests.helpers.attending import attend
 
 LENGTHS = (3, 90, 1, 41, 17, 150, 2, 64, 33, 5, 120, 18)
@@ -26,20 +26,25 @@ def prompts_of(lengths=LENGTHS) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    return hf_model(max_position_embeddings=256)
+def weights():
+    return RandomModel(max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
-def small(theirs, tmp_path_factory: pytest.TempPathFactory):
-    return load(write_gguf(tmp_path_factory.mktemp("batch") / "m.gguf", theirs))
+def small(weights, tmp_path_factory: pytest.TempPathFactory):
+    return load(write_gguf(tmp_path_factory.mktemp("batch") / "m.gguf", weights))
+
+
+@pytest.fixture(scope="module")
+def theirs(weights, small):
+    return to_hf(weights)
 
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory: pytest.TempPathFactory):
     """Its last two layers see five tokens."""
     window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    return load(save_folder(tmp_path_factory.mktemp("windowed") / "m", hf_model(5, **window)))
+    return load(save_folder(tmp_path_factory.mktemp("windowed") / "m", RandomModel(5, **window)))
 
 
 _alone: dict[tuple, list[GenerationChunk]] = {}

@@ -6,26 +6,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from gguf import GGMLQuantizationType as T
 
 from qwen_mlx import QwenMLXError, SamplingSettings, generate, load, stream_generate
 from qwen_mlx.backend import mx
 from qwen_mlx.generation.engine import generate_ids
 from qwen_mlx.generation.text import encode_prompt
-from reference.small_models import IM_END, IM_START, hf_model, write_gguf
+from reference.lazy import torch
+from reference.small_models import IM_END, IM_START, RandomModel, to_hf, write_gguf
 
 PROMPT = "hello world, hello"
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    return hf_model(max_position_embeddings=256)
+def weights():
+    return RandomModel(max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
-def small(theirs, tmp_path_factory: pytest.TempPathFactory):
-    return load(write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", theirs, T.Q8_0))
+def small(weights, tmp_path_factory: pytest.TempPathFactory):
+    return load(write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", weights, T.Q8_0))
+
+
+@pytest.fixture(scope="module")
+def theirs(weights, small):
+    return to_hf(weights)
 
 
 def take(count: int, ids) -> list[int]:
@@ -156,14 +161,14 @@ def test_text_held_back_for_a_stop_string_is_not_lost(small):
 
 
 @pytest.mark.parametrize("end", [IM_END, IM_END - 2], ids=["im_end", "endoftext"])
-def test_both_end_tokens_stop(theirs, tmp_path: Path, end: int):
+def test_both_end_tokens_stop(tmp_path: Path, end: int):
     """The head is made to answer with the end token always."""
-    spoilt = hf_model(max_position_embeddings=256)
-    with torch.no_grad():
-        spoilt.lm_head.weight[:] = 0
-        spoilt.lm_head.weight[end] = 1
-        spoilt.model.norm.weight[:] = 0.01
-        spoilt.model.embed_tokens.weight.abs_()
+    spoilt = RandomModel(max_position_embeddings=256)
+    weights = spoilt.state_dict()
+    weights["lm_head.weight"][:] = 0
+    weights["lm_head.weight"][end] = 1
+    weights["model.norm.weight"][:] = 0.01
+    np.abs(weights["model.embed_tokens.weight"], out=weights["model.embed_tokens.weight"])
     model, tokenizer = load(write_gguf(tmp_path / "m.gguf", spoilt))
     sign = float(model(mx.array([encode_prompt(tokenizer, PROMPT)]))[0, -1, end].item())
     if sign < 0:
@@ -224,8 +229,8 @@ def test_bad_arguments_are_refused_before_any_work(small, prompt, arguments, wor
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_an_error_not_token_0(theirs, tmp_path: Path, value: float):
-    model, tokenizer = load(write_gguf(tmp_path / "m.gguf", theirs))
+def test_logits_that_are_not_finite_are_an_error_not_token_0(weights, tmp_path: Path, value: float):
+    model, tokenizer = load(write_gguf(tmp_path / "m.gguf", weights))
     model.lm_head.weight[7, 3] = value
     with pytest.raises(QwenMLXError, match="not finite"):
         generate(model, tokenizer, PROMPT, max_tokens=3)

@@ -22,12 +22,12 @@ from qwen_mlx.generation import prompt_cache as module
 from qwen_mlx.generation.chat import Chat
 from qwen_mlx.generation.prompt_cache import PromptCache, common_prefix, fingerprint
 from qwen_mlx.model.qwen2 import Qwen2Model, TransformerBlock
-from reference.small_models import TOKENS, hf_model, write_gguf
+from reference.small_models import TOKENS, RandomModel, write_gguf
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", hf_model(), T.Q8_0)
+    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", RandomModel(), T.Q8_0)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def test_fingerprint_tells_models_apart(small, path: Path, tmp_path: Path):
     model, _ = small
     assert fingerprint(model) == fingerprint(load(path)[0])
     others = [
-        load(write_gguf(tmp_path / "seed.gguf", hf_model(seed=1), T.Q8_0))[0],
-        load(write_gguf(tmp_path / "theta.gguf", hf_model(rope_theta=10000.0), T.Q8_0))[0],
+        load(write_gguf(tmp_path / "seed.gguf", RandomModel(seed=1), T.Q8_0))[0],
+        load(write_gguf(tmp_path / "theta.gguf", RandomModel(rope_theta=10000.0), T.Q8_0))[0],
         load(path, quantized=True)[0],
         load(path, dtype="bfloat16")[0],
     ]
@@ -380,7 +380,7 @@ def test_on_the_command_line(path: Path, tmp_path: Path):
     count = int(re.search(r"\((\d+) more from the cache\)", again.stderr)[1])
     total = int(re.search(r"prompt: (\d+) tokens", plain.stderr)[1])
     assert 0 < count < total == count + int(re.search(r"prompt: (\d+) tokens", again.stderr)[1])
-    other = write_gguf(tmp_path / "other.gguf", hf_model(seed=1))
+    other = write_gguf(tmp_path / "other.gguf", RandomModel(seed=1))
     for arguments, words in (
         (["--model", other, "--prompt-cache", tmp_path / "c"], "a prompt cache of another model"),
         (["--model", path, "--prompt-cache", path], "damaged or not a prompt cache"),

@@ -7,15 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 
 from qwen_mlx import QwenMLXError, SamplingSettings
 from qwen_mlx.backend import mx
@@ -33,6 +24,7 @@ from qwen_mlx.generation.sampling import (
     typical_p,
     xtc,
 )
+from reference.lazy import torch, transformers
 
 RNG = np.random.default_rng(3)
 LOGITS = (RNG.standard_normal((4, 500)) * 4).astype(np.float32)
@@ -45,17 +37,19 @@ def same(ours: mx.array, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.8, 0.95, 0.9999])
 def test_top_p(p: float):
-    same(top_p(mx.array(LOGITS), p), TopPLogitsWarper(p)(None, torch.from_numpy(LOGITS)))
+    same(top_p(mx.array(LOGITS), p), transformers.TopPLogitsWarper(p)(None, torch.from_numpy(LOGITS)))
 
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.3, 0.99])
 def test_min_p(p: float):
-    same(min_p(mx.array(LOGITS), p), MinPLogitsWarper(p)(None, torch.from_numpy(LOGITS)))
+    same(min_p(mx.array(LOGITS), p), transformers.MinPLogitsWarper(p)(None, torch.from_numpy(LOGITS)))
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.05, 1.3])
 def test_repetition_penalty(penalty: float):
-    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.from_numpy(IDS), torch.from_numpy(LOGITS.copy()))
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.from_numpy(IDS), torch.from_numpy(LOGITS.copy())
+    )
     same(repetition_penalty(mx.array(LOGITS), mx.array(IDS), penalty), theirs)
 
 
@@ -63,13 +57,13 @@ def test_repetition_penalty(penalty: float):
 def test_typical_p(p: float):
     logits = np.concatenate([LOGITS, [[5.0] * 500, [9.0] + [-np.inf] * 499]]).astype(np.float32)
     # transformers' -inf * 0 is NaN, which its nansum leaves out.
-    same(typical_p(mx.array(logits), p), TypicalLogitsWarper(p)(None, torch.from_numpy(logits)))
+    same(typical_p(mx.array(logits), p), transformers.TypicalLogitsWarper(p)(None, torch.from_numpy(logits)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 31])
 def test_no_repeat_ngram(n: int):
     ids = np.random.default_rng(n).integers(0, 3, (4, 30))  # few tokens, so that runs repeat
-    theirs = NoRepeatNGramLogitsProcessor(n)(torch.from_numpy(ids), torch.from_numpy(LOGITS.copy()))
+    theirs = transformers.NoRepeatNGramLogitsProcessor(n)(torch.from_numpy(ids), torch.from_numpy(LOGITS.copy()))
     assert n > 5 or torch.isinf(theirs).any()
     same(no_repeat_ngrams(mx.array(LOGITS), mx.array(ids), n), theirs)
 
@@ -171,7 +165,7 @@ def test_top_k(k: int):
     values, ids = top_k_candidates(mx.array(LOGITS), k)
     ours = np.full(LOGITS.shape, -np.inf, np.float32)
     np.put_along_axis(ours, np.array(ids).astype(np.int64), np.array(values), -1)
-    same(mx.array(ours), TopKLogitsWarper(k)(None, torch.from_numpy(LOGITS)))
+    same(mx.array(ours), transformers.TopKLogitsWarper(k)(None, torch.from_numpy(LOGITS)))
     assert (np.diff(np.array(values)) <= 0).all()
 
 
@@ -192,7 +186,11 @@ def test_draws_follow_the_probabilities_of_the_chain():
     settings = SamplingSettings(temperature=1.3, top_k=12, top_p=0.9, min_p=0.02)
     drawn = np.array(sample(mx.array(logits), settings, key=mx.random.key(11)))
     theirs = torch.from_numpy(LOGITS[:1] / np.float32(1.3))
-    for warper in (TopKLogitsWarper(12), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)):
+    for warper in (
+        transformers.TopKLogitsWarper(12),
+        transformers.TopPLogitsWarper(0.9),
+        transformers.MinPLogitsWarper(0.02),
+    ):
         theirs = warper(None, theirs)
     expected = torch.softmax(theirs, -1)[0].numpy() * 20000
     counts = np.bincount(drawn, minlength=500)

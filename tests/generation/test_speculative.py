@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from qwen_mlx import QwenMLXError, SamplingSettings, load, stream_generate
 from qwen_mlx.backend import mx
@@ -24,7 +23,7 @@ from qwen_mlx.generation.speculative import PAUSE, Pace, _accept_or_draw, specul
 from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.loading.load import load_draft
 from qwen_mlx.text.tokenizer import check_vocabulary
-from reference.small_models import END_OF_TEXT, TOKENS, hf_model, write_gguf
+from reference.small_models import END_OF_TEXT, TOKENS, RandomModel, write_gguf
 
 PROMPT = "hello world, hello"
 GREEDY = SamplingSettings()
@@ -41,13 +40,12 @@ steady = count().__next__  # a clock by which every round takes as long as any o
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speculative")
-    near = hf_model(max_position_embeddings=256)  # a draft that is often right
+    near, rng = RandomModel(max_position_embeddings=256), np.random.default_rng(0)  # a draft that is often right
     write_gguf(folder / "model.gguf", near)
-    with torch.no_grad():
-        for parameter in near.parameters():
-            parameter *= 1 + 0.1 * torch.randn_like(parameter)
+    for values in near.state_dict().values():
+        values *= (1 + 0.1 * rng.standard_normal(values.shape)).astype(np.float32)
     write_gguf(folder / "near.gguf", near)
-    write_gguf(folder / "other.gguf", hf_model(1, num_hidden_layers=1, max_position_embeddings=256))
+    write_gguf(folder / "other.gguf", RandomModel(1, num_hidden_layers=1, max_position_embeddings=256))
     return folder
 
 
@@ -129,7 +127,7 @@ def test_text_statistics_and_both_caches_are_those_of_plain_generation(small, dr
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_cache_serves(tmp_path: Path, bits: int):
     """While its newest tokens are floats, the ids are the same; later, blocks are quantized at other moments."""
-    wide = hf_model(num_attention_heads=2, num_key_value_heads=1)
+    wide = RandomModel(num_attention_heads=2, num_key_value_heads=1)
     model, tokenizer = load(write_gguf(tmp_path / "m.gguf", wide))
     prompt, made = encode_prompt(tokenizer, PROMPT), []
     for draft in (None, "prompt-lookup"):
@@ -337,7 +335,7 @@ def test_nothing_is_proposed_beyond_the_last_token(small, drafts):
 
 def test_a_draft_that_has_no_more_context_leaves_the_model_alone(files: Path, small, tmp_path: Path):
     model, tokenizer = small
-    short = load_draft(write_gguf(tmp_path / "d.gguf", hf_model(max_position_embeddings=32)), tokenizer)
+    short = load_draft(write_gguf(tmp_path / "d.gguf", RandomModel(max_position_embeddings=32)), tokenizer)
     expected = generate(model, tokenizer, PROMPT, max_tokens=60, temperature=0)
     assert generate(model, tokenizer, PROMPT, max_tokens=60, temperature=0, draft_model=short) == expected
 
@@ -380,7 +378,7 @@ def test_a_draft_with_another_vocabulary_is_refused_before_weights_are_read(file
         entry = writer.kv_data[0]["tokenizer.ggml.tokens"]
         entry.value = [*TOKENS[:5], TOKENS[6], TOKENS[5], *TOKENS[7:]]
 
-    path = write_gguf(tmp_path / "d.gguf", hf_model(), edit=spoil)
+    path = write_gguf(tmp_path / "d.gguf", RandomModel(), edit=spoil)
     file = path.read_bytes()
     path.write_bytes(file[: len(file) - 1000] + bytes([255]) * 1000)  # not a number: reading the weights would say so
     with pytest.raises(QwenMLXError, match=r"d\.gguf has another vocabulary than the model: its token 5"):

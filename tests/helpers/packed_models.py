@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.model.layers import QuantizedEmbedding, QuantizedLinear
 
-from .blocks import raw_blocks
+from .packed import raw_blocks
 
 
 def model_of(packing: str, tied: bool, **changes: object) -> Qwen2:

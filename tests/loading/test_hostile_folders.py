@@ -8,20 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from qwen_mlx import QwenMLXError, SamplingSettings, convert, load
 from qwen_mlx.backend import mx
 from qwen_mlx.generation.engine import generate_ids
 from qwen_mlx.generation.sampling import sample
 from qwen_mlx.text.tokenizer import Tokenizer
-from reference.small_models import IM_END, IM_START, hf_model, save_folder
+from reference.lazy import safetensors_torch, torch, transformers
+from reference.small_models import IM_END, IM_START, RandomModel, save_folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return save_folder(tmp_path / "m", hf_model())
+    return save_folder(tmp_path / "m", RandomModel())
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -47,11 +46,11 @@ def test_truncation_and_padding_of_a_training_run_are_not_obeyed(folder: Path):
     assert len(tokenizer.encode("x")) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
-def test_weights_that_are_no_weights(folder: Path, dtype: torch.dtype):
-    tensors = load_file(folder / "model.safetensors")
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "float8_e4m3fn"])
+def test_weights_that_are_no_weights(folder: Path, dtype: str):
+    tensors = safetensors_torch.load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
-    save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors")
+    safetensors_torch.save_file(tensors | {name: tensors[name].to(getattr(torch, dtype))}, folder / "model.safetensors")
     with pytest.raises(QwenMLXError, match=name):
         load(folder)
 
@@ -79,9 +78,9 @@ def test_weights_that_are_no_weights(folder: Path, dtype: torch.dtype):
 def test_a_configuration_that_cannot_be_honoured(folder: Path, changes: dict):
     edit(folder / "config.json", **changes)
     if "quantization" in changes:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = safetensors_torch.load_file(folder / "model.safetensors")
         tensors |= {f"lm_head.{kind}": torch.ones(263, 2) for kind in ("scales", "biases")}
-        save_file(tensors, folder / "model.safetensors")
+        safetensors_torch.save_file(tensors, folder / "model.safetensors")
     with pytest.raises(QwenMLXError, match=str(folder)):
         load(folder)
 
@@ -91,13 +90,13 @@ def test_missing_max_window_layers_is_transformers_default(folder: Path):
     model, _ = load(folder)
     ids = [[int(i) for i in np.random.default_rng(0).integers(0, 260, 40)]]
     with torch.no_grad():
-        theirs = hf_model()(torch.tensor(ids)).logits.numpy()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(ids)).logits.numpy()
     assert np.abs(np.array(model(mx.array(ids))) - theirs).max() < 1e-4
 
 
 def test_yarn_extends_the_context(tmp_path: Path):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
-    model, _ = load(save_folder(tmp_path / "m", hf_model(rope_parameters=yarn, max_position_embeddings=64)))
+    model, _ = load(save_folder(tmp_path / "m", RandomModel(rope_parameters=yarn, max_position_embeddings=64)))
     assert model.config.context_length == 256
 
 
@@ -146,12 +145,12 @@ def test_a_token_outside_the_byte_alphabet_is_shown_as_it_is(folder: Path):
 
 
 @pytest.mark.parametrize("read", [load, lambda folder: convert(folder, folder.parent / "out")], ids=["load", "convert"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.int32], ids=str)
-def test_weights_of_a_dtype_that_mlx_reads_as_numbers_of_another(folder: Path, dtype: torch.dtype, read):
-    tensors = load_file(folder / "model.safetensors")
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "uint8", "int32"])
+def test_weights_of_a_dtype_that_mlx_reads_as_numbers_of_another(folder: Path, dtype: str, read):
+    tensors = safetensors_torch.load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = tensors[name].to(dtype)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors[name] = tensors[name].to(getattr(torch, dtype))
+    safetensors_torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(QwenMLXError, match=f"tensor '{name}' has dtype .*, expected BF16, F16 or F32"):
         read(folder)
     assert not (folder.parent / "out").exists()
@@ -160,7 +159,9 @@ def test_weights_of_a_dtype_that_mlx_reads_as_numbers_of_another(folder: Path, d
 @pytest.mark.parametrize("read", [load, lambda folder: convert(folder, folder.parent / "out")], ids=["load", "convert"])
 def test_a_tensor_in_two_files(folder: Path, read):
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file({name: load_file(folder / "model.safetensors")[name]}, folder / "more.safetensors")
+    safetensors_torch.save_file(
+        {name: safetensors_torch.load_file(folder / "model.safetensors")[name]}, folder / "more.safetensors"
+    )
     with pytest.raises(QwenMLXError, match=f"tensor '{name}' is in model.safetensors and in more.safetensors"):
         read(folder)
 
@@ -194,7 +195,7 @@ def test_force_does_not_replace_a_folder_that_holds_what_the_source_links_to(fol
 
 @pytest.mark.parametrize("read", [load, lambda folder: convert(folder, folder.parent / "out")], ids=["load", "convert"])
 def test_fewer_embeddings_than_tokens(tmp_path: Path, read):
-    folder = save_folder(tmp_path / "m", hf_model(vocab_size=200))
+    folder = save_folder(tmp_path / "m", RandomModel(vocab_size=200))
     with pytest.raises(QwenMLXError, match=r"has 263 tokens, but embeddings for 200"):
         read(folder)
 

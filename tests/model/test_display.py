@@ -15,17 +15,17 @@ from qwen_mlx.generation.text import GenerationChunk
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.model.display import summary, table
 from qwen_mlx.text.tokenizer import Tokenizer
-from reference.small_models import hf_model, write_gguf
+from reference.small_models import RandomModel, write_gguf
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return load(Path(write_gguf(tmp_path_factory.mktemp("display") / "small.gguf", hf_model())))
+    return load(Path(write_gguf(tmp_path_factory.mktemp("display") / "small.gguf", RandomModel())))
 
 
 def test_a_model_says_what_it_is(small):
     model = small[0]
-    theirs = sum(parameter.numel() for parameter in hf_model().parameters())
+    theirs = sum(values.size for values in RandomModel().state_dict().values())
     found = summary(model)
     assert found["parameters"] == f"{theirs / 1e6:.0f} million"
     assert found["memory"] == f"{theirs * 4 / 1e9:.2f} GB"

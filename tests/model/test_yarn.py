@@ -8,9 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwen_mlx import ModelConfig, QwenMLXError, load, ops
 from qwen_mlx.backend import mx
@@ -18,15 +15,16 @@ from qwen_mlx.cli.generate import main
 from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.model.qwen2 import rotary_of
-from reference.small_models import hf_model, save_folder, write_gguf
+from reference.lazy import modeling_qwen2, torch, transformers
+from reference.small_models import RandomModel, hf_model, save_folder, write_gguf
 
 # https://qwen.readthedocs.io and the model cards of Qwen2.5-7B-Instruct and larger: "rope_scaling" in config.json.
 DOCUMENTED = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
 QWEN = ModelConfig(3584, 18944, 28, 28, 4, 128, 152064, 1e-6, 1000000.0, 32768, False)
 
 
-def theirs(config: ModelConfig) -> Qwen2RotaryEmbedding:
-    return Qwen2RotaryEmbedding(Qwen2Config(**config.to_hf()))
+def theirs(config: ModelConfig) -> modeling_qwen2.Qwen2RotaryEmbedding:
+    return modeling_qwen2.Qwen2RotaryEmbedding(transformers.Qwen2Config(**config.to_hf()))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,7 @@ def test_logits_past_the_trained_context_equal_transformers(tmp_path: Path):
 
 
 def test_a_prompt_past_the_limit_says_how_to_extend(tmp_path: Path, capfd):
-    gguf = write_gguf(tmp_path / "m.gguf", hf_model(max_position_embeddings=32))
+    gguf = write_gguf(tmp_path / "m.gguf", RandomModel(max_position_embeddings=32))
     text = ["--model", str(gguf), "--temp", "0", "--max-tokens", "3", "--prompt"]
     with pytest.raises(QwenMLXError, match=r"context 32: shorten it, or extend the context with --yarn 4 \(in Python"):
         main([*text, "x" * 60])
@@ -132,7 +130,7 @@ def test_models_that_yarn_does_not_suit_are_refused(tmp_path: Path):
         long.with_yarn(4)
     assert long.with_yarn(8).context_length == 262144
     linear = ModelConfig.from_folder(
-        save_folder(tmp_path, hf_model(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}))
+        save_folder(tmp_path, RandomModel(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}))
     )
     with pytest.raises(QwenMLXError, match="has linear rope scaling"):
         linear.with_yarn(4)

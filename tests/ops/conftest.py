@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(params=["reference", "emulated"])
+@pytest.fixture(params=["reference", pytest.param("emulated", marks=pytest.mark.emulator)])
 def executor(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once in plain MLX and once on the emulated kernels."""
     if request.param == "reference":

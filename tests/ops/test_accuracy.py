@@ -6,21 +6,22 @@ import mlx.core as mx
 import mpmath
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen2Config
-from transformers.models.qwen2 import modeling_qwen2
 
 from qwen_mlx import ops
 from qwen_mlx.cli import selftest
+from reference.lazy import modeling_qwen2, torch, transformers
 
 CASES = list(selftest.cases(small=True))
-TORCH = {mx.float32: torch.float32, mx.float16: torch.float16, mx.bfloat16: torch.bfloat16}
 EPS = selftest.EPS
 TRACED = 3.25  # ulp of plain SwiGLU in float32 where MLX traces
 
 
+def torch_dtype(dtype: mx.Dtype) -> torch.dtype:
+    return getattr(torch, str(dtype).removeprefix("mlx.core."))
+
+
 def to_torch(x: mx.array) -> torch.Tensor:
-    return torch.tensor(np.array(x.astype(mx.float32))).to(TORCH[x.dtype])
+    return torch.tensor(np.array(x.astype(mx.float32))).to(torch_dtype(x.dtype))
 
 
 @pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
@@ -171,7 +172,7 @@ def test_a_table_known_only_when_evaluated():
     ],
 )
 def test_frequencies_are_those_of_transformers(parameters, rotary):
-    config = Qwen2Config(
+    config = transformers.Qwen2Config(
         hidden_size=256, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=parameters
     )
     embedding = modeling_qwen2.Qwen2RotaryEmbedding(config)
@@ -185,7 +186,7 @@ def test_rounding_order_is_that_of_transformers(executor, dtype):
     """The same bits as transformers; a rounding left out would change a tenth of them and more."""
     random = selftest._Random(5, dtype)
     x, weight = random(64, 896), random(896)
-    norm = modeling_qwen2.Qwen2RMSNorm(896, EPS).to(TORCH[dtype])
+    norm = modeling_qwen2.Qwen2RMSNorm(896, EPS).to(torch_dtype(dtype))
     norm.weight.data = to_torch(weight)
     gate, up = random(64, 896, scale=2), random(64, 896)
     pairs = {
@@ -206,10 +207,10 @@ def test_extremes_are_what_torch_gives(executor, dtype):
     random = selftest._Random(9, dtype)
     x = selftest.extremes(random, 12, 96)
     other, weight = random(12, 96), random(96)
-    norm = modeling_qwen2.Qwen2RMSNorm(96, EPS).to(TORCH[dtype])
+    norm = modeling_qwen2.Qwen2RMSNorm(96, EPS).to(torch_dtype(dtype))
     norm.weight.data = to_torch(weight)
     total = to_torch(x) + to_torch(other)
-    config = Qwen2Config(
+    config = transformers.Qwen2Config(
         hidden_size=96, num_attention_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     )
     positions = torch.zeros(1, 1, dtype=torch.long)

@@ -12,9 +12,8 @@ from qwen_mlx import ops
 from qwen_mlx.cli import selftest, selftest_decoding
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.ops import dispatch
-
-from ..emulator.decoding_calls import TILED, calls
-from .nvrtc import compiled_kernels
+from tests.helpers.decoding_calls import TILED, calls
+from tests.helpers.nvrtc import compiled_kernels
 
 ROTARY = ops.Rotary.plain(8, 1e4)
 TABLE = ROTARY.table(0, 2)

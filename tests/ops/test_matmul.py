@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_mlx import ops
-
-from ..emulator.decoding_calls import tiles
+from tests.helpers.decoding_calls import tiles
 
 MODULE = sys.modules["qwen_mlx.ops.matmul"]
 ULP = {mx.float16: 2**-10, mx.bfloat16: 2**-7}

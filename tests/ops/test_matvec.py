@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from qwen_mlx import ops
 from qwen_mlx.ops import Matrix, Packing
+from tests.helpers.packed import raw_blocks
 
 FORMATS = ["dense", *(f"affine{bits}" for bits in (2, 3, 4, 5, 6, 8)), "q4_k", "q6_k"]
 ULP = {mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}
-
-
-def raw_blocks(rows: int, columns: int, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random blocks with sane scales as bytes (rows, row bytes), and gguf-py's values."""
-    rng = np.random.default_rng(seed)
-    size = {"q4_k": 144, "q6_k": 210}[kind]
-    blocks = rng.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
-    scale = rng.uniform(-1e-3, 1e-3, (rows, columns // 256, 2)).astype(np.float16).view(np.uint8)
-    if kind == "q4_k":
-        blocks[..., :4] = scale
-    else:
-        blocks[..., 208:] = scale[..., :2]
-    raw = blocks.reshape(rows, -1)
-    return raw, gguf.dequantize(raw, gguf.GGMLQuantizationType[kind.upper()])
 
 
 def matrix_of(form: str, rows: int, columns: int, dtype: mx.Dtype, seed: int = 0) -> tuple[Matrix, np.ndarray]:

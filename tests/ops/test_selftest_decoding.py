@@ -9,8 +9,7 @@ from qwen_mlx import ops
 from qwen_mlx.cli import selftest
 from qwen_mlx.cli.selftest_decoding import FORMATS
 from reference.emulator import emulate
-
-from ..emulator.decoding_calls import tiles
+from tests.helpers.decoding_calls import tiles
 
 
 def test_every_case_is_within_its_limit():

@@ -22,13 +22,12 @@ from qwen_mlx import convert
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.config import ModelConfig
 from qwen_mlx.parallel.shards import Shard, rank_bytes
-from reference.small_models import hf_model, save_folder, write_gguf
-
-from . import worker as parallel_worker
+from reference.small_models import RandomModel, save_folder, write_gguf
+from tests.helpers import parallel_worker
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
-linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' process ids in /proc")
+linux = pytest.mark.linux  # finds the ranks' process ids in /proc
 
 
 class Launch:
@@ -85,7 +84,7 @@ def _free(port: int, n: int) -> bool:
 def run_jobs(tmp_path: Path, n: int, jobs: list[dict]) -> list[dict]:
     """Every rank's results."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    code, out, err = Launch(n, "-m", "tests.parallel.worker", tmp_path / "jobs.json", tmp_path).finish()
+    code, out, err = Launch(n, "-m", "tests.helpers.parallel_worker", tmp_path / "jobs.json", tmp_path).finish()
     files = [tmp_path / f"{rank}.json" for rank in range(n)]
     assert all(file.exists() for file in files), (code, out, err)
     return [json.loads(file.read_text()) for file in files]
@@ -112,18 +111,20 @@ def jobs(tmp_path_factory) -> list[dict]:
     small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160}
     for heads, kv in RATIOS:
         tied = heads == 12
-        model = hf_model(
+        model = RandomModel(
             heads, num_attention_heads=heads, num_key_value_heads=kv, head_dim=8, tie_word_embeddings=tied, **small
         )
         path = save_folder(folder / f"{heads}to{kv}", model)
         made.append({"name": f"{heads} heads, {kv} keys", "model": str(path)})
     made[0]["kinds"] = ["greedy", "sampled", "batch"]
-    path = write_gguf(folder / "biases.gguf", hf_model(5, **small), edit=add_mlp_biases)
+    path = write_gguf(folder / "biases.gguf", RandomModel(5, **small), edit=add_mlp_biases)
     made.append({"name": "MLP biases", "model": str(path)})
     # Two heads of 64 a rank of two: o_proj is cut within Q4_K's and Q6_K's blocks of 256, down_proj between them.
     wide = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 1024}
     for kind in (T.Q4_K, T.Q6_K, T.Q8_0):
-        path = write_gguf(folder / f"{kind.name}.gguf", hf_model(3, tie_word_embeddings=kind == T.Q6_K, **wide), kind)
+        path = write_gguf(
+            folder / f"{kind.name}.gguf", RandomModel(3, tie_word_embeddings=kind == T.Q6_K, **wide), kind
+        )
         made.append({"name": kind.name, "model": str(path), "quantized": True})
     made[-3]["kinds"] = ["greedy", "step"]
     made.append({"name": "Q4_K dense", "model": str(folder / "Q4_K.gguf"), "quantized": False})

@@ -13,7 +13,7 @@ from reference.comparison import compare
 from reference.diagnose import diagnose
 from reference.noise import SMALL_SHAPES, small_runs
 from reference.small_models import hf_model, save_folder
-from tests.reference.bugs_of_blocks import BUGS, Bug
+from tests.helpers.bugs_of_blocks import BUGS, Bug
 
 RUNS = {run.name: run for run in small_runs()}
 

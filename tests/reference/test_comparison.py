@@ -18,8 +18,9 @@ from qwen_mlx.backend import mx
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.qwen2 import Qwen2
 from reference import mlx_side, tolerances, torch_side
-from reference.compare import config_of, trace_bytes
+from reference.compare import trace_bytes
 from reference.comparison import TapResult, Tolerance, compare
+from reference.inputs import config_of
 from reference.measures import Measure, measure, measure_logits
 from reference.noise import SMALL_SHAPES, measure_floors, small_ids, small_runs
 from reference.small_models import hf_model, save_folder, write_gguf

@@ -13,9 +13,9 @@ from qwen_mlx import SamplingSettings, load
 from qwen_mlx.generation.engine import generate_ids
 from qwen_mlx.generation.text import encode_prompt
 from reference import tolerances, torch_side
-from reference.compare import runs_of
 from reference.comparison import compare
-from reference.noise import by_tap, floors_of_run, load_tokens, measure_floors
+from reference.inputs import load_tokens, runs_of
+from reference.noise import by_tap, floors_of_run, measure_floors
 from reference.taps import Run, split_key
 
 PROMPTS = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen_mlx import GGUFError, QwenMLXError
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.text.tokenizer import Tokenizer
-from reference.small_models import hf_model, save_folder, write_gguf
+from reference.small_models import RandomModel, save_folder, write_gguf
 
 CORPUS = [
     "",
@@ -221,7 +221,7 @@ def test_build_imports_nothing_early():
 
 
 def test_folder_and_gguf_give_the_same(tmp_path: Path):
-    model = hf_model()
+    model = RandomModel()
     one = Tokenizer.from_gguf(GGUFFile(write_gguf(tmp_path / "m.gguf", model)).metadata)
     two = Tokenizer.from_folder(save_folder(tmp_path / "m", model))
     for text in ("hello hello", "<|im_start|>hell<|im_end|>", "é\u0301 x"):
@@ -249,7 +249,7 @@ def test_saved_folder_loads_in_transformers(ours, tmp_path: Path):
 
 
 def metadata(tmp_path: Path, **changes: object) -> dict[str, object]:
-    found = dict(GGUFFile(write_gguf(tmp_path / "m.gguf", hf_model())).metadata)
+    found = dict(GGUFFile(write_gguf(tmp_path / "m.gguf", RandomModel())).metadata)
     return found | {f"tokenizer.{key.replace('__', '.')}": value for key, value in changes.items()}
 
 

@@ -1,6 +1,6 @@
 """What every rank runs in tests/test_parallel.py: loads models and writes down what it computed.
 
-python -m tests.parallel.worker JOBS.json FOLDER: FOLDER/RANK.json gets the results of each job.
+python -m tests.helpers.parallel_worker JOBS.json FOLDER: FOLDER/RANK.json gets the results of each job.
 """
 
 from __future__ import annotations

@@ -1,0 +1,26 @@
+"""Peers that are imported at first use: a test file that compares some results with one is collected, and its other
+tests run, without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class Lazy:
+    """A module that its first attribute imports."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch = Lazy("torch")
+transformers = Lazy("transformers")
+modeling_qwen2 = Lazy("transformers.models.qwen2.modeling_qwen2")
+safetensors_torch = Lazy("safetensors.torch")
+mlx_lm = Lazy("mlx_lm")
+mlx_lm_cache = Lazy("mlx_lm.models.cache")
