@@ -9,15 +9,18 @@ products of several tokens.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import ops
-from ..backend import mx, nn
+from ..backend import in_gpu_memory, mx, nn
 from ..ops import Matrix
 from .batch_cache import BatchKVCache
-from .cache import KVCache, recent_of
+from .cache import RECENT, KVCache, recent_of
 from .layers import join_rows, matrix_of, multiply_all
 from .qwen2 import Qwen2, TransformerBlock
 
@@ -50,8 +53,12 @@ class FusedModel:
         attention = body.layers[0].self_attn  # a rank has some of the model's heads
         self._n_heads, self._n_kv_heads, self._head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
         self._head_module = body.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+        self._windows = {layer.window for layer in self._layers}
         modules = [*body.modules(), *self._head_module.modules()]
-        self._snapshot = [(module, dict(module)) for module in modules]
+        self._modules, self._sizes = modules, list(map(len, modules))
+        items = [(module, name, value) for module in modules for name, value in module.items()]
+        self._owners, self._names, self._values = zip(*items)
+        self._step_positions: tuple[int, mx.array] = (-1, mx.array(0))
         # A proxy: a cycle would keep a deleted model's memory until Python collects its garbage.
         this = weakref.proxy(self)
         self._one_row: Compiled = ops.compiled(lambda *arrays: this._run_one_row(*arrays))
@@ -72,10 +79,9 @@ class FusedModel:
         head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
         if not (model.model is self._body and head is self._head_module and model.ranks is self._ranks):
             return False
-        return all(
-            module.keys() == items.keys() and all(module[name] is value for name, value in items.items())
-            for module, items in self._snapshot
-        )
+        if list(map(len, self._modules)) != self._sizes:
+            return False
+        return all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
 
     def __call__(self, input_ids: mx.array, cache: Sequence[KVCache], logits_to_keep: int = 1) -> mx.array:
         """Logits (B, L or logits_to_keep, vocab_size) as Qwen2's; 0 keeps all. The cache then holds the tokens too."""
@@ -94,7 +100,9 @@ class FusedModel:
     def hidden(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:
         """Normalised hidden states (B, L or keep, hidden_size) of input_ids (B, L); the cache then holds the tokens."""
         with ops.no_grad():
-            rotation, masks = self._body.positions(input_ids.shape[1], cache)
+            length = input_ids.shape[1]
+            rotation = self._body.rotary.table(cache[0].positions, length)
+            masks = {window: cache[0].mask(length, window) for window in self._windows}
 
             def attend(i: int, q: mx.array, kv: mx.array) -> mx.array:
                 keys, values = cache[i].update(kv)
@@ -132,9 +140,8 @@ class FusedModel:
 
     def _step(self, input_ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
         buffers, recent, n_buffered = recent_of(cache)
-        # MLX keeps arrays of up to 8 bytes in the host's memory: four numbers, of which two count.
-        position = mx.array([cache[0].offset, n_buffered, 0, 0], mx.int32)
-        rotation = mx.array(self._body.rotary.host_table(cache[0].positions, 1))
+        rotation = self._body.rotary.table(cache[0].positions, 1)
+        position = self._position(cache[0].offset, n_buffered)
         if isinstance(cache[0], BatchKVCache):
             padding = cache[0].padding.array
             logits, *newer = self._rows(input_ids, rotation, position, padding, *buffers, *recent)
@@ -146,10 +153,18 @@ class FusedModel:
             layer.advance(tokens)
         return logits
 
+    def _position(self, offset: int, n_buffered: int) -> mx.array:
+        """The token's position and the number of tokens before the newest, int32 (4,), of which two count: MLX keeps
+        arrays of up to 8 bytes in the host's memory.
+        """
+        if self._step_positions[0] != n_buffered:
+            rows = [[n_buffered + i, n_buffered, 0, 0] for i in range(RECENT)]
+            self._step_positions = n_buffered, in_gpu_memory(np.array(rows, np.int32))
+        return self._step_positions[1][offset - n_buffered]
+
     def _run_rows(
         self, input_ids: mx.array, rotation: mx.array, position: mx.array, padding: mx.array, *arrays: mx.array
     ) -> list[mx.array]:
-        rotation, position = rotation + 0, position + 0  # into the GPU's own memory: see backend.in_gpu_memory
         n_layers = len(self._layers)
         buffers, recent = arrays[:n_layers], list(arrays[n_layers:])
         newest = mx.arange(recent[0].shape[2])[:, None] == position[0] - position[1]
@@ -173,7 +188,6 @@ class FusedModel:
     def _run_one_row(
         self, input_ids: mx.array, rotation: mx.array, position: mx.array, *arrays: mx.array
     ) -> list[mx.array]:
-        rotation, position = rotation + 0, position + 0  # as above
         n_layers, n_heads, eps = len(self._layers), self._n_heads, self._eps
         buffers, recent, table = arrays[:n_layers], list(arrays[n_layers:]), rotation[0, 0]
         h = self._embedded(input_ids, recent[0].dtype)

@@ -22,6 +22,8 @@ from .dispatch import (
     threads,
 )
 
+LONGEST_TABLE = 1 << 17  # positions whose table is kept: 64 MB for heads of 128
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -96,19 +98,31 @@ class Rotary:
     def table(self, offset: int | np.ndarray, length: int) -> mx.array:
         """Cosines [..., 0] and sines [..., 1] of `length` positions, (1 or B, length, head_dim / 2, 2) in float32.
 
-        offset: the first position, or integers (B,), one for each sequence; they may be negative (padding). The last
-        few tables are cached, so that a forward pass's layers share one, and lie in the GPU's own memory. Rounding: as
-        host_table. Raises ValueError for an offset that is no integer or out of range.
+        offset: the first position, or integers (B,), one for each sequence; they may be negative (padding). Rounding:
+        formed in float64 and rounded to float32 once. An angle, an integer times a float32, is exact to position 2^29,
+        and beyond it to 2^-23 radians. Raises ValueError for an offset that is no integer or out of range.
         """
-        return _cached_table(self, tuple(_first_positions(offset, length).tolist()), length)
-
-    def host_table(self, offset: int | np.ndarray, length: int) -> np.ndarray:
-        """The same table as a NumPy array, for compiled graphs, which move their inputs to the GPU themselves.
-
-        Rounding: formed in float64 and rounded to float32 once. An angle, an integer times a float32, is exact to
-        position 2^29, and beyond it to 2^-23 radians.
-        """
+        if type(offset) is int and 0 <= offset <= LONGEST_TABLE - length:
+            return self._rows(offset + length)[offset : offset + length][None]
         positions = _first_positions(offset, length)[:, None] + np.arange(length)
+        if positions.max(initial=0) >= LONGEST_TABLE or positions.min(initial=0) < 0:
+            return in_gpu_memory(self._computed(positions))
+        return self._rows(int(positions.max(initial=0)) + 1)[mx.array(positions)]
+
+    def _rows(self, count: int) -> mx.array:
+        """The table of positions 0 to count - 1 or more, (positions, head_dim / 2, 2). It is kept on the device and
+        doubles when it is too short, so that a token costs neither a cosine nor a copy.
+        """
+        if not self._tables or len(self._tables[0]) < count:
+            size = max(1024, 1 << (count - 1).bit_length())
+            self._tables[:] = [in_gpu_memory(self._computed(np.arange(size)))]
+        return self._tables[0]
+
+    @functools.cached_property
+    def _tables(self) -> list[mx.array]:
+        return []  # the longest so far
+
+    def _computed(self, positions: np.ndarray) -> np.ndarray:
         angles = positions[..., None] * self._inv_freq
         table = np.empty((*angles.shape, 2), np.float32)
         table[..., 0] = np.cos(angles) * self.attention_factor
@@ -150,11 +164,6 @@ def _require_positive(name: str, value: float) -> None:
 
 _ROPE = Kernel("rope", ("x", "table"), ("out",), ("rotary.h",))
 _QKV_ROPE = Kernel("qkv_rope", ("qkv", "bias", "table"), ("q", "kv"), ("rotary.h",))
-
-
-@functools.lru_cache(maxsize=4)
-def _cached_table(rotary: Rotary, offsets: tuple[int, ...], length: int) -> mx.array:
-    return in_gpu_memory(rotary.host_table(np.array(offsets, np.int64), length))
 
 
 def _first_positions(offset: int | np.ndarray, length: int) -> np.ndarray:
