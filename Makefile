@@ -1,13 +1,18 @@
-.PHONY: install test slow lint docs bench wheel
+.PHONY: install test-fast test slow lint docs notebooks wheel bench
 PYTHON ?= .venv/bin/python
 # Linux needs MLX's backend; macOS has it.
+CPU = $(if $(filter Darwin,$(shell uname)),,cpu,)
 
 install:
 	python3 -m venv .venv
-	.venv/bin/pip install -q -e '.[$(if $(filter Darwin,$(shell uname)),,cpu,)test,dev]'
+	.venv/bin/pip install -q -e '.[$(CPU)test,dev]'
+
+# The three tiers of tests: CONTRIBUTING.md says what each takes.
+test-fast:
+	$(PYTHON) -m pytest --fast
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadgroup
 
 slow:
 	$(PYTHON) -m pytest -m slow
@@ -19,10 +24,16 @@ lint:
 
 docs:
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build
+	$(PYTHON) .ci/check_site.py docs/_build
+
+notebooks:
+	$(PYTHON) .ci/check_notebooks.py
+
+wheel:
+	rm -rf dist
+	$(PYTHON) -m build --wheel --no-isolation
+	$(PYTHON) .ci/check_wheel.py dist/*.whl
 
 bench:
 	$(PYTHON) -m benchmarks.launches
 	$(PYTHON) -m benchmarks.run --models 0.5B --repeats 1 --tokens 32
-
-wheel:
-	$(PYTHON) -m build --wheel

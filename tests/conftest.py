@@ -23,8 +23,8 @@ from qwen_mlx.backend import mx  # before any test imports MLX: its fast BLAS mu
 from tests.helpers import needs
 
 pytest.register_assert_rewrite("tests.helpers.packed_models", "tests.helpers.blocks", "tests.helpers.nvrtc")
-FAST = "not (slow or torch or emulator or real or heavy)"
-MARKS = {"slow", "torch", "emulator", "real", "linux", "gpu", "heavy"}
+FAST = "not (slow or torch or emulator or real or nvrtc or heavy)"
+MARKS = {"slow", "torch", "emulator", "real", "nvrtc", "linux", "gpu", "heavy"}
 TIERS = pytest.StashKey[collections.Counter[str]]()
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it runs in the background
@@ -76,8 +76,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("real")
         if "real_hf" in item.fixturenames:
             item.add_marker("torch")
-            item.add_marker(pytest.mark.xdist_group("transformers' real model"))
-    unable = {"linux"} if sys.platform != "linux" else set()
+        if config.getoption("dist", "no") == "loadgroup":  # a file's fixtures, and transformers' 2 GB, in one process
+            group = "real_hf" if "real_hf" in item.fixturenames else str(item.path.relative_to(needs.ROOT))
+            item.add_marker(pytest.mark.xdist_group(group))
+    unable = {"linux", "nvrtc"} if sys.platform != "linux" else set()
     unable |= set() if mx.metal.is_available() or mx.cuda.is_available() else {"gpu"}
     if not config.getoption("fast") and (reason := emulator_unavailable()):
         unable.add("emulator")
@@ -99,6 +101,19 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
         names = {mark.name for mark in item.iter_markers()} & MARKS
         item.config.stash[TIERS][f"deselected: {', '.join(sorted(names)) or 'by name'}"] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist tells the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tiers"] = dict(session.config.stash[TIERS])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """Every process selects the same tests, so the last one's counts are those of all."""
+    if tiers := getattr(node, "workeroutput", {}).get("tiers"):
+        node.config.stash[TIERS] = collections.Counter(tiers)
 
 
 @pytest.fixture(scope="session")

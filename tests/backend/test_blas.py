@@ -133,6 +133,7 @@ def test_beside_a_gpu_backend_it_does_nothing():
     assert run(HIDE.replace("VISIBLE", "['mlx-cuda-12']") + PRODUCTS) == "not preloaded: MLX has a GPU backend"
 
 
+@pytest.mark.torch
 def test_torch_beside_it_computes_right():
     """PyTorch's calls reach the same library when it is imported later."""
     code = """
@@ -170,6 +171,7 @@ print("right")
 """
 
 
+@pytest.mark.torch
 def test_right_beside_pytorch_whichever_comes_first():
     """PyTorch brings an OpenMP of its own; two of them in one product make it wrong, in some runs and some shapes."""
     for _ in range(3):

@@ -21,7 +21,7 @@ NEEDS = {
         "reference.lazy",
     ),
     "emulator": ("reference.emulator",),
-    "linux": ("nvidia", "tests.helpers.nvrtc"),
+    "nvrtc": ("nvidia", "tests.helpers.nvrtc"),
 }
 
 
