@@ -150,7 +150,7 @@ def test_told_to_stop_before_the_first_token_says_so_and_twice_is_quiet(small: P
 
 def test_a_terminal_gets_no_control_characters(tmp_path: Path):
     """This model writes them; a pipe gets its text as it is."""
-    path = write_gguf(tmp_path / "m.gguf", RandomModel())
+    path = write_gguf(tmp_path / "m.gguf", RandomModel(8))
     arguments = ["--model", str(path), "--prompt", "hello", "--temp", "0", "--max-tokens", "200"]
     raw = run(*arguments).stdout
     assert set(raw) & {*range(9), *range(11, 32)}

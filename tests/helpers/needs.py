@@ -164,6 +164,6 @@ def of_file(path: Path) -> set[str]:
 
 
 def of_test(path: Path, function: str) -> set[str]:
-    """What a test function needs: its own names and fixtures, and those of its file."""
-    file = source(path)
-    return file.of(function) | file.of("pytestmark") | of_file(path)
+    """What a test function needs: its names and fixtures, and those of its file; tests/emulator needs the emulator."""
+    file, own = source(path), {"emulator"} if path.parent == ROOT / "tests" / "emulator" else set()
+    return own | file.of(function) | file.of("pytestmark") | of_file(path)
