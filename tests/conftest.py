@@ -19,7 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen_mlx.backend import mx  # before any test imports MLX: its fast BLAS must be in the process first
+if "--fast" in sys.argv or "PYTEST_XDIST_WORKER" in os.environ:
+    # Small products gain nothing by threads, and those of a busy machine's BLAS spin while they wait.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from qwen_mlx.backend import mx
 from tests.helpers import needs
 
 pytest.register_assert_rewrite("tests.helpers.packed_models", "tests.helpers.blocks", "tests.helpers.nvrtc")

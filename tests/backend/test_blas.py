@@ -13,7 +13,7 @@ import pytest
 from qwen_mlx.backend import blas
 from reference.small_models import RandomModel, write_gguf
 
-pytestmark = pytest.mark.linux  # MLX needs no help on macOS
+pytestmark = [pytest.mark.linux, pytest.mark.heavy]  # MLX needs no help on macOS; each test starts processes
 
 INSTALLED = [name for name in blas._DISTRIBUTIONS if blas._version(name)]
 # Shapes: one row (a decoding step), several rows, a stack with a broadcast operand.

@@ -532,6 +532,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path):
     assert list((tmp_path / "here").iterdir()) == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 def test_an_interrupted_conversion_leaves_what_was_there(number: signal.Signals, existing: bool, tmp_path: Path):

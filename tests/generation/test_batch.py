@@ -27,7 +27,7 @@ def prompts_of(lengths=LENGTHS) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def weights():
-    return RandomModel(max_position_embeddings=256)
+    return RandomModel(3, max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,7 @@ def alone(model, tokenizer, ids: list[int], count: int) -> list[GenerationChunk]
     return _alone[key]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("which", ["small", "windowed"])
 @pytest.mark.parametrize(("batch_size", "prefill_step_size"), [(64, 2048), (5, 64), (4, 7), (1, 2048)])
 def test_rows_equal_prompts_alone(which, batch_size, prefill_step_size, request):
@@ -130,6 +131,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", FEATURES)
 @pytest.mark.parametrize("batch_size", [3, 8])
 def test_what_is_asked_for_is_done_to_each_row_by_its_own_tokens(small, case, batch_size):

@@ -20,7 +20,7 @@ PROMPT = "hello world, hello"
 
 @pytest.fixture(scope="module")
 def weights():
-    return RandomModel(max_position_embeddings=256)
+    return RandomModel(3, max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")

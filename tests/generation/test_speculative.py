@@ -40,7 +40,7 @@ steady = count().__next__  # a clock by which every round takes as long as any o
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speculative")
-    near, rng = RandomModel(max_position_embeddings=256), np.random.default_rng(0)  # a draft that is often right
+    near, rng = RandomModel(3, max_position_embeddings=256), np.random.default_rng(0)  # a draft that is often right
     write_gguf(folder / "model.gguf", near)
     for values in near.state_dict().values():
         values *= (1 + 0.1 * rng.standard_normal(values.shape)).astype(np.float32)
@@ -60,6 +60,7 @@ def drafts(files: Path, small) -> dict[str, object]:
     return {"lookup": PromptLookup(), "itself": ModelDraft(small[0]), **models}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["lookup", "itself", "near", "other"])
 @pytest.mark.parametrize(
     "sampling", [GREEDY, SamplingSettings(repetition_penalty=1.1), ALL], ids=["plain", "penalty", "all"]
