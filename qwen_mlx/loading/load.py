@@ -8,28 +8,27 @@ and Q6_K byte for byte, others with scales as wide as exactness needs; on the CP
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import ops
-from ..backend import mx, named_arrays, nn
-from ..errors import GGUFError, QwenMLXError
+from ..backend import mx, nn
+from ..errors import QwenMLXError
 from ..generation.drafts import ModelDraft
-from ..gguf import blocks, names
-from ..gguf.reader import GGUFFile
-from ..model.config import ModelConfig
-from ..model.layers import QuantizedEmbedding, QuantizedLinear, matrix_of, remember_joined, rows_of
-from ..model.qwen2 import Qwen2
+from ..gguf.packing import DENSE, Packing
+from ..model.layers import GGUFEmbedding, GGUFLinear, Linear, MergedLinear, QuantizedEmbedding, QuantizedLinear
+from ..model.qwen2 import JOINED, JOINED_BIASES, Qwen2
+from ..ops import Matrix
 from ..parallel import group as parallel
-from ..parallel.shards import Shard, uncut
+from ..parallel.shards import Shard
 from ..text.tokenizer import Tokenizer, check_vocabulary
 from . import hub
-from .sampling_defaults import folder_defaults, gguf_defaults
-from .weights import FolderWeights, GGUFWeights, Packing, Weights
+from .checkpoint import Parameter, open_checkpoint
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
@@ -60,9 +59,9 @@ def load(
     path = hub.resolve(model)
     on_gpu = mx.default_device() != mx.cpu
     target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)
-    keep_packed = on_gpu if quantized is None else quantized
+    packed = on_gpu if quantized is None else quantized
     try:
-        return _load(path, target, keep_packed, yarn, progress or _silent, group)
+        return _load(path, target, packed, yarn, progress, group)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError) as error:
         # What no check above this foresaw in files that anyone may have written.
         raise QwenMLXError(
@@ -70,166 +69,180 @@ def load(
         ) from error
 
 
+def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
+    mlx_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(mlx_dtype, mx.Dtype) or mlx_dtype not in DTYPES.values():
+        raise QwenMLXError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    return mlx_dtype
+
+
 def _load(
     path: Path,
     dtype: mx.Dtype,
-    keep_packed: bool,
+    packed: bool,
     yarn: float | None,
-    progress: Progress,
+    progress: Progress | None,
     group: mx.distributed.Group | None,
 ) -> tuple[Qwen2, Tokenizer]:
-    shard, cut = None, uncut
-
-    def read(config: ModelConfig) -> ModelConfig:
-        nonlocal shard, cut
-        config = config if yarn is None else config.with_yarn(yarn)
-        if group is not None and group.size() > 1:
-            shard = Shard(group.rank(), group.size(), config)
-            cut = shard.cut
-            settings = {"dtype": str(dtype), "quantized": str(keep_packed), "yarn": str(yarn)}
-            parallel.check_same(group, path, settings)
-        return config
-
-    if path.is_dir():
-        config = read(ModelConfig.from_folder(path))
-        tokenizer, defaults, factors = Tokenizer.from_folder(path), folder_defaults(path), None
-        weights: Weights = FolderWeights(path, config, cut)
-    else:
-        file = GGUFFile(path)
-        config = read(ModelConfig.from_gguf(file))
-        weights = GGUFWeights(file, config, cut)
-        tokenizer, defaults, factors = (
-            Tokenizer.from_gguf(file.metadata),
-            gguf_defaults(file),
-            _rope_factors(file, config),
-        )
-    tokenizer.check_fits(config.vocab_size, path)
-    qwen = Qwen2(config if shard is None else shard.local, factors)
-    _fill(qwen, weights, dtype, keep_packed, progress)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config if yarn is None else checkpoint.config.with_yarn(yarn)
+    parameters, local, shard = checkpoint.parameters, config, None
+    if group is not None and group.size() > 1:
+        shard = Shard(group.rank(), group.size(), config)
+        parallel.check_same(group, path, {"dtype": str(dtype), "quantized": str(packed), "yarn": str(yarn)})
+        parameters, local = checkpoint.parts(shard.cut), shard.local
+    model = Qwen2(local, checkpoint.rope_factors)
+    fill(model, parameters, dtype=dtype, packed=packed, progress=progress)
     if shard is not None and group is not None:
-        parallel.share(qwen, shard, group)
-    qwen.generation_defaults = defaults
-    qwen.eval()
-    return qwen, tokenizer
+        parallel.share(model, shard, group)
+    model.generation_defaults = checkpoint.defaults
+    model.eval()
+    return model, checkpoint.tokenizer
 
 
-def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, mx.Dtype) or found not in DTYPES.values():
-        raise QwenMLXError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    return found
+def fill(
+    model: Qwen2,
+    parameters: Mapping[str, Parameter],
+    *,
+    dtype: mx.Dtype,
+    packed: bool,
+    progress: Progress | None = None,
+) -> None:
+    """Gives a model the values of its parameters, in `dtype`, or `packed` where their files are.
 
-
-def _silent(done: int, total: int) -> None:
-    pass
-
-
-def _fill(model: Qwen2, weights: Weights, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> None:
-    """Gives every parameter of the model its values; projections of one input lie in one buffer, if packed alike."""
-    sizes = {name: array.size for name, array in named_arrays(model)}
-    groups = _groups(sizes)
+    Memory: at most a tensor and its copy above the model.
+    """
+    groups = _groups(parameters)
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
-    groups.sort(key=lambda names: -sum(sizes[name] for name in names))
-    runs = [_alike(weights, names, keep_packed) for names in groups]
-    weights.expect_dense([names for run in runs for names, packing in run if packing is None])
-    done, total = 0, sum(weights.nbytes(name) for name in sizes)
-    for group, run in zip(groups, runs):
-        nbytes = sum(weights.nbytes(name) for name in group)
-        if group[0].endswith(".bias") or "norm" in group[0]:
-            _set(model, group[0], weights.dense(group).astype(dtype))
-            mx.eval(_get(model, group[0]))
-        else:
-            modules = [name.removesuffix(".weight") for name in group]
-            matrices = [_matrix(weights, names, packing, dtype) for names, packing in run]
-            for (names, _), matrix in zip(run, matrices):
-                _set_rows(model, [name.removesuffix(".weight") for name in names], matrix, dtype)
-            remember_joined([_get(model, module) for module in modules], matrices)
-        done += nbytes
-        progress(done, total)
+    groups.sort(key=lambda group: -sum(math.prod(parameter.shape) for parameter in group))
+    runs = [_runs(group, packed) for group in groups]
+    dense = [run for group in runs for run, packing in group if packing == DENSE]
+    buffers = _buffers([(_stacked_shape(run), mx.uint16 if _is_stored_as(run, dtype) else mx.float32) for run in dense])
+    done, total = 0, sum(parameter.nbytes for parameter in parameters.values())
+    for group in runs:
+        tensors = [_read(run, packing, dtype, buffers) for run, packing in group]
+        _set_group(model, [[parameter.name for parameter in run] for run, _ in group], tensors, dtype)
+        done += sum(parameter.nbytes for run, _ in group for parameter in run)
+        if progress:
+            progress(done, total)
 
 
-def _groups(names: Iterable[str]) -> list[list[str]]:
-    """Parameters that are read together: the weights of projections of one input, others alone."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        key = name
-        for joined in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            module = name.rpartition(".")[0].rpartition(".")
-            if module[2] in joined and name.endswith(".weight"):
-                key = f"{module[0]} {joined}"
-        groups.setdefault(key, []).append(name)
+def _groups(parameters: Mapping[str, Parameter]) -> list[list[Parameter]]:
+    """The parameters, those that the fused model multiplies as one matrix (q, k, v; gate, up) together."""
+    groups: dict[str, list[Parameter]] = {}
+    for name, parameter in parameters.items():
+        path, _, kind = name.rpartition(".")
+        parent, _, module = path.rpartition(".")
+        joined = next((joined for joined, modules in JOINED.items() if module in modules), module)
+        groups.setdefault(f"{parent}.{joined}.{kind}", []).append(parameter)
     return list(groups.values())
 
 
-def _alike(weights: Weights, names: list[str], keep_packed: bool) -> list[tuple[list[str], Packing]]:
-    """Runs of parameters with one packing: each becomes one matrix."""
-    packings = [weights.packing(name) if keep_packed else None for name in names]
-    pairs = itertools.groupby(zip(names, packings), lambda pair: pair[1])
-    return [([name for name, _ in run], packing) for packing, run in pairs]
+def _runs(group: list[Parameter], packed: bool) -> list[tuple[list[Parameter], Packing]]:
+    """Neighbours of one packing: each run becomes one matrix."""
+
+    def packing_of(parameter: Parameter) -> Packing:
+        usable = [packing for packing in parameter.packings if packing.kind in ("affine", "q4_k", "q6_k")]
+        return usable[0] if packed and usable else DENSE
+
+    return [(list(run), packing) for packing, run in itertools.groupby(group, packing_of)]
 
 
-def _matrix(weights: Weights, names: list[str], packing: Packing, dtype: mx.Dtype) -> ops.Matrix:
-    """The matrix of some parameters, one above the other, dense or packed."""
-    if packing is None:
-        array = weights.dense(names).astype(dtype)
+def _stacked_shape(run: list[Parameter]) -> tuple[int, ...]:
+    return (sum(parameter.shape[0] for parameter in run), *run[0].shape[1:])
+
+
+def _is_stored_as(run: list[Parameter], dtype: mx.Dtype) -> bool:
+    """True if the files' elements are two bytes in `dtype`, which need no conversion."""
+    stored = {DTYPES.get(parameter.stored_dtype) for parameter in run}
+    return dtype != mx.float32 and stored == {dtype}
+
+
+def _buffers(shapes: list[tuple[tuple[int, ...], mx.Dtype]]) -> Iterator[mx.array]:
+    """Uninitialised arrays to read into. The next one is allocated meanwhile: the system takes longer to hand out fresh
+    memory than a core takes to fill it.
+    """
+    upcoming = None
+    for shape, dtype in [*shapes, ((1,), mx.float32)]:
+        buffer, upcoming = upcoming, mx.empty(shape, dtype)
+        mx.async_eval(upcoming)
+        if buffer is not None:
+            mx.eval(buffer)
+            yield buffer
+
+
+def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iterator[mx.array]) -> Matrix | mx.array:
+    """A run's parameters, one above the other: a dense array (vectors end to end), or a packed matrix."""
+    if packing == DENSE:
+        buffer = next(buffers)
+        rows = np.array(buffer, copy=False)
+        start = 0
+        for parameter in run:
+            stop = start + parameter.shape[0]
+            parameter.fill(rows[start:stop].reshape(parameter.rows, -1))
+            parameter.release()
+            start = stop
+        array = buffer.view(dtype) if buffer.dtype == mx.uint16 else buffer.astype(dtype)
         mx.eval(array)
-        rows, columns = array.shape
-        return ops.Matrix(ops.DENSE, rows, columns, (array,))
-    if isinstance(packing, str):
-        return ops.raw_matrix(weights.raw(names), packing)
-    parts = [weights.packed(name) for name in names]
-    codes, scales, biases = (mx.concatenate(list(column)) if len(parts) > 1 else column[0] for column in zip(*parts))
-    # Scales of another dtype than the activations' would be converted for every product: float32 keeps them exact.
-    scales, biases = (array if array.dtype == dtype else array.astype(mx.float32) for array in (scales, biases))
-    mx.eval(codes, scales, biases)
-    group_size, bits = packing
-    columns = codes.shape[1] * 32 // bits
-    return ops.Matrix(ops.Packing("affine", bits, group_size), codes.shape[0], columns, (codes, scales, biases))
+        return array
+    columns = list(zip(*(parameter.arrays(packing) for parameter in run)))
+    if packing.kind in ("q4_k", "q6_k"):
+        (blocks,) = columns
+        matrix = ops.raw_matrix(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], packing.kind)
+    else:
+        codes, *scales = (mx.concatenate([_as_mlx(array) for array in column]) for column in columns)
+        # Scales of another dtype than the activations' would be converted for every product: float32 is exact.
+        scales = [array if array.dtype == dtype else array.astype(mx.float32) for array in scales]
+        matrix = Matrix(packing, *_stacked_shape(run), (codes, *scales))
+    mx.eval(matrix.arrays)
+    for parameter in run:
+        parameter.release()
+    return matrix
 
 
-def _set_rows(model: Qwen2, paths: list[str], matrix: ops.Matrix, dtype: mx.Dtype) -> None:
-    """Puts modules with the rows of a matrix, one above the other, where the model has dense ones."""
-    start, modules = 0, []
-    for path in paths:
-        old = _get(model, path)
-        rows = old.weight.shape[0]
-        part = rows_of(matrix, start, start + rows)
-        start += rows
-        if matrix.packing.kind == "dense":
-            old.weight = part.arrays[0]
-        elif isinstance(old, nn.Embedding):
-            _set(model, path, QuantizedEmbedding(part, dtype))
-        else:
-            new = QuantizedLinear(part)
-            if "bias" in old:
-                new.bias = old.bias
-            _set(model, path, new)
-        modules.append(_get(model, path))
-    mx.eval([matrix_of(module).arrays for module in modules])
+def _as_mlx(array: np.ndarray) -> mx.array:
+    return mx.array(array).view(mx.bfloat16) if array.dtype == np.uint16 else mx.array(array)
 
 
-def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
-    info = file.tensors.get(names.ROPE_FACTORS)
-    if info is None:
-        return None
-    if info.shape != (config.head_dim // 2,):
-        raise GGUFError(
-            f"{file.path}: tensor {info.name!r} has shape {info.shape}, expected {(config.head_dim // 2,)}."
-        )
-    factors: np.ndarray = blocks.dequantize(file.raw(info.name), info.type)[0]
-    return factors
+def _set_group(model: Qwen2, names: list[list[str]], tensors: list[Matrix | mx.array], dtype: mx.Dtype) -> None:
+    """Puts the matrices or vectors of one group, each of the parameters `names`, into the model."""
+    path, _, kind = names[0][0].rpartition(".")
+    parent, _, module = path.rpartition(".")
+    joined = next((joined for joined, modules in JOINED.items() if module in modules), None)
+    owner = _get(model, parent)
+    if kind == "bias" and joined is not None:
+        (tensor,) = tensors
+        setattr(owner, {module: bias for bias, module in JOINED_BIASES.items()}[joined], tensor)
+        return
+    old = getattr(owner, joined or module)
+    if len(tensors) == 1 and isinstance(tensors[0], mx.array):
+        setattr(old, kind, tensors[0])
+        return
+    modules = [_module(tensor, old, dtype) for tensor in tensors]
+    setattr(owner, joined or module, modules[0] if len(modules) == 1 else MergedLinear(modules))
+
+
+def _module(tensor: Matrix | mx.array, old: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """A module of the matrix in place of the dense module `old`."""
+    if isinstance(tensor, mx.array):
+        new: nn.Module = Linear(1, 1, bias=False)
+        new.weight = tensor
+    elif tensor.packing.kind == "affine":
+        how = tensor.packing.group_size, tensor.packing.bits
+        embedding = isinstance(old, nn.Embedding)
+        new = QuantizedEmbedding(*tensor.arrays, *how, dtype) if embedding else QuantizedLinear(*tensor.arrays, *how)
+    else:
+        new = GGUFEmbedding(tensor, dtype) if isinstance(old, nn.Embedding) else GGUFLinear(tensor)
+    if "bias" in old:
+        new.bias = old.bias  # filled already, or to be
+    return new
 
 
 def _get(model: nn.Module, path: str) -> Any:
     node: Any = model
-    for part in path.split("."):
+    for part in path.split(".") if path else ():
         node = node[int(part)] if part.isdigit() else getattr(node, part)
     return node
-
-
-def _set(model: nn.Module, path: str, value: mx.array | nn.Module) -> None:
-    parent, _, last = path.rpartition(".")
-    setattr(_get(model, parent) if parent else model, last, value)
 
 
 def load_draft(draft: str | os.PathLike[str], tokenizer: Tokenizer, **arguments: Any) -> ModelDraft:
