@@ -242,4 +242,5 @@ def mxfp4_values(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
     doubled = _MXFP4_VALUES.astype(np.float32)[unpack(packed, 4)].reshape(*scales.shape, 32)
     halves = np.where(scales == 255, np.float32(np.nan), np.ldexp(np.float32(1), scales.astype(np.int32) - 128))
     with np.errstate(all="ignore"):
-        return (doubled * halves[..., None]).reshape(len(packed), -1)
+        values: np.ndarray = doubled * halves[..., None]
+    return values.reshape(len(packed), -1)

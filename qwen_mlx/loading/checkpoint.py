@@ -44,7 +44,7 @@ _TOKENIZER_FILES = (
 _FLOAT_TYPES = {kind.name: kind for kind in BLOCK_TYPES.values() if kind.name in FLOATS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parameter(abc.ABC):
     """One parameter, or the part of it that a rank loads. A vector is read as a matrix of one row.
 
@@ -87,6 +87,10 @@ class Parameter(abc.ABC):
         for q4_k and q6_k, the blocks, uint8 (rows, bytes of a row). `finite`: GGUFError for a scale that is not."""
 
     @abc.abstractmethod
+    def scale_dtype(self) -> str:
+        """The narrowest dtype that represents every scale and bias of MLX's packing exactly; reads them all."""
+
+    @abc.abstractmethod
     def fill(self, out: np.ndarray) -> None:
         """Writes the values, by several threads, into contiguous float32 (rows, columns), which may be MLX's memory; or
         the elements of a `stored_dtype` of two bytes, as they are, into uint16."""
@@ -96,7 +100,7 @@ class Parameter(abc.ABC):
         """The part in these rows and columns; of a vector, in these rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockParameter(Parameter):
     """A parameter in one of GGUF's types, which safetensors' floats are too. blocks: uint8 (rows, bytes of a row)."""
 
@@ -129,8 +133,7 @@ class BlockParameter(Parameter):
         return tuple(_columns(array, self.columns, self._width) for array in arrays)
 
     def scale_dtype(self) -> str:
-        """The narrowest dtype in which the scales and biases of an affine packing are all exact."""
-        return blocks.exact_scales(self.blocks, self.kind)
+        return blocks.exact_scales(self.blocks, self.kind) if self.kind.packing.kind == "affine" else "uint8"
 
     def fill(self, out: np.ndarray) -> None:
         if out.dtype == np.uint16:
@@ -155,10 +158,10 @@ class BlockParameter(Parameter):
     @property
     def _width(self) -> int:
         """The columns that are read."""
-        return self.blocks.shape[1] // self.kind.type_size * self.kind.block_size
+        return int(self.blocks.shape[1]) // self.kind.type_size * self.kind.block_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedParameter(Parameter):
     """A matrix as mlx-lm stores it: codes uint32 (rows, columns * bits / 32), scales and biases (rows, groups) in any
     float dtype, or for mxfp4 scales uint8 alone."""
@@ -185,6 +188,9 @@ class PackedParameter(Parameter):
     ) -> tuple[np.ndarray, ...]:
         return tuple(np.ascontiguousarray(array[start:stop]) for array in self.stored)
 
+    def scale_dtype(self) -> str:
+        return {"uint16": "bfloat16"}.get(self.stored[1].dtype.name, self.stored[1].dtype.name)
+
     def fill(self, out: np.ndarray) -> None:
         def work(part: slice) -> None:
             out[part] = self.values(part.start, part.stop)
@@ -205,7 +211,7 @@ class PackedParameter(Parameter):
 
     @property
     def _width(self) -> int:
-        return self.stored[1].shape[1] * self.packing.group_size
+        return int(self.stored[1].shape[1]) * self.packing.group_size
 
 
 def _whole_blocks(columns: slice, block_size: int, width: int) -> tuple[int, int, slice]:

@@ -193,7 +193,8 @@ def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iter
         codes, *scales = (mx.concatenate([_as_mlx(array) for array in column]) for column in columns)
         # Scales of another dtype than the activations' would be converted for every product: float32 is exact.
         scales = [array if array.dtype == dtype else array.astype(mx.float32) for array in scales]
-        matrix = Matrix(packing, *_stacked_shape(run), (codes, *scales))
+        n_rows, n_columns = _stacked_shape(run)
+        matrix = Matrix(packing, n_rows, n_columns, (codes, *scales))
     mx.eval(matrix.arrays)
     for parameter in run:
         parameter.release()
@@ -228,11 +229,15 @@ def _module(tensor: Matrix | mx.array, old: nn.Module, dtype: mx.Dtype) -> nn.Mo
         new: nn.Module = Linear(1, 1, bias=False)
         new.weight = tensor
     elif tensor.packing.kind == "affine":
-        how = tensor.packing.group_size, tensor.packing.bits
-        embedding = isinstance(old, nn.Embedding)
-        new = QuantizedEmbedding(*tensor.arrays, *how, dtype) if embedding else QuantizedLinear(*tensor.arrays, *how)
+        codes, scales, biases = tensor.arrays
+        group_size, bits = tensor.packing.group_size, tensor.packing.bits
+        if isinstance(old, nn.Embedding):
+            return QuantizedEmbedding(codes, scales, biases, group_size, bits, dtype)
+        new = QuantizedLinear(codes, scales, biases, group_size, bits)
+    elif isinstance(old, nn.Embedding):
+        return GGUFEmbedding(tensor, dtype)
     else:
-        new = GGUFEmbedding(tensor, dtype) if isinstance(old, nn.Embedding) else GGUFLinear(tensor)
+        new = GGUFLinear(tensor)
     if "bias" in old:
         new.bias = old.bias  # filled already, or to be
     return new
