@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from ..backend import mx, nn
 from ..errors import QwenMLXError
 from ..generation.drafts import ModelDraft
 from ..gguf.packing import DENSE, Packing
-from ..model.layers import GGUFEmbedding, GGUFLinear, Linear, MergedLinear, QuantizedEmbedding, QuantizedLinear
-from ..model.qwen2 import JOINED, JOINED_BIASES, Qwen2
+from ..model.layers import QuantizedEmbedding, QuantizedLinear, remember_joined, rows_of
+from ..model.qwen2 import Qwen2
 from ..ops import Matrix
 from ..parallel import group as parallel
 from ..parallel.shards import Shard
@@ -31,6 +31,7 @@ from . import hub
 from .checkpoint import Parameter, open_checkpoint
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input share a buffer
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
 
@@ -112,29 +113,34 @@ def fill(
 
     Memory: at most a tensor and its copy above the model.
     """
-    groups = _groups(parameters)
+    groups = _groups(parameters.values())
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
     groups.sort(key=lambda group: -sum(math.prod(parameter.shape) for parameter in group))
     runs = [_runs(group, packed) for group in groups]
     dense = [run for group in runs for run, packing in group if packing == DENSE]
     buffers = _buffers([(_stacked_shape(run), mx.uint16 if _is_stored_as(run, dtype) else mx.float32) for run in dense])
     done, total = 0, sum(parameter.nbytes for parameter in parameters.values())
-    for group in runs:
-        tensors = [_read(run, packing, dtype, buffers) for run, packing in group]
-        _set_group(model, [[parameter.name for parameter in run] for run, _ in group], tensors, dtype)
-        done += sum(parameter.nbytes for run, _ in group for parameter in run)
+    for group, group_runs in zip(groups, runs):
+        names = [parameter.name for parameter in group]
+        if len(group[0].shape) == 1:
+            _set(model, names[0], _read_dense(group, next(buffers), dtype))
+        else:
+            matrices = [_read(run, packing, dtype, buffers) for run, packing in group_runs]
+            for (run, _), matrix in zip(group_runs, matrices):
+                _set_rows(model, run, matrix, dtype)
+            remember_joined([_get(model, name.removesuffix(".weight")) for name in names], matrices)
+        done += sum(parameter.nbytes for parameter in group)
         if progress:
             progress(done, total)
 
 
-def _groups(parameters: Mapping[str, Parameter]) -> list[list[Parameter]]:
-    """The parameters, those that the fused model multiplies as one matrix (q, k, v; gate, up) together."""
+def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+    """Parameters that are read together: the weights of projections of one input, others alone."""
     groups: dict[str, list[Parameter]] = {}
-    for name, parameter in parameters.items():
-        path, _, kind = name.rpartition(".")
-        parent, _, module = path.rpartition(".")
-        joined = next((joined for joined, modules in JOINED.items() if module in modules), module)
-        groups.setdefault(f"{parent}.{joined}.{kind}", []).append(parameter)
+    for parameter in parameters:
+        parent, module, kind = (".." + parameter.name).rsplit(".", 2)
+        joined = next((names for names in JOINED if module in names), None) if kind == "weight" else None
+        groups.setdefault(f"{parent} {joined}" if joined else parameter.name, []).append(parameter)
     return list(groups.values())
 
 
@@ -171,29 +177,20 @@ def _buffers(shapes: list[tuple[tuple[int, ...], mx.Dtype]]) -> Iterator[mx.arra
             yield buffer
 
 
-def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iterator[mx.array]) -> Matrix | mx.array:
-    """A run's parameters, one above the other: a dense array (vectors end to end), or a packed matrix."""
+def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iterator[mx.array]) -> Matrix:
+    """The matrix of a run's parameters, one above the other."""
+    n_rows, n_columns = _stacked_shape(run)
     if packing == DENSE:
-        buffer = next(buffers)
-        rows = np.array(buffer, copy=False)
-        start = 0
-        for parameter in run:
-            stop = start + parameter.shape[0]
-            parameter.fill(rows[start:stop].reshape(parameter.rows, -1))
-            parameter.release()
-            start = stop
-        array = buffer.view(dtype) if buffer.dtype == mx.uint16 else buffer.astype(dtype)
-        mx.eval(array)
-        return array
+        return Matrix(DENSE, n_rows, n_columns, (_read_dense(run, next(buffers), dtype),))
     columns = list(zip(*(parameter.arrays(packing) for parameter in run)))
     if packing.kind in ("q4_k", "q6_k"):
         (blocks,) = columns
         matrix = ops.raw_matrix(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], packing.kind)
     else:
-        codes, *scales = (mx.concatenate([_as_mlx(array) for array in column]) for column in columns)
+        arrays = [[_as_mlx(array) for array in column] for column in columns]
+        codes, *scales = (mx.concatenate(column) if len(column) > 1 else column[0] for column in arrays)
         # Scales of another dtype than the activations' would be converted for every product: float32 is exact.
         scales = [array if array.dtype == dtype else array.astype(mx.float32) for array in scales]
-        n_rows, n_columns = _stacked_shape(run)
         matrix = Matrix(packing, n_rows, n_columns, (codes, *scales))
     mx.eval(matrix.arrays)
     for parameter in run:
@@ -201,53 +198,54 @@ def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iter
     return matrix
 
 
+def _read_dense(run: list[Parameter], buffer: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The values of a run's parameters, one above the other."""
+    rows = np.array(buffer, copy=False)
+    start = 0
+    for parameter in run:
+        stop = start + parameter.shape[0]
+        parameter.fill(rows[start:stop].reshape(parameter.rows, -1))
+        parameter.release()
+        start = stop
+    array = buffer.view(dtype) if buffer.dtype == mx.uint16 else buffer.astype(dtype)
+    mx.eval(array)
+    return array
+
+
 def _as_mlx(array: np.ndarray) -> mx.array:
     return mx.array(array).view(mx.bfloat16) if array.dtype == np.uint16 else mx.array(array)
 
 
-def _set_group(model: Qwen2, names: list[list[str]], tensors: list[Matrix | mx.array], dtype: mx.Dtype) -> None:
-    """Puts the matrices or vectors of one group, each of the parameters `names`, into the model."""
-    path, _, kind = names[0][0].rpartition(".")
-    parent, _, module = path.rpartition(".")
-    joined = next((joined for joined, modules in JOINED.items() if module in modules), None)
-    owner = _get(model, parent)
-    if kind == "bias" and joined is not None:
-        (tensor,) = tensors
-        setattr(owner, {module: bias for bias, module in JOINED_BIASES.items()}[joined], tensor)
-        return
-    old = getattr(owner, joined or module)
-    if len(tensors) == 1 and isinstance(tensors[0], mx.array):
-        setattr(old, kind, tensors[0])
-        return
-    modules = [_module(tensor, old, dtype) for tensor in tensors]
-    setattr(owner, joined or module, modules[0] if len(modules) == 1 else MergedLinear(modules))
-
-
-def _module(tensor: Matrix | mx.array, old: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """A module of the matrix in place of the dense module `old`."""
-    if isinstance(tensor, mx.array):
-        new: nn.Module = Linear(1, 1, bias=False)
-        new.weight = tensor
-    elif tensor.packing.kind == "affine":
-        codes, scales, biases = tensor.arrays
-        group_size, bits = tensor.packing.group_size, tensor.packing.bits
-        if isinstance(old, nn.Embedding):
-            return QuantizedEmbedding(codes, scales, biases, group_size, bits, dtype)
-        new = QuantizedLinear(codes, scales, biases, group_size, bits)
-    elif isinstance(old, nn.Embedding):
-        return GGUFEmbedding(tensor, dtype)
-    else:
-        new = GGUFLinear(tensor)
-    if "bias" in old:
-        new.bias = old.bias  # filled already, or to be
-    return new
+def _set_rows(model: Qwen2, run: list[Parameter], matrix: Matrix, dtype: mx.Dtype) -> None:
+    """Gives the modules of a run their rows of its matrix, as views; packed modules replace the model's dense ones."""
+    start = 0
+    for parameter in run:
+        path = parameter.name.removesuffix(".weight")
+        old, stop = _get(model, path), start + parameter.shape[0]
+        part = rows_of(matrix, start, stop)
+        if matrix.packing == DENSE:
+            old.weight = part.arrays[0]
+        elif isinstance(old, nn.Embedding):
+            _set(model, path, QuantizedEmbedding(part, dtype))
+        else:
+            new = QuantizedLinear(part)
+            if "bias" in old:
+                new.bias = old.bias
+            _set(model, path, new)
+        mx.eval(part.arrays)
+        start = stop
 
 
 def _get(model: nn.Module, path: str) -> Any:
     node: Any = model
-    for part in path.split(".") if path else ():
-        node = node[int(part)] if part.isdigit() else getattr(node, part)
+    for name in path.split("."):
+        node = node[int(name)] if name.isdigit() else getattr(node, name)
     return node
+
+
+def _set(model: nn.Module, path: str, value: mx.array | nn.Module) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(_get(model, parent) if parent else model, last, value)
 
 
 def load_draft(draft: str | os.PathLike[str], tokenizer: Tokenizer, **arguments: Any) -> ModelDraft:
