@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,15 +31,8 @@ from .safetensors_files import DTYPES, FLOATS, StoredTensor, read_tensors, safet
 from .sampling_defaults import folder_defaults, gguf_defaults
 
 # A folder's tokenizer is copied as it is: what is not rewritten cannot change.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
+_TOKENIZER_FILES += ["added_tokens.json", "vocab.json", "merges.txt"]
 _FLOAT_TYPES = {kind.name: kind for kind in BLOCK_TYPES.values() if kind.name in FLOATS}
 
 
@@ -50,7 +42,8 @@ class Parameter(abc.ABC):
 
     name: Hugging Face's. source_name and type_name: the file's. packings: the exact packings in which `arrays` returns
     it, the one for the fastest kernels first; none where it can only be dense. release(): gives the file's pages back.
-    columns: the part of the stored columns that belongs to the parameter, where that ends within a block.
+    stored: the arrays in the file's memory map, each with the same rows; their `width` columns are stored in blocks of
+    `block_size`, and `columns` are those of the parameter, where it begins or ends within a block.
     """
 
     name: str
@@ -59,20 +52,23 @@ class Parameter(abc.ABC):
     type_name: str
     packings: tuple[Packing, ...]
     release: Callable[[], None]
-    columns: slice
+    stored: tuple[np.ndarray, ...]
+    width: int
+    block_size: int
+    columns: slice = ALL
 
     @property
     def rows(self) -> int:
         return self.shape[0] if len(self.shape) == 2 else 1
 
     @property
-    @abc.abstractmethod
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes of the file."""
+        return sum(array.nbytes for array in self.stored)
 
     @property
     def stored_dtype(self) -> str:
-        """ "float32", "float16" or "bfloat16" if the file has the elements so, else ""."""
+        """ "float32", "float16" or "bfloat16" if the file stores plain elements of that type, else ""."""
         return ""
 
     @abc.abstractmethod
@@ -90,94 +86,85 @@ class Parameter(abc.ABC):
     def scale_dtype(self) -> str:
         """The narrowest dtype that represents every scale and bias of MLX's packing exactly; reads them all."""
 
-    @abc.abstractmethod
     def fill(self, out: np.ndarray) -> None:
         """Writes the values, by several threads, into contiguous float32 (rows, columns), which may be MLX's memory; or
         the elements of a `stored_dtype` of two bytes, as they are, into uint16."""
 
-    @abc.abstractmethod
+        def work(rows: slice) -> None:
+            out[rows] = self.values(rows.start, rows.stop)
+
+        blocks.in_chunks(work, self.rows, self.width)
+
     def part(self, rows: slice, columns: slice) -> Parameter:
         """The part in these rows and columns; of a vector, in these rows."""
+        if len(self.shape) == 1:
+            rows, columns = ALL, rows
+        start, stop, _ = columns.indices(self.width)
+        first, last = start // self.block_size * self.block_size, -(-stop // self.block_size) * self.block_size
+        within = slice(start - first, stop - first)
+        sizes = (range(self.rows)[rows], range(self.width)[columns])
+        return replace(
+            self,
+            shape=tuple(map(len, sizes[-len(self.shape) :])),
+            packings=tuple(p for p in self.packings if within.start % p.block_size == within.stop % p.block_size == 0),
+            stored=tuple(_columns(array[rows], slice(first, last), self.width) for array in self.stored),
+            width=last - first,
+            columns=ALL if within == slice(0, last - first) else within,
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class BlockParameter(Parameter):
-    """A parameter in one of GGUF's types, which safetensors' floats are too. blocks: uint8 (rows, bytes of a row)."""
+    """A parameter in one of GGUF's types, which safetensors' floats are too. stored: uint8 (rows, bytes of a row)."""
 
-    kind: BlockType
-    blocks: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.kind.type_size // self.kind.block_size
+    kind: BlockType = BLOCK_TYPES[0]
 
     @property
     def stored_dtype(self) -> str:
         return DTYPES.get(self.kind.name, "")
 
     def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        raw = self.blocks[start:stop]
+        raw = self.stored[0][start:stop]
         values = raw.view("<f8") if self.kind.name == "F64" else blocks.dequantize(raw, self.kind)
         return values[:, self.columns]
 
     def arrays(
         self, packing: Packing, start: int = 0, stop: int | None = None, finite: bool = True
     ) -> tuple[np.ndarray, ...]:
-        raw = self.blocks[start:stop]
+        raw = self.stored[0][start:stop]
         if packing.kind == "mxfp4":
             arrays: tuple[np.ndarray, ...] = blocks.mxfp4(raw, finite)
         elif packing.kind == "affine":
             arrays = blocks.affine(raw, self.kind, np.float32, finite)
         else:
             arrays = (np.ascontiguousarray(raw),)
-        return tuple(_columns(array, self.columns, self._width) for array in arrays)
+        return tuple(_columns(array, self.columns, self.width) for array in arrays)
 
     def scale_dtype(self) -> str:
-        return blocks.exact_scales(self.blocks, self.kind) if self.kind.packing.kind == "affine" else "uint8"
+        return blocks.exact_scales(self.stored[0], self.kind) if self.kind.packing.kind == "affine" else "uint8"
 
     def fill(self, out: np.ndarray) -> None:
         if out.dtype == np.uint16:
-            elements = self.blocks.view(np.uint16)[:, self.columns]
-            blocks.in_chunks(lambda part: np.copyto(out[part], elements[part]), *out.shape)
-            return
-        if self.columns == ALL:
-            blocks.dequantize(self.blocks, self.kind, out)
-            return
-        step = max(1, blocks.CHUNK_WEIGHTS // self._width)
-        for start in range(0, self.rows, step):
-            out[start : start + step] = self.values(start, start + step)
-
-    def part(self, rows: slice, columns: slice) -> Parameter:
-        if len(self.shape) == 1:
-            rows, columns = ALL, rows
-        first, last, within = _whole_blocks(columns, self.kind.block_size, self._width)
-        raw = self.blocks[rows, first * self.kind.type_size : last * self.kind.type_size]
-        packings = tuple(packing for packing in self.packings if _is_between_blocks(within, packing))
-        return replace(self, shape=_cut_shape(self.shape, rows, columns), packings=packings, columns=within, blocks=raw)
-
-    @property
-    def _width(self) -> int:
-        """The columns that are read."""
-        return int(self.blocks.shape[1]) // self.kind.type_size * self.kind.block_size
+            elements = self.stored[0].view(np.uint16)
+            blocks.in_chunks(lambda rows: np.copyto(out[rows], elements[rows]), self.rows, self.width)
+        elif self.columns == ALL:
+            blocks.dequantize(self.stored[0], self.kind, out)
+        else:
+            step = max(1, blocks.CHUNK_WEIGHTS // self.width)
+            for start in range(0, self.rows, step):
+                out[start : start + step] = self.values(start, start + step)
 
 
-@dataclass(frozen=True, eq=False)
 class PackedParameter(Parameter):
-    """A matrix as mlx-lm stores it: codes uint32 (rows, columns * bits / 32), scales and biases (rows, groups) in any
-    float dtype, or for mxfp4 scales uint8 alone."""
-
-    packing: Packing
-    stored: tuple[np.ndarray, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.stored)
+    """A matrix as mlx-lm packs it. stored: codes uint32 (rows, columns * bits / 32), scales and biases (rows, groups)
+    in any float dtype, or for mxfp4 scales uint8 alone."""
 
     def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         codes, scales, *biases = (array[start:stop] for array in self.stored)
         if not biases:
             return mxfp4_values(codes, scales)[:, self.columns]
-        values = unpack(codes, self.packing.bits).reshape(*scales.shape, -1).astype(np.float32)
+        bits = 32 * codes.shape[1] // self.width
+        values = unpack(codes, bits).reshape(*scales.shape, self.block_size).astype(np.float32)
         with np.errstate(all="ignore"):
             values *= _float32(scales)[..., None]
             values += _float32(biases[0])[..., None]
@@ -191,40 +178,6 @@ class PackedParameter(Parameter):
     def scale_dtype(self) -> str:
         return {"uint16": "bfloat16"}.get(self.stored[1].dtype.name, self.stored[1].dtype.name)
 
-    def fill(self, out: np.ndarray) -> None:
-        def work(part: slice) -> None:
-            out[part] = self.values(part.start, part.stop)
-
-        blocks.in_chunks(work, self.rows, self._width)
-
-    def part(self, rows: slice, columns: slice) -> Parameter:
-        group_size = self.packing.group_size
-        first, last, within = _whole_blocks(columns, group_size, self._width)
-        covered = slice(first * group_size, last * group_size)
-        return replace(
-            self,
-            shape=_cut_shape(self.shape, rows, columns),
-            packings=self.packings if within == ALL else (),
-            columns=within,
-            stored=tuple(_columns(array[rows], covered, self._width) for array in self.stored),
-        )
-
-    @property
-    def _width(self) -> int:
-        return int(self.stored[1].shape[1]) * self.packing.group_size
-
-
-def _whole_blocks(columns: slice, block_size: int, width: int) -> tuple[int, int, slice]:
-    """The first and the last of the blocks that hold `columns` of `width`, and where in them these lie."""
-    start, stop, _ = columns.indices(width)
-    first, last = start // block_size, -(-stop // block_size)
-    within = slice(start - first * block_size, stop - first * block_size)
-    return first, last, ALL if within == slice(0, (last - first) * block_size) else within
-
-
-def _is_between_blocks(columns: slice, packing: Packing) -> bool:
-    return columns == ALL or columns.start % packing.block_size == columns.stop % packing.block_size == 0
-
 
 def _columns(array: np.ndarray, columns: slice, width: int) -> np.ndarray:
     """The elements for `columns` of `width` in an array that has one for every so many."""
@@ -233,15 +186,9 @@ def _columns(array: np.ndarray, columns: slice, width: int) -> np.ndarray:
     return array[:, columns.start * array.shape[1] // width : columns.stop * array.shape[1] // width]
 
 
-def _cut_shape(shape: tuple[int, ...], rows: slice, columns: slice) -> tuple[int, ...]:
-    return tuple(len(range(n)[part]) for part, n in zip((rows, columns)[-len(shape) :], shape))
-
-
 def _float32(array: np.ndarray) -> np.ndarray:
     """Stored floats as float32; uint16 is bfloat16."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -290,9 +237,10 @@ def _open_gguf(path: Path) -> Checkpoint:
     parameters: dict[str, Parameter] = {}
     for name, info in tensors.items():
         packings = info.type.packings if len(info.shape) == 2 else ()
-        release = functools.partial(file.release, info.name)
+        release, stored = functools.partial(file.release, info.name), (file.raw(info.name),)
+        layout = (info.shape[-1], info.type.block_size)
         parameters[name] = BlockParameter(
-            name, info.name, info.shape, info.type.name, packings, release, ALL, info.type, file.raw(info.name)
+            name, info.name, info.shape, info.type.name, packings, release, stored, *layout, kind=info.type
         )
     return Checkpoint(path, config, parameters, tokenizer, defaults, file.paths, [], factors)
 
@@ -401,16 +349,17 @@ def _folder_parameter(
     for array in stored[1:]:
         del tensors[array.name]
     if packing == DENSE:
-        kind = _FLOAT_TYPES[tensor.dtype]
+        kind, type_name = _FLOAT_TYPES[tensor.dtype], DTYPES[tensor.dtype]
         raw = tensor.data.reshape(shape[0] if len(shape) == 2 else 1, -1)
-        return BlockParameter(name, name, shape, DTYPES[tensor.dtype], (), tensor.release, ALL, kind, raw)
+        return BlockParameter(name, name, shape, type_name, (), tensor.release, (raw,), shape[-1], 1, kind=kind)
 
     def release() -> None:
         for array in stored:
             array.release()
 
     arrays = tuple(array.array for array in stored)
-    return PackedParameter(name, name, shape, str(packing), (packing,), release, ALL, packing, arrays)
+    layout = (shape[1], packing.group_size)
+    return PackedParameter(name, name, shape, str(packing), (packing,), release, arrays, *layout)
 
 
 def _is_mxfp4(quantization: Any, module: str, codes: StoredTensor, scales: StoredTensor) -> bool:
