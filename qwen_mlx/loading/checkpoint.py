@@ -55,7 +55,7 @@ class Parameter(abc.ABC):
     stored: tuple[np.ndarray, ...]
     width: int
     block_size: int
-    columns: slice = ALL
+    columns: slice
 
     @property
     def rows(self) -> int:
@@ -117,7 +117,7 @@ class Parameter(abc.ABC):
 class BlockParameter(Parameter):
     """A parameter in one of GGUF's types, which safetensors' floats are too. stored: uint8 (rows, bytes of a row)."""
 
-    kind: BlockType = BLOCK_TYPES[0]
+    kind: BlockType
 
     @property
     def stored_dtype(self) -> str:
@@ -238,9 +238,9 @@ def _open_gguf(path: Path) -> Checkpoint:
     for name, info in tensors.items():
         packings = info.type.packings if len(info.shape) == 2 else ()
         release, stored = functools.partial(file.release, info.name), (file.raw(info.name),)
-        layout = (info.shape[-1], info.type.block_size)
+        layout = (info.shape[-1], info.type.block_size, ALL)
         parameters[name] = BlockParameter(
-            name, info.name, info.shape, info.type.name, packings, release, stored, *layout, kind=info.type
+            name, info.name, info.shape, info.type.name, packings, release, stored, *layout, info.type
         )
     return Checkpoint(path, config, parameters, tokenizer, defaults, file.paths, [], factors)
 
@@ -351,14 +351,14 @@ def _folder_parameter(
     if packing == DENSE:
         kind, type_name = _FLOAT_TYPES[tensor.dtype], DTYPES[tensor.dtype]
         raw = tensor.data.reshape(shape[0] if len(shape) == 2 else 1, -1)
-        return BlockParameter(name, name, shape, type_name, (), tensor.release, (raw,), shape[-1], 1, kind=kind)
+        return BlockParameter(name, name, shape, type_name, (), tensor.release, (raw,), shape[-1], 1, ALL, kind)
 
     def release() -> None:
         for array in stored:
             array.release()
 
     arrays = tuple(array.array for array in stored)
-    layout = (shape[1], packing.group_size)
+    layout = (shape[1], packing.group_size, ALL)
     return PackedParameter(name, name, shape, str(packing), (packing,), release, arrays, *layout)
 
 
