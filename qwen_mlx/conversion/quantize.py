@@ -1,4 +1,4 @@
-"""How the converter stores a tensor in an MLX model folder, and what that costs against the source's values."""
+"""Stores a tensor in an MLX model folder, and measures the error against the source's values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose; see conversion.convert. Raises QwenMLXError for a value that is not offered."""
+    """The arguments of convert() that decide how tensors are stored. Raises QwenMLXError for a value not offered."""
 
     dtype: str = "bfloat16"
     scales: str = "auto"
@@ -105,7 +105,7 @@ def choose_form(tensor: Parameter, options: Options) -> Form:
 
 @dataclass(frozen=True)
 class Stored:
-    """How one tensor was stored, and what that changed: relative_l2 = ||stored - source|| / ||source|| and max_abs, the
+    """One tensor as it was stored, and the error: relative_l2 = ||stored - source|| / ||source|| and max_abs, the
     largest difference, over finite values; both 0.0 if nothing changed. `not_finite` counts the values that are not
     finite, or of which the file's format and MLX disagree whether they are.
     """
@@ -129,7 +129,7 @@ class Stored:
 def store(
     tensor: Parameter, form: Form, writer: ShardedWriter, pool: ThreadPoolExecutor, allow_nan: bool = False
 ) -> Stored:
-    """Writes one tensor in pieces of whole rows, made by the pool's threads, and measures what its form costs.
+    """Writes one tensor in pieces of some rows, encoded by the pool's threads, and measures its error.
 
     Raises QwenMLXError naming the tensor: for values or scales that are not finite, unless allow_nan; for values that
     the form's dtype cannot hold.
@@ -218,7 +218,7 @@ def _largest(x: np.ndarray) -> float:
 def _encode(
     tensor: Parameter, form: Form, start: int, stop: int, allow_nan: bool
 ) -> tuple[tuple[np.ndarray, ...], _Cost]:
-    """Rows start to stop as they are written, and what that costs."""
+    """Rows start to stop as they are written, and their error."""
     cost = _Cost()
     wide: Sequence[np.ndarray]
     if form.from_source:

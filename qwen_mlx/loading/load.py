@@ -50,10 +50,10 @@ def load(
     "Qwen/Qwen2.5-7B-Instruct-GGUF:q4_k_m", or None for the default, Qwen2.5-Coder-0.5B-Instruct Q4_K_M.
     dtype: of activations and dense weights, "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on GPU.
     quantized: keep packed weights packed; None: on a GPU only. yarn: extends the context so many times, see
-    ModelConfig.with_yarn; None: what the file says. progress: called with (bytes done, bytes in all).
+    ModelConfig.with_yarn; None: as the file says. progress: called with (bytes done, bytes in all).
     group: of mx.distributed.init(); every rank calls this, reads its own part of the files (see shards.Shard) and then
     runs the same program. The end of one rank ends all.
-    Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, what was found and what was expected.
+    Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its fault and what was expected.
     """
     if group is not None:
         parallel.join(group)
@@ -64,7 +64,7 @@ def load(
     try:
         return _load(path, target, packed, yarn, progress, group)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError) as error:
-        # What no check above this foresaw in files that anyone may have written.
+        # Anyone may have written the files, and no check foresaw this fault.
         raise QwenMLXError(
             f"{path}: cannot be loaded; a file of it is damaged or holds nonsense ({error!r})."
         ) from error
@@ -248,11 +248,21 @@ def _set(model: nn.Module, path: str, value: mx.array | nn.Module) -> None:
     setattr(_get(model, parent) if parent else model, last, value)
 
 
-def load_draft(draft: str | os.PathLike[str], tokenizer: Tokenizer, **arguments: Any) -> ModelDraft:
+def load_draft(
+    draft: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    quantized: bool | None = None,
+    yarn: float | None = None,
+    progress: Progress | None = None,
+    group: mx.distributed.Group | None = None,
+) -> ModelDraft:
     """Loads a model as a draft for the one that `tokenizer` belongs to; names and arguments as for load().
 
     Raises QwenMLXError for another vocabulary, before any weights are read.
     """
     path = hub.resolve(draft)
     check_vocabulary(tokenizer.names, Tokenizer.read(path).names, str(draft))
-    return ModelDraft(load(path, **arguments)[0])
+    model, _ = load(path, dtype=dtype, quantized=quantized, yarn=yarn, progress=progress, group=group)
+    return ModelDraft(model)
