@@ -796,6 +796,8 @@ def test_mlx_lm_speaks_the_same_64_tokens_and_transformers_reads_the_same_ids(re
     if each is the likeliest after those before it. mlx-lm also says the first two by its packed steps, of which a CPU
     does two a second.
     """
+    from mlx_lm.generate import generate_step  # mlx_lm.generate is the function
+
     spoken_text = (
         '\n    if n <= 0:\n        return "Invalid input"\n    elif n == 1:\n        return 0\n    elif n == 2:\n'
         "        return 1\n    else:\n        a, b = 0, 1\n        for _ in range(3, n + 1"
@@ -808,7 +810,7 @@ def test_mlx_lm_speaks_the_same_64_tokens_and_transformers_reads_the_same_ids(re
         assert hf_tokenizer.encode(text) == tokenizer.encode(text) == mlx_tokenizer.encode(text)
     ids, spoken = tokenizer.encode("def fibonacci(n):"), tokenizer.encode(spoken_text)
     assert len(spoken) == 64
-    first = [int(token) for token, _ in mlx_lm.generate.generate_step(mx.array(ids), theirs, max_tokens=2)]
+    first = [int(token) for token, _ in generate_step(mx.array(ids), theirs, max_tokens=2)]
     assert first == spoken[:2]
     dense = mlx_lm.utils.dequantize_model(theirs)
     for reader in (model, dense):
