@@ -15,7 +15,7 @@ from . import command as cli
 if TYPE_CHECKING:
     from ..conversion.convert import Progress
     from ..conversion.quantize import Form, Stored
-    from ..loading.sources import SourceTensor
+    from ..loading.checkpoint import Parameter
 
 FLOATS = ("bfloat16", "float16", "float32")
 
@@ -113,7 +113,7 @@ class _Bar:
         self._bar.close()
 
 
-def _print_check(rows: list[tuple[SourceTensor, Form, int]], source: str) -> int:
+def _print_check(rows: list[tuple[Parameter, Form, int]], source: str) -> int:
     table: list[tuple[str, ...]] = [("tensor", "type", "shape", "bytes", "in MLX", "verdict")]
     for tensor, form, bad in rows:
         shape = " x ".join(map(str, tensor.shape))

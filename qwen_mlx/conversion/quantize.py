@@ -1,4 +1,4 @@
-"""How the converter stores a tensor in an MLX model folder, and what that costs against the source's values."""
+"""Stores a tensor in an MLX model folder, and measures the error against the source's values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from ..errors import QwenMLXError
 from ..gguf.blocks import CHUNK_WEIGHTS, threads
-from ..gguf.unpack import pack
-from ..loading.sources import SourceTensor
+from ..gguf.packing import DENSE, Packing
+from ..gguf.unpack import pack, unpack
+from ..loading.checkpoint import Parameter
+from ..loading.safetensors_files import DTYPES
 from .write import ShardedWriter, TensorSpec
 
-PIECE_WEIGHTS = CHUNK_WEIGHTS  # a thread works on whole rows of about this many weights
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}  # ours -> safetensors'
-DENSE_TYPES = ("F32", "F16", "BF16", "F64")  # of GGUF: not quantized
+SAFETENSORS = {name: safetensors for safetensors, name in DTYPES.items()}
 FLOATS = ("bfloat16", "float16", "float32")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose; see conversion.convert. Raises QwenMLXError for a value that is not offered."""
+    """The arguments of convert() that decide how tensors are stored. Raises QwenMLXError for a value not offered."""
 
     dtype: str = "bfloat16"
     scales: str = "auto"
@@ -54,63 +54,58 @@ class Options:
 
 @dataclass(frozen=True)
 class Form:
-    """How a tensor is stored. mode "dense": in `dtype`; "affine" or "mxfp4": as codes with scales (and biases) in
-    `dtype`, and from_source says that they are the source's own, not quantized here.
-    """
+    """How a tensor is stored: dense in `dtype`, or packed with scales (and biases) in `dtype`. from_source: the codes
+    are the source's own, not quantized here."""
 
-    mode: str
+    packing: Packing
     dtype: str
-    bits: int = 0
-    group_size: int = 0
     from_source: bool = False
 
-    def specs(self, tensor: SourceTensor) -> list[TensorSpec]:
-        """The tensors of the safetensors file, in the order of encode's arrays."""
-        if self.mode == "dense":
-            return [TensorSpec(tensor.name, DTYPES[self.dtype], tensor.shape)]
+    def specs(self, tensor: Parameter) -> list[TensorSpec]:
+        """The tensors of the safetensors file, in the order of the arrays that are written."""
+        if self.packing == DENSE:
+            return [TensorSpec(tensor.name, SAFETENSORS[self.dtype], tensor.shape)]
         rows, columns = tensor.shape
-        module, groups = tensor.name.removesuffix(".weight"), (rows, columns // self.group_size)
-        specs = [
-            TensorSpec(f"{module}.weight", "U32", (rows, columns * self.bits // 32)),
-            TensorSpec(f"{module}.scales", DTYPES[self.dtype], groups),
-            TensorSpec(f"{module}.biases", DTYPES[self.dtype], groups),
-        ]
-        return specs if self.mode == "affine" else specs[:2]
+        module, groups = tensor.name.removesuffix(".weight"), (rows, columns // self.packing.group_size)
+        specs = [TensorSpec(f"{module}.weight", "U32", (rows, columns * self.packing.bits // 32))]
+        for kind in ("scales",) if self.packing.kind == "mxfp4" else ("scales", "biases"):
+            specs.append(TensorSpec(f"{module}.{kind}", SAFETENSORS[self.dtype], groups))
+        return specs
 
     def config(self) -> dict[str, object]:
         """The layer's entry under `quantization` in config.json, as mlx-lm reads it."""
-        mode = {} if self.mode == "affine" else {"mode": self.mode}
-        return {"group_size": self.group_size, "bits": self.bits, **mode}
+        mode = {} if self.packing.kind == "affine" else {"mode": self.packing.kind}
+        return {"group_size": self.packing.group_size, "bits": self.packing.bits, **mode}
 
     def __str__(self) -> str:
-        if self.mode == "dense":
+        if self.packing == DENSE:
             return self.dtype
-        if self.mode == "mxfp4":
-            return "mxfp4"
-        return f"{self.bits} bits, group {self.group_size}, {self.dtype} scales"
+        return f"{self.packing}, {self.dtype} scales" if self.packing.kind == "affine" else str(self.packing)
 
 
-def choose_form(tensor: SourceTensor, options: Options) -> Form:
+def choose_form(tensor: Parameter, options: Options) -> Form:
     """The source's own codes where MLX has their arithmetic, unless `quantize` is given; else dense, or quantized as
     the user asked. Matrices whose rows the group size does not divide stay as they would be without being asked.
     """
     divided = len(tensor.shape) == 2 and tensor.shape[1] % options.group_size == 0
-    if tensor.form is not None and not (options.quantize and divided):
-        form = tensor.form
-        dtype = form.scale_dtype
-        if form.mode == "affine":
-            dtype = tensor.scale_dtype() if options.scales == "auto" else options.scales
-        return Form(form.mode, dtype, form.bits, form.group_size, from_source=True)
-    bits = options.quantize or (None if tensor.type_name in DENSE_TYPES else options.requantize)
+    own = next((packing for packing in tensor.packings if packing.kind in ("affine", "mxfp4")), None)
+    if own is not None and not (options.quantize and divided):
+        dtype = options.scales
+        if own.kind == "mxfp4" or dtype == "auto":
+            dtype = tensor.scale_dtype()
+            tensor.release()
+        return Form(own, dtype, from_source=True)
+    quantized = not tensor.stored_dtype and tensor.type_name != "F64"
+    bits = options.quantize or (options.requantize if quantized else None)
     if bits and divided:
         dtype = options.dtype if options.scales == "auto" else options.scales
-        return Form("affine", dtype, bits, options.group_size)
-    return Form("dense", options.dtype)
+        return Form(Packing("affine", bits, options.group_size), dtype)
+    return Form(DENSE, options.dtype)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How one tensor was stored, and what that changed: relative_l2 = ||stored - source|| / ||source|| and max_abs, the
+    """One tensor as it was stored, and the error: relative_l2 = ||stored - source|| / ||source|| and max_abs, the
     largest difference, over finite values; both 0.0 if nothing changed. `not_finite` counts the values that are not
     finite, or of which the file's format and MLX disagree whether they are.
     """
@@ -127,28 +122,26 @@ class Stored:
 
     @property
     def exact(self) -> bool:
-        """Whether the stored values are the source's, all of them finite."""
+        """True if the stored values are the source's, all of them finite."""
         return not self.max_abs and not self.not_finite
 
 
 def store(
-    tensor: SourceTensor, form: Form, writer: ShardedWriter, pool: ThreadPoolExecutor, allow_nan: bool = False
+    tensor: Parameter, form: Form, writer: ShardedWriter, pool: ThreadPoolExecutor, allow_nan: bool = False
 ) -> Stored:
-    """Writes one tensor in pieces of whole rows, made by the pool's threads, and measures what its form costs.
+    """Writes one tensor in pieces of some rows, encoded by the pool's threads, and measures its error.
 
     Raises QwenMLXError naming the tensor: for values or scales that are not finite, unless allow_nan; for values that
     the form's dtype cannot hold.
     """
     specs = form.specs(tensor)
     cost = _Cost()
-    step = max(1, PIECE_WEIGHTS // tensor.shape[-1])
-    pieces = ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
-    jobs = (lambda a=a, b=b: _encode(tensor, form, a, b, allow_nan) for a, b in pieces)
+    jobs = (lambda a=a, b=b: _encode(tensor, form, a, b, allow_nan) for a, b in pieces(tensor))
     for arrays, piece_cost in in_order(pool, jobs):
         for spec, array in zip(specs, arrays):
             writer.write(spec.name, array)
         cost += piece_cost
-    tensor.done()
+    tensor.release()
     return Stored(
         tensor.name,
         tensor.source_name,
@@ -160,6 +153,12 @@ def store(
         cost.max_abs,
         cost.not_finite,
     )
+
+
+def pieces(tensor: Parameter) -> Iterator[tuple[int, int]]:
+    """The first row of each piece that a thread works on, and the row after its last."""
+    step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
+    return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
 
 
 def in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
@@ -217,28 +216,28 @@ def _largest(x: np.ndarray) -> float:
 
 
 def _encode(
-    tensor: SourceTensor, form: Form, start: int, stop: int, allow_nan: bool
+    tensor: Parameter, form: Form, start: int, stop: int, allow_nan: bool
 ) -> tuple[tuple[np.ndarray, ...], _Cost]:
-    """Rows start to stop as they are written, and what that costs."""
+    """Rows start to stop as they are written, and their error."""
     cost = _Cost()
     wide: Sequence[np.ndarray]
-    if form.from_source and tensor.packed is not None:
-        codes, *wide = tensor.packed(start, stop)
+    if form.from_source:
+        codes, *wide = tensor.arrays(form.packing, start, stop, finite=False)
         bad = _bad_values(tensor, form, start, stop, wide)
         cost.not_finite = _check_bad(tensor, bad, allow_nan)
-        if form.mode == "mxfp4":
+        if form.packing.kind == "mxfp4":
             return (codes, *wide), cost
         source, unpacked = None, None
     else:
         source = tensor.values(start, stop)
         cost.not_finite = _check_bad(tensor, source.size - int(np.isfinite(source).sum()), allow_nan)
-        if form.mode == "dense":
+        if form.packing == DENSE:
             stored, rounded = _narrowed(tensor, source, form.dtype, "--dtype")
             if rounded is not source:
                 cost.compare(source, rounded)
             return (stored,), cost
         values = _narrowed(tensor, source, "float32", "--scales")[1]
-        wide = affine_range(values, form.bits, form.group_size)
+        wide = affine_range(values, form.packing.bits, form.packing.group_size)
         if not cost.not_finite and not math.isfinite(_largest(wide[0])):
             raise QwenMLXError(
                 f"tensor {tensor.source_name!r} ({tensor.type_name}) has groups of weights whose range is beyond "
@@ -248,13 +247,13 @@ def _encode(
         _narrowed(tensor, array, form.dtype, "--scales") for array in wide
     )
     if source is not None:
-        unpacked = affine_codes(values, rounded_scales, rounded_biases, form.bits)
-        codes = pack(unpacked, form.bits)
+        unpacked = affine_codes(values, rounded_scales, rounded_biases, form.packing.bits)
+        codes = pack(unpacked, form.packing.bits)
     elif all(np.array_equal(*pair, equal_nan=True) for pair in zip(wide, (rounded_scales, rounded_biases))):
         return (codes, scales, biases), cost
     else:
-        source, unpacked = tensor.values(start, stop), unpack(codes, form.bits)
-    groups = unpacked.reshape(*rounded_scales.shape, form.group_size).astype(np.float32)
+        source, unpacked = tensor.values(start, stop), unpack(codes, form.packing.bits)
+    groups = unpacked.reshape(*rounded_scales.shape, form.packing.group_size).astype(np.float32)
     with np.errstate(all="ignore"):
         groups *= rounded_scales[..., None]
         groups += rounded_biases[..., None]
@@ -262,28 +261,28 @@ def _encode(
     return (codes, scales, biases), cost
 
 
-def count_bad(tensor: SourceTensor, form: Form, start: int, stop: int) -> int:
-    """How many values of rows start to stop are not finite: what store() refuses."""
-    if form.from_source and tensor.packed is not None:
-        return _bad_values(tensor, form, start, stop, tensor.packed(start, stop)[1:])
+def count_bad(tensor: Parameter, form: Form, start: int, stop: int) -> int:
+    """Counts the values of rows start to stop that are not finite, which store() refuses."""
+    if form.from_source:
+        return _bad_values(tensor, form, start, stop, tensor.arrays(form.packing, start, stop, finite=False)[1:])
     values = tensor.values(start, stop)
     return values.size - int(np.isfinite(values).sum())
 
 
-def _bad_values(tensor: SourceTensor, form: Form, start: int, stop: int, scales: Sequence[np.ndarray]) -> int:
-    """Of packed rows: a whole group where a scale or bias is not finite."""
-    if form.mode == "affine":
+def _bad_values(tensor: Parameter, form: Form, start: int, stop: int, scales: Sequence[np.ndarray]) -> int:
+    """The same for packed rows: every value of a group whose scale or bias is not finite."""
+    if form.packing.kind == "affine":
         finite: np.ndarray = np.isfinite(scales[0])
         finite &= np.isfinite(scales[1])
-        return (finite.size - int(finite.sum())) * form.group_size
+        return (finite.size - int(finite.sum())) * form.packing.group_size
     if scales[0].max(initial=0) < 253:  # 6 * 2^(252 - 127) is the last that float32 holds whatever the codes
         return 0
-    values = tensor.values(start, stop).reshape(*scales[0].shape, form.group_size)
+    values = tensor.values(start, stop).reshape(*scales[0].shape, form.packing.group_size)
     bad = (scales[0] == 255)[..., None] | ~np.isfinite(values)  # 255 is NaN in MLX, 2^128 in ggml
     return int(bad.sum())
 
 
-def _check_bad(tensor: SourceTensor, bad: int, allow_nan: bool) -> int:
+def _check_bad(tensor: Parameter, bad: int, allow_nan: bool) -> int:
     if bad and not allow_nan:
         raise QwenMLXError(
             f"tensor {tensor.source_name!r} ({tensor.type_name}) holds values or scales that are not finite: the file "
@@ -292,7 +291,7 @@ def _check_bad(tensor: SourceTensor, bad: int, allow_nan: bool) -> int:
     return bad
 
 
-def _narrowed(tensor: SourceTensor, array: np.ndarray, dtype: str, option: str) -> tuple[np.ndarray, np.ndarray]:
+def _narrowed(tensor: Parameter, array: np.ndarray, dtype: str, option: str) -> tuple[np.ndarray, np.ndarray]:
     """encode(); QwenMLXError for a finite element that `dtype` cannot hold."""
     stored, rounded = encode(array, dtype)
     if not math.isfinite(_largest(rounded)):
@@ -358,12 +357,3 @@ def affine_codes(values: np.ndarray, scales: np.ndarray, biases: np.ndarray, bit
         np.fmax(codes, 0, out=codes)  # NaN becomes 0
         np.fmin(codes, 2**bits - 1, out=codes)
         return codes.astype(np.uint8).reshape(values.shape)
-
-
-def unpack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of gguf.unpack.pack: uint32 (rows, columns * bits / 32) to uint8 (rows, columns)."""
-    words = np.zeros((codes.nbytes // bits, 8), np.uint8)
-    words[:, :bits] = np.ascontiguousarray(codes).view(np.uint8).reshape(-1, bits)
-    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    unpacked: np.ndarray = (words.view(np.uint64) >> shifts) & np.uint64(2**bits - 1)
-    return unpacked.astype(np.uint8).reshape(len(codes), -1)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import GGUFError
+from .packing import DENSE, Packing
 from .unpack import FORMATS, mxfp4_codes, pack
 
 CHUNK_WEIGHTS = 1 << 20  # weights a thread works on at once: with fewer, threads wait for each other between calls
@@ -24,77 +25,64 @@ MAX_THREADS = 8  # memory bandwidth is spent by then
 
 
 @dataclass(frozen=True)
-class Packed:
-    """How MLX holds a format packed: the `mode`, `bits` and `group_size` of mx.dequantize and mx.quantized_matmul.
-
-    scale_dtype: the narrowest dtype that holds every scale and bias of the format exactly: "float16" (float32 if a bias
-    overflows float16), "float32", or "uint8" for mxfp4's E8M0 exponents.
-    """
-
-    mode: str
-    bits: int
-    group_size: int
-    scale_dtype: str
-
-
-@dataclass(frozen=True)
 class BlockType:
     """One tensor type of GGUF: `block_size` weights in `type_size` bytes; rows are whole blocks.
 
-    packed: how MLX holds it without dequantizing it, None if it cannot. exact: stored packed, or else dense in float32,
-    MLX's float32 values equal the format's own (a zero may lose its sign, no other bit changes).
+    packing: how MLX stores the type without changing a value, DENSE if it has no such arithmetic. scale_dtype: the
+    narrowest dtype that represents every scale and bias of that packing exactly: "float16" (float32 if a bias overflows
+    float16), "float32", or "uint8" for mxfp4's E8M0 exponents. exact: stored so, or dense in float32, MLX's float32
+    values equal the format's own (a zero may lose its sign, no other bit changes).
     """
 
     name: str
     type_id: int
     block_size: int
     type_size: int
-    packed: Packed | None
-    exact: bool
     description: str
+    packing: Packing = DENSE
+    scale_dtype: str = ""
+    exact: bool = True
 
     @property
-    def affine(self) -> Packed | None:
-        """`packed` if its mode is affine, which is what `affine()` and mlx-lm's quantized layers need."""
-        return self.packed if self.packed is not None and self.packed.mode == "affine" else None
+    def packings(self) -> tuple[Packing, ...]:
+        """The packings that keep every value: the blocks themselves where kernels read them, then MLX's own."""
+        own = (Packing(self.name.lower()),) if self.name in ("Q4_K", "Q6_K") else ()
+        return own if self.packing == DENSE else (*own, self.packing)
 
 
-def _affine(bits: int, scale_dtype: str) -> Packed:
-    return Packed("affine", bits, 32, scale_dtype)
-
-
+_4_BITS, _5_BITS, _8_BITS = (Packing("affine", bits, 32) for bits in (4, 5, 8))
 _TABLE = (
-    BlockType("F32", 0, 1, 4, None, True, "IEEE float32"),
-    BlockType("F16", 1, 1, 2, None, True, "IEEE float16"),
-    BlockType("BF16", 30, 1, 2, None, True, "bfloat16"),
-    BlockType("F64", 28, 1, 8, None, False, "IEEE float64, rounded to float32"),
-    BlockType("I8", 24, 1, 1, None, True, "int8 data"),
-    BlockType("I16", 25, 1, 2, None, True, "int16 data"),
-    BlockType("I32", 26, 1, 4, None, False, "int32 data, rounded to float32 above 2^24"),
-    BlockType("I64", 27, 1, 8, None, False, "int64 data, rounded to float32 above 2^24"),
-    BlockType("Q4_0", 2, 32, 18, _affine(4, "float16"), True, "d(q - 8); d fp16"),
-    BlockType("Q4_1", 3, 32, 20, _affine(4, "float16"), True, "dq + m; d, m fp16"),
-    BlockType("Q5_0", 6, 32, 22, _affine(5, "float16"), True, "d(q - 16); d fp16"),
-    BlockType("Q5_1", 7, 32, 24, _affine(5, "float16"), True, "dq + m; d, m fp16"),
-    BlockType("Q8_0", 8, 32, 34, _affine(8, "float16"), True, "dq, q int8; d fp16"),
-    BlockType("Q2_K", 10, 256, 84, None, True, "16 groups of 16: (d s)q - (dmin m); s, m 4 bits"),
-    BlockType("Q3_K", 11, 256, 110, None, True, "16 groups of 16: d(s - 32)(q - 4); s 6 bits"),
-    BlockType("Q4_K", 12, 256, 144, _affine(4, "float32"), True, "8 groups of 32: (d s)q - (dmin m); s, m 6 bits"),
-    BlockType("Q5_K", 13, 256, 176, _affine(5, "float32"), True, "8 groups of 32: (d s)q - (dmin m); s, m 6 bits"),
-    BlockType("Q6_K", 14, 256, 210, None, True, "16 groups of 16: (d s)(q - 32); s int8"),
-    BlockType("IQ1_S", 19, 256, 50, None, True, "8 groups of 32; 8 weights are one of 2048 vectors"),
-    BlockType("IQ1_M", 29, 256, 56, None, True, "16 groups of 16; 8 weights are one of 2048 vectors"),
-    BlockType("IQ2_XXS", 16, 256, 66, None, True, "8 groups of 32; 8 weights are one of 256 vectors"),
-    BlockType("IQ2_XS", 17, 256, 74, None, True, "16 groups of 16; 8 weights are one of 512 vectors"),
-    BlockType("IQ2_S", 22, 256, 82, None, True, "16 groups of 16; 8 weights are one of 1024 vectors"),
-    BlockType("IQ3_XXS", 18, 256, 98, None, True, "8 groups of 32; 4 weights are one of 256 vectors"),
-    BlockType("IQ3_S", 21, 256, 110, None, True, "8 groups of 32; 4 weights are one of 512 vectors"),
-    BlockType("IQ4_NL", 20, 32, 18, _affine(8, "float16"), True, "d t[q], t of 16 int8; d fp16"),
-    BlockType("IQ4_XS", 23, 256, 136, _affine(8, "float32"), True, "8 groups of 32: d(s - 32) t[q]; s 6 bits"),
-    BlockType("TQ1_0", 34, 256, 54, None, True, "d q, q in -1, 0, 1, five to a byte; d fp16"),
-    BlockType("TQ2_0", 35, 256, 66, None, True, "d(q - 1), q of 2 bits; d fp16"),
-    BlockType("MXFP4", 39, 32, 17, Packed("mxfp4", 4, 32, "uint8"), True, "2^(e - 127) E2M1[q]; e 8 bits"),
-    BlockType("NVFP4", 40, 64, 36, None, True, "4 groups of 16: UE4M3 scale, E2M1[q]"),
+    BlockType("F32", 0, 1, 4, "IEEE float32"),
+    BlockType("F16", 1, 1, 2, "IEEE float16"),
+    BlockType("BF16", 30, 1, 2, "bfloat16"),
+    BlockType("F64", 28, 1, 8, "IEEE float64, rounded to float32", exact=False),
+    BlockType("I8", 24, 1, 1, "int8 data"),
+    BlockType("I16", 25, 1, 2, "int16 data"),
+    BlockType("I32", 26, 1, 4, "int32 data, rounded to float32 above 2^24", exact=False),
+    BlockType("I64", 27, 1, 8, "int64 data, rounded to float32 above 2^24", exact=False),
+    BlockType("Q4_0", 2, 32, 18, "d(q - 8); d fp16", _4_BITS, "float16"),
+    BlockType("Q4_1", 3, 32, 20, "dq + m; d, m fp16", _4_BITS, "float16"),
+    BlockType("Q5_0", 6, 32, 22, "d(q - 16); d fp16", _5_BITS, "float16"),
+    BlockType("Q5_1", 7, 32, 24, "dq + m; d, m fp16", _5_BITS, "float16"),
+    BlockType("Q8_0", 8, 32, 34, "dq, q int8; d fp16", _8_BITS, "float16"),
+    BlockType("Q2_K", 10, 256, 84, "16 groups of 16: (d s)q - (dmin m); s, m 4 bits"),
+    BlockType("Q3_K", 11, 256, 110, "16 groups of 16: d(s - 32)(q - 4); s 6 bits"),
+    BlockType("Q4_K", 12, 256, 144, "8 groups of 32: (d s)q - (dmin m); s, m 6 bits", _4_BITS, "float32"),
+    BlockType("Q5_K", 13, 256, 176, "8 groups of 32: (d s)q - (dmin m); s, m 6 bits", _5_BITS, "float32"),
+    BlockType("Q6_K", 14, 256, 210, "16 groups of 16: (d s)(q - 32); s int8"),
+    BlockType("IQ1_S", 19, 256, 50, "8 groups of 32; 8 weights are one of 2048 vectors"),
+    BlockType("IQ1_M", 29, 256, 56, "16 groups of 16; 8 weights are one of 2048 vectors"),
+    BlockType("IQ2_XXS", 16, 256, 66, "8 groups of 32; 8 weights are one of 256 vectors"),
+    BlockType("IQ2_XS", 17, 256, 74, "16 groups of 16; 8 weights are one of 512 vectors"),
+    BlockType("IQ2_S", 22, 256, 82, "16 groups of 16; 8 weights are one of 1024 vectors"),
+    BlockType("IQ3_XXS", 18, 256, 98, "8 groups of 32; 4 weights are one of 256 vectors"),
+    BlockType("IQ3_S", 21, 256, 110, "8 groups of 32; 4 weights are one of 512 vectors"),
+    BlockType("IQ4_NL", 20, 32, 18, "d t[q], t of 16 int8; d fp16", _8_BITS, "float16"),
+    BlockType("IQ4_XS", 23, 256, 136, "8 groups of 32: d(s - 32) t[q]; s 6 bits", _8_BITS, "float32"),
+    BlockType("TQ1_0", 34, 256, 54, "d q, q in -1, 0, 1, five to a byte; d fp16"),
+    BlockType("TQ2_0", 35, 256, 66, "d(q - 1), q of 2 bits; d fp16"),
+    BlockType("MXFP4", 39, 32, 17, "2^(e - 127) E2M1[q]; e 8 bits", Packing("mxfp4", 4, 32), "uint8"),
+    BlockType("NVFP4", 40, 64, 36, "4 groups of 16: UE4M3 scale, E2M1[q]"),
 )
 BLOCK_TYPES: dict[int, BlockType] = {block.type_id: block for block in _TABLE}
 
@@ -115,76 +103,75 @@ def dequantize(raw: np.ndarray, kind: BlockType, out: np.ndarray | None = None) 
         raise GGUFError(f"{kind.name}: out is {out.dtype} {out.shape}, expected contiguous writable float32 {shape}.")
     values = out.reshape(len(blocks), kind.block_size)
     into = _dequantizer(kind)
-    _in_chunks(lambda part: into(blocks[part], values[part]), len(blocks), kind.block_size)
+    in_chunks(lambda part: into(blocks[part], values[part]), len(blocks), kind.block_size)
     return out
 
 
 def affine(
     raw: np.ndarray, kind: BlockType, scale_dtype: type[np.floating] | None = None, finite: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A tensor's bytes as MLX affine quantization, w = scale * code + bias, for the kinds with `kind.affine`.
+    """A tensor's bytes as MLX affine quantization, w = scale * code + bias, for kinds with an affine `kind.packing`.
 
     raw: uint8 (rows, bytes of a row). Returns codes uint32 (rows, columns * bits / 32), scales and biases
-    (rows, columns / 32), for mx.dequantize and mx.quantized_matmul(transpose=True) with the bits and group_size of
-    kind.affine.
+    (rows, columns / 32), for mx.dequantize and mx.quantized_matmul(transpose=True) with the packing's bits and
+    group_size.
     scale_dtype: np.float16 or np.float32; None is the narrower in which this tensor's scales and biases are all exact.
     MLX dequantizes in the dtype of the scales: cast them to float32 for exact values.
     Raises GGUFError for another kind or scale_dtype, for a scale that overflows the one asked for and, if `finite`, for
     one that is inf or NaN.
     """
-    form = _affine_form(kind)
+    bits = _require_affine(kind).bits
     if scale_dtype not in (None, np.float16, np.float32):
         raise GGUFError(f"{kind.name}: scale_dtype is {scale_dtype!r}, expected np.float16, np.float32 or None.")
     blocks, (rows, _) = _blocks(raw, kind)
     unpack = FORMATS[kind.name]
     groups = kind.block_size // 32
-    codes = np.empty((len(blocks), groups * form.bits), np.uint32)
+    codes = np.empty((len(blocks), groups * bits), np.uint32)
     scales = np.empty((len(blocks), groups), np.float32)
     biases = np.empty_like(scales)
 
     def work(part: slice) -> None:
         bytes_ = np.empty((len(blocks[part]), kind.block_size), np.uint8)
         scale, minimum = unpack.decode(blocks[part], bytes_)
-        codes[part] = pack(bytes_, form.bits)
+        codes[part] = pack(bytes_, bits)
         scales[part] = scale
         biases[part] = np.float32(-unpack.offset) * scale if minimum is None else minimum
 
-    _in_chunks(work, len(blocks), kind.block_size)
+    in_chunks(work, len(blocks), kind.block_size)
     largest = float(np.maximum(np.abs(scales).max(initial=0), np.abs(biases).max(initial=0)))  # NaN if one is
     if finite and not np.isfinite(largest):
         raise GGUFError(f"{kind.name}: a scale is inf or NaN; the file is damaged, download it again.")
-    if scale_dtype is None:
-        narrow = form.scale_dtype == "float16" and largest <= LARGEST_HALF
-        scale_dtype = np.float16 if narrow else np.float32
-    if scale_dtype == np.float16:
+    if (scale_dtype or exact_scales(raw, kind)) in (np.float16, "float16"):
         if largest > LARGEST_HALF:
             raise GGUFError(f"{kind.name}: a scale or bias is {largest:g}, too large for float16; use float32 scales.")
         scales, biases = scales.astype(np.float16), biases.astype(np.float16)
     return codes.reshape(rows, -1), scales.reshape(rows, -1), biases.reshape(rows, -1)
 
 
-def _affine_form(kind: BlockType) -> Packed:
-    if kind.affine is None:
+def _require_affine(kind: BlockType) -> Packing:
+    if kind.packing.kind != "affine":
         raise GGUFError(f"{kind.name} has no exact affine form in MLX; dequantize it instead.")
-    return kind.affine
+    return kind.packing
 
 
 def exact_scales(raw: np.ndarray, kind: BlockType) -> str:
-    """The narrower dtype, "float16" or "float32", in which the scales and biases that affine() gives are all exact.
+    """The narrower dtype, "float16" or "float32", in which the scales and biases that affine() returns are all exact.
 
-    raw: uint8 (rows, bytes of a row) of a kind with `kind.affine`. Scales that are inf or NaN do not count.
+    raw: uint8 (rows, bytes of a row) of a kind with an affine packing. Scales that are inf or NaN do not count.
     Raises GGUFError for another kind.
     """
-    offset, dtype = FORMATS[kind.name].offset, _affine_form(kind).scale_dtype
-    if dtype == "float16" and offset:  # only offset * scale can overflow; a block of these kinds begins with its scale
+    _require_affine(kind)
+    offset = FORMATS[kind.name].offset
+    # Only offset * scale can overflow; a block of these kinds begins with its scale.
+    if kind.scale_dtype == "float16" and offset:
         scales = np.abs(np.ascontiguousarray(_blocks(raw, kind)[0][:, :2]).view("<f2"))
         largest = float(scales.max(initial=0, where=np.isfinite(scales)))
         return "float32" if offset * largest > LARGEST_HALF else "float16"
-    return dtype
+    return kind.scale_dtype
 
 
 def mxfp4(raw: np.ndarray, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """MXFP4 bytes as MLX holds them in mode "mxfp4".
+    """MXFP4 bytes as MLX stores them in mode "mxfp4".
 
     raw: uint8 (rows, bytes of a row). Returns codes uint32 (rows, columns / 8) and scales uint8 (rows, columns / 32).
     Raises GGUFError, if `finite`, for the exponent 255: NaN in the OCP specification and in MLX, 2^128 in ggml.
@@ -198,7 +185,7 @@ def mxfp4(raw: np.ndarray, finite: bool = True) -> tuple[np.ndarray, np.ndarray]
         bytes_, scales[part] = mxfp4_codes(blocks[part])
         codes[part] = pack(bytes_, 4)
 
-    _in_chunks(work, len(blocks), kind.block_size)
+    in_chunks(work, len(blocks), kind.block_size)
     if finite and scales.max(initial=0) == 255:
         raise GGUFError(f"{kind.name}: a scale is NaN (exponent 255); the file is damaged, download it again.")
     return codes.reshape(rows, -1), scales.reshape(rows, -1)
@@ -211,8 +198,10 @@ def markdown_table() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind in BLOCK_TYPES.values():
-        packed = kind.packed
-        stored = f"{packed.mode}, {packed.bits} bits, groups of {packed.group_size}" if packed else "dense"
+        packing = kind.packing
+        stored = str(packing)
+        if packing != DENSE:
+            stored = f"{packing.kind}, {packing.bits} bits, groups of {packing.group_size}"
         cells = (
             kind.name,
             kind.type_id,
@@ -220,7 +209,7 @@ def markdown_table() -> str:
             f"{8 * kind.type_size / kind.block_size:g}",
             kind.description,
             stored,
-            packed.scale_dtype if packed else "",
+            kind.scale_dtype,
             "yes" if kind.exact else "no",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -275,9 +264,12 @@ def _gguf_py(kind: BlockType, blocks: np.ndarray, values: np.ndarray) -> None:
     values[...] = quants.dequantize(blocks, GGMLQuantizationType(kind.type_id))
 
 
-def _in_chunks(work: Callable[[slice], None], n_blocks: int, block_size: int) -> None:
-    """Calls work(slice of blocks) for all blocks, chunk by chunk; on several threads if there are several chunks."""
-    step = CHUNK_WEIGHTS // block_size
+def in_chunks(work: Callable[[slice], None], n_blocks: int, block_size: int) -> None:
+    """Calls work(slice of blocks) for all blocks, chunk by chunk; on several threads if there are several chunks.
+
+    `work` itself must not call this: the threads would wait for one another.
+    """
+    step = max(1, CHUNK_WEIGHTS // block_size)
     starts = iter(range(0, n_blocks, step))  # shared: the thread that is free takes the next chunk
 
     def run() -> None:
@@ -294,7 +286,7 @@ def _in_chunks(work: Callable[[slice], None], n_blocks: int, block_size: int) ->
 
 
 def threads() -> int:
-    """How many threads to work with: the cores this process may use, up to MAX_THREADS."""
+    """The number of threads to work with: the cores this process may use, up to MAX_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_THREADS)
 

@@ -76,11 +76,8 @@ class GGUFFile:
 
     def release(self, name: str) -> None:
         """Gives the tensor's pages back to the system, so that they do not count as this process's memory."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
         info = self.tensors[name]
-        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self._maps[info.part].madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+        release_pages(self._maps[info.part], info.offset, info.nbytes)
 
     @property
     def size(self) -> int:
@@ -130,6 +127,13 @@ class GGUFFile:
             raise GGUFError(
                 f"{self.path}: the parts hold {len(self._tensors)} tensors, split.tensors.count says {total}."
             )
+
+
+def release_pages(mapping: mmap.mmap, offset: int, nbytes: int) -> None:
+    """Gives the pages of a part of a mapped file back to the system, which reads them again if they are asked for."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
 
 
 class _Header:

@@ -225,3 +225,22 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
         words = (words & np.uint64(low)) | ((words >> np.uint64(lane - width)) & np.uint64(low << width))
     stream = words.view(np.uint8).reshape(-1, 8)[:, :bits]
     return np.ascontiguousarray(stream).reshape(len(codes), -1).view(np.uint32)
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of pack: uint32 (n, m * bits / 32) to codes of one byte, uint8 (n, m)."""
+    words = np.zeros((packed.nbytes // bits, 8), np.uint8)
+    words[:, :bits] = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, bits)
+    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
+    codes: np.ndarray = (words.view(np.uint64) >> shifts) & np.uint64(2**bits - 1)
+    return codes.astype(np.uint8).reshape(len(packed), -1)
+
+
+def mxfp4_values(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Float32 values (n, m) of MLX's form of MXFP4: codes uint32 (n, m / 8), E8M0 scales uint8 (n, m / 32); a scale of
+    255 is NaN, as in the OCP specification."""
+    doubled = _MXFP4_VALUES.astype(np.float32)[unpack(packed, 4)].reshape(*scales.shape, 32)
+    halves = np.where(scales == 255, np.float32(np.nan), np.ldexp(np.float32(1), scales.astype(np.int32) - 128))
+    with np.errstate(all="ignore"):
+        values: np.ndarray = doubled * halves[..., None]
+    return values.reshape(len(packed), -1)

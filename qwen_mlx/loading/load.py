@@ -8,30 +8,30 @@ and Q6_K byte for byte, others with scales as wide as exactness needs; on the CP
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import ops
-from ..backend import mx, named_arrays, nn
-from ..errors import GGUFError, QwenMLXError
+from ..backend import mx, nn
+from ..errors import QwenMLXError
 from ..generation.drafts import ModelDraft
-from ..gguf import blocks, names
-from ..gguf.reader import GGUFFile
-from ..model.config import ModelConfig
-from ..model.layers import QuantizedEmbedding, QuantizedLinear, matrix_of, remember_joined, rows_of
+from ..gguf.packing import DENSE, Packing
+from ..model.layers import QuantizedEmbedding, QuantizedLinear, remember_joined, rows_of
 from ..model.qwen2 import Qwen2
+from ..ops import Matrix
 from ..parallel import group as parallel
-from ..parallel.shards import Shard, uncut
+from ..parallel.shards import Shard
 from ..text.tokenizer import Tokenizer, check_vocabulary
 from . import hub
-from .sampling_defaults import folder_defaults, gguf_defaults
-from .weights import FolderWeights, GGUFWeights, Packing, Weights
+from .checkpoint import Parameter, open_checkpoint
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input share a buffer
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
 
@@ -50,152 +50,180 @@ def load(
     "Qwen/Qwen2.5-7B-Instruct-GGUF:q4_k_m", or None for the default, Qwen2.5-Coder-0.5B-Instruct Q4_K_M.
     dtype: of activations and dense weights, "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on GPU.
     quantized: keep packed weights packed; None: on a GPU only. yarn: extends the context so many times, see
-    ModelConfig.with_yarn; None: what the file says. progress: called with (bytes done, bytes in all).
+    ModelConfig.with_yarn; None: as the file says. progress: called with (bytes done, bytes in all).
     group: of mx.distributed.init(); every rank calls this, reads its own part of the files (see shards.Shard) and then
     runs the same program. The end of one rank ends all.
-    Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, what was found and what was expected.
+    Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its fault and what was expected.
     """
     if group is not None:
         parallel.join(group)
     path = hub.resolve(model)
     on_gpu = mx.default_device() != mx.cpu
     target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)
-    keep_packed = on_gpu if quantized is None else quantized
+    packed = on_gpu if quantized is None else quantized
     try:
-        return _load(path, target, keep_packed, yarn, progress or _silent, group)
+        return _load(path, target, packed, yarn, progress, group)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError) as error:
-        # What no check above this foresaw in files that anyone may have written.
+        # Anyone may have written the files, and no check foresaw this fault.
         raise QwenMLXError(
             f"{path}: cannot be loaded; a file of it is damaged or holds nonsense ({error!r})."
         ) from error
 
 
+def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
+    mlx_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(mlx_dtype, mx.Dtype) or mlx_dtype not in DTYPES.values():
+        raise QwenMLXError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    return mlx_dtype
+
+
 def _load(
     path: Path,
     dtype: mx.Dtype,
-    keep_packed: bool,
+    packed: bool,
     yarn: float | None,
-    progress: Progress,
+    progress: Progress | None,
     group: mx.distributed.Group | None,
 ) -> tuple[Qwen2, Tokenizer]:
-    shard, cut = None, uncut
-
-    def read(config: ModelConfig) -> ModelConfig:
-        nonlocal shard, cut
-        config = config if yarn is None else config.with_yarn(yarn)
-        if group is not None and group.size() > 1:
-            shard = Shard(group.rank(), group.size(), config)
-            cut = shard.cut
-            settings = {"dtype": str(dtype), "quantized": str(keep_packed), "yarn": str(yarn)}
-            parallel.check_same(group, path, settings)
-        return config
-
-    if path.is_dir():
-        config = read(ModelConfig.from_folder(path))
-        tokenizer, defaults, factors = Tokenizer.from_folder(path), folder_defaults(path), None
-        weights: Weights = FolderWeights(path, config, cut)
-    else:
-        file = GGUFFile(path)
-        config = read(ModelConfig.from_gguf(file))
-        weights = GGUFWeights(file, config, cut)
-        tokenizer, defaults, factors = (
-            Tokenizer.from_gguf(file.metadata),
-            gguf_defaults(file),
-            _rope_factors(file, config),
-        )
-    tokenizer.check_fits(config.vocab_size, path)
-    qwen = Qwen2(config if shard is None else shard.local, factors)
-    _fill(qwen, weights, dtype, keep_packed, progress)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config if yarn is None else checkpoint.config.with_yarn(yarn)
+    parameters, local, shard = checkpoint.parameters, config, None
+    if group is not None and group.size() > 1:
+        shard = Shard(group.rank(), group.size(), config)
+        parallel.check_same(group, path, {"dtype": str(dtype), "quantized": str(packed), "yarn": str(yarn)})
+        parameters, local = checkpoint.parts(shard.cut), shard.local
+    model = Qwen2(local, checkpoint.rope_factors)
+    fill(model, parameters, dtype=dtype, packed=packed, progress=progress)
     if shard is not None and group is not None:
-        parallel.share(qwen, shard, group)
-    qwen.generation_defaults = defaults
-    qwen.eval()
-    return qwen, tokenizer
+        parallel.share(model, shard, group)
+    model.generation_defaults = checkpoint.defaults
+    model.eval()
+    return model, checkpoint.tokenizer
 
 
-def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, mx.Dtype) or found not in DTYPES.values():
-        raise QwenMLXError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    return found
+def fill(
+    model: Qwen2,
+    parameters: Mapping[str, Parameter],
+    *,
+    dtype: mx.Dtype,
+    packed: bool,
+    progress: Progress | None = None,
+) -> None:
+    """Gives a model the values of its parameters, in `dtype`, or `packed` where their files are.
 
-
-def _silent(done: int, total: int) -> None:
-    pass
-
-
-def _fill(model: Qwen2, weights: Weights, dtype: mx.Dtype, keep_packed: bool, progress: Progress) -> None:
-    """Gives every parameter of the model its values; projections of one input lie in one buffer, if packed alike."""
-    sizes = {name: array.size for name, array in named_arrays(model)}
-    groups = _groups(sizes)
+    Memory: at most a tensor and its copy above the model.
+    """
+    groups = _groups(parameters.values())
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
-    groups.sort(key=lambda names: -sum(sizes[name] for name in names))
-    runs = [_alike(weights, names, keep_packed) for names in groups]
-    weights.expect_dense([names for run in runs for names, packing in run if packing is None])
-    done, total = 0, sum(weights.nbytes(name) for name in sizes)
-    for group, run in zip(groups, runs):
-        nbytes = sum(weights.nbytes(name) for name in group)
-        if group[0].endswith(".bias") or "norm" in group[0]:
-            _set(model, group[0], weights.dense(group).astype(dtype))
-            mx.eval(_get(model, group[0]))
+    groups.sort(key=lambda group: -sum(math.prod(parameter.shape) for parameter in group))
+    runs = [_runs(group, packed) for group in groups]
+    dense = [run for group in runs for run, packing in group if packing == DENSE]
+    buffers = _buffers([(_stacked_shape(run), mx.uint16 if _is_stored_as(run, dtype) else mx.float32) for run in dense])
+    done, total = 0, sum(parameter.nbytes for parameter in parameters.values())
+    for group, group_runs in zip(groups, runs):
+        names = [parameter.name for parameter in group]
+        if len(group[0].shape) == 1:
+            _set(model, names[0], _read_dense(group, next(buffers), dtype))
         else:
-            modules = [name.removesuffix(".weight") for name in group]
-            matrices = [_matrix(weights, names, packing, dtype) for names, packing in run]
-            for (names, _), matrix in zip(run, matrices):
-                _set_rows(model, [name.removesuffix(".weight") for name in names], matrix, dtype)
-            remember_joined([_get(model, module) for module in modules], matrices)
-        done += nbytes
-        progress(done, total)
+            matrices = [_read(run, packing, dtype, buffers) for run, packing in group_runs]
+            for (run, _), matrix in zip(group_runs, matrices):
+                _set_rows(model, run, matrix, dtype)
+            remember_joined([_get(model, name.removesuffix(".weight")) for name in names], matrices)
+        done += sum(parameter.nbytes for parameter in group)
+        if progress:
+            progress(done, total)
 
 
-def _groups(names: Iterable[str]) -> list[list[str]]:
+def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
     """Parameters that are read together: the weights of projections of one input, others alone."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        key = name
-        for joined in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            module = name.rpartition(".")[0].rpartition(".")
-            if module[2] in joined and name.endswith(".weight"):
-                key = f"{module[0]} {joined}"
-        groups.setdefault(key, []).append(name)
+    groups: dict[str, list[Parameter]] = {}
+    for parameter in parameters:
+        parent, module, kind = (".." + parameter.name).rsplit(".", 2)
+        joined = next((names for names in JOINED if module in names), None) if kind == "weight" else None
+        groups.setdefault(f"{parent} {joined}" if joined else parameter.name, []).append(parameter)
     return list(groups.values())
 
 
-def _alike(weights: Weights, names: list[str], keep_packed: bool) -> list[tuple[list[str], Packing]]:
-    """Runs of parameters with one packing: each becomes one matrix."""
-    packings = [weights.packing(name) if keep_packed else None for name in names]
-    pairs = itertools.groupby(zip(names, packings), lambda pair: pair[1])
-    return [([name for name, _ in run], packing) for packing, run in pairs]
+def _runs(group: list[Parameter], packed: bool) -> list[tuple[list[Parameter], Packing]]:
+    """Neighbours of one packing: each run becomes one matrix."""
+
+    def packing_of(parameter: Parameter) -> Packing:
+        usable = [packing for packing in parameter.packings if packing.kind in ("affine", "q4_k", "q6_k")]
+        return usable[0] if packed and usable else DENSE
+
+    return [(list(run), packing) for packing, run in itertools.groupby(group, packing_of)]
 
 
-def _matrix(weights: Weights, names: list[str], packing: Packing, dtype: mx.Dtype) -> ops.Matrix:
-    """The matrix of some parameters, one above the other, dense or packed."""
-    if packing is None:
-        array = weights.dense(names).astype(dtype)
-        mx.eval(array)
-        rows, columns = array.shape
-        return ops.Matrix(ops.DENSE, rows, columns, (array,))
-    if isinstance(packing, str):
-        return ops.raw_matrix(weights.raw(names), packing)
-    parts = [weights.packed(name) for name in names]
-    codes, scales, biases = (mx.concatenate(list(column)) if len(parts) > 1 else column[0] for column in zip(*parts))
-    # Scales of another dtype than the activations' would be converted for every product: float32 keeps them exact.
-    scales, biases = (array if array.dtype == dtype else array.astype(mx.float32) for array in (scales, biases))
-    mx.eval(codes, scales, biases)
-    group_size, bits = packing
-    columns = codes.shape[1] * 32 // bits
-    return ops.Matrix(ops.Packing("affine", bits, group_size), codes.shape[0], columns, (codes, scales, biases))
+def _stacked_shape(run: list[Parameter]) -> tuple[int, ...]:
+    return (sum(parameter.shape[0] for parameter in run), *run[0].shape[1:])
 
 
-def _set_rows(model: Qwen2, paths: list[str], matrix: ops.Matrix, dtype: mx.Dtype) -> None:
-    """Puts modules with the rows of a matrix, one above the other, where the model has dense ones."""
-    start, modules = 0, []
-    for path in paths:
-        old = _get(model, path)
-        rows = old.weight.shape[0]
-        part = rows_of(matrix, start, start + rows)
-        start += rows
-        if matrix.packing.kind == "dense":
+def _is_stored_as(run: list[Parameter], dtype: mx.Dtype) -> bool:
+    """True if the files' elements are two bytes in `dtype`, which need no conversion."""
+    stored = {DTYPES.get(parameter.stored_dtype) for parameter in run}
+    return dtype != mx.float32 and stored == {dtype}
+
+
+def _buffers(shapes: list[tuple[tuple[int, ...], mx.Dtype]]) -> Iterator[mx.array]:
+    """Uninitialised arrays to read into. The next one is allocated meanwhile: the system takes longer to hand out fresh
+    memory than a core takes to fill it.
+    """
+    upcoming = None
+    for shape, dtype in [*shapes, ((1,), mx.float32)]:
+        buffer, upcoming = upcoming, mx.empty(shape, dtype)
+        mx.async_eval(upcoming)
+        if buffer is not None:
+            mx.eval(buffer)
+            yield buffer
+
+
+def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iterator[mx.array]) -> Matrix:
+    """The matrix of a run's parameters, one above the other."""
+    n_rows, n_columns = _stacked_shape(run)
+    if packing == DENSE:
+        return Matrix(DENSE, n_rows, n_columns, (_read_dense(run, next(buffers), dtype),))
+    columns = list(zip(*(parameter.arrays(packing) for parameter in run)))
+    if packing.kind in ("q4_k", "q6_k"):
+        (blocks,) = columns
+        matrix = ops.raw_matrix(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], packing.kind)
+    else:
+        arrays = [[_as_mlx(array) for array in column] for column in columns]
+        codes, *scales = (mx.concatenate(column) if len(column) > 1 else column[0] for column in arrays)
+        # Scales of another dtype than the activations' would be converted for every product: float32 is exact.
+        scales = [array if array.dtype == dtype else array.astype(mx.float32) for array in scales]
+        matrix = Matrix(packing, n_rows, n_columns, (codes, *scales))
+    mx.eval(matrix.arrays)
+    for parameter in run:
+        parameter.release()
+    return matrix
+
+
+def _read_dense(run: list[Parameter], buffer: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The values of a run's parameters, one above the other."""
+    rows = np.array(buffer, copy=False)
+    start = 0
+    for parameter in run:
+        stop = start + parameter.shape[0]
+        parameter.fill(rows[start:stop].reshape(parameter.rows, -1))
+        parameter.release()
+        start = stop
+    array = buffer.view(dtype) if buffer.dtype == mx.uint16 else buffer.astype(dtype)
+    mx.eval(array)
+    return array
+
+
+def _as_mlx(array: np.ndarray) -> mx.array:
+    return mx.array(array).view(mx.bfloat16) if array.dtype == np.uint16 else mx.array(array)
+
+
+def _set_rows(model: Qwen2, run: list[Parameter], matrix: Matrix, dtype: mx.Dtype) -> None:
+    """Gives the modules of a run their rows of its matrix, as views; packed modules replace the model's dense ones."""
+    start = 0
+    for parameter in run:
+        path = parameter.name.removesuffix(".weight")
+        old, stop = _get(model, path), start + parameter.shape[0]
+        part = rows_of(matrix, start, stop)
+        if matrix.packing == DENSE:
             old.weight = part.arrays[0]
         elif isinstance(old, nn.Embedding):
             _set(model, path, QuantizedEmbedding(part, dtype))
@@ -204,26 +232,14 @@ def _set_rows(model: Qwen2, paths: list[str], matrix: ops.Matrix, dtype: mx.Dtyp
             if "bias" in old:
                 new.bias = old.bias
             _set(model, path, new)
-        modules.append(_get(model, path))
-    mx.eval([matrix_of(module).arrays for module in modules])
-
-
-def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
-    info = file.tensors.get(names.ROPE_FACTORS)
-    if info is None:
-        return None
-    if info.shape != (config.head_dim // 2,):
-        raise GGUFError(
-            f"{file.path}: tensor {info.name!r} has shape {info.shape}, expected {(config.head_dim // 2,)}."
-        )
-    factors: np.ndarray = blocks.dequantize(file.raw(info.name), info.type)[0]
-    return factors
+        mx.eval(part.arrays)
+        start = stop
 
 
 def _get(model: nn.Module, path: str) -> Any:
     node: Any = model
-    for part in path.split("."):
-        node = node[int(part)] if part.isdigit() else getattr(node, part)
+    for name in path.split("."):
+        node = node[int(name)] if name.isdigit() else getattr(node, name)
     return node
 
 
@@ -232,11 +248,21 @@ def _set(model: nn.Module, path: str, value: mx.array | nn.Module) -> None:
     setattr(_get(model, parent) if parent else model, last, value)
 
 
-def load_draft(draft: str | os.PathLike[str], tokenizer: Tokenizer, **arguments: Any) -> ModelDraft:
+def load_draft(
+    draft: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    quantized: bool | None = None,
+    yarn: float | None = None,
+    progress: Progress | None = None,
+    group: mx.distributed.Group | None = None,
+) -> ModelDraft:
     """Loads a model as a draft for the one that `tokenizer` belongs to; names and arguments as for load().
 
     Raises QwenMLXError for another vocabulary, before any weights are read.
     """
     path = hub.resolve(draft)
     check_vocabulary(tokenizer.names, Tokenizer.read(path).names, str(draft))
-    return ModelDraft(load(path, **arguments)[0])
+    model, _ = load(path, dtype=dtype, quantized=quantized, yarn=yarn, progress=progress, group=group)
+    return ModelDraft(model)

@@ -1,4 +1,4 @@
-"""A model's own sampling settings: from its GGUF, from generation_config.json, or what its family publishes."""
+"""A model's own sampling settings: from its GGUF, from generation_config.json, or as its family publishes them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..generation.sampling import SamplingSettings
 from ..gguf.reader import GGUFFile
 from ..text.files import read_json
 
-# What Qwen publishes for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value
-# of the sizes from 3B on and of Qwen's own documentation); for files that bring no settings of their own.
+# Qwen's settings for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value of
+# the sizes from 3B on and of Qwen's own documentation), for files without settings of their own.
 INSTRUCT_SETTINGS = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, source="Qwen2.5-Instruct's published settings")
-# What DeepSeek recommends for DeepSeek-R1 and its distillations (README of DeepSeek-R1, usage recommendations).
+# DeepSeek's settings for DeepSeek-R1 and its distillations (README of DeepSeek-R1, usage recommendations).
 R1_SETTINGS = SamplingSettings(0.6, top_p=0.95, source="DeepSeek-R1's published settings")
 GREEDY_SETTINGS = SamplingSettings(source="greedy: no settings in the file and not an instruction-tuned model")
 
@@ -38,6 +38,7 @@ def gguf_defaults(file: GGUFFile) -> SamplingSettings:
 
 
 def folder_defaults(folder: Path) -> SamplingSettings:
+    """The settings of generation_config.json, else greedy."""
     path = folder / "generation_config.json"
     if not path.exists():
         return GREEDY_SETTINGS

@@ -13,6 +13,10 @@ from ..errors import GGUFError, QwenMLXError
 from ..gguf.reader import GGUFFile
 from ..text.files import read_json
 
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings"),
+)
 MAX_LAYERS = 1000  # the largest Qwen2 has 80
 TRAINED_CONTEXT = 32768  # tokens: what Qwen2.5 was trained on, and its documentation's original_max_position_embeddings
 DOCUMENTED_YARN = 4  # Qwen's documentation: 131,072 tokens
@@ -63,16 +67,7 @@ class ModelConfig:
     max_window_layers: int = 0
 
     def __post_init__(self) -> None:
-        sizes = (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "vocab_size",
-        )
-        for name in (*sizes, "max_position_embeddings"):
+        for name in SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise QwenMLXError(f"{name} is {value!r}, expected a positive integer.")
@@ -167,30 +162,13 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The same as a Hugging Face config.json of a Qwen2ForCausalLM."""
-        config: dict[str, Any] = {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_act": "silu",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab_size,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "use_sliding_window": self.sliding_window is not None,
-            "sliding_window": self.sliding_window,
-            "max_window_layers": self.max_window_layers,
-        }
-        if self.mlp_bias:
-            config["mlp_bias"] = True
-        if self.rope_scaling is not None:
-            values = {key: value for key, value in asdict(self.rope_scaling).items() if value is not None}
-            config["rope_scaling"] = {"rope_type": values.pop("type"), **values}
+        config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(self)}
+        config["use_sliding_window"] = self.sliding_window is not None
+        if not self.mlp_bias:
+            del config["mlp_bias"]
+        scaling = {key: value for key, value in (config.pop("rope_scaling") or {}).items() if value is not None}
+        if scaling:
+            config["rope_scaling"] = {"rope_type": scaling.pop("type"), **scaling}
         return config
 
     @classmethod
@@ -310,22 +288,15 @@ class ModelConfig:
         rope_theta = rope.get("rope_theta", raw.get("rope_theta"))
         if rope_theta is None:
             raise QwenMLXError(f"{path}: 'rope_theta' is missing; this is not a complete Qwen2 configuration.")
-        context_length = get("max_position_embeddings")
         try:
-            num_attention_heads, hidden_size = get("num_attention_heads"), get("hidden_size")
+            sizes = {name: get(name) for name in SIZES if name != "head_dim"}
             config = cls(
-                hidden_size=hidden_size,
-                intermediate_size=get("intermediate_size"),
-                num_hidden_layers=get("num_hidden_layers"),
-                num_attention_heads=num_attention_heads,
-                num_key_value_heads=get("num_key_value_heads"),
-                head_dim=raw.get("head_dim") or hidden_size // num_attention_heads,
-                vocab_size=get("vocab_size"),
+                **sizes,
+                head_dim=raw.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
                 rms_norm_eps=get("rms_norm_eps"),
                 rope_theta=rope_theta,
-                max_position_embeddings=context_length,
                 tie_word_embeddings=get("tie_word_embeddings"),
-                rope_scaling=_rope_scaling(rope, context_length, path),
+                rope_scaling=_rope_scaling(rope, sizes["max_position_embeddings"], path),
                 mlp_bias=raw.get("mlp_bias", False),
                 sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window") else None,
                 max_window_layers=raw.get("max_window_layers", 28),  # transformers' default

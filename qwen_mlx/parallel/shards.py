@@ -1,8 +1,8 @@
-"""What one of several ranks holds of a model: tensor parallelism as in Megatron-LM (Shoeybi et al. 2019,
+"""The part of a model that each of several ranks loads: tensor parallelism as in Megatron-LM (Shoeybi et al. 2019,
 arXiv:1909.08053).
 
-Heads, the MLP's inner width and the vocabulary are cut; what reads a cut width (o_proj, down_proj) is cut by columns,
-so that each rank's product is a part of a sum. Norms are whole everywhere. Pure arithmetic: nothing here needs MLX.
+Heads, the MLP's inner width and the vocabulary are cut; the matrices that read a cut width (o_proj, down_proj) are cut
+by columns, so that each rank's product is a term of a sum. Every rank has all norms. Nothing here needs MLX.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ ALL = slice(None)
 Cut = Callable[[str], tuple[slice, slice]]  # a parameter's Hugging Face name to the rows and columns that are read
 
 
-def uncut(name: str) -> tuple[slice, slice]:
-    """The cut of a model that is not shared."""
-    return ALL, ALL
-
-
 @dataclass(frozen=True)
 class Shard:
-    """Rank `rank` of `size`, and the whole model's `config`.
+    """Rank `rank` of `size`, and the `config` of the model that they share.
 
     Key/value heads are copied where there are fewer than ranks. The MLP is cut between blocks of a packed format, so
     that ranks may differ by one block; the vocabulary's last part may be shorter.
@@ -48,26 +43,26 @@ class Shard:
 
     @property
     def heads(self) -> slice:
-        """Of the queries."""
+        """The query heads."""
         n = self.config.num_attention_heads // self.size
         return slice(self.rank * n, (self.rank + 1) * n)
 
     @property
     def kv_heads(self) -> slice:
-        """Of keys and values: those that `heads` read."""
+        """The key/value heads that `heads` read."""
         n = max(1, self.config.num_key_value_heads // self.size)
         start = self.rank * self.config.num_key_value_heads // self.size
         return slice(start, start + n)
 
     @property
     def mlp(self) -> slice:
-        """Of the MLP's inner width."""
+        """The part of the MLP's inner width."""
         unit, count = _mlp_units(self.config)
         return slice(unit * (count * self.rank // self.size), unit * (count * (self.rank + 1) // self.size))
 
     @property
     def vocabulary(self) -> slice:
-        """Of the embedding's and the head's rows."""
+        """The rows of the embedding and of the head."""
         n = _vocabulary_rows(self.config, self.size)
         return slice(self.rank * n, min((self.rank + 1) * n, self.config.vocab_size))
 
@@ -79,7 +74,7 @@ class Shard:
         return replace(self.config, **{name: part.stop - part.start for name, part in sizes.items()})
 
     def cut(self, name: str) -> tuple[slice, slice]:
-        """The rows and columns of the parameter `name` (Hugging Face's) that this rank holds."""
+        """The rows and columns of the parameter `name` (Hugging Face's) that this rank loads."""
         module, _, kind = name.rpartition(".")
         module = module.rpartition(".")[2]
         dim = self.config.head_dim
@@ -111,11 +106,11 @@ def rank_bytes(
 
 
 def _divides(config: ModelConfig, size: int) -> bool:
-    """Whether every rank gets as many heads as the others, which read key/value heads of its own or a single one."""
+    """True if all ranks get equally many heads, and these read key/value heads of their own or a single one."""
     kv = config.num_key_value_heads
-    whole_heads = config.num_attention_heads % size == 0 and (kv % size == 0 or size % kv == 0)
-    filled = (size - 1) * _vocabulary_rows(config, size) < config.vocab_size
-    return whole_heads and filled and _mlp_units(config)[1] >= size
+    heads_divide = config.num_attention_heads % size == 0 and (kv % size == 0 or size % kv == 0)
+    last_has_rows = (size - 1) * _vocabulary_rows(config, size) < config.vocab_size
+    return heads_divide and last_has_rows and _mlp_units(config)[1] >= size
 
 
 def _mlp_units(config: ModelConfig) -> tuple[int, int]:

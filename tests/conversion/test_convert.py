@@ -23,12 +23,14 @@ from qwen_mlx.backend import mx
 from qwen_mlx.cli.convert import main
 from qwen_mlx.conversion import convert as conversion
 from qwen_mlx.conversion.convert import convert
-from qwen_mlx.conversion.quantize import affine_codes, affine_range, encode, unpack
+from qwen_mlx.conversion.folder import temporary_prefix
+from qwen_mlx.conversion.quantize import affine_codes, affine_range, encode
 from qwen_mlx.errors import GGUFError, QwenMLXError
 from qwen_mlx.gguf import blocks
 from qwen_mlx.gguf.blocks import BLOCK_TYPES
 from qwen_mlx.gguf.names import to_hf
 from qwen_mlx.gguf.reader import GGUFFile
+from qwen_mlx.gguf.unpack import unpack
 from qwen_mlx.text.tokenizer import Tokenizer
 from reference.lazy import mlx_lm, safetensors_torch, torch, transformers
 from reference.small_models import CHATML, END_OF_TEXT, IM_END, TOKENS, RandomModel, hf_model, save_folder, write_gguf
@@ -103,16 +105,18 @@ def test_every_type_is_stored_as_the_table_says_and_exactly(kind: blocks.BlockTy
             assert row.exact
             if len(row.shape) == 2:
                 assert row.source_type == kind.name
-                form = kind.packed
-                how = (form.mode if form.mode != "affine" else f"{form.bits} bits, group 32") if form else "float32"
-                assert row.stored_as.startswith(how)
+                dense = kind.packing.kind == "dense"
+                assert row.stored_as.startswith("float32" if dense else str(kind.packing))
+                assert dense or kind.packing.group_size == 32
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BLOCK_TYPES.values() if kind.affine], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in BLOCK_TYPES.values() if kind.packing.kind == "affine"], ids=lambda kind: kind.name
+)
 def test_auto_takes_the_narrowest_scales_that_are_exact(kind: blocks.BlockType, tmp_path: Path):
     moderate = np.float16(np.random.default_rng(3).standard_normal(512)).view(np.uint16)
     expected = file_of_type(tmp_path / "m.gguf", kind, list(moderate))
-    for scales, dtype in (("auto", kind.affine.scale_dtype), ("bfloat16", "bfloat16"), ("float16", "float16")):
+    for scales, dtype in (("auto", kind.scale_dtype), ("bfloat16", "bfloat16"), ("float16", "float16")):
         report = convert(tmp_path / "m.gguf", tmp_path / scales, scales=scales, dtype="float32")
         found = stored_values(tmp_path / scales)
         for row in (row for row in report if len(row.shape) == 2):
@@ -121,7 +125,7 @@ def test_auto_takes_the_narrowest_scales_that_are_exact(kind: blocks.BlockType, 
             assert row.relative_l2 == pytest.approx(relative, rel=1e-3)
             assert row.max_abs == pytest.approx(np.abs(difference).max(), rel=1e-3)
             assert row.stored_as.endswith(f"{dtype} scales")
-            assert row.exact == (dtype == "float32" or dtype == kind.affine.scale_dtype)
+            assert row.exact == (dtype == "float32" or dtype == kind.scale_dtype)
             assert row.exact or relative < {"float16": 2e-3, "bfloat16": 1.5e-2}[dtype]
 
 
@@ -780,7 +784,7 @@ def test_every_tensor_of_the_real_file_is_exact(real_gguf: Path, real_folder: Pa
             continue
         packed += 1
         own = settings.get(module, settings)
-        assert (own["group_size"], own["bits"]) == (info.type.affine.group_size, info.type.affine.bits)
+        assert (own["group_size"], own["bits"]) == (info.type.packing.group_size, info.type.packing.bits)
         for part, expected in zip(("weight", "scales", "biases"), blocks.affine(raw, info.type)):
             found = np.array(weights[f"{module}.{part}"])
             assert found.dtype == expected.dtype
@@ -793,6 +797,8 @@ def test_mlx_lm_speaks_the_same_64_tokens_and_transformers_reads_the_same_ids(re
     if each is the likeliest after those before it. mlx-lm also says the first two by its packed steps, of which a CPU
     does two a second.
     """
+    from mlx_lm.generate import generate_step  # mlx_lm.generate is the function
+
     spoken_text = (
         '\n    if n <= 0:\n        return "Invalid input"\n    elif n == 1:\n        return 0\n    elif n == 2:\n'
         "        return 1\n    else:\n        a, b = 0, 1\n        for _ in range(3, n + 1"
@@ -805,7 +811,7 @@ def test_mlx_lm_speaks_the_same_64_tokens_and_transformers_reads_the_same_ids(re
         assert hf_tokenizer.encode(text) == tokenizer.encode(text) == mlx_tokenizer.encode(text)
     ids, spoken = tokenizer.encode("def fibonacci(n):"), tokenizer.encode(spoken_text)
     assert len(spoken) == 64
-    first = [int(token) for token, _ in mlx_lm.generate.generate_step(mx.array(ids), theirs, max_tokens=2)]
+    first = [int(token) for token, _ in generate_step(mx.array(ids), theirs, max_tokens=2)]
     assert first == spoken[:2]
     dense = mlx_lm.utils.dequantize_model(theirs)
     for reader in (model, dense):
@@ -829,7 +835,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path):
     for _ in range(2):
         assert subprocess.run([sys.executable, "-c", code, path, tmp_path / "out"], check=False).returncode == -9
         assert len(list(tmp_path.glob(".out.*"))) == 1, "the one before was removed"
-    mine = tmp_path / f".out.{conversion._host()}-{os.getpid()}-x"  # of a process that still runs
+    mine = tmp_path / f"{temporary_prefix(tmp_path / 'out')}{os.getpid()}-x"  # of a process that still runs
     mine.mkdir()
     convert(path, tmp_path / "out")
     assert list(tmp_path.glob(".out.*")) == [mine]
@@ -838,7 +844,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path):
 def test_a_model_that_a_killed_conversion_had_put_aside_returns(tmp_path: Path):
     with subprocess.Popen([sys.executable, "-c", ""]) as dead:
         dead.wait()
-    aside = tmp_path / f".out.{conversion._host()}-{dead.pid}-x" / "model"
+    aside = tmp_path / f"{temporary_prefix(tmp_path / 'out')}{dead.pid}-x" / "model"
     aside.mkdir(parents=True)
     (aside / "config.json").write_text("{}")
     with pytest.raises(QwenMLXError, match="exists already"):

@@ -17,13 +17,14 @@ import pytest
 from qwen_mlx.errors import GGUFError
 from qwen_mlx.gguf import blocks
 from qwen_mlx.gguf.blocks import BLOCK_TYPES, BlockType
+from qwen_mlx.gguf.packing import DENSE
 from qwen_mlx.gguf.reader import GGUFFile
 from tests.helpers.blocks import HALVES, ROUNDED_DATA, SCALES, assert_same_numbers, gguf_py, random_rows
 
 KINDS = list(BLOCK_TYPES.values())
 BY_NAME = {kind.name: kind for kind in KINDS}
 BLOCKED = [kind for kind in KINDS if kind.block_size > 1]
-AFFINE = [kind for kind in KINDS if kind.affine]
+AFFINE = [kind for kind in KINDS if kind.packing.kind == "affine"]
 
 AFFINE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8, "IQ4_NL": 8, "IQ4_XS": 8}
 
@@ -46,7 +47,9 @@ def in_mlx(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, kind: Bloc
     """mx.dequantize in float32."""
     wide = [mx.array(array).astype(mx.float32) for array in (scales, biases)]
     with mx.stream(mx.cpu):
-        return np.array(mx.dequantize(mx.array(codes), *wide, group_size=kind.affine.group_size, bits=kind.affine.bits))
+        return np.array(
+            mx.dequantize(mx.array(codes), *wide, group_size=kind.packing.group_size, bits=kind.packing.bits)
+        )
 
 
 def test_table_is_gguf_pys():
@@ -56,8 +59,8 @@ def test_table_is_gguf_pys():
         assert type_id == kind.type_id
         theirs = gguf.GGMLQuantizationType(type_id)
         assert (kind.name, (kind.block_size, kind.type_size)) == (theirs.name, gguf.GGML_QUANT_SIZES[theirs])
-        assert kind.packed is None or (kind.exact and kind.block_size % kind.packed.group_size == 0)
-    assert {kind.name: kind.affine.bits for kind in AFFINE} == AFFINE_BITS
+        assert kind.packing == DENSE or (kind.exact and kind.block_size % kind.packing.group_size == 0)
+    assert {kind.name: kind.packing.bits for kind in AFFINE} == AFFINE_BITS
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=ids(KINDS))
@@ -136,12 +139,12 @@ def test_real_file_values_and_mlx_forms(real_gguf: Path):
         for piece in (raw[start : start + step] for start in range(0, len(raw), step)):
             values = blocks.dequantize(piece, kind)
             assert_same_bits(values, gguf_py(piece, kind).reshape(values.shape))
-            if kind.affine:
+            if kind.packing.kind == "affine":
                 codes, scales, biases = blocks.affine(piece, kind)
-                assert str(scales.dtype) == str(biases.dtype) == kind.affine.scale_dtype, name
+                assert str(scales.dtype) == str(biases.dtype) == kind.scale_dtype, name
                 assert_same_numbers(in_mlx(codes, scales, biases, kind), values)
         file.release(name)
-        return kind.affine is not None
+        return kind.packing.kind == "affine"
 
     with ThreadPoolExecutor(2) as pool:  # MLX's dequantize on the CPU uses one core
         packed = list(pool.map(check, file.tensors))
@@ -155,12 +158,10 @@ def test_affine_is_exact(kind: BlockType, scales: str):
     expected = gguf_py(raw, kind)
     codes, scale, bias = blocks.affine(raw, kind)
     assert codes.dtype == np.uint32
-    assert codes.shape == (24, expected.shape[1] * kind.affine.bits // 32)
+    assert codes.shape == (24, expected.shape[1] * kind.packing.bits // 32)
     assert scale.shape == bias.shape == (24, expected.shape[1] // 32)
     # float16 wherever the format allows it and no bias overflows, which -8d, -16d and -128d of large d do
-    fits = kind.affine.scale_dtype == "float16" and (
-        scales not in ("random", "largest") or kind.name in ("Q4_1", "Q5_1")
-    )
+    fits = kind.scale_dtype == "float16" and (scales not in ("random", "largest") or kind.name in ("Q4_1", "Q5_1"))
     assert scale.dtype == bias.dtype == (np.float16 if fits else np.float32)
     assert_same_numbers(in_mlx(codes, scale, bias, kind), expected)
 
@@ -175,7 +176,7 @@ def test_quantized_matmul_is_x_times_w_transposed(kind: BlockType):
     wide = [mx.array(array).astype(mx.float32) for array in (scales, biases)]
     with mx.stream(mx.cpu):
         found = mx.quantized_matmul(
-            mx.array(x), mx.array(codes), *wide, transpose=True, group_size=32, bits=kind.affine.bits
+            mx.array(x), mx.array(codes), *wide, transpose=True, group_size=32, bits=kind.packing.bits
         )
         found = np.array(found)
     expected = x.astype(np.float64) @ weights.T.astype(np.float64)

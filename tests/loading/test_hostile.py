@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qwen_mlx.conversion.convert import convert
 from qwen_mlx.errors import GGUFError
-from qwen_mlx.loading.sources import open_source
+from qwen_mlx.loading.checkpoint import open_checkpoint
 from tests.helpers.gguf_bytes import text
 from tests.helpers.small_gguf import layout, small_fields, small_tensors, strings, u32
 
@@ -97,12 +97,12 @@ def test_mutated_headers_open_or_are_refused_by_name(quarter: int, tmp_path: Pat
         if watched:
             tracemalloc.start()
         try:
-            source = open_source(path)
+            checkpoint = open_checkpoint(path)
         except GGUFError as error:
             unnamed += not str(error).startswith(str(path))
         else:
             opened += 1
-            assert all(tensor.nbytes <= len(GOOD) for tensor in source.tensors)
+            assert all(tensor.nbytes <= len(GOOD) for tensor in checkpoint.parameters.values())
         finally:
             if watched:
                 peak = max(peak, tracemalloc.get_traced_memory()[1])

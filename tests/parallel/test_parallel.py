@@ -20,7 +20,6 @@ from gguf import GGMLQuantizationType as T
 from benchmarks.parallel import SHAPES, config_of, table
 from qwen_mlx import convert
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.model.config import ModelConfig
 from qwen_mlx.parallel.shards import Shard, rank_bytes
 from reference.small_models import RandomModel, save_folder, write_gguf
 from tests.helpers import parallel_worker
@@ -209,18 +208,17 @@ def test_accounting_is_what_a_rank_holds(jobs, tmp_path):
     from mlx.utils import tree_flatten
 
     from qwen_mlx.backend import mx
-    from qwen_mlx.gguf.reader import GGUFFile
-    from qwen_mlx.loading.load import _fill, _silent
-    from qwen_mlx.loading.weights import GGUFWeights
+    from qwen_mlx.loading.checkpoint import open_checkpoint
+    from qwen_mlx.loading.load import fill
     from qwen_mlx.model.qwen2 import Qwen2
 
-    file = GGUFFile(next(job["model"] for job in jobs if job["name"] == "Q8_0"))
-    config = ModelConfig.from_gguf(file)
+    checkpoint = open_checkpoint(Path(next(job["model"] for job in jobs if job["name"] == "Q8_0")))
+    config = checkpoint.config
     sizes = []
     for rank in range(4):
         shard = Shard(rank, 4, config)
         model = Qwen2(shard.local)
-        _fill(model, GGUFWeights(file, config, shard.cut), mx.float32, True, _silent)
+        fill(model, checkpoint.parts(shard.cut), dtype=mx.float32, packed=True)
         sizes.append(sum(array.nbytes for _, array in tree_flatten(model.parameters())))
     assert max(sizes) == rank_bytes(config, 4, lambda name: 8 + 2 * 32 / 32, itemsize=4)
 
