@@ -362,5 +362,5 @@ def test_progress_takes_no_time_to_decide():
 
     line = ProgressLine("Loading")
     line(1, 2)
-    assert not line.shown
+    assert not line.visible
     assert time.monotonic() - line.start < 1

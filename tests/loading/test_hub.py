@@ -38,12 +38,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # The user's process: main() as the command line runs it, with a default model of our own making.
 PROGRAM = """
 import json, sys
-from qwen_mlx import cli, hub
-from qwen_mlx.hub import client
+from qwen_mlx.cli import command
+from qwen_mlx.loading import hub
+from qwen_mlx.loading.hub import client
 changes, name = json.loads(sys.argv[1])
 client.HUB_SECONDS = changes.pop("hub_seconds", client.HUB_SECONDS)
 vars(hub.DEFAULT).update(changes)
-cli.run(lambda: print(hub.resolve(name)))
+command.run(lambda: print(hub.resolve(name)))
 """
 DEFAULT = {"size": len(CONTENT), "sha256": DIGEST, "part_size": PART}
 
