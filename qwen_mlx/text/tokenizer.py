@@ -68,11 +68,12 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From a GGUF's `tokenizer.*` metadata. Raises GGUFError naming the field that is missing or wrong."""
 
-        def get(key: str, kind: type, items: type[Any] = object) -> Any:
-            value: Any = metadata.get(f"tokenizer.{key}")
+        def get(key: str, kind: type, items: type = object) -> Any:
+            value = metadata.get(f"tokenizer.{key}")
             if value is None:
                 raise GGUFError(f"metadata field 'tokenizer.{key}' is missing; convert the model again.")
-            if not isinstance(value, kind) or (kind is list and not all(isinstance(item, items) for item in value)):
+            entries = value if isinstance(value, list) else []
+            if not isinstance(value, kind) or not all(isinstance(item, items) for item in entries):
                 of = "" if items is object else f" of {items.__name__}"
                 raise GGUFError(
                     f"metadata field 'tokenizer.{key}' is not a {kind.__name__}{of}; convert the model again."
