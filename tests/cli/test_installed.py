@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as T
 
 import qwen_mlx
 from qwen_mlx.cli.main import COMMANDS
-from reference.small_models import hf_model, write_gguf
+from reference.small_models import RandomModel, write_gguf
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,7 +48,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", hf_model(max_position_embeddings=256), T.Q8_0)
+    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", RandomModel(max_position_embeddings=256), T.Q8_0)
 
 
 def start(script: Path, *arguments: str | Path, **options: object) -> subprocess.Popen[bytes]:
@@ -154,6 +154,7 @@ def test_a_pipe_whose_reader_goes_away_is_quiet(script: Path, small: Path):
     assert b"Exception" not in error
 
 
+@pytest.mark.linux  # has /dev/full
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--list-models"], ["generate", "-h"]])
 def test_a_full_disk_is_told_and_a_closed_output_is_not(script: Path, arguments: list[str]):
     for variables in ({}, {"PYTHONUNBUFFERED": ""}):
@@ -167,6 +168,7 @@ def test_a_full_disk_is_told_and_a_closed_output_is_not(script: Path, arguments:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.linux
 def test_errors_that_cannot_be_written_change_no_exit_code(script: Path):
     with open("/dev/full", "wb") as full:
         process = start(script, "genrate", stderr=full)

@@ -17,7 +17,7 @@ import pytest
 
 from qwen_mlx.parallel.control import identity, kill_proven, read_message
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="a process is proven by /proc")
+linux = pytest.mark.linux  # a process is proven by /proc
 
 # Rank 0 of two. It prints what it tells rank 1, then a line when that is connected, and never ends by itself.
 RANK_0 = """
