@@ -32,10 +32,10 @@ def program(command: str) -> str:
     return f"python -m qwen_mlx.{command}" if module else f"qwen-mlx {command}"
 
 
-def require_at_least(least: int, option: str, value: int | None) -> None:
+def require_at_least(least: int, option: str, value: int | None, unit: str = "") -> None:
     """Raises QwenMLXError for an option's value below `least`; None stands for an option that is not given."""
     if value is not None and value < least:
-        raise QwenMLXError(f"{option} is {value}, expected {least} or more.")
+        raise QwenMLXError(f"{option} is {value}, expected {least}{unit} or more.")
 
 
 class Parser(argparse.ArgumentParser):

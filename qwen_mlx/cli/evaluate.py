@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
     arguments = parser().parse_args(argv)
-    require_at_least(2, "--context", arguments.context)
+    require_at_least(2, "--context", arguments.context, " tokens")
     require_at_least(2, "--tokens", arguments.tokens)
     longest = math.inf if arguments.context is None else arguments.context - 1
     if arguments.stride is not None and not 1 <= arguments.stride <= longest:
