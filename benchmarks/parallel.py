@@ -152,8 +152,8 @@ def measure(model: Any, n_prompt: int, n_new: int) -> dict[str, float]:
     made.close()
     found = {"prefill tok/s": n_prompt / read, "decode tok/s": n_new / decode}
     if model.ranks is not None:
-        found["communication in prefill"] = model.ranks.seconds(read, 0) / read
-        found["communication in decode"] = model.ranks.seconds(0, decode) / decode
+        found["communication in prefill"] = model.ranks.communication_seconds(read, 0) / read
+        found["communication in decode"] = model.ranks.communication_seconds(0, decode) / decode
     return found
 
 

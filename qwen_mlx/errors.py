@@ -18,11 +18,11 @@ class GGUFError(QwenMLXError):
     """A GGUF file that cannot be read, or does not hold what it should; names the file and the field or tensor."""
 
 
-def refuse_unknown(given: Iterable[str], known: Collection[str]) -> None:
-    """Raises QwenMLXError for the first name that no argument has, with the one that it may have been meant for."""
+def refuse_unknown(given: Iterable[str], known: Collection[str], kind: str = "argument") -> None:
+    """Raises QwenMLXError for the first name that is not known, with the one that it may have been meant for."""
     for name in given:
         if name not in known:
             near = [other for other in known if name and other.startswith(name)]
             near = near or difflib.get_close_matches(name, known, 1, 0.5)
             fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
-            raise QwenMLXError(f"There is no argument {name!r}: {fix}")
+            raise QwenMLXError(f"There is no {kind} {name!r}: {fix}")

@@ -34,10 +34,10 @@ def describe() -> str:
 
 
 def named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
-    """A module's parameters by their names, parts with dots between."""
-    found: list[tuple[str, mx.array]] = []
-    tree_flatten(module.parameters(), destination=found)
-    return found
+    """A module's parameters by their dotted names."""
+    named: list[tuple[str, mx.array]] = []
+    tree_flatten(module.parameters(), destination=named)
+    return named
 
 
 def in_gpu_memory(array: np.ndarray) -> mx.array:

@@ -23,6 +23,7 @@ _DISTRIBUTIONS = {
     "cmeel-openblas": ("OpenBLAS", [("cmeel-openblas", "libopenblas")]),
 }
 _SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0")  # Fedora's threaded one; Debian's, Arch's and conda's
+_LAYERS = ("MKL_THREADING_LAYER", "MKL_INTERFACE_LAYER")
 _THREADS = ("MKL_Get_Max_Threads", "openblas_get_num_threads")
 
 _report = "not looked for yet"
@@ -30,7 +31,7 @@ _library: ctypes.CDLL | None = None
 
 
 def preload() -> None:
-    """Loads the fastest installed BLAS, once. Never fails: without one everything works, only slower."""
+    """Loads the fastest installed BLAS, once. Without one everything works, only slower."""
     global _report
     choice = os.environ.get("QWEN_MLX_BLAS", "")
     if _library is not None:
@@ -56,13 +57,13 @@ def preload() -> None:
 
 
 def report() -> str:
-    """What preload() did, in words: "MKL 2026.2.0, 2 threads"."""
+    """The library that preload() loaded, or why it loaded none: "MKL 2026.2.0, 2 threads"."""
     count = next((getattr(_library, name)() for name in _THREADS if hasattr(_library, name)), None)
     return _report if count is None else f"{_report}, {count} thread{'s' if count > 1 else ''}"
 
 
 def _candidates(choice: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, libraries to load in order), the most wanted first."""
+    """(name, libraries to load in order), the fastest first."""
     if choice and choice not in _DISTRIBUTIONS:
         yield choice, [choice]
         return
@@ -89,8 +90,8 @@ def _file(distribution: str, prefix: str) -> str:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         return ""
-    found = (file.locate() for file in files if file.name.startswith(prefix) and ".so" in file.name)
-    return next((str(path) for path in sorted(map(str, found)) if os.path.isfile(path)), "")
+    paths = sorted(str(file.locate()) for file in files if file.name.startswith(prefix) and ".so" in file.name)
+    return next(filter(os.path.isfile, paths), "")
 
 
 def _load(name: str, files: list[str]) -> bool:
@@ -109,16 +110,14 @@ def _load(name: str, files: list[str]) -> bool:
 
 
 def _let_mkl_choose(mkl: ctypes.CDLL) -> None:
-    """Has MKL pick its layers now, without the environment's say: it ends the process for a layer that is not there.
+    """Lets MKL choose its layers now, whatever the environment says: it ends the process for a layer that is not there.
 
-    Its own pick follows the OpenMP that the process has already. Forcing Intel's beside the GNU one that PyTorch brings
-    makes products wrong without an error.
+    Its own choice follows the OpenMP that the process has already. Intel's beside the GNU one that PyTorch brings would
+    make products wrong without an error.
     """
-    asked = {
-        name: os.environ.pop(name) for name in ("MKL_THREADING_LAYER", "MKL_INTERFACE_LAYER") if name in os.environ
-    }
+    layers = {name: os.environ.pop(name) for name in _LAYERS if name in os.environ}
     mkl.MKL_Get_Max_Threads()
-    os.environ.update(asked)
+    os.environ.update(layers)
 
 
 def _open(file: str) -> ctypes.CDLL:
@@ -132,9 +131,7 @@ def _open(file: str) -> ctypes.CDLL:
 
 
 def _provide_libgfortran() -> None:
-    """OpenBLAS's wheels want libgfortran.so.5, which many machines lack; MLX's wheel has it under a name of its own.
-    A copy is loaded under the common name.
-    """
+    """Loads a copy of MLX's libgfortran under its common name, which OpenBLAS's wheels want and many machines lack."""
     import tempfile
 
     file = _file("mlx-cpu", "libgfortran")

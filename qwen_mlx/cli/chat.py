@@ -1,18 +1,18 @@
-"""`python -m qwen_mlx.chat`: a conversation in the terminal, or line by line through a pipe."""
+"""The command `chat`: a conversation in the terminal, or line by line through a pipe."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
-from ..parallel.link import alone, on_first
-from . import command as cli
-from .generate import add_arguments, open_model, ranks
+from ..parallel.control import alone, on_first
+from .arguments import model_parser, open_model, ranks
+from .command import ProgressLine, require_at_least
 from .terminal import Pipe, Terminal
 
 if TYPE_CHECKING:
@@ -37,12 +37,8 @@ so is everything between two lines of """. A message that begins with / is writt
 
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    p = cli.Parser(
-        prog="python -m qwen_mlx.chat",
-        description="Talk to Qwen2.5. In a pipe each line of standard input is a message. /help lists the commands.",
-    )
-    add_arguments(p)
-    p.set_defaults(max_tokens=2048)
+    description = "Talk to Qwen2.5. In a pipe each line of standard input is a message. /help lists the commands."
+    p = model_parser("chat", description, max_tokens=2048)
     p.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
     p.add_argument(
         "--tools",
@@ -56,15 +52,14 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
     with ranks() as group:
         return _main(parser().parse_args(argv), group)
 
 
 def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> int:
-    if arguments.max_tool_rounds < 1:
-        raise QwenMLXError(f"--max-tool-rounds is {arguments.max_tool_rounds}, expected 1 or more.")
+    require_at_least(1, "--max-tool-rounds", arguments.max_tool_rounds)
     from ..generation.tools import load_tools
 
     tools = load_tools(arguments.tools) if arguments.tools else []
@@ -72,7 +67,7 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
         from ..generation.chat import read_messages
 
         on_first(lambda: read_messages(arguments.load))
-    model, tokenizer, settings, cache = open_model(arguments, group)
+    model, tokenizer, settings = open_model(arguments, group)
 
     from ..generation.chat import Chat
 
@@ -82,14 +77,12 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     chat = Chat(
         model,
         tokenizer,
-        system=arguments.system,
-        tools=[one if one.function else replace(one, function=_asks(one, window)) for one in tools],
+        tools=[tool if tool.function else replace(tool, function=_asks_user(tool, window)) for tool in tools],
         max_tool_rounds=arguments.max_tool_rounds,
-        prompt_cache=cache,
         **settings,
     )
     if arguments.load:
-        _read(chat, arguments.load)
+        _load_messages(chat, arguments.load)
     if interactive:
         window.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.")
     try:
@@ -108,27 +101,34 @@ def turn(chat: Chat, window: Pipe | Terminal) -> bool:
     On a terminal a mistake is told and Ctrl-C ends the answer; in a pipe both end the program.
     """
     try:
-        text = on_first(window.read)
-        if not text.strip():
-            return True
-        if text.startswith("/") and not text.startswith("//") and "\n" not in text:
+        with _interruptible(window):
+            text = on_first(window.read)
+            if not text.strip():
+                return True
+            if not text.startswith("/") or text.startswith("//") or "\n" in text:
+                answer(chat, window, chat.send(text[1:] if text.startswith("//") else text))
+                return True
             name, _, rest = text.partition(" ")
             if name in ("/exit", "/quit"):
                 return False
-            command = COMMANDS.get(name)
-            if command is None:
+            if name not in COMMANDS:
                 raise QwenMLXError(f"There is no command {name}; /help lists them, and // begins a message with /.")
-            command(chat, window, rest.strip())
-        else:
-            answer(chat, window, chat.send(text[1:] if text.startswith("//") else text))
+            COMMANDS[name](chat, window, rest.strip())
     except QwenMLXError as error:
         if not window.interactive:
             raise
         window.note(f"error: {error}")
+    return True
+
+
+@contextlib.contextmanager
+def _interruptible(window: Pipe | Terminal) -> Iterator[None]:
+    """Lets Ctrl-C end this block only, where a terminal is left to go on with."""
+    try:
+        yield
     except KeyboardInterrupt:
         if not window.interactive or not alone():
             raise
-    return True
 
 
 def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
@@ -136,28 +136,25 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
     from ..generation.text import GenerationChunk, overlap
     from ..generation.tools import OPEN
 
-    hidden = (OPEN,) if chat.tools else ()
-    written = shown = ""
-    progress = chat.arguments["progress"] = cli.ProgressLine("Reading the prompt")
+    hidden = (OPEN,) if chat.tools else ()  # a tool call is shown when it has run
+    written, n_shown = "", 0
+    progress = chat.arguments["progress"] = ProgressLine("Reading the prompt")
     try:
-        with contextlib.closing(stream):
+        with _interruptible(window), contextlib.closing(stream):
             for event in stream:
                 progress.clear()
                 if isinstance(event, GenerationChunk):
                     written += event.text
                     call = written.find(OPEN) if hidden else -1
-                    last = len(written) - (0 if event.finish_reason else overlap(written, hidden))
-                    visible = written[: last if call < 0 else call]
-                    window.show(visible[len(shown) :])
-                    shown = visible
+                    end = len(written) - (0 if event.finish_reason else overlap(written, hidden))
+                    end = end if call < 0 else call
+                    window.show(written[n_shown:end])
+                    n_shown = end
                     if event.finish_reason:
                         window.finish()  # a tool may write to the terminal, or ask there
                 else:
-                    written = shown = ""
+                    written, n_shown = "", 0
                     window.note(f"{event.call}: {event.text}")
-    except KeyboardInterrupt:
-        if not window.interactive or not alone():
-            raise
     finally:
         progress.clear()
         window.finish()
@@ -165,23 +162,21 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
 
 
 def summary(chat: Chat) -> str:
-    """What the last turn cost, in a line."""
+    """A line about the tokens and the speed of the last turn."""
     turn = chat.turn
     if not turn:
         return "nothing was answered; the message is not part of the conversation"
-    seconds = sum(stats.generation_seconds for stats in turn)
-    steps = sum(stats.generated_tokens - 1 for stats in turn)
-    waited = sum(stats.communication_seconds for stats in turn)
-    whole = sum(stats.prompt_seconds + stats.generation_seconds for stats in turn)
-    shared = "" if alone() else f", {waited / whole:.0%} of the time in communication"
+    reading, writing = sum(one.prompt_seconds for one in turn), sum(one.generation_seconds for one in turn)
+    share = sum(one.communication_seconds for one in turn) / (reading + writing)
+    shared = "" if alone() else f", {share:.0%} of the time in communication"
     return (
-        f"{turn[0].reused_tokens} tokens reused, {sum(stats.prompt_tokens for stats in turn)} read, "
-        f"{sum(stats.generated_tokens for stats in turn)} written, "
-        f"{steps / seconds if seconds else 0:.1f} tok/s{shared}"
+        f"{turn[0].reused_tokens} tokens reused, {sum(one.prompt_tokens for one in turn)} read, "
+        f"{sum(one.generated_tokens for one in turn)} written, "
+        f"{sum(one.generated_tokens - 1 for one in turn) / writing if writing else 0:.1f} tok/s{shared}"
     )
 
 
-def _asks(tool: Tool, window: Pipe | Terminal) -> Callable[..., str]:
+def _asks_user(tool: Tool, window: Pipe | Terminal) -> Callable[..., str]:
     """A function that lets the user give the tool's result."""
 
     def ask(**arguments: object) -> str:
@@ -225,20 +220,23 @@ def _undo(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
 
 
 def _save(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
-    if not rest:
-        raise QwenMLXError("There is no file name; write /save FILE.")
+    _require_file_name(rest, "/save")
     on_first(lambda: chat.save(rest))
     window.note(f"{len(chat.messages)} messages in {rest}")
 
 
 def _load(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
-    if not rest:
-        raise QwenMLXError("There is no file name; write /load FILE.")
-    _read(chat, rest)
+    _require_file_name(rest, "/load")
+    _load_messages(chat, rest)
     window.note(f"{len(chat.messages)} messages; /history shows them")
 
 
-def _read(chat: Chat, path: str) -> None:
+def _require_file_name(rest: str, command: str) -> None:
+    if not rest:
+        raise QwenMLXError(f"There is no file name; write {command} FILE.")
+
+
+def _load_messages(chat: Chat, path: str) -> None:
     def load() -> list[dict[str, Any]]:
         chat.load(path)
         return chat.messages

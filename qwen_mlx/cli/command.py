@@ -1,30 +1,41 @@
-"""What every command line shares: errors as one sentence, exit codes, a progress line for terminals."""
+"""The frame of every command: errors in one sentence, exit codes, signals, a progress line for terminals."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from ..errors import QwenMLXError, Stopped
 
-# What a model or a file says is text: on a terminal it must not move the cursor, or more.
+# Text of a model or a file must not move a terminal's cursor, nor do anything else to it.
 CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+# Errors of writing to standard output, which name no file.
+CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
-def shown(text: str, stream: TextIO) -> str:
-    """`text` as `stream` gets it: whole, but without control characters where that is a terminal."""
+def printable(text: str, stream: TextIO) -> str:
+    """`text` as it is, or without its control characters where `stream` is a terminal."""
     return text.translate(CONTROLS) if stream.isatty() else text
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # once is enough: what follows tidies up
-    raise Stopped(number)
+def program(command: str) -> str:
+    """The words that started this command: `qwen-mlx COMMAND` or `python -m qwen_mlx.COMMAND`."""
+    module = os.path.basename(sys.argv[0]) == f"{command}.py"
+    return f"python -m qwen_mlx.{command}" if module else f"qwen-mlx {command}"
+
+
+def require_at_least(least: int, option: str, value: int | None, unit: str = "") -> None:
+    """Raises QwenMLXError for an option's value below `least`; None stands for an option that is not given."""
+    if value is not None and value < least:
+        raise QwenMLXError(f"{option} is {value}, expected {least}{unit} or more.")
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,57 +44,77 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help.\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse's own hides that this failed
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command and exits: 0, 2 for a mistake of the user's (one sentence, no traceback), 130 for Ctrl-C, 143 for
-    SIGTERM, after everything is tidied up."""
-    code: int | None
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Handles a signal by raising Stopped, once: later ones are ignored, so that the program can tidy up."""
+    signal.signal(number, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Runs a command and exits with what it returns. Exits with 2 after a mistake of the user's (one sentence, no
+    traceback), 130 after Ctrl-C, 141 where the reader of standard output went away, and 143 after SIGTERM, each time
+    when everything is tidied up."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the rest of the process)
+    sentence = None
     try:
-        code = main()
+        try:
+            code = main()
+        except SystemExit as end:  # argparse ends so, after --help and after a wrong argument
+            code = end.code
         sys.stdout.flush()
     except QwenMLXError as error:
-        print(shown(f"error: {' '.join(str(error).split())}", sys.stderr), file=sys.stderr)
-        code = 2
+        code, sentence = 2, " ".join(str(error).split())
     except KeyboardInterrupt:
         code = 130
     except Stopped as stopped:
         code = 128 + stopped.args[0]
-    except BrokenPipeError:  # the reader of a pipe went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except OSError as error:
-        if sys.stdout.closed or error.filename is not None:
+        if error.filename is not None or error.errno not in CANNOT_WRITE:
             raise
-        print(f"error: standard output cannot be written ({error.strerror}).", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
+        code = 141
+        if not isinstance(error, BrokenPipeError):
+            code, sentence = 2, f"standard output cannot be written ({error.strerror})."
+    if sentence is not None:
+        with contextlib.suppress(OSError):
+            print(printable(f"error: {sentence}", sys.stderr), file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while Python ends, is quiet
     sys.exit(code)
 
 
 class ProgressLine:
-    """One line on standard error that appears after a second, and never where that is not a terminal."""
+    """A line on standard error that appears after a second, only where that is a terminal, and goes at the end of a
+    `with` block."""
 
     def __init__(self, label: str):
         self.label = label
         self.start = time.monotonic()
-        self.shown = False
+        self.visible = False
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
 
     def __call__(self, done: int, total: int) -> None:
         if not sys.stderr.isatty() or time.monotonic() - self.start < 1:
             return
-        self.shown = True
+        self.visible = True
         print(f"\r{self.label} {done / total:4.0%}", end="", file=sys.stderr, flush=True)
         if done >= total:
             self.clear()
 
     def clear(self) -> None:
-        if self.shown:
+        if self.visible:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self.shown = False
+            self.visible = False

@@ -1,16 +1,17 @@
-"""`python -m qwen_mlx.convert`: a GGUF, or a folder of safetensors, becomes an MLX model folder."""
+"""The command `convert`: a GGUF, or a folder of safetensors, becomes an MLX model folder."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import signal
 import sys
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
-from . import command as cli
+from .command import Parser, program, stop
 
 if TYPE_CHECKING:
     from ..conversion.convert import Progress
@@ -22,8 +23,8 @@ FLOATS = ("bfloat16", "float16", "float32")
 
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    p = cli.Parser(
-        prog="python -m qwen_mlx.convert",
+    p = Parser(
+        prog=program("convert"),
         allow_abbrev=False,
         description="Convert a GGUF (or a folder of safetensors, or a hub id) to an MLX model folder, which qwen_mlx "
         "and mlx-lm load. The error of every tensor is printed and written to conversion.json.",
@@ -54,66 +55,50 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
-    arguments = parser().parse_args(argv)
-    if not arguments.check and arguments.output is None:
+    arguments = vars(parser().parse_args(argv))
+    source, output, check_only = arguments.pop("source"), arguments.pop("output"), arguments.pop("check")
+    if not check_only and output is None:
         raise QwenMLXError("no output folder; give SOURCE and OUTPUT, or --check SOURCE.")
-    if arguments.check and arguments.output is not None:
-        raise QwenMLXError(f"--check writes nothing, so {arguments.output!r} is not needed; leave it out.")
+    if check_only and output is not None:
+        raise QwenMLXError(f"--check writes nothing, so {output!r} is not needed; leave it out.")
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup ignores it
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, stop)  # once: a second Ctrl-C must not leave an unfinished folder
     from ..conversion.convert import check, convert
 
-    if arguments.check:
-        with _Bar("Checking") as progress:
-            rows = check(arguments.source, progress)
-        return _print_check(rows, arguments.source)
-    with _Bar("Converting") as progress:
-        report = convert(
-            arguments.source,
-            arguments.output,
-            dtype=arguments.dtype,
-            scales=arguments.scales,
-            requantize=arguments.requantize,
-            quantize=arguments.quantize,
-            group_size=arguments.group_size,
-            force=arguments.force,
-            allow_nan=arguments.allow_nan,
-            progress=progress,
-        )
+    if check_only:
+        with _bar("Checking") as progress:
+            rows = check(source, progress)
+        _print_check(rows, source)
+        return 0
+    with _bar("Converting") as progress:
+        report = convert(source, output, **arguments, progress=progress)
     _print_report(report)
-    wanted = arguments.quantize or arguments.requantize
-    dense = [row.name for row in report if len(row.shape) == 2 and row.shape[1] % arguments.group_size]
-    if wanted and dense:
-        print(
-            f"{len(dense)} matrices have rows that --group-size {arguments.group_size} does not divide: not quantized"
-        )
-    print(f"{arguments.output}: python -m qwen_mlx.generate --model {shlex.quote(arguments.output)} --prompt ...")
+    group_size = arguments["group_size"]
+    undivided = [row.name for row in report if len(row.shape) == 2 and row.shape[1] % group_size]
+    if undivided and (arguments["quantize"] or arguments["requantize"]):
+        print(f"{len(undivided)} matrices have rows that --group-size {group_size} does not divide: not quantized")
+    print(f"{output}: {program('generate')} --model {shlex.quote(output)} --prompt ...")
     return 0
 
 
-class _Bar:
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Progress]:
     """A progress bar of bytes and tensors on standard error, where that is a terminal."""
+    from tqdm import tqdm
 
-    def __init__(self, label: str):
-        from tqdm import tqdm
+    with tqdm(unit="B", unit_scale=True, desc=label, disable=not sys.stderr.isatty(), leave=False) as bar:
 
-        self._bar = tqdm(unit="B", unit_scale=True, desc=label, disable=not sys.stderr.isatty(), leave=False)
-
-    def __enter__(self) -> Progress:
         def progress(tensors: int, all_tensors: int, done: int, total: int) -> None:
-            self._bar.total = total
-            self._bar.set_postfix_str(f"{tensors}/{all_tensors} tensors", refresh=False)
-            self._bar.update(done - self._bar.n)
+            bar.total = total
+            bar.set_postfix_str(f"{tensors}/{all_tensors} tensors", refresh=False)
+            bar.update(done - bar.n)
 
-        return progress
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        yield progress
 
 
-def _print_check(rows: list[tuple[Parameter, Form, int]], source: str) -> int:
+def _print_check(rows: list[tuple[Parameter, Form, int]], source: str) -> None:
     table: list[tuple[str, ...]] = [("tensor", "type", "shape", "bytes", "in MLX", "verdict")]
     for tensor, form, bad in rows:
         shape = " x ".join(map(str, tensor.shape))
@@ -127,7 +112,6 @@ def _print_check(rows: list[tuple[Parameter, Form, int]], source: str) -> int:
             f"{source}: tensor {damaged[0]!r} holds values that are not finite; download the file again, or convert it "
             "all the same with --allow-nan."
         )
-    return 0
 
 
 def _print_report(report: list[Stored]) -> None:
@@ -135,18 +119,10 @@ def _print_report(report: list[Stored]) -> None:
     changed = [row for row in report if not row.exact]
     if changed:
         print(f"{len(changed)} of {len(report)} tensors are not exactly the source's; their errors over finite values:")
-        table: list[tuple[str, ...]] = [("tensor", "type", "stored as", "relative L2", "max abs", "not finite")]
-        table += [
-            (
-                row.name,
-                row.source_type,
-                row.stored_as,
-                f"{row.relative_l2:.2e}",
-                f"{row.max_abs:.2e}",
-                f"{row.not_finite}",
-            )
-            for row in changed
-        ]
+        table = [("tensor", "type", "stored as", "relative L2", "max abs", "not finite")]
+        for row in changed:
+            errors = f"{row.relative_l2:.2e}", f"{row.max_abs:.2e}", f"{row.not_finite}"
+            table.append((row.name, row.source_type, row.stored_as, *errors))
         _print_table(table, right=(3, 4, 5))
         print()
     for form in dict.fromkeys(row.stored_as for row in report):
@@ -155,13 +131,8 @@ def _print_report(report: list[Stored]) -> None:
         print(f"{form}: {len(rows)} tensors, {sum(row.nbytes for row in rows) / 1e6:.1f} MB, {exact} exact")
 
 
-def _print_table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> None:
+def _print_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         print("  ".join(cells).rstrip())
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # once is enough: what follows removes the unfinished folder
-    raise KeyboardInterrupt

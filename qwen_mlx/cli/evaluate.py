@@ -1,17 +1,19 @@
-"""`python -m qwen_mlx.evaluate`: perplexity on a text, and the divergence from a reference model."""
+"""The command `evaluate`: perplexity on a text, and the divergence from a reference model."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
 from ..loading import hub
 from ..text.files import atomic_write, check_folder, read_text
-from . import command as cli
+from .arguments import DTYPES
+from .command import Parser, ProgressLine, program, require_at_least
 
 if TYPE_CHECKING:
     from ..evaluation.perplexity import Estimate, Evaluation
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    p = cli.Parser(
-        prog="python -m qwen_mlx.evaluate",
+    p = Parser(
+        prog=program("evaluate"),
         description="Perplexity of a model on a text; with --reference, what quantizing the original costs.",
     )
     p.add_argument("--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id")
@@ -31,22 +33,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens of the text")
     p.add_argument("--json", metavar="FILE", help="write the numbers to this file too")
     p.add_argument("--yarn", type=float, metavar="F", help="extend both contexts F times by YaRN; Qwen documents 4")
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on CPU, bfloat16 on GPU"
-    )
+    p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
     arguments = parser().parse_args(argv)
-    if arguments.context is not None and arguments.context < 2:
-        raise QwenMLXError(f"--context is {arguments.context}, expected 2 tokens or more.")
+    require_at_least(2, "--context", arguments.context, " tokens")
+    require_at_least(2, "--tokens", arguments.tokens)
     longest = math.inf if arguments.context is None else arguments.context - 1
     if arguments.stride is not None and not 1 <= arguments.stride <= longest:
         raise QwenMLXError(f"--stride is {arguments.stride}, expected 1 or more, and less than the context.")
-    if arguments.tokens is not None and arguments.tokens < 2:
-        raise QwenMLXError(f"--tokens is {arguments.tokens}, expected 2 or more: the first is not predicted.")
     if arguments.json is not None:
         check_folder(arguments.json, "--json")
     text = read_text(arguments.text, "--text")
@@ -63,19 +61,17 @@ def main(argv: list[str] | None = None) -> int:
     if len(paths) > 1:
         names, others = (Tokenizer.read(path).names for path in paths)
         check_vocabulary(names, others, f"--reference {arguments.reference}", "reference")
-    models, line = [], cli.ProgressLine("Loading")
-    try:
+    models = []
+    with ProgressLine("Loading") as line:
         for path in paths:
             model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
             models.append(model)
             check_windows(model, arguments.context, arguments.stride, str(path))
-    finally:
-        line.clear()
     ids = tokenizer.encode(text)
-    ids = ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]) + ids
-    line = cli.ProgressLine("Reading the text")
-    try:
-        found = evaluate(
+    if tokenizer.bos_token_id is not None:
+        ids.insert(0, tokenizer.bos_token_id)
+    with ProgressLine("Reading the text") as line:
+        evaluation = evaluate(
             models[0],
             ids[: arguments.tokens],
             reference=models[1] if len(models) > 1 else None,
@@ -83,31 +79,30 @@ def main(argv: list[str] | None = None) -> int:
             stride=arguments.stride,
             progress=line,
         )
-    finally:
-        line.clear()
-    print(describe(found))
+    print(describe(evaluation))
     if arguments.json:
-        write(arguments.json, {"model": str(paths[0]), "reference": arguments.reference, **asdict(found)})
+        write(arguments.json, {"model": str(paths[0]), "reference": arguments.reference, **asdict(evaluation)})
     return 0
 
 
-def describe(found: Evaluation) -> str:
+def describe(evaluation: Evaluation) -> str:
     """The numbers for people, one a line."""
 
-    def shown(estimate: Estimate, scale: float = 1, unit: str = "") -> str:
+    def with_error(estimate: Estimate, scale: float = 1, unit: str = "") -> str:
         value, error = scale * estimate.value, scale * estimate.error
         digits = 4 if not error or not math.isfinite(error) else max(0, 1 - math.floor(math.log10(error)))
         return f"{value:.{digits}f} ± {error:.{digits}f}{unit}"
 
     lines = [
-        f"text: {found.tokens} tokens, {found.scored} scored; windows of {found.context} every {found.stride}",
-        f"perplexity: {shown(found.perplexity)} ({shown(found.nll)} nats a token)",
+        f"text: {evaluation.tokens} tokens, {evaluation.scored} scored; windows of {evaluation.context} every "
+        f"{evaluation.stride}",
+        f"perplexity: {with_error(evaluation.perplexity)} ({with_error(evaluation.nll)} nats a token)",
     ]
-    if found.divergence is not None:
+    if evaluation.divergence is not None:
         lines += [
-            f"reference's perplexity: {shown(found.divergence.reference_perplexity)}",
-            f"KL divergence from the reference: {shown(found.divergence.kl)} nats a token",
-            f"same likeliest token: {shown(found.divergence.agreement, 100, ' %')}",
+            f"reference's perplexity: {with_error(evaluation.divergence.reference_perplexity)}",
+            f"KL divergence from the reference: {with_error(evaluation.divergence.kl)} nats a token",
+            f"same likeliest token: {with_error(evaluation.divergence.agreement, 100, ' %')}",
         ]
     return "\n".join(lines)
 

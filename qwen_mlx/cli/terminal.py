@@ -6,12 +6,17 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..text.files import LARGEST, decoded
-from .command import CONTROLS, shown
+from .command import CONTROLS, printable
 
-PAUSE = 0.08  # seconds between two drawings, so that drawing takes little of the time that answering has
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.segment import Segment
+
+PAUSE = 0.08  # seconds between two drawings
+FAST = 0.008  # seconds of a drawing; the pause after a slower one grows with it, so that drawing never takes over
 BLOCK = '"""'
 FIRST = "> "
 
@@ -37,7 +42,7 @@ class Pipe:
 
     def show(self, text: str) -> None:
         self._within_line |= bool(text)
-        print(shown(text, sys.stdout), end="", flush=True)
+        print(printable(text, sys.stdout), end="", flush=True)
 
     def finish(self) -> None:
         """Ends the line, if there is one."""
@@ -46,7 +51,7 @@ class Pipe:
         self._within_line = False
 
     def note(self, text: str) -> None:
-        print(shown(text, sys.stderr), file=sys.stderr, flush=True)
+        print(printable(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def read_block(line: Callable[[str], str]) -> str:
@@ -104,7 +109,7 @@ class Terminal:
 
 @contextlib.contextmanager
 def no_echo() -> Iterator[None]:
-    """Meanwhile the terminal does not show what is typed: a ^C or an Enter would shift what is drawn again."""
+    """Keeps the terminal from showing what is typed: a ^C or an Enter would shift what is drawn again."""
     import termios
 
     try:
@@ -128,22 +133,25 @@ class StreamedMarkdown:
     A block taller than the terminal scrolls: the lines above its last screen are printed for good.
     """
 
-    def __init__(self, console: Any):
+    def __init__(self, console: Console):
         from markdown_it import MarkdownIt
         from rich.live import Live
 
         self._console = console
         self._parser = MarkdownIt().enable("table")
         self._text = ""  # of the block that is not complete
-        self._printed = 0  # lines of it that are printed for good
-        self._drawn = 0.0
+        self._n_printed = 0  # lines of it that are printed for good
+        self._next_drawing = 0.0
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible", transient=True)
         self._live.start()
 
     def add(self, text: str) -> None:
         self._text += text
-        if time.monotonic() - self._drawn >= PAUSE:
+        start = time.monotonic()
+        if start >= self._next_drawing:
             self._draw()
+            end = time.monotonic()
+            self._next_drawing = end + PAUSE * max(1.0, (end - start) / FAST)
 
     def finish(self) -> None:
         """Prints what is left and gives the terminal back."""
@@ -151,44 +159,34 @@ class StreamedMarkdown:
         self._print(self._lines(self._text))
 
     def _draw(self) -> None:
+        from rich.segment import SegmentLines
+
         blocks = [token.map[0] for token in self._parser.parse(self._text) if token.level == 0 and token.map]
         if blocks and blocks[-1] > blocks[0]:
             lines = self._text.splitlines(keepends=True)
             self._print([*self._lines("".join(lines[: blocks[-1]])), []])
-            self._text, self._printed = "".join(lines[blocks[-1] :]), 0
-        lines = self._lines(self._text)
+            self._text, self._n_printed = "".join(lines[blocks[-1] :]), 0
+        rendered = self._lines(self._text)
         room = max(self._console.height - 2, 1)
-        if len(lines) - self._printed > room:
-            self._print(lines[:-room])
-            self._printed = len(lines) - room
-        self._live.update(_Lines(lines[self._printed :]), refresh=True)
-        self._drawn = time.monotonic()
+        if len(rendered) - self._n_printed > room:
+            self._print(rendered[:-room])
+            self._n_printed = len(rendered) - room
+        self._live.update(SegmentLines(rendered[self._n_printed :], new_lines=True), refresh=True)
 
-    def _lines(self, text: str) -> list[Any]:
+    def _lines(self, text: str) -> list[list[Segment]]:
+        """The lines of rendered Markdown, without blank ones at its ends."""
         from rich.markdown import Markdown
 
         options = self._console.options.update(width=min(self._console.width, 100))
-        lines = self._console.render_lines(Markdown(text, hyperlinks=False), options, pad=False) if text.strip() else []
-        blank = [not "".join(segment.text for segment in line).strip() for line in lines]
-        first, last = (blank.index(False), len(blank) - blank[::-1].index(False)) if False in blank else (0, 0)
-        return lines[first:last]
+        lines = self._console.render_lines(Markdown(text, hyperlinks=False), options, pad=False)
+        for end in (0, -1):
+            while lines and not "".join(segment.text for segment in lines[end]).strip():
+                lines.pop(end)
+        return lines
 
-    def _print(self, lines: list[Any]) -> None:
-        """Prints above what is live, less the lines that were printed before."""
-        rest = lines[self._printed :]
-        if rest:
-            self._console.print(_Lines(rest))
+    def _print(self, lines: list[list[Segment]]) -> None:
+        """Prints the lines that were not printed before, above what is live."""
+        from rich.segment import SegmentLines
 
-
-class _Lines:
-    """Rendered lines, as rich wants them."""
-
-    def __init__(self, lines: list[Any]):
-        self._lines = lines
-
-    def __rich_console__(self, console: Any, options: Any) -> Any:
-        from rich.segment import Segment
-
-        for line in self._lines:
-            yield from line
-            yield Segment.line()
+        if lines[self._n_printed :]:
+            self._console.print(SegmentLines(lines[self._n_printed :], new_lines=True))

@@ -136,7 +136,7 @@ def batch_generate(
     )
     _answer(loop, rows, batch_size, stats, logprobs, progress)
     if model.ranks is not None:
-        stats.communication_seconds = model.ranks.seconds(stats.prompt_seconds, stats.generation_seconds)
+        stats.communication_seconds = model.ranks.communication_seconds(stats.prompt_seconds, stats.generation_seconds)
     return [row.result for row in rows]
 
 
@@ -258,7 +258,7 @@ class BatchLoop:
         """Forgets all rows but these."""
         if not rows:
             if self._model.ranks is not None:
-                self._model.ranks.finish(self._now.tokens)
+                self._model.ranks.wait(self._now.tokens)
             self._state = None
             return
         now, index = self._now, mx.array(rows, mx.int32)
@@ -309,7 +309,7 @@ class BatchLoop:
             choice = sample(allowed, self._sampling, seen, now, n_prompt=n_prompt, end_ids=self._end_ids)
             tokens = ops.or_not_finite(wide, choice)
         if self._model.ranks is not None:
-            tokens = self._model.ranks.first(tokens)
+            tokens = self._model.ranks.from_first(tokens)
         kept = logits.astype(mx.float32) if self._keep_logits else None
         mx.async_eval([tokens] if kept is None else [tokens, kept])
         return _State(cache, tokens, kept, seen, n_prompt, made + 1)

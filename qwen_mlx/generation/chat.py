@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import QwenMLXError, refuse_unknown
 from ..model import display
 from ..model.qwen2 import Qwen2
-from ..parallel.link import on_first
+from ..parallel.control import on_first
 from ..text.files import atomic_write, read_text
 from ..text.tokenizer import Tokenizer
 from .drafts import make_draft

@@ -117,7 +117,7 @@ def generate_ids(
             choice = sample(wide, sampling, seen, now, n_prompt=n_prompt, ruled_out=ruled_out, end_ids=end_ids)
             token = ops.or_not_finite(wide, choice)
         if model.ranks is not None:
-            token = model.ranks.first(token)
+            token = model.ranks.from_first(token)
         found = (token,) if logprobs is None else (token, logits.astype(mx.float32))
         mx.async_eval(found)
         return found
@@ -147,7 +147,7 @@ def generate_ids(
             token, *logits = step(token[:, None]) if following is None else following
     finally:
         if model.ranks is not None and following is not None:
-            model.ranks.finish(*following)
+            model.ranks.wait(*following)
         for layer in cache:  # a step may be under way
             layer.trim(max(0, layer.offset - start - length - max(yielded - 1, 0)))
 

@@ -247,7 +247,9 @@ def _stream(
         else:
             stats.generation_seconds = now - start
         if model.ranks is not None:
-            stats.communication_seconds = model.ranks.seconds(stats.prompt_seconds, stats.generation_seconds)
+            stats.communication_seconds = model.ranks.communication_seconds(
+                stats.prompt_seconds, stats.generation_seconds
+            )
         text, finish_reason = stream.add(token)
         yield GenerationChunk(text, token, finish_reason, stats, *found)
         if finish_reason is not None:

@@ -56,7 +56,7 @@ def load(
     Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its fault and what was expected.
     """
     if group is not None:
-        parallel.join(group)
+        parallel.connect(group)
     path = hub.resolve(model)
     on_gpu = mx.default_device() != mx.cpu
     target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)

@@ -134,7 +134,7 @@ class FusedModel:
             return False
         if type(cache[0]) is BatchKVCache:
             return self._ranks is None and ops.executor("attend") != "reference"
-        timed = self._ranks is not None and self._ranks.times_next
+        timed = self._ranks is not None and self._ranks.next_step_timed
         plain = all(type(layer) is KVCache and layer.offset for layer in cache)
         return input_ids.size == 1 and plain and not timed and not self._config.mlp_bias
 
@@ -147,7 +147,7 @@ class FusedModel:
             logits, *newer = self._rows(input_ids, rotation, position, padding, *buffers, *recent)
         else:
             if self._ranks is not None:
-                self._ranks.begin(chunk=False)
+                self._ranks.begin_pass(chunk=False)
             logits, *newer = self._one_row(input_ids, rotation, position, *buffers, *recent)
         for layer, tokens in zip(cache, newer, strict=True):
             layer.advance(tokens)
@@ -212,7 +212,7 @@ class FusedModel:
         norm = self._body.norm.weight, eps
         if self._ranks is None:
             return [ops.matvec(h, matrix_of(self._head_module), norm), *recent]
-        return [self._head_module.join(ops.matvec(h, matrix_of(self._head_module.part), norm)), *recent]
+        return [self._head_module.gather(ops.matvec(h, matrix_of(self._head_module.part), norm)), *recent]
 
     def _embedded(self, input_ids: mx.array, dtype: mx.Dtype) -> mx.array:
         embeddings = self._body.embed_tokens
@@ -225,7 +225,7 @@ class FusedModel:
         """h + module(x); of several ranks each has some columns of the matrix, and the first adds h."""
         if self._ranks is None:
             return ops.matvec(x, matrix_of(module), residual=h)
-        total: mx.array = self._ranks.sum(
+        total: mx.array = self._ranks.all_sum(
             ops.matvec(x, matrix_of(module.part), residual=None if self._ranks.rank else h)
         )
         return total

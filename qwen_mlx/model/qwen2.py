@@ -127,7 +127,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig, rope_factors: np.ndarray | None = None):
         super().__init__()
         self.config = config
-        self.ranks: Any = None  # parallel.TensorParallelGroup, where others hold parts of the model
+        self.ranks: Any = None  # a parallel.group.TensorParallelGroup, where others hold parts of the model
         self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,4 +1,4 @@
-"""A model's chat template: a program of the file's author, rendered in a sandbox; what users wrote stays text in it."""
+"""A model's chat template, a program of the file's author: rendered in a sandbox, where a user's words stay text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ..errors import QwenMLXError
 if TYPE_CHECKING:
     import jinja2
 
-GUARD = "\ufdd0"  # a noncharacter: marks user text in a rendered template, and is removed from it before
-MARK = "\ufdd1"  # another: stands on both sides of the number of a message whose ids are known
+# Noncharacters, which are removed from what users write.
+GUARD = "\ufdd0"  # breaks up the names of control tokens in a user's text
+MARK = "\ufdd1"  # encloses the number of a message whose ids are known
 
 
 def render(source: str, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str:
@@ -52,18 +53,18 @@ def guarded(value: Any, starts: Collection[str]) -> Any:
 
 
 def _bounded_range() -> Callable[..., range]:
-    """Python's range for one rendering: its loops have an end."""
+    """Python's range for one rendering, which refuses endless loops."""
     steps = 0
 
     def bounded(*limits: int) -> range:
         import jinja2
 
         nonlocal steps
-        found = range(*limits)
-        steps += len(found)
+        numbers = range(*limits)
+        steps += len(numbers)
         if steps > 100_000:
             raise jinja2.exceptions.SecurityError("loops of more than 100,000 steps are not allowed")
-        return found
+        return numbers
 
     return bounded
 

@@ -1,4 +1,4 @@
-"""Files that people ask for: they appear whole or not at all."""
+"""Reading text that people name, and writing files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -54,35 +54,35 @@ def check_utf8(text: str, where: str) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
-    """A new, empty file beside `path` to write to, its name ending in `suffix`; it takes the place of `path` when the
-    block ends, and goes if that raises.
+    """A new, empty file beside `path` to write to, its name ending in `suffix`; it replaces `path` when the block ends,
+    and is removed if that raises.
 
-    It has the mode that the umask gives, and a link's target is what is replaced. Raises QwenMLXError, naming `path`,
-    if that is anything but a file (replacing /dev/null would break the machine) or cannot be written.
+    It has the mode that the umask gives, and of a symbolic link the target is replaced. Raises QwenMLXError, naming
+    `path`, if that is anything but a file (replacing /dev/null would break the machine) or cannot be written.
     """
     if "\0" in str(path):
         raise QwenMLXError(f"{str(path)!r}: no file can have this name.")
     try:
-        where = Path(os.path.realpath(path))
-        if where.exists() and not where.is_file():
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
             raise QwenMLXError(f"{path}: is not a regular file; give another name.")
-        made = where.parent / f".qwen_mlx.{secrets.token_hex(8)}{suffix}"
-        made.touch(exist_ok=False)
+        temporary = target.parent / f".qwen_mlx.{secrets.token_hex(8)}{suffix}"
         try:
-            yield made
-            os.replace(made, where)
+            temporary.touch(exist_ok=False)
+            yield temporary
+            os.replace(temporary, target)
         finally:
-            made.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError, UnicodeEncodeError) as error:  # MLX raises a RuntimeError
         raise QwenMLXError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
 
 
 def check_folder(path: str | os.PathLike[str], what: str) -> None:
-    """Raises QwenMLXError, beginning with `what`, where `whole` could not write `path`: known before long work."""
-    where = os.path.realpath(path)
-    if os.path.exists(where) and not os.path.isfile(where):
+    """Raises QwenMLXError, beginning with `what`, if atomic_write could not write `path`: before long work."""
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
         raise QwenMLXError(f"{what} {path}: is not a regular file; give another name.")
-    if not os.access(os.path.dirname(where), os.W_OK):
+    if not os.access(os.path.dirname(target), os.W_OK):
         raise QwenMLXError(f"{what} {path}: its folder does not exist, or is read-only.")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import GGUFError, QwenMLXError
 from ..gguf.reader import GGUFFile
 from . import chat_template
-from .chat_template import GUARD, MARK
+from .chat_template import GUARD, MARK, guarded
 from .files import read_json, read_text
 
 # Qwen2's rule (transformers' Qwen2Converter): contractions in any case, digits one by one, newlines with punctuation.
@@ -32,8 +32,8 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 class Tokenizer:
     """Text to token ids and back.
 
-    eos_token_ids: the tokens that end a generation. bos_token_id: put before raw text if the file asks for it.
-    special: name -> id of every token that is not ordinary text. vocab_size: number of ids.
+    names: every token's name by id, "" for ids that only pad. special: name -> id of every token that is not ordinary
+    text. eos_token_ids: the tokens that end a generation. bos_token_id: put before raw text if the file asks for it.
     """
 
     def __init__(
@@ -47,42 +47,34 @@ class Tokenizer:
         bos_token_id: int | None = None,
     ):
         self._bpe = bpe
-        self._names = names
+        self.names = names
         self.special = dict(special)
-        self._special_names = {i: name for name, i in self.special.items()}
-        self._control = frozenset(self.special[name] for name in control)
+        self._special_ids = frozenset(self.special.values())
+        self._control_ids = frozenset(self.special[name] for name in control)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.bos_token_id = bos_token_id
         self.chat_template = chat_template
         # A user's text is guarded where a control token could begin: at its first two characters.
         self._starts = {name[:2] for name in control}
-        longest_first = sorted(self.special, key=len, reverse=True)
-        names_pattern = "|".join(map(re.escape, longest_first))
-        self._split = re.compile(f"((?:{names_pattern})(?!{GUARD}))") if longest_first else None
+        longest_first = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        self._split = re.compile(f"((?:{longest_first})(?!{GUARD}))" if longest_first else "(?!)")
 
     @property
     def vocab_size(self) -> int:
-        """How many ids have a token; a model's matrices may have more rows."""
-        return len(self._names)
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Every token's name by id; "" for ids that only pad."""
-        return self._names
+        """The number of ids that have a token; a model's matrices may have more rows."""
+        return len(self.names)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From a GGUF's `tokenizer.*` metadata. Raises GGUFError naming the field that is missing or wrong."""
 
-        def get(key: str, kind: type, items: type | None = None, default: Any = None) -> Any:
-            value = metadata.get(f"tokenizer.{key}", default)
+        def get(key: str, kind: type, items: type = object) -> Any:
+            value = metadata.get(f"tokenizer.{key}")
             if value is None:
                 raise GGUFError(f"metadata field 'tokenizer.{key}' is missing; convert the model again.")
-            fits = isinstance(value, kind)
-            if fits and items:
-                fits = all(isinstance(item, items) for item in value)
-            if not fits:
-                of = f" of {items.__name__}" if items else ""
+            entries = value if isinstance(value, list) else []
+            if not isinstance(value, kind) or not all(isinstance(item, items) for item in entries):
+                of = "" if items is object else f" of {items.__name__}"
                 raise GGUFError(
                     f"metadata field 'tokenizer.{key}' is not a {kind.__name__}{of}; convert the model again."
                 )
@@ -98,12 +90,10 @@ class Tokenizer:
             raise GGUFError(
                 f"'tokenizer.ggml.token_type' has {len(kinds)} entries, expected {len(names)}, one a token."
             )
-        ids = {name: i for i, name in enumerate(names) if kinds[i] == NORMAL}
-        special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}
 
         def token(key: str) -> int | None:
             i = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if i is not None and (not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < len(names)):
+            if i is not None and (type(i) is not int or not 0 <= i < len(names)):
                 raise GGUFError(
                     f"metadata field 'tokenizer.ggml.{key}_token_id' is {i!r}, expected 0 to {len(names) - 1}."
                 )
@@ -112,18 +102,16 @@ class Tokenizer:
         eos = {i for i in (token("eos"), token("eot")) if i is not None}
         if not eos:
             raise GGUFError("metadata field 'tokenizer.ggml.eos_token_id' is missing; convert the model again.")
-        bos = token("bos") if metadata.get("tokenizer.ggml.add_bos_token") else None
-        template = metadata.get("tokenizer.chat_template")
-        if not isinstance(template, str | None):
-            raise GGUFError("metadata field 'tokenizer.chat_template' is not a str; convert the model again.")
+        ids = {name: i for i, name in enumerate(names) if kinds[i] == NORMAL}
+        special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}
         return cls(
             _bpe(ids, get("ggml.merges", list, str)),
             [name if kind in (NORMAL, CONTROL, USER_DEFINED) else "" for name, kind in zip(names, kinds)],
             special,
             [name for name, i in special.items() if kinds[i] == CONTROL],
             eos | {special[name] for name in END_TOKENS if name in special},
-            template,
-            bos,
+            None if metadata.get("tokenizer.chat_template") is None else get("chat_template", str),
+            token("bos") if metadata.get("tokenizer.ggml.add_bos_token") else None,
         )
 
     @classmethod
@@ -145,13 +133,13 @@ class Tokenizer:
         )
         try:
             added = data.pop("added_tokens") or []
-            vocab = data["model"]["vocab"]
             special = {token["content"]: token["id"] for token in added if token["content"]}
             control = [token["content"] for token in added if token["special"]]
             # Settings of a training run that some folders carry: obeyed, they would cut or pad every prompt.
             bpe = Library.from_str(json.dumps(data | {"added_tokens": [], "truncation": None, "padding": None}))
-            names = [""] * (1 + max([*vocab.values(), *special.values()]))
-            for name, i in (vocab | special).items():
+            ids = data["model"]["vocab"] | special
+            names = [""] * (1 + max(ids.values()))
+            for name, i in ids.items():
                 names[i] = name
         except Exception as error:  # the library raises bare Exception for a file that is not a tokenizer
             raise QwenMLXError(f"{path}: not a byte-level BPE tokenizer ({error!r}); save it again.") from None
@@ -161,11 +149,11 @@ class Tokenizer:
             return value.get("content") if isinstance(value, dict) else value
 
         eos = {special[name] for name in (*END_TOKENS, named("eos_token")) if name in special}
-        for raw in (generation.get("eos_token_id"), config.get("eos_token_id")):
-            ids = raw if isinstance(raw, list) else [] if raw is None else [raw]
-            if not all(type(i) is int and 0 <= i < len(names) for i in ids):
-                raise QwenMLXError(f"{folder}: eos_token_id is {raw!r}, expected ids below {len(names)}.")
-            eos |= set(ids)
+        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int and 0 <= i < len(names) for i in values):
+                raise QwenMLXError(f"{folder}: eos_token_id is {value!r}, expected ids below {len(names)}.")
+            eos |= set(values)
         if not eos:
             raise QwenMLXError(
                 f"{folder}: no end token in generation_config.json, config.json or tokenizer_config.json."
@@ -199,7 +187,7 @@ class Tokenizer:
     def _encode_special(self, text: str, left_out: str = "") -> list[int]:
         """Token ids of `text`, its control and added tokens by name; `left_out` is removed from what lies between."""
         ids: list[int] = []
-        for piece in self._split.split(text) if self._split else [text]:
+        for piece in self._split.split(text):
             if piece in self.special:
                 ids.append(self.special[piece])
             elif piece:
@@ -222,19 +210,16 @@ class Tokenizer:
 
     def _bytes(self, i: int, skip_special: bool) -> bytes:
         if i < 0:
-            raise QwenMLXError(f"Token id {i} is negative, expected 0 to {len(self._names) - 1}.")
-        if i >= len(self._names):
+            raise QwenMLXError(f"Token id {i} is negative, expected 0 to {len(self.names) - 1}.")
+        if i >= len(self.names) or (skip_special and i in self._control_ids):
             return b""  # the embedding has rows beyond the vocabulary, as padding
-        if i in self._special_names:
-            return b"" if skip_special and i in self._control else self._names[i].encode()
-        table = _byte_of_letter()
-        try:
-            return bytes(table[letter] for letter in self._names[i])
-        except KeyError:  # a token that is not in the byte alphabet stands for itself
-            return self._names[i].encode()
+        name, table = self.names[i], _byte_of_letter()
+        if i in self._special_ids or not table.keys() >= set(name):
+            return name.encode()  # a token that is not in the byte alphabet stands for itself
+        return bytes(table[letter] for letter in name)
 
     def detokenizer(self) -> StreamingDetokenizer:
-        """A new stream of text; see StreamingDetokenizer."""
+        """A new StreamingDetokenizer."""
         return StreamingDetokenizer(self)
 
     def render_chat(
@@ -249,14 +234,10 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise QwenMLXError("The model has no chat template; give the prompt as it is (--raw, or raw=True).")
-        names = {} if self.bos_token_id is None else {"bos_token": self._special_names.get(self.bos_token_id, "")}
+        if self.bos_token_id is not None:
+            variables = {"bos_token": self.names[self.bos_token_id]} | variables
         return chat_template.render(
-            self.chat_template,
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            **names,
-            **variables,
+            self.chat_template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )
 
     def apply_chat_template(
@@ -268,28 +249,27 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of render_chat's text; a control token's name inside a message or a tool stays text.
 
-        A message may have "ids", the tokens that its content was generated as: they are kept, so that a prompt cache
-        that holds them serves, unless the template changes a content (as DeepSeek-R1's drops thoughts).
+        A message may have "ids", the tokens that its content was generated as. They are kept, so that a prompt cache
+        that holds them is of use, unless the template changes a content (as DeepSeek-R1's drops thoughts).
         """
-
-        def guarded(value: Any) -> Any:
-            return chat_template.guarded(value, self._starts)
-
-        safe, rest = guarded(messages), (guarded(tools), add_generation_prompt)
-        variables = {key: guarded(value) for key, value in variables.items()}
-        text = self.render_chat(safe, *rest, **variables)
+        safe, tools, variables = (guarded(value, self._starts) for value in (messages, tools, variables))
+        text = self.render_chat(safe, tools, add_generation_prompt, **variables)
         pieces = [text]
-        known = {f"{MARK}{i}{MARK}": i for i, message in enumerate(messages) if message.get("ids") is not None}
-        if known:
-            marked = [
-                {**m, "content": f"{MARK}{i}{MARK}"} if m.get("ids") is not None else m for i, m in enumerate(safe)
-            ]
-            split = re.split(f"({MARK}\\d+{MARK})", self.render_chat(marked, *rest, **variables))
-            if "".join(safe[known[piece]]["content"] if piece in known else piece for piece in split) == text:
+        generated = {f"{MARK}{i}{MARK}": i for i, message in enumerate(messages) if message.get("ids") is not None}
+        if generated:
+            marked = list(safe)
+            for mark, i in generated.items():
+                marked[i] = {**safe[i], "content": mark}
+            marked_text = self.render_chat(marked, tools, add_generation_prompt, **variables)
+            split = re.split(f"({MARK}\\d+{MARK})", marked_text)
+            if "".join(safe[generated[piece]]["content"] if piece in generated else piece for piece in split) == text:
                 pieces = split
         ids: list[int] = []
         for piece in pieces:
-            ids += messages[known[piece]]["ids"] if piece in known else self._encode_special(piece, left_out=GUARD)
+            if piece in generated:
+                ids += messages[generated[piece]]["ids"]
+            else:
+                ids += self._encode_special(piece, left_out=GUARD)
         return ids
 
     def save(self, folder: Path) -> None:
@@ -297,15 +277,15 @@ class Tokenizer:
         data = json.loads(self._bpe.to_str())
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         data["added_tokens"] = [
-            {"id": i, "content": name, **flags, "special": i in self._control} for name, i in self.special.items()
+            {"id": i, "content": name, **flags, "special": i in self._control_ids} for name, i in self.special.items()
         ]
         (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
         eos = [name for name in END_TOKENS if self.special.get(name) in self.eos_token_ids]
-        eos += [self._names[i] for i in sorted(self.eos_token_ids) if self._names[i] not in eos]
+        eos += [self.names[i] for i in sorted(self.eos_token_ids) if self.names[i] not in eos]
         settings = {
             "tokenizer_class": "Qwen2Tokenizer",
             "add_bos_token": self.bos_token_id is not None,
-            "bos_token": None if self.bos_token_id is None else self._names[self.bos_token_id],
+            "bos_token": None if self.bos_token_id is None else self.names[self.bos_token_id],
             "eos_token": eos[0],
             "pad_token": eos[-1],
             "unk_token": None,
@@ -326,7 +306,7 @@ class StreamingDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that `token` completes, maybe none: never half a character."""
+        """The text that `token` completes, perhaps none: never half a character."""
         return self._decoder.decode(self._tokenizer._bytes(token, skip_special=True))
 
     def finish(self) -> str:

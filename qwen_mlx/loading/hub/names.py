@@ -1,4 +1,4 @@
-"""What a model's name stands for: a path, the default model, or a model of the Hub that is cached or fetched."""
+"""The meaning of a model's name: a path, the default model, or a model of the Hub that is cached or fetched."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import QwenMLXError
-from .client import Unreachable, fetch, remote_files, snapshots
+from .client import Unreachable, fetch, remote_files, say, snapshots
 from .default import DEFAULT, cache_folder, verified
 from .download import default_model
-from .repository import choose, gguf_choices, is_complete_folder, is_usable_folder, local_files
-from .transfer import say
 
 
 def resolve(name: str | os.PathLike[str] | None = None) -> Path:
@@ -56,34 +54,34 @@ def _nearest(path: str) -> str:
         for entry in os.scandir(parent):
             if entry.is_dir() or (entry.name.lower().endswith(".gguf") and entry.is_file()):
                 candidates.append((wrong, entry.name, entry.path))
-    alike = [
-        (difflib.SequenceMatcher(None, asked.lower(), there.lower()).ratio(), what) for asked, there, what in candidates
+    similar = [
+        (difflib.SequenceMatcher(None, asked.lower(), name.lower()).ratio(), hint) for asked, name, hint in candidates
     ]
-    ratio, what = max(alike, default=(0, ""))
-    return f" (the nearest is {what})" if ratio > 0.6 else ""
+    ratio, hint = max(similar, default=(0, ""))
+    return f" (the nearest is {hint})" if ratio > 0.6 else ""
 
 
 def _from_hub(repo: str, choice: str | None) -> Path:
     """A model of the Hub: what is cached in full is used as it is; else it is fetched, or the rest of it."""
     title = f"{repo}:{choice}" if choice else repo
     cached = next((snapshot for _, snapshot in snapshots(repo)), None)
-    here = local_files(cached) if cached else []
-    groups = gguf_choices(repo, here)
+    local = _local_files(cached) if cached else []
+    groups = _gguf_models(repo, local)
     if cached:
         # Without a choice, safetensors come first; only a repository that is all GGUF surely has none.
         quant = choice or ("q4_k_m" if repo.lower().endswith("gguf") else None)
-        if quant and (group := choose(groups, quant)):
+        if quant and (group := _choose(groups, quant)):
             return cached / group[0]
-        if not choice and is_complete_folder(here):
-            return cached
+        if not choice and _is_usable_folder(local) and "generation_config.json" in local:
+            return cached  # with sampling defaults: the Hub could add nothing that would change what is generated
     try:
         repo, remote = remote_files(repo)
     except Unreachable as error:
-        if cached and not choice and is_usable_folder(here):
+        if cached and not choice and _is_usable_folder(local):
             return cached
         if not choice and len(groups) == 1:
             choice = next(iter(groups))
-        if cached and choice and (group := choose(groups, choice, loose=True)):
+        if cached and choice and (group := _choose(groups, choice, loose=True)):
             say(f"{error}; using the cached {group[0]}")
             return cached / group[0]
         hint = f" (cached of it: {', '.join(groups)})" if groups else ""
@@ -92,26 +90,82 @@ def _from_hub(repo: str, choice: str | None) -> Path:
         ) from None
     except QwenMLXError as error:
         raise QwenMLXError(f"{str(error).rstrip('.')}{_nearest(title)}.") from None
-    groups = gguf_choices(repo, remote)
+    stages = _wanted(title, repo, choice, remote)
+    needed = sum(remote[file][0] for files in stages for file in files if file not in local)
+    folder = cached if cached and not needed else fetch(repo, stages, needed)
+    return folder / stages[0][0] if stages[0][0].lower().endswith(".gguf") else folder
+
+
+def _wanted(title: str, repo: str, choice: str | None, remote: Iterable[str]) -> list[list[str]]:
+    """The files to fetch of a repository, in stages: a GGUF's, or a folder's, whose weights come last, so that once
+    they are complete the rest is too. Raises QwenMLXError where it is not clear which model is meant."""
+    groups = _gguf_models(repo, remote)
     top = [file for file in remote if "/" not in file]
     weights = [file for file in top if file.endswith(".safetensors")]
     if choice is None and weights:
-        # Weights last: once they are complete, so is the rest.
-        small = [file for file in top if file.endswith((".json", ".jinja", "merges.txt"))]
-        return fetch(repo, remote, [small, weights], cached, here)
+        return [[file for file in top if file.endswith((".json", ".jinja", "merges.txt"))], weights]
+    if not groups and choice and weights:
+        raise QwenMLXError(f"{title}: {repo} holds safetensors, no .gguf file; leave out :{choice}.")
     if not groups:
-        if choice and weights:
-            raise QwenMLXError(f"{title}: {repo} holds safetensors, no .gguf file; leave out :{choice}.")
         raise QwenMLXError(f"{title}: {repo} holds no complete .gguf or .safetensors model; choose another repository.")
-    group = choose(groups, choice or "q4_k_m", loose=True)
+    group = _choose(groups, choice or "q4_k_m", loose=True)
     if group is None and choice is None and len(groups) == 1:
         group = next(iter(groups.values()))
     if group is None:
-        near = difflib.get_close_matches((choice or "q4_k_m").lower(), [short.lower() for short in groups], 1)
+        near = difflib.get_close_matches((choice or "q4_k_m").lower(), [name.lower() for name in groups], 1)
         wrong = f"no .gguf file is meant by :{choice} alone" if choice else "it holds several .gguf models"
         hint = f" (the nearest is :{near[0]})" if near else ""
         raise QwenMLXError(f"{title}: {wrong}{hint}; add one of :{', :'.join(groups)} to {repo}.")
-    return fetch(repo, remote, [group], cached, here) / group[0]
+    return [group]
+
+
+def _local_files(folder: Path) -> list[str]:
+    """Names of the files under a folder, without links whose file is gone."""
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _complete(files: Iterable[str], suffix: str) -> dict[str, list[str]]:
+    """Files of a kind by stem: single files, and files split into parts (NAME-00001-of-00003) if none is missing."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for file in sorted(files):
+        if file.lower().endswith(suffix):
+            stem = file[: -len(suffix)]
+            part = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", stem)
+            groups.setdefault((part[1], int(part[2])) if part else (stem, 1), []).append(file)
+    return {stem: names for (stem, n_parts), names in groups.items() if len(names) == n_parts}
+
+
+def _gguf_models(repo: str, files: Iterable[str]) -> dict[str, list[str]]:
+    """The files of each .gguf model, by what its name adds to the repository's ("q4_k_m"), else by its full stem."""
+    base = re.sub(r"[-_.]gguf$", "", repo.split("/")[-1].lower())
+    models: dict[str, list[str]] = {}
+    for stem, names in _complete(files, ".gguf").items():
+        last = stem.rsplit("/", 1)[-1]
+        short = last[len(base) :].lstrip("-._") if last.lower().startswith(base) else ""
+        models[short if short and short not in models else stem] = names
+    return models
+
+
+def _choose(groups: dict[str, list[str]], choice: str, *, loose: bool = False) -> list[str] | None:
+    """The files of the model that is meant by its file's name or its short name; loose: else by the end of the short
+    name, if only one model's has it."""
+    wanted = choice.lower()
+    ends = []
+    for short, names in groups.items():
+        files = {name.lower() for name in names}
+        if wanted == short.lower() or wanted in files or wanted in {name.rsplit("/", 1)[-1] for name in files}:
+            return names
+        if re.search(rf"[-./]{re.escape(wanted)}$", short.lower()):
+            ends.append(names)
+    return ends[0] if loose and len(ends) == 1 else None
+
+
+def _is_usable_folder(files: Iterable[str]) -> bool:
+    """True for files with a configuration, a tokenizer and all weights."""
+    files = set(files)
+    parts = {name for name in files if re.search(r"-\d{5}-of-\d{5}\.safetensors$", name)}
+    weights = _complete(files, ".safetensors")
+    return bool(weights) and {"config.json", "tokenizer.json"} <= files and parts <= set().union(*weights.values())
 
 
 @dataclass(frozen=True)
@@ -126,32 +180,30 @@ class CachedModel:
     size: int
 
     def __str__(self) -> str:
-        where = "not downloaded yet" if self.path is None else str(self.path)
+        path = "not downloaded yet" if self.path is None else str(self.path)
         default = " (default)" if self.name == DEFAULT.name else ""
-        return f"{self.size / 1e6:>9,.0f} MB  {self.name}{default}  {where}"
+        return f"{self.size / 1e6:>9,.0f} MB  {self.name}{default}  {path}"
 
 
 def cached_models() -> list[CachedModel]:
-    """The default model, fetched or not; other .gguf files of the cache folder; Qwen2.5 models in the Hub's cache that
-    are whole."""
+    """The default model, fetched or not; other .gguf files of the cache folder; complete Qwen2.5 models in the Hub's
+    cache."""
     own = cache_folder() / DEFAULT.file
     default = verified() or (own if own.is_file() else None)
     models = [CachedModel(DEFAULT.name, default, DEFAULT.size)]
     for path in sorted(cache_folder().glob("*.gguf")):
         if path.name != DEFAULT.file and path.is_file():  # not a link to what is gone
             models.append(CachedModel(str(path), path, path.stat().st_size))
+
+    def add(name: str, path: Path, snapshot: Path, files: Iterable[str]) -> None:
+        models.append(CachedModel(name, path, sum((snapshot / file).stat().st_size for file in files)))
+
     for repo, snapshot in snapshots():
-        if "qwen2.5" not in repo.lower():
-            continue
-        files = local_files(snapshot)
-        for short, group in gguf_choices(repo, files).items():
-            model = CachedModel(f"{repo}:{short}", snapshot / group[0], _size(snapshot, group))
-            if model.name.lower() != DEFAULT.name.lower():
-                models.append(model)
-        if is_usable_folder(files):
-            models.append(CachedModel(repo, snapshot, _size(snapshot, files)))
+        if "qwen2.5" in repo.lower():
+            files = _local_files(snapshot)
+            for short, group in _gguf_models(repo, files).items():
+                if f"{repo}:{short}".lower() != DEFAULT.name.lower():
+                    add(f"{repo}:{short}", snapshot / group[0], snapshot, group)
+            if _is_usable_folder(files):
+                add(repo, snapshot, snapshot, files)
     return models
-
-
-def _size(folder: Path, files: Iterable[str]) -> int:
-    return sum((folder / file).stat().st_size for file in files)

@@ -1,0 +1,52 @@
+"""The installed program `qwen-mlx` and its subcommands, each of which is also `python -m qwen_mlx.COMMAND`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import QwenMLXError, refuse_unknown
+from .command import Parser, run
+
+# Name: what it does, in a line. The command is main(arguments) of the file of that name in this folder.
+COMMANDS = {
+    "generate": "generate text from a prompt",
+    "chat": "talk to a model in the terminal, or through a pipe",
+    "convert": "convert a GGUF or safetensors model to an MLX model folder",
+    "evaluate": "measure a model's perplexity, and what quantizing cost",
+    "selftest": "compare every kernel on this machine's GPU with float64",
+}
+
+
+def main() -> NoReturn:
+    """Runs `qwen-mlx` and exits: the entry point of the installed script."""
+    run(lambda: dispatch(sys.argv[1:]))
+
+
+def run_module(name: str) -> NoReturn:
+    """Runs `python -m qwen_mlx.NAME` and exits."""
+    run(lambda: command(name, sys.argv[1:]))
+
+
+def command(name: str, arguments: Sequence[str]) -> Any:
+    """Runs one command and returns its exit code. Only its own file is imported."""
+    return importlib.import_module(f".{name}", __package__).main(arguments)
+
+
+def dispatch(arguments: Sequence[str]) -> Any:
+    """Runs the command that the first argument names. Raises QwenMLXError if it names none."""
+    if arguments and arguments[0] in COMMANDS:
+        return command(arguments[0], arguments[1:])
+    if arguments and not arguments[0].startswith("-"):
+        refuse_unknown(arguments[:1], COMMANDS, "command")
+    parser = Parser(prog="qwen-mlx", description="Qwen2.5 on Apple's MLX.")
+    parser.add_argument("--version", action="version", version=f"qwen-mlx {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="qwen-mlx")
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose)
+    parser.epilog = "qwen-mlx COMMAND --help describes a command's options."
+    parser.parse_args(arguments)
+    raise QwenMLXError("no command is given; qwen-mlx --help lists them.")
