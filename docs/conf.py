@@ -43,7 +43,8 @@ suppress_warnings = ["ref.python"]
 def source_link(name, rawtext, text, lineno, inliner, options=None, content=None):
     """The role {src}`module.name`: a link to the highlighted source, with the line where it stands today.
 
-    A name that is no longer there is a warning, which fails the build.
+    A name may be one that a package exports: the link leads to the module that defines it. A name that is no longer
+    there is a warning, which fails the build.
     """
     module, _, attribute = text.partition(":")
     try:
@@ -51,6 +52,7 @@ def source_link(name, rawtext, text, lineno, inliner, options=None, content=None
         for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
         line = inspect.getsourcelines(found)[1] if attribute else 1
+        module = found.__module__ if attribute else module
     except (ImportError, AttributeError, TypeError) as error:
         message = inliner.reporter.warning(f"no source for {text!r}: {error}", line=lineno)
         return [inliner.problematic(rawtext, rawtext, message)], [message]
