@@ -84,7 +84,8 @@ def rooms(folder):
             found += sorted(module.name for module in pkgutil.walk_packages(package.__path__, f"qwen_mlx.{room}."))
         for name in found:
             module = importlib.import_module(name)
-            if name in modules or hasattr(module, "__path__"):
+            own = any(getattr(value, "__module__", "") == name for value in vars(module).values())
+            if name in modules or (hasattr(module, "__path__") and not own):
                 continue
             title = name.removeprefix("qwen_mlx.")
             lines += [f"### {title}", "", "```{eval-rst}", f".. automodule:: {name}", "   :members:"]
@@ -93,6 +94,14 @@ def rooms(folder):
             lines += ["```", ""]
         pages.append("\n".join(lines))
     return "\n".join(pages)
+
+
+def plain(app, what, name, obj, options, lines):
+    """Makes reStructuredText of a docstring, in which only `code` between single backticks has a meaning."""
+    pieces = "\n".join(lines).split("`")
+    for i, piece in enumerate(pieces):
+        pieces[i] = rf"\ ``{piece}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)
+    lines[:] = "".join(pieces).split("\n")
 
 
 def help_of(command):
@@ -118,3 +127,4 @@ def generate(app):
 def setup(app):
     app.add_role("src", source_link)
     app.connect("builder-inited", generate)
+    app.connect("autodoc-process-docstring", plain)
