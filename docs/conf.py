@@ -2,7 +2,12 @@
 
 import importlib
 import inspect
+import os
+import pkgutil
+import re
+import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from docutils import nodes
@@ -12,6 +17,11 @@ sys.path.insert(0, str(ROOT))
 
 from qwen_mlx import __version__  # noqa: E402
 from qwen_mlx.gguf import blocks  # noqa: E402
+
+# From the bottom up, as in the map of CONTRIBUTING.md.
+ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "loading"]
+ROOMS += ["conversion", "cli"]
+COMMANDS = ["generate", "chat", "convert", "evaluate", "selftest"]
 
 project, author, release = "qwen_mlx", "the qwen_mlx authors", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
@@ -33,7 +43,8 @@ suppress_warnings = ["ref.python"]
 def source_link(name, rawtext, text, lineno, inliner, options=None, content=None):
     """The role {src}`module.name`: a link to the highlighted source, with the line where it stands today.
 
-    A name that is no longer there is a warning, which fails the build.
+    A name may be one that a package exports: the link leads to the module that defines it. A name that is no longer
+    there is a warning, which fails the build.
     """
     module, _, attribute = text.partition(":")
     try:
@@ -41,6 +52,7 @@ def source_link(name, rawtext, text, lineno, inliner, options=None, content=None
         for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
         line = inspect.getsourcelines(found)[1] if attribute else 1
+        module = found.__module__ if attribute else module
     except (ImportError, AttributeError, TypeError) as error:
         message = inliner.reporter.warning(f"no source for {text!r}: {error}", line=lineno)
         return [inliner.problematic(rawtext, rawtext, message)], [message]
@@ -50,13 +62,69 @@ def source_link(name, rawtext, text, lineno, inliner, options=None, content=None
     return [nodes.reference(rawtext, "", nodes.literal(text=label), refuri=target)], []
 
 
+def documented(api):
+    """What the API page describes: its modules and, by module, the names of single objects."""
+    modules = set(re.findall(r"automodule:: (\S+)", api))
+    names = defaultdict(set)
+    for name in re.findall(r"auto(?:class|function):: (\S+)", api):
+        module, _, attribute = name.rpartition(".")
+        names[module].add(attribute)
+    return modules, names
+
+
+def rooms(folder):
+    """A section for every room of the package, with the modules of it that the API page does not describe."""
+    modules, names = documented((folder / "api.md").read_text(encoding="utf-8"))
+    pages = []
+    for room in ROOMS:
+        package = importlib.import_module(f"qwen_mlx.{room}")
+        lines = [f"## {room}", "", inspect.getdoc(package).partition("\n\n")[0], ""]
+        found = [f"qwen_mlx.{room}"]
+        if hasattr(package, "__path__"):
+            found += sorted(module.name for module in pkgutil.walk_packages(package.__path__, f"qwen_mlx.{room}."))
+        for name in found:
+            module = importlib.import_module(name)
+            own = any(getattr(value, "__module__", "") == name for value in vars(module).values())
+            if name in modules or (hasattr(module, "__path__") and not own):
+                continue
+            title = name.removeprefix("qwen_mlx.")
+            lines += [f"### {title}", "", "```{eval-rst}", f".. automodule:: {name}", "   :members:"]
+            if names[name]:
+                lines.append(f"   :exclude-members: {', '.join(sorted(names[name]))}")
+            lines += ["```", ""]
+        pages.append("\n".join(lines))
+    return "\n".join(pages)
+
+
+def plain(app, what, name, obj, options, lines):
+    """Makes reStructuredText of a docstring, in which only `code` between single backticks has a meaning."""
+    pieces = "\n".join(lines).split("`")
+    for i, piece in enumerate(pieces):
+        pieces[i] = rf"\ ``{piece}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)
+    lines[:] = "".join(pieces).split("\n")
+
+
+def help_of(command):
+    """The text of `qwen-mlx COMMAND --help`, as a code block."""
+    program = "from qwen_mlx.cli.main import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    arguments = [sys.executable, "-c", program, *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+    return f"```text\n{done.stdout.rstrip()}\n```\n"
+
+
 def generate(app):
     """The pages that the code writes."""
-    folder = Path(app.srcdir) / "_generated"
+    source = Path(app.srcdir)
+    folder = source / "_generated"
     folder.mkdir(exist_ok=True)
     (folder / "types.md").write_text(blocks.markdown_table(), encoding="utf-8")
+    (folder / "rooms.md").write_text(rooms(source), encoding="utf-8")
+    for command in COMMANDS:
+        (folder / f"{command}.md").write_text(help_of([command]), encoding="utf-8")
 
 
 def setup(app):
     app.add_role("src", source_link)
     app.connect("builder-inited", generate)
+    app.connect("autodoc-process-docstring", plain)

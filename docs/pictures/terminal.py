@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +11,29 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:q4_k_m"
+# A command, and how many of its last lines are shown.
 COMMANDS = [
-    ["-m", "qwen_mlx.generate", "--prompt", "Write a Python function that reverses a string.", "--max-tokens", "100"],
-    ["-m", "qwen_mlx.generate", "--prompt", "Hi", "--top-p", "0"],
+    (["generate", "--temp", "0", "--prompt", "Write a Python function that reverses a string, code only."], None),
+    (["convert", "--check", MODEL], 5),
 ]
+PROGRAM = [sys.executable, "-c", "from qwen_mlx.cli.main import main; main()"]
 
 
 def main() -> None:
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
-    for command in COMMANDS:
-        shown = " ".join(f'"{word}"' if " " in word else word for word in command)
-        console.print(Text(f"$ python {shown}", style="bold green"))
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-        console.print(Text(done.stdout.rstrip()))
-        console.print(Text(done.stderr.strip() + "\n", style="dim"))
-    Path(__file__).with_suffix(".svg").write_text(console.export_svg(title="qwen_mlx", clear=False))
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    for command, last_lines in COMMANDS:
+        done = subprocess.run([*PROGRAM, *command], capture_output=True, text=True, check=True)
+        shown = " ".join(f'"{word}"' if " " in word else shlex.quote(word) for word in command)
+        pipe = "" if last_lines is None else f" | tail -{last_lines}"
+        console.print(Text(f"$ qwen-mlx {shown}{pipe}", style="bold green"))
+        lines = done.stdout.rstrip().splitlines()
+        console.print(Text("\n".join(lines if last_lines is None else lines[-last_lines:])))
+        if done.stderr.strip():
+            console.print(Text(done.stderr.strip(), style="dim"))
+        if command is not COMMANDS[-1][0]:
+            console.print()
+    Path(__file__).with_suffix(".svg").write_text(console.export_svg(title="qwen-mlx", clear=False))
 
 
 if __name__ == "__main__":
