@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -44,22 +46,20 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     hidden, heads, kv_heads, head_dim, width = SHAPES[small]
     rows = (heads + 2 * kv_heads) * head_dim
     x, weight, bias, residual = random(1, 1, hidden), random(hidden), random(rows), random(1, 1, rows)
-    tail, place = random(1, 2 * kv_heads, 16, head_dim), mx.array([300, 290], mx.int32)
-    table = ops.Rotary.plain(head_dim, 1e6).table(300, 1)[0, 0]
+    norm, table = (weight, EPS), ops.Rotary.plain(head_dim, 1e6).table(300, 1)[0, 0]
+    recent, position, scale = random(1, 2 * kv_heads, 16, head_dim), mx.array([300, 290], mx.int32), head_dim**-0.5
     q, short, long = (random(1, n, m, head_dim) for n, m in ((heads, 1), (2 * kv_heads, 512), (2 * kv_heads, 2304)))
 
     def products(form: str) -> Iterator[tuple[str, Call]]:
         m, joined = matrix(form, rows, hidden, dtype), matrix(form, 2 * width, hidden, dtype)
+        ids = mx.array([[rows - 1, 0], [5, 5]])
         yield f"matvec {form}", lambda: [ops.matvec(x, m, None, residual)]
-        yield f"matvec {form}, norm", lambda: [ops.matvec(x, m, (weight, EPS))]
-        yield f"matvec_swiglu {form}", lambda: [ops.matvec_swiglu(x, joined, (weight, EPS))]
-        yield (
-            f"matvec_qkv {form}",
-            lambda: list(ops.matvec_qkv(x, [m], bias, (weight, EPS), table, tail, place, heads)),
-        )
+        yield f"matvec {form}, norm", lambda: [ops.matvec(x, m, norm)]
+        yield f"matvec_swiglu {form}", lambda: [ops.matvec_swiglu(x, joined, norm)]
+        yield f"matvec_qkv {form}", lambda: list(ops.matvec_qkv(x, [m], bias, norm, table, recent, position, heads))
         if form != "dense":
             yield f"unpack {form}", lambda: [ops.unpack(m, dtype)]
-            yield f"unpack_rows {form}", lambda: [ops.unpack(m, dtype, mx.array([[rows - 1, 0], [5, 5]]))]
+            yield f"unpack_rows {form}", lambda: [ops.unpack(m, dtype, ids)]
 
     def long_rows(form: str, columns: int) -> tuple[str, Call]:
         m, wide = matrix(form, 33, columns, dtype), random(1, 1, columns)
@@ -74,32 +74,20 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     if dtype != mx.float32:  # which is MLX's own product, in TF32 on NVIDIA
         yield "matmul, 2 rows", lambda: [ops.matmul(few, w)]
         yield "matmul, 33 rows", lambda: [ops.matmul(many, w)]
-    yield "decode_attention", lambda: [ops.decode_attention(q, short, tail, place, head_dim**-0.5)]
-    yield "decode_attention, window", lambda: [ops.decode_attention(q, short, tail, place, head_dim**-0.5, 77)]
-    q3, short3, tail3 = (mx.concatenate([a, 0.5 * a, a[:, :, ::-1]]) for a in (q, short, tail))
-    least = mx.array([0, 70, 296], mx.int32)
-    yield (
-        "decode_attention, rows",
-        lambda: [ops.decode_attention(q3, short3, tail3, place, head_dim**-0.5, None, least)],
-    )
+    q3, short3, recent3 = (mx.concatenate([a, 0.5 * a, a[:, :, ::-1]]) for a in (q, short, recent))
+    first = mx.array([0, 70, 296], mx.int32)
+    attention: dict[str, tuple[Any, ...]] = {
+        "": (q, short, recent, position, scale),
+        ", window": (q, short, recent, position, scale, 77),
+        ", rows": (q3, short3, recent3, position, scale, None, first),
+        ", split": (q, long, recent, position, scale),
+    }
+    for name, inputs in attention.items():
+        yield f"decode_attention{name}", functools.partial(lambda *inputs: [ops.decode_attention(*inputs)], *inputs)
     logits = random(3, 151_936 if not small else 300)
-    yield "best_token", lambda: [ops.best_token(logits).astype(mx.float32)]
-    yield "decode_attention, split", lambda: [ops.decode_attention(q, long, tail, place, head_dim**-0.5)]
+    yield "best_token", lambda: _as_bits(ops.best_token(logits), dtype)
 
 
-def error(got: Sequence[mx.array], want: Sequence[np.ndarray], dtype: mx.Dtype) -> float:
-    """The largest difference in units of dtype's last place, and at least of 2^-19, at the largest element.
-
-    A sum's error is that of its largest terms. inf for a wrong number, shape or dtype of arrays, and for NaN.
-    float32 is right too: the table of rotations is float32 in every dtype.
-    """
-    unit = max({mx.float32: 2**-23, mx.float16: 2**-10, mx.bfloat16: 2**-7}[dtype], 2**-19)
-    if len(got) != len(want):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(got, want):
-        if a.shape != b.shape or a.dtype not in (dtype, mx.float32):
-            return float("inf")
-        difference = np.abs(np.array(a.astype(mx.float32)) - b).max() / (np.abs(b).max() * unit)
-        worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
-    return worst
+def _as_bits(indices: mx.array, dtype: mx.Dtype) -> list[mx.array]:
+    """Integers as their bytes, each of which every dtype holds exactly."""
+    return [indices.view(mx.uint8).astype(dtype)]

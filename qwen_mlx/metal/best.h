@@ -1,6 +1,6 @@
-// A number of a row and where it stands, as integers: whatever a compiler assumes about floats, NaN and infinities stay apart.
+// A number of a row and its index, as integers, so that NaN and infinities stay apart whatever a compiler assumes about floats.
 struct Best {
-  uint key;  // in the order of the numbers; the largest of all for one that is not finite
+  uint key;  // in the order of the numbers; the largest of all for a number that is not finite
   uint index;
 };
 
@@ -9,15 +9,15 @@ FUNCTION constexpr uint not_finite() {
 }
 
 FUNCTION Best best_of(float value, uint index) {
-  const uint bits = bits_of_float(value);
+  const uint bits = as_type<uint>(value);
   const uint size = bits & 0x7fffffffu;
-  Best found;
-  found.key = size >= 0x7f800000u ? not_finite() : bits == size || size == 0u ? size | 0x80000000u : ~bits;
-  found.index = index;
-  return found;
+  Best best;
+  best.key = size >= 0x7f800000u ? not_finite() : bits == size || size == 0u ? size | 0x80000000u : ~bits;
+  best.index = index;
+  return best;
 }
 
-// The larger, and of equal ones the first.
+// The larger one; of equal ones the first.
 FUNCTION Best better(Best a, Best b) {
   return b.key > a.key || (b.key == a.key && b.index < a.index) ? b : a;
 }

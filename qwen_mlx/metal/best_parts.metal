@@ -1,5 +1,5 @@
-// The largest of each of PARTS parts of every row of logits (rows, COUNT), T: keys and indices (rows, PARTS), uint, as best.h's.
-// A threadgroup for each. Template: T, COUNT, PARTS, THREADS.
+// The largest number of each of PARTS parts of every row of logits (rows, COUNT), T. keys and indices (rows, PARTS), uint, are
+// best.h's. A threadgroup computes a part. Template: T, COUNT, PARTS, THREADS.
 constexpr uint EACH = uint((COUNT + PARTS - 1) / PARTS);
 threadgroup uint keys_of[THREADS / SIMD_WIDTH];
 threadgroup uint indices_of[THREADS / SIMD_WIDTH];

@@ -1,5 +1,5 @@
-// token (rows) int32: where the largest of a row's logits stands, of equal ones the first; -1 if one is not finite. keys and
-// indices (rows, PARTS): best_parts.metal's. A simdgroup for each row. Template: PARTS.
+// token (rows) int32: the index of the largest logit of each row, of equal ones the first; -1 if one is not finite. keys and
+// indices (rows, PARTS) are best_parts.metal's. A simdgroup computes a row. Template: PARTS.
 const uint lane = thread_index_in_simdgroup;
 const uint row = threadgroup_position_in_grid.y;
 Best best;

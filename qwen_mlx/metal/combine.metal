@@ -1,5 +1,5 @@
-// out (HEADS, D) = T(the attention whose parts attend.metal left in sums (HEADS, SPLITS, D) and stats (HEADS, SPLITS, 2)):
-// one threadgroup a head, one thread an element. Template: T, D, SPLITS.
+// out (HEADS, D) = T(the attention whose parts decode_attention_split.metal left in sums (HEADS, SPLITS, D) and stats (HEADS,
+// SPLITS, 2)). A threadgroup computes a head, a thread an element. Template: T, D, SPLITS.
 const uint element = thread_position_in_threadgroup.x;
 const uint head = threadgroup_position_in_grid.y;
 float largest = stats[head * uint(2 * SPLITS)];

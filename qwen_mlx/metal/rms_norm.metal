@@ -1,38 +1,29 @@
-// out = weight * T(x / sqrt(mean(x^2) + eps)): one threadgroup a row, which stays in registers.
+// out = weight * T(x / sqrt(mean(x^2) + eps)). A threadgroup computes a row, which stays in registers.
 // x (rows, D), weight (D), out (rows, D), all T. Template: T, D, N elements a pack, THREADS a row, EPS the bits of eps.
 constexpr int PACKS = (D + N * THREADS - 1) / (N * THREADS);
 constexpr int SIMDS = THREADS / SIMD_WIDTH;
 threadgroup float partial[SIMDS];
 
-const uint lane = thread_index_in_simdgroup;
 const uint first = thread_position_in_threadgroup.x * uint(N);
 const uint row = threadgroup_position_in_grid.x * uint(D);
-
 Pack<N> values[PACKS];
 float sum = 0.0f;
+UNROLL
 for (int p = 0; p < PACKS; ++p) {
   const uint i = first + uint(p * N * THREADS);
   if (i < uint(D)) {
     values[p] = load<N>(x, row + i);
-    float part = 0.0f;
-    for (int k = 0; k < N; ++k) {
-      part = metal::fma(values[p].v[k], values[p].v[k], part);
-    }
-    sum += part;
+    sum += sum_of_squares(values[p]);
   }
 }
-sum = metal::simd_sum(sum);
-if (lane == 0u) {
-  partial[simdgroup_index_in_threadgroup] = sum;
-}
-metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-sum = metal::simd_sum(lane < uint(SIMDS) ? partial[lane] : 0.0f);
-const Inverse scale = inverse_root_mean(sum, float(D), float_of_bits(EPS));
-
+sum = threadgroup_sum<SIMDS>(sum, &partial[0], thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
+const Inverse scale = inverse_root_mean(sum, float(D), as_type<float>(EPS));
+UNROLL
 for (int p = 0; p < PACKS; ++p) {
   const uint i = first + uint(p * N * THREADS);
   if (i < uint(D)) {
     Pack<N> scaled = load<N>(weight, i);
+    UNROLL
     for (int k = 0; k < N; ++k) {
       scaled.v[k] = scaled_by<T>(values[p].v[k], scale, scaled.v[k]);
     }

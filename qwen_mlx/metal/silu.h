@@ -1,5 +1,5 @@
-// x / (1 + e^-x) to 0.8 ulp in float32, for every finite x: e^-|x| is kept as 2^-n (high + low), and 2^-n comes last,
-// so that a small result is not formed from a subnormal factor. silu(inf) = inf, silu(-inf) = NaN, as in torch.
+// x / (1 + e^-x) to 0.8 ulp in float32, for every finite x. e^-|x| is kept as 2^-n (high + low), and 2^-n is multiplied last, so
+// that a small result is not formed from a subnormal factor. As in torch silu(inf) = inf and silu(-inf) = NaN.
 FUNCTION float silu(float x) {
   if (!metal::isfinite(x)) {
     return x > 0.0f ? x : x * 0.0f;
@@ -22,8 +22,8 @@ FUNCTION float silu(float x) {
   const float low = ((1.0f - high) + q) + ((r - q) + p);
 
   const int half_n = int(n) / 2;
-  const float power_a = float_of_bits((127 - half_n) << 23);
-  const float power_b = float_of_bits((127 - (int(n) - half_n)) << 23);
+  const float power_a = as_type<float>((127 - half_n) << 23);
+  const float power_b = as_type<float>((127 - (int(n) - half_n)) << 23);
   const float power = power_a * power_b;
   const float denominator = 1.0f + high * power;
   const float missing = metal::fma(high, power, 1.0f - denominator) + low * power;
@@ -35,4 +35,11 @@ FUNCTION float silu(float x) {
   const float rest = metal::fma(factor, inverse, -sigmoid) + sigmoid * error + (x < 0.0f ? low * inverse : 0.0f);
   const float y = metal::fma(x, sigmoid, x * rest);
   return x < 0.0f ? y * power_a * power_b : y;
+}
+
+// T(silu(gate)) * up, as transformers rounds it.
+template <typename T>
+FUNCTION float swiglu(float gate, float up) {
+  const float activated = sizeof(T) == 4 ? silu(gate) : gate / (1.0f + metal::precise::exp(-gate));
+  return float(T(activated)) * up;
 }

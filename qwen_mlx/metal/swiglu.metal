@@ -1,4 +1,4 @@
-// out = T(T(silu(gate)) * up), each with its bias added and rounded first: one pack of N elements a thread.
+// out = T(T(silu(gate)) * up), each with its bias added and rounded first. A thread computes a pack of N elements.
 // gate, up (rows, F), or with JOINED both the same (rows, 2 F); with BIAS their biases (F), or both the same (2 F);
 // out (rows, F); all T. Grid: (rows, packs of a row). Template: T, F, N, JOINED, BIAS.
 const uint column = thread_position_in_grid.y * uint(N);
@@ -17,9 +17,7 @@ if (column < uint(F)) {
     }
   }
   for (int k = 0; k < N; ++k) {
-    const float x = g.v[k];
-    const float activated = sizeof(T) == 4 ? silu(x) : x / (1.0f + metal::precise::exp(-x));
-    u.v[k] *= float(T(activated));
+    u.v[k] = swiglu<T>(g.v[k], u.v[k]);
   }
   store<T>(out, row * uint(F) + column, u);
 }

@@ -1,7 +1,8 @@
-// out (rows, K) = T(elements of rows `ids` of the matrix MATRIX, see its format's header). A thread takes 8 neighbours.
-// Grid: (K / 8, rows). Template: T, K, BITS, GROUP.
+// out (rows, K) = T(elements of rows `ids` of the matrix that `matrix` reads, see rows.h). A thread takes 8 neighbours.
+// Grid: (K / 8, rows). Template: T, K, R = 1, and the packing's.
+
 const uint column = thread_position_in_grid.x * 8u;
 const uint row = thread_position_in_grid.y;
 if (column < uint(K)) {
-  store<T>(out, row * uint(K) + column, eight_elements<K, BITS, GROUP>(uint(ids[row]), column, MATRIX));
+  store<T>(out, row * uint(K) + column, matrix.eight_elements(uint(ids[row]), column));
 }

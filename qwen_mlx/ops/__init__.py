@@ -1,9 +1,9 @@
 """The model's operations: what each computes and how it rounds stands in its docstring."""
 
 from ..gguf.packing import DENSE, Packing
-from .attend import decode_attention
 from .attention import attention
 from .best_token import best_token, or_not_finite
+from .decode_attention import decode_attention
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
 from .matmul import matmul
 from .matvec import matvec, matvec_qkv, matvec_swiglu, put_recent

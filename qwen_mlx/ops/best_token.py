@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..backend import mx
 from .dispatch import MAX_ELEMENTS, Kernel, executor, require, require_float
 
-PARTS, THREADS = 128, 256  # threadgroups a row: one alone takes 17 microseconds for Qwen2.5's vocabulary on an H200
+PARTS, THREADS = 128, 256  # threadgroups a row: one alone would read a whole vocabulary's logits
 
 _PARTS = Kernel("best_parts", ("logits",), ("keys", "indices"), ("best.h",))
 _TOKEN = Kernel("best_token", ("keys", "indices"), ("token",), ("best.h",))

@@ -31,7 +31,7 @@ _forced: str | None = None  # "metal", "cuda" or "reference": overrides the choi
 
 
 class _Gradients(threading.local):
-    """Whether kernels get a gradient, for each thread: one may generate while another trains."""
+    """True where kernels get a gradient, for each thread: one may generate while another trains."""
 
     wanted = True
 
@@ -43,7 +43,8 @@ def executor(part: str = "") -> str:
     """ "metal", "cuda" or "reference": what runs on the current default device, or what computes one of PARTS."""
     if _forced is not None:
         return _forced
-    if (part in switched_off() if part else len(switched_off()) == len(PARTS)) or mx.default_device() == mx.cpu:
+    off = part in switched_off() if part else len(switched_off()) == len(PARTS)
+    if off or mx.default_device() == mx.cpu:
         return "reference"
     return "metal" if mx.metal.is_available() else "cuda"
 
@@ -79,8 +80,8 @@ def forced(name: str | None) -> Iterator[None]:
 
 @contextmanager
 def no_grad() -> Iterator[None]:
-    """Within it, operations have no gradient (kernels and SwiGLU: zero), which saves about 10 microseconds of Python a
-    call: for generation."""
+    """Within it, operations have no gradient (kernels and SwiGLU: zero), which saves Python's time at every call: for
+    generation."""
     before, _gradients.wanted = _gradients.wanted, False
     try:
         yield
@@ -89,12 +90,12 @@ def no_grad() -> Iterator[None]:
 
 
 def recording() -> bool:
-    """Whether operations keep what a gradient needs (see no_grad)."""
+    """True if operations keep what a gradient needs (see no_grad)."""
     return _gradients.wanted
 
 
 def compiled(function: Callable[..., R]) -> Callable[..., R]:
-    """mx.compile(function), whose graph is built once. Where an executor is forced the function itself: a stand-in for
+    """mx.compile(function), whose graph is built once. Where an executor is forced, the function itself: a stand-in for
     MLX's kernels has to be called each time."""
     fast = mx.compile(function)
     return lambda *arrays: (fast if _forced is None else function)(*arrays)
@@ -102,9 +103,10 @@ def compiled(function: Callable[..., R]) -> Callable[..., R]:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One file of qwen_mlx/metal with the names of its inputs and outputs and the helper headers it needs.
+    """A kernel's file in qwen_mlx/metal, without its suffix, the names of its inputs and outputs, and its headers.
 
-    variant: tells kernels of one file apart that differ in a header or in `macros`, names and texts.
+    variant: tells kernels of one file apart; definitions: names that the body uses, with what each stands for in terms
+    of the inputs; aligned: arrays that are 16-byte aligned in most calls, for which CUDA compiles the body once more.
     """
 
     name: str
@@ -112,7 +114,8 @@ class Kernel:
     outputs: tuple[str, ...]
     headers: tuple[str, ...] = ()
     variant: str = ""
-    macros: tuple[tuple[str, str], ...] = ()
+    definitions: tuple[tuple[str, str], ...] = ()
+    aligned: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -143,38 +146,62 @@ class Kernel:
         )
 
     def header(self, dialect: str) -> str:
-        """The text before the kernel in "metal" or "cuda". CUDA's compiler reads the files itself: MLX hashes a CUDA
-        kernel's whole text at each launch, which took a fifth of a decoding step of 0.5B. Their digest tells MLX's
-        caches when they have changed."""
-        files = (f"{dialect}_prelude.h", *self.headers)
-        texts = [_without_comments(file) for file in files]
+        """The text before the kernel in "metal" or "cuda".
+
+        CUDA's compiler reads the files itself, because MLX hashes a kernel's whole text at each launch. Their digest
+        tells MLX's caches when they have changed.
+        """
+        files = ("metal_prelude.h" if dialect == "metal" else "nvidia/cuda_prelude.h", *self.headers)
+        text = "".join(source_text(file) for file in files)
         if dialect == "cuda":
-            digest = hashlib.sha256("".join(texts).encode()).hexdigest()
-            texts = [f"// {digest}", *(f'#include "{SOURCES / file}"' for file in files)]
-        return "\n".join(texts + [f"#define {name} {text}" for name, text in self.macros]) + "\n"
+            text = f"// {hashlib.sha256(text.encode()).hexdigest()}\n"
+            text += "".join(f'#include "{SOURCES / file}"\n' for file in files)
+        return text
 
-    def source(self) -> str:
-        """The kernel's body, the same in both dialects."""
-        return _without_comments(f"{self.name}.metal")
+    def source(self, dialect: str) -> str:
+        """The kernel's body, with the definitions in its first empty line, which follows its threadgroup memory.
+
+        In CUDA the body may stand there twice: with pointers that are known to be aligned, and with others.
+        """
+        file = f"{self.name}.metal"
+        number = (SOURCES / file).read_text(encoding="utf-8").partition("\n\n")[0].count("\n") + 2
+        lines = source_text(file).split("\n")  # its #line first
+        memory, body = "\n".join(lines[:number]), "\n".join(lines[number + 1 :])
+        body = f"{' '.join(f'const auto {name} = {value};' for name, value in self.definitions)}\n{body}"
+        if dialect == "cuda" and self.aligned:
+            originals = " ".join(f"const auto any_{name} = {name};" for name in self.aligned)
+            pointers = " ".join(f"const auto {name} = aligned(any_{name});" for name in self.aligned)
+            start = f'#line {number} "{_label(file)}"\n'
+            body = (
+                f"{originals} if (all_aligned({', '.join(self.aligned)})) {{ {pointers} {body}}} else {{\n"
+                f"{start}{body}}}\n"
+            )
+        return f"{memory}\n{body}"
 
 
-def _without_comments(file: str) -> str:
-    # MLX looks at the whole text at every call of a kernel.
-    return re.sub(r"^\s+|\s*//.*", "", (SOURCES / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+def source_text(file: str) -> str:
+    """A file of qwen_mlx/metal without comments and indentation, because MLX hashes the text at every launch, but with
+    every line, so that a compiler's error names the file and the line."""
+    text = (SOURCES / file).read_text(encoding="utf-8")
+    return f'#line 1 "{_label(file)}"\n' + re.sub(r"[ \t]*//.*|^[ \t]+", "", text, flags=re.MULTILINE)
+
+
+def _label(file: str) -> str:
+    return f"qwen_mlx/metal/{file}"
 
 
 # Keyed on the factory too: a stand-in for mx.fast.metal_kernel must not be handed MLX's own kernels, nor leave its own.
 @functools.lru_cache(maxsize=64)
 def _compiled(factory: Callable[..., Any], kernel: Kernel) -> Callable[..., list[mx.array]]:
     dialect = "metal" if factory is mx.fast.metal_kernel else "cuda"
-    made: Callable[..., list[mx.array]] = factory(
-        name=f"qwen_{kernel.name}{kernel.variant and '_'}{kernel.variant}",
+    launch: Callable[..., list[mx.array]] = factory(
+        name="_".join(filter(None, ("qwen", Path(kernel.name).name, kernel.variant))),
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         header=kernel.header(dialect),
-        source=kernel.source(),
+        source=kernel.source(dialect),
     )
-    return made
+    return launch
 
 
 def differentiable(kernel: Callable[..., R], fallback: Callable[..., R], *arrays: mx.array) -> R:
@@ -182,15 +209,13 @@ def differentiable(kernel: Callable[..., R], fallback: Callable[..., R], *arrays
     if not _gradients.wanted:
         return kernel(*arrays)
     function: Any = mx.custom_function(kernel)  # an object, to its stub
-    function.vjp(lambda primals, cotangents, _: _twin_gradients(fallback, primals, cotangents))
+
+    def vjp(primals: Any, cotangents: Any, _: object) -> tuple[mx.array, ...]:
+        return tuple(mx.vjp(lambda *x: _as_list(fallback(*x)), _as_list(primals), _as_list(cotangents))[1])
+
+    function.vjp(vjp)
     result: R = function(*arrays)
     return result
-
-
-def _twin_gradients(
-    fallback: Callable[..., Any], primals: Sequence[mx.array], cotangents: Sequence[mx.array]
-) -> tuple[mx.array, ...]:
-    return tuple(mx.vjp(lambda *x: _as_list(fallback(*x)), _as_list(primals), _as_list(cotangents))[1])
 
 
 def _as_list(value: Any) -> list[mx.array]:
@@ -206,7 +231,7 @@ def pack_size(n: int, dtype: mx.Dtype) -> int:
 
 
 def threads(n: int, most: int) -> int:
-    """Whole simdgroups for n items, at most `most` threads and as few idle ones as an equal number of rounds allows."""
+    """Simdgroups' threads for n items, at most `most` and with as few idle ones as an equal number of rounds allows."""
     rounds = -(-n // most)
     return -(-n // (rounds * 32)) * 32
 
@@ -231,20 +256,27 @@ def require_float(name: str, x: mx.array) -> None:
     )
 
 
-def require_like(name: str, x: mx.array | None, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
-    """Raises ValueError unless x is an array of this shape and dtype."""
+def require_like(name: str, x: mx.array | None, shape: Sequence[int | str], dtype: mx.Dtype) -> None:
+    """Raises ValueError unless x is an array of this dtype and shape; a str in the shape is the name of any size."""
     require(
-        isinstance(x, mx.array) and x.shape == shape and x.dtype == dtype,
-        lambda: f"{name} {described(x)}, expected {shape} and {dtype}.",
+        isinstance(x, mx.array)
+        and x.dtype == dtype
+        and x.ndim == len(shape)
+        and all(isinstance(want, str) or size == want for size, want in zip(x.shape, shape)),
+        lambda: f"{name} {described(x)}, expected {_shown(shape)} and {dtype}.",
     )
 
 
-def require_place(place: mx.array | None) -> None:
-    """Raises ValueError unless place is a decoding step's: int32 (2,) or longer."""
+def require_position(position: mx.array | None) -> None:
+    """Raises ValueError unless position is a decoding step's: int32 (2,) or longer."""
     require(
-        isinstance(place, mx.array) and place.ndim == 1 and place.size >= 2 and place.dtype == mx.int32,
-        lambda: f"place {described(place)}, expected (2,) and {mx.int32}.",
+        isinstance(position, mx.array) and position.ndim == 1 and position.size >= 2 and position.dtype == mx.int32,
+        lambda: f"position {described(position)}, expected (2,) and {mx.int32}.",
     )
+
+
+def _shown(shape: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
 
 
 def described(x: object) -> str:

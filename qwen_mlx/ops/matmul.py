@@ -6,12 +6,13 @@ from ..backend import mx
 from .dispatch import Kernel, described, differentiable, executor, require, require_float
 
 # cuBLAS's kernels are fast, but MLX looks for the right one and records its launch anew at every call, which takes the
-# CPU longer (23 us on an H200) than the GPU needs for few rows and a small matrix. On Apple's GPUs MLX has its own.
+# CPU longer than the GPU needs for few rows and a small matrix. On Apple's GPUs MLX has its own.
 ON = ("cuda",)
 MOST_ROWS, MOST_BYTES = 64, 64 << 20
 UNIT, STEP = 16, 32  # rows of the matrix a simdgroup multiplies at once, and elements of them
 
-_MATMUL = Kernel("matmul", ("x", "w"), ("out",), ("rows.h", "matmul.h"))
+_HEADERS = ("nvidia/instructions.h", "rows.h", "nvidia/matmul.h")
+_MATMUL = Kernel("nvidia/matmul", ("x", "w"), ("out",), _HEADERS, aligned=("x", "w"))
 
 
 def matmul(x: mx.array, w: mx.array) -> mx.array:
@@ -25,16 +26,16 @@ def matmul(x: mx.array, w: mx.array) -> mx.array:
         isinstance(w, mx.array) and w.ndim == 2 and x.ndim > 0 and w.dtype == x.dtype and w.shape[1] == x.shape[-1],
         lambda: f"x {described(x)}, w {described(w)}, expected (..., K) and (N, K) of one dtype.",
     )
-    return differentiable(_launch, _reference, x, w) if serves(x, w) else _reference(x, w)
+    return differentiable(_launch, _fallback, x, w) if supports(x, w) else _fallback(x, w)
 
 
-def _reference(x: mx.array, w: mx.array) -> mx.array:
+def _fallback(x: mx.array, w: mx.array) -> mx.array:
     y: mx.array = x @ w.T
     return y
 
 
-def serves(x: mx.array, w: mx.array) -> bool:
-    """Whether the kernel computes this product."""
+def supports(x: mx.array, w: mx.array) -> bool:
+    """True if the kernel computes this product."""
     rows, (outputs, columns) = x.size // max(x.shape[-1], 1), w.shape
     return (
         executor("matmul") in ON

@@ -19,9 +19,11 @@ from .dispatch import (
 )
 
 MAX_WIDTH = 16384  # a row stays in the registers of one threadgroup
+MOST_THREADS = {"cuda": 1024, "metal": 384}  # 384 are legal on Apple's GPUs whatever registers a kernel takes
+_ADDED = ("x", "residual", "weight", "sums", "out")
 
 _RMS_NORM = Kernel("rms_norm", ("x", "weight"), ("out",), ("rms.h",))
-_ADD_RMS_NORM = Kernel("add_rms_norm", ("x", "residual", "weight"), ("sums", "out"), ("rms.h", "add_rms.h"))
+_ADD_RMS_NORM = Kernel("add_rms_norm", ("x", "residual", "weight"), ("sums", "out"), ("rms.h",), aligned=_ADDED)
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -31,15 +33,11 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     to x.dtype, then multiplied by weight, the order of transformers' Qwen2RMSNorm. Source: Zhang and Sennrich 2019,
     eq. 4. Raises ValueError if the shapes or dtypes do not agree, or eps is negative.
     """
-    _check(x, weight, eps)
-    if executor("rms_norm") == "reference" or not fits(x):
-        return rms_norm_reference(x, weight, eps)
-    return differentiable(
-        lambda x, weight: _launch(_RMS_NORM, (x, weight), eps)[0],
-        lambda x, weight: rms_norm_reference(x, weight, eps),
-        x,
-        weight,
-    )
+    _require_norm(x, weight, eps)
+    if executor("rms_norm") == "reference" or not supports(x):
+        return rms_norm_fallback(x, weight, eps)
+    kernel, fallback = functools.partial(_launch, _RMS_NORM, eps), functools.partial(rms_norm_fallback, eps=eps)
+    return differentiable(lambda *inputs: kernel(*inputs)[0], fallback, x, weight)
 
 
 def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
@@ -49,25 +47,16 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     and y = rms_norm(h, weight, eps). Rounding: h is rounded to x.dtype, y as rms_norm's.
     Raises ValueError if the shapes or dtypes do not agree.
     """
-    _check(x, weight, eps)
+    _require_norm(x, weight, eps)
     require_like("residual", residual, x.shape, x.dtype)
-    if executor("rms_norm") == "reference" or not fits(x):
-        return add_rms_norm_reference(x, residual, weight, eps)
-
-    def kernel(*inputs: mx.array) -> tuple[mx.array, mx.array]:
-        h, y = _launch(_ADD_RMS_NORM, inputs, eps)
-        return h, y
-
-    return differentiable(
-        kernel,
-        lambda x, residual, weight: add_rms_norm_reference(x, residual, weight, eps),
-        x,
-        residual,
-        weight,
-    )
+    if executor("rms_norm") == "reference" or not supports(x):
+        return add_rms_norm_fallback(x, residual, weight, eps)
+    kernel, fallback = functools.partial(_launch, _ADD_RMS_NORM, eps), functools.partial(add_rms_norm_fallback, eps=eps)
+    h, y = differentiable(kernel, fallback, x, residual, weight)
+    return h, y
 
 
-def rms_norm_reference(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+def rms_norm_fallback(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """rms_norm in plain MLX."""
     if mx.default_device() != mx.cpu:
         return mx.fast.rms_norm(x, weight, eps)
@@ -77,14 +66,14 @@ def rms_norm_reference(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return normed.astype(x.dtype) * weight
 
 
-def add_rms_norm_reference(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+def add_rms_norm_fallback(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """add_rms_norm in plain MLX."""
     h = x + residual
-    return h, rms_norm_reference(h, weight, eps)
+    return h, rms_norm_fallback(h, weight, eps)
 
 
-def fits(x: mx.array) -> bool:
-    """Whether the kernels take rows of this size: others are computed in plain MLX."""
+def supports(x: mx.array) -> bool:
+    """True if the kernels take rows of this size; others are computed in plain MLX."""
     return x.shape[-1] <= MAX_WIDTH and x.size <= MAX_ELEMENTS
 
 
@@ -95,22 +84,23 @@ def require_eps(eps: float) -> None:
     )
 
 
-def _check(x: mx.array, weight: mx.array, eps: float) -> None:
+def _require_norm(x: mx.array, weight: mx.array, eps: float) -> None:
     require_float("x", x)
     require(x.ndim > 0, lambda: "x has shape (), expected (..., D).")
     require_eps(eps)
     require_like("weight", weight, (x.shape[-1],), x.dtype)
 
 
-def _launch(kernel: Kernel, inputs: tuple[mx.array, ...], eps: float) -> list[mx.array]:
+def _launch(kernel: Kernel, eps: float, *inputs: mx.array) -> tuple[mx.array, ...]:
     x = inputs[0]
-    template, n_threads = _plan(x.shape[-1], x.dtype, eps)
+    template, n_threads = _plan(x.shape[-1], x.dtype, eps, MOST_THREADS[executor("rms_norm")])
     rows = x.size // max(x.shape[-1], 1)
-    return kernel(inputs, template, (rows * n_threads, 1, 1), (n_threads, 1, 1), [x.shape] * len(kernel.outputs))
+    shapes = [x.shape] * len(kernel.outputs)
+    return tuple(kernel(inputs, template, (rows * n_threads, 1, 1), (n_threads, 1, 1), shapes))
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(width: int, dtype: mx.Dtype, eps: float) -> tuple[tuple[tuple[str, int], ...], int]:
+def _plan(width: int, dtype: mx.Dtype, eps: float, most: int) -> tuple[tuple[tuple[str, int], ...], int]:
     pack = pack_size(width, dtype)
-    n_threads = threads(max(-(-width // pack), 1), 1024)
+    n_threads = threads(max(-(-width // pack), 1), most)
     return (("D", width), ("N", pack), ("THREADS", n_threads), ("EPS", float_bits(eps))), n_threads

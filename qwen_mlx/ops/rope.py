@@ -162,8 +162,8 @@ def _require_positive(name: str, value: float) -> None:
     )
 
 
-_ROPE = Kernel("rope", ("x", "table"), ("out",), ("rotary.h",))
-_QKV_ROPE = Kernel("qkv_rope", ("qkv", "bias", "table"), ("q", "kv"), ("rotary.h",))
+_ROPE = Kernel("rope", ("x", "table"), ("out",), ("rotary.h", "heads.h"))
+_QKV_ROPE = Kernel("qkv_rope", ("qkv", "bias", "table"), ("q", "kv"), ("rotary.h", "heads.h"))
 
 
 def _first_positions(offset: int | np.ndarray, length: int) -> np.ndarray:
@@ -195,12 +195,12 @@ def rope(x: mx.array, table: mx.array) -> mx.array:
     half = _half(table, x)
     require(x.shape[-1] == 2 * half, lambda: f"x has shape {x.shape}, expected (B, L, H, {2 * half}).")
     if not _on_kernel(x):
-        return rope_reference(x, table)
+        return rope_fallback(x, table)
 
     def kernel(x: mx.array) -> mx.array:
         return _launch(_ROPE, (x, table), (("HEADS", x.shape[2]),), [x.shape])[0]
 
-    return differentiable(kernel, lambda x: rope_reference(x, table), x)
+    return differentiable(kernel, lambda x: rope_fallback(x, table), x)
 
 
 def qkv_rope(
@@ -234,7 +234,7 @@ def qkv_rope(
 
     def fallback(qkv: mx.array, *bias: mx.array) -> tuple[mx.array, mx.array]:
         heads = (qkv + bias[0] if bias else qkv).reshape(batch, length, width // head_dim, head_dim)
-        rotated = rope_reference(heads[:, :, : n_heads + n_kv_heads], table)
+        rotated = rope_fallback(heads[:, :, : n_heads + n_kv_heads], table)
         kv = mx.concatenate([rotated[:, :, n_heads:], heads[:, :, n_heads + n_kv_heads :]], axis=2)
         return rotated[:, :, :n_heads], kv.reshape(batch, length, 2, n_kv_heads, head_dim)
 
@@ -250,7 +250,7 @@ def qkv_rope(
     return differentiable(kernel, fallback, *arrays)
 
 
-def rope_reference(x: mx.array, table: mx.array) -> mx.array:
+def rope_fallback(x: mx.array, table: mx.array) -> mx.array:
     """rope in plain MLX."""
     cos, sin = (table[:, :, None, None, :, i] for i in (0, 1))
     halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)

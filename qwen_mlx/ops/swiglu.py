@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -40,14 +41,12 @@ def swiglu(
     require(gate.ndim > 0, lambda: "gate has shape (), expected (..., F).")
     require_like("up", up, gate.shape, gate.dtype)
     require((gate_bias is None) == (up_bias is None), lambda: "gate_bias and up_bias: give both or none.")
-    biases: tuple[mx.array, ...] = ()
-    if gate_bias is not None and up_bias is not None:
-        require_like("gate_bias", gate_bias, gate.shape[-1:], gate.dtype)
-        require_like("up_bias", up_bias, gate.shape[-1:], gate.dtype)
-        biases = (gate_bias, up_bias)
+    biases = [bias for bias in (gate_bias, up_bias) if bias is not None]
+    for name, bias in zip(("gate_bias", "up_bias"), biases):
+        require_like(name, bias, gate.shape[-1:], gate.dtype)
     if executor("swiglu") == "reference" or gate.size > MAX_ELEMENTS:
-        return swiglu_reference(gate, up, *biases)
-    return differentiable(_launch, swiglu_reference, gate, up, *biases)
+        return swiglu_fallback(gate, up, *biases)
+    return differentiable(_launch, swiglu_fallback, gate, up, *biases)
 
 
 def swiglu_joined(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -60,16 +59,16 @@ def swiglu_joined(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
     require(width % 2 == 0, lambda: f"gate_up has shape {gate_up.shape}, expected an even last axis: gate, then up.")
     if bias is not None:
         require_like("bias", bias, (width,), gate_up.dtype)
-    biases = () if bias is None else (bias,)
+    arrays = (gate_up,) if bias is None else (gate_up, bias)
     if executor("swiglu") == "reference" or gate_up.size > MAX_ELEMENTS:
-        return swiglu_joined_reference(gate_up, *biases)
-    return differentiable(_launch_joined, swiglu_joined_reference, gate_up, *biases)
+        return swiglu_joined_fallback(*arrays)
+    return differentiable(_launch_joined, swiglu_joined_fallback, *arrays)
 
 
-def swiglu_reference(
+def swiglu_fallback(
     gate: mx.array, up: mx.array, gate_bias: mx.array | None = None, up_bias: mx.array | None = None
 ) -> mx.array:
-    """swiglu without kernels: within 2 ulp on the CPU, with silu from numpy. On a GPU, and where MLX traces, each step
+    """swiglu without kernels: within 2 ulp on the CPU, with silu from NumPy. On a GPU, and where MLX traces, each step
     rounds: 3.1 ulp in float32, as torch. Below -88.7 e^-gate overflows float32 and the result is -0, as torch's."""
     if gate_bias is not None and up_bias is not None:
         gate, up = gate + gate_bias, up + up_bias
@@ -129,26 +128,21 @@ for _function in (_silu_of_values, _traced_silu):
     _function.jvp(lambda x, tangent: tangent * _slope(x))
 
 
-def swiglu_joined_reference(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
+def swiglu_joined_fallback(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
     """swiglu_joined in plain MLX."""
-    return swiglu_reference(*mx.split(gate_up if bias is None else gate_up + bias, 2, axis=-1))
+    return swiglu_fallback(*mx.split(gate_up if bias is None else gate_up + bias, 2, axis=-1))
 
 
-def _launch(gate: mx.array, up: mx.array, *biases: mx.array) -> mx.array:
-    return _run((gate, up, *(biases or (gate, up))), False, bool(biases), gate.shape)
+def _launch(gate: mx.array, up: mx.array, *biases: mx.array, joined: bool = False) -> mx.array:
+    shape = (*gate.shape[:-1], gate.shape[-1] // (1 + joined))
+    width, rows = shape[-1], math.prod(shape[:-1])
+    pack = pack_size(width, gate.dtype)
+    packs = width // pack
+    n_threads = threads(packs, 256) if packs else 32
+    template = [("F", width), ("N", pack), ("JOINED", joined), ("BIAS", bool(biases))]
+    grid = (rows, -(-packs // n_threads) * n_threads, 1)
+    return _SWIGLU((gate, up, *(biases or (gate, up))), template, grid, (1, n_threads, 1), [shape])[0]
 
 
 def _launch_joined(gate_up: mx.array, *bias: mx.array) -> mx.array:
-    both = bias * 2 or (gate_up, gate_up)
-    return _run((gate_up, gate_up, *both), True, bool(bias), (*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-
-
-def _run(inputs: tuple[mx.array, ...], joined: bool, biased: bool, shape: tuple[int, ...]) -> mx.array:
-    width = shape[-1]
-    pack = pack_size(width, inputs[0].dtype)
-    packs = width // pack
-    n_threads = threads(packs, 256) if packs else 32
-    rows = inputs[0].size // (2 * width if joined else width) if width else 0
-    template = [("F", width), ("N", pack), ("JOINED", joined), ("BIAS", biased)]
-    grid = (rows, -(-packs // n_threads) * n_threads, 1)
-    return _SWIGLU(inputs, template, grid, (1, n_threads, 1), [shape])[0]
+    return _launch(gate_up, gate_up, *(bias * 2), joined=True)

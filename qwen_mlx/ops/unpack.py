@@ -11,8 +11,8 @@ from ..backend import mx
 from ..gguf.packing import Packing
 from .dispatch import Kernel, described, executor, require, threads
 
-RAW = ("q4_k", "q6_k")
-# What the kernels call a matrix's arrays, see each format's header in qwen_mlx/metal.
+BLOCKS = ("q4_k", "q6_k")  # GGUF's own
+# The names that the kernels give a matrix's arrays; each packing's header in qwen_mlx/metal describes them.
 ARRAYS = {
     "dense": ("w",),
     "affine": ("w", "scales", "biases"),
@@ -21,18 +21,21 @@ ARRAYS = {
 }
 
 
-_TAGS = {"dense": "Dense", "affine": "Affine", "q4_k": "Q4K", "q6_k": "Q6K"}
-
-
 def array_names(kind: str, number: str = "") -> tuple[str, ...]:
-    """What a kernel calls the arrays of its matrix, or of its matrix `number`."""
+    """The kernels' names for the arrays of their matrix, or of their matrix `number`."""
     return tuple(f"{name}{number}" for name in ARRAYS[kind])
 
 
-def format_macros(kind: str, number: str = "", tiled: bool = False) -> tuple[tuple[str, str], ...]:
-    """FORMAT and MATRIX of such a matrix."""
-    tag = f"Tiles<{_TAGS[kind]}>" if tiled else _TAGS[kind]
-    return (f"FORMAT{number}", tag), (f"MATRIX{number}", ", ".join(array_names(kind, number)))
+def reader(kind: str, number: str = "", tiled: bool = False) -> str:
+    """The expression that makes a matrix's reader in a kernel, "affine<T, K, R, BITS, GROUP>(w, scales, biases)"."""
+    values = ["T", "K", *_values(kind, number, tiled)] if tiled else ["T", "K", "R", *_values(kind, number, tiled)]
+    return f"{kind}{'_tiles' * tiled}<{', '.join(values)}>({', '.join(array_names(kind, number))})"
+
+
+def _values(kind: str, number: str, tiled: bool) -> list[str]:
+    """The names of a reader's own template values: Matrix.template's keys."""
+    names = {"affine": ["GROUP"] if tiled else ["BITS", "GROUP"], "q6_k": ["ROWS"] * tiled}.get(kind, [])
+    return [f"{name}{number}" for name in names]
 
 
 class Matrix(NamedTuple):
@@ -48,42 +51,42 @@ class Matrix(NamedTuple):
     columns: int
     arrays: tuple[mx.array, ...]
 
+    def template(self, number: str = "", tiled: bool = False) -> dict[str, int]:
+        """The template values that a kernel's reader of this matrix needs."""
+        packing = self.packing
+        known = {"BITS": packing.bits, "GROUP": packing.group_size, "ROWS": self.rows}
+        return {name: known[name.rstrip("2")] for name in _values(packing.kind, number, tiled)}
+
     @property
     def supported(self) -> bool:
         """True if the matrix-vector kernels read it."""
         if self.packing.kind == "affine":
             return self.packing.bits in (2, 3, 4, 5, 6, 8) and self.columns % 32 == 0
-        return self.columns % (256 if self.packing.kind in RAW else 16) == 0
+        return self.columns % (256 if self.packing.kind in BLOCKS else 16) == 0
 
 
 def require_arrays(matrix: Matrix) -> None:
-    """Raises ValueError unless the arrays have the shapes that the format says."""
+    """Raises ValueError unless the arrays have the shapes that the packing says."""
     require(isinstance(matrix, Matrix), lambda: f"matrix {described(matrix)}, expected an ops.Matrix.")
-    form, rows, columns = matrix.packing, matrix.rows, matrix.columns
-    require(rows > 0 and columns > 0, lambda: f"The format has {rows} rows and {columns} columns, expected some.")
-    shapes: tuple[tuple[int, ...], ...]
-    if form.kind == "affine":
-        require(form.group_size > 0, lambda: f"The format's group_size is {form.group_size}, expected 32, 64 or 128.")
-        groups = (rows, columns // form.group_size)
-        shapes = ((rows, columns * form.bits // 32), groups, groups)
-    elif form.kind == "q4_k":
-        shapes = ((rows, columns // 256, 36),)
-    elif form.kind == "q6_k":
-        shapes = tuple((rows, columns // share) for share in (8, 16, 64, 256))
-    else:
-        shapes = ((rows, columns),)
-    found = tuple(array.shape for array in matrix.arrays)
-    require(
-        found == shapes,
-        lambda: f"The matrix's arrays have shapes {found}, expected {shapes} for {form}.",
-    )
+    packing, rows, columns, arrays = matrix
+    require(rows > 0 and columns > 0, lambda: f"matrix has {rows} rows and {columns} columns, expected some.")
+    size = packing.group_size
+    require(packing.kind != "affine" or size > 0, lambda: f"group_size is {size}, expected 32, 64 or 128.")
+    shapes: tuple[tuple[int, ...], ...] = {
+        "affine": ((rows, columns * packing.bits // 32), *[(rows, columns // (size or 1))] * 2),
+        "q4_k": ((rows, columns // 256, 36),),
+        "q6_k": tuple((rows, columns // share) for share in (8, 16, 64, 256)),
+    }.get(packing.kind, ((rows, columns),))
+    found = tuple(array.shape for array in arrays)
+    require(found == shapes, lambda: f"matrix's arrays have shapes {found}, expected {shapes} for {packing}.")
 
 
 @functools.cache
-def _kernel(kind: str, chosen: bool) -> Kernel:
-    inputs = (*ARRAYS[kind], "ids") if chosen else ARRAYS[kind]
-    name, headers = "unpack_rows" if chosen else "unpack", ("rows.h", f"{kind}.h")
-    return Kernel(name, inputs, ("out",), headers, kind, format_macros(kind))
+def _kernel(kind: str, by_ids: bool) -> Kernel:
+    inputs = (*ARRAYS[kind], "ids") if by_ids else ARRAYS[kind]
+    name, headers = "unpack_rows" if by_ids else "unpack", ("rows.h", f"{kind}.h")
+    aligned = ("w",) * (kind == "q4_k")  # the only one that reads 16 bytes at once
+    return Kernel(name, inputs, ("out",), headers, kind, (("matrix", reader(kind)),), aligned)
 
 
 def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
@@ -96,32 +99,30 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
         ids is None or (isinstance(ids, mx.array) and mx.issubdtype(ids.dtype, mx.integer)),
         lambda: f"ids {described(ids)}, expected integers, each below {matrix.rows}.",
     )
-    form = matrix.packing
-    if executor("unpack") == "reference" or form.kind == "dense" or not matrix.supported:
-        return unpack_reference(matrix, dtype, ids)
-    rows = matrix.rows if ids is None else ids.size
-    shape = (matrix.rows,) if ids is None else ids.shape
+    kind = matrix.packing.kind
+    if executor("unpack") == "reference" or kind == "dense" or not matrix.supported:
+        return unpack_fallback(matrix, dtype, ids)
+    rows, shape = (matrix.rows, (matrix.rows,)) if ids is None else (ids.size, ids.shape)
     packs = matrix.columns // 8
     n_threads = threads(packs, 128)
     grid = (-(-packs // n_threads) * n_threads, rows, 1)
-    template = [("T", dtype), ("K", matrix.columns), ("BITS", form.bits or 4), ("GROUP", form.group_size or 32)]
-    inputs = (*matrix.arrays, *(() if ids is None else (ids,)))
-    return _kernel(form.kind, ids is not None)(
-        inputs, template, grid, (n_threads, 1, 1), [(*shape, matrix.columns)], dtype
-    )[0]
+    template = [("T", dtype), ("K", matrix.columns), ("R", 1), *matrix.template().items()]
+    inputs = matrix.arrays if ids is None else (*matrix.arrays, ids)
+    kernel, out = _kernel(kind, ids is not None), (*shape, matrix.columns)
+    return kernel(inputs, template, grid, (n_threads, 1, 1), [out], dtype)[0]
 
 
-def unpack_reference(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
+def unpack_fallback(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
     """unpack in plain MLX."""
-    form = matrix.packing
+    packing = matrix.packing
     arrays = matrix.arrays if ids is None else tuple(array[ids] for array in matrix.arrays)
     shape = (*((matrix.rows,) if ids is None else ids.shape), matrix.columns)
-    if form.kind == "dense":
+    if packing.kind == "dense":
         return arrays[0].astype(dtype)
-    if form.kind == "affine":
+    if packing.kind == "affine":
         scales, biases = (array.astype(mx.float32) for array in arrays[1:])
-        return mx.dequantize(arrays[0], scales, biases, form.group_size, form.bits).astype(dtype)
-    return (_q4_k if form.kind == "q4_k" else _q6_k)(*arrays).reshape(shape).astype(dtype)
+        return mx.dequantize(arrays[0], scales, biases, packing.group_size, packing.bits).astype(dtype)
+    return (_q4_k if packing.kind == "q4_k" else _q6_k)(*arrays).reshape(shape).astype(dtype)
 
 
 def _bytes(words: mx.array, shape: tuple[int, ...]) -> mx.array:
@@ -151,17 +152,12 @@ def _q6_k(low: mx.array, high: mx.array, scales: mx.array, d: mx.array) -> mx.ar
 
 
 def raw_matrix(raw: np.ndarray, kind: str) -> Matrix:
-    """A GGUF tensor's bytes, uint8 (rows, bytes of a row), in format "q4_k" or "q6_k"."""
-    rows = raw.shape[0]
-    size = {"q4_k": 144, "q6_k": 210}[kind]
+    """The matrix of a GGUF tensor's bytes, uint8 (rows, bytes of a row), packed as "q4_k" or "q6_k"."""
+    rows, size = raw.shape[0], {"q4_k": 144, "q6_k": 210}[kind]
     columns = raw.shape[1] // size * 256
     blocks = raw.reshape(rows, -1, size)
     if kind == "q4_k":
-        arrays: tuple[mx.array, ...] = (mx.array(blocks.view(np.uint32)),)
-    else:
-        parts = [
-            np.ascontiguousarray(blocks[..., a:b]).reshape(rows, -1) for a, b in ((0, 128), (128, 192), (192, 208))
-        ]
-        d = np.ascontiguousarray(blocks[..., 208:]).view(np.float16).reshape(rows, -1)
-        arrays = (*(mx.array(part.view(np.uint32)) for part in parts), mx.array(d))
-    return Matrix(Packing(kind), rows, columns, arrays)
+        return Matrix(Packing(kind), rows, columns, (mx.array(blocks.view(np.uint32)),))
+    fields = ((0, 128, np.uint32), (128, 192, np.uint32), (192, 208, np.uint32), (208, 210, np.float16))
+    parts = (np.ascontiguousarray(blocks[..., a:b]).view(dtype).reshape(rows, -1) for a, b, dtype in fields)
+    return Matrix(Packing(kind), rows, columns, tuple(map(mx.array, parts)))

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +170,8 @@ def kernel(
         # No default libraries: the link must not add the sanitizers' own runtimes.
         command = [compiler(), *flags, "-include", str(include), "-shared", "-nodefaultlibs", str(unit_path)]
         warnings.write_text(_run([*command, runtime()._name, "-lm", "-lgcc"], path))
-    said = re.findall(r"(body|header):(\d+):\d+: warning: (.*) \[-W(maybe-)?uninitialized\]", warnings.read_text())
+    files = "|".join(map(re.escape, source.files))
+    said = re.findall(rf"({files}):(\d+):\d+: warning: (.*) \[-W(maybe-)?uninitialized\]", warnings.read_text())
     for part, line, what, maybe in said:
         if not maybe:
             raise UninitialisedRead(f"{part} line {line}: {what}.")
@@ -195,11 +197,11 @@ def unit(source: Source, instance: str) -> str:
     return translate(text + entry)
 
 
-def line_of(path: Path, address: int) -> tuple[str, int]:
-    """("header" or "body", line) of a code address of a compiled kernel, ("", 0) if it is not the kernel's own text."""
+def line_of(path: Path, address: int, files: Sequence[str]) -> tuple[str, int]:
+    """The file, one of Source.files, and line of a code address of a compiled kernel; ("", 0) outside of them."""
     command = ["addr2line", "-i", "-e", str(path), hex(address)]
     for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
-        if match := re.search(r"(?:^|/)(header|body|signature):(\d+)", line):
+        if match := re.search(rf"(?:^|/)({'|'.join(map(re.escape, files))}):(\d+)", line):
             return match.group(1), int(match.group(2))
     return "", 0
 

@@ -24,7 +24,7 @@ _MAX_BUFFERS = 31
 
 @dataclass(frozen=True)
 class Options:
-    """How kernels run.
+    """The way kernels run.
 
     checked: every access is classified, at a quarter of the speed or more; order: of the threads between two barriers,
     forward, reverse or random; seed: of random; contract: a * b + c may become fma, as Metal's compiler may decide;
@@ -69,7 +69,7 @@ def run(
     kernel = build.kernel(source, instance, options.checked, options.contract)
     outputs = launch.run(kernel)
     if (kernel.suspect or options.unset_locals) and options.checked:
-        # Whether the variable is read shows in the result: it is the same with another value in it, or it is not.
+        # The result shows if the variable is read: with another value in it, the result is another.
         optimised = not options.unset_locals
 
         def with_locals(fill: str) -> list[np.ndarray]:

@@ -10,13 +10,13 @@ import atexit
 import functools
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InvalidLaunch, Unavailable
-from .source import ATTRIBUTES, preamble
+from .source import ATTRIBUTES, LINE, line_files, preamble
 from .translate import is_code, tokenize
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ _MACRO = re.compile(r"__[A-Z][A-Z_]*__")
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding. rule: language (clang's own), or the name of a rule of this file; part: header or body."""
+    """One finding. rule: language (clang's own), or the name of a rule of this file; part: header, body, or the file
+    that a #line of the text names."""
 
     rule: str
     part: str
@@ -58,7 +59,7 @@ class Finding:
 
     @property
     def only_cuda(self) -> bool:
-        """Whether Metal accepts it: only the same body as CUDA would be wrong."""
+        """True if Metal accepts it and only the same body as CUDA would be wrong."""
         return self.rule == "literal"
 
     def __str__(self) -> str:
@@ -73,12 +74,12 @@ def lint(text: str) -> list[Finding]:
     match = _TEXT.match(text.removeprefix(preamble()))
     if not match:
         raise InvalidLaunch("The text is not one kernel as MLX writes it: header, signature, body. See metal_source.")
-    parts = {"header": match["header"], "body": match["body"]}
     unit = _parse(_translation_unit(match))
-    found = [*_diagnostics(unit), *_tree_rules(unit)]
-    for part, content in parts.items():
-        found += _token_rules(part, content)
-    return sorted(set(found), key=lambda f: (_PARTS.index(f.part), f.line, f.rule, f.message))
+    files = (*_PARTS, *line_files(text))
+    found = [*_diagnostics(unit, files), *_tree_rules(unit, files)]
+    for part in _PARTS:
+        found += _token_rules(part, match[part])
+    return sorted(set(found), key=lambda f: (files.index(f.part), f.line, f.rule, f.message))
 
 
 # The text for clang
@@ -138,10 +139,10 @@ def _parse(text: str) -> TranslationUnit:
 # Clang's own errors
 
 
-def _place(location) -> tuple[str, int]:
-    """Part and line as #line says, ("", 0) outside of the kernel's text."""
+def _place(location, files: Sequence[str]) -> tuple[str, int]:
+    """File and line as #line says, ("", 0) outside of the kernel's text."""
     part, line = _presumed(location)
-    return (part, line) if part in _PARTS else ("", 0)
+    return (part, line) if part in files else ("", 0)
 
 
 def _presumed(location) -> tuple[str, int]:
@@ -160,11 +161,11 @@ def _in_metal(message: str) -> str:
     return message.replace("__bf16", "bfloat")
 
 
-def _diagnostics(unit: TranslationUnit) -> Iterator[Finding]:
+def _diagnostics(unit: TranslationUnit, files: Sequence[str]) -> Iterator[Finding]:
     for diagnostic in unit.diagnostics:
         if diagnostic.severity < 3:
             continue
-        part, line = _place(diagnostic.location)
+        part, line = _place(diagnostic.location, files)
         if not part:  # an error within a macro or template of the preamble, made by a use in the kernel, is at the use
             continue
         yield Finding("language", part, line, _in_metal(diagnostic.spelling))
@@ -173,14 +174,14 @@ def _diagnostics(unit: TranslationUnit) -> Iterator[Finding]:
 # Rules on the syntax tree
 
 
-def _tree_rules(unit: TranslationUnit) -> Iterator[Finding]:
+def _tree_rules(unit: TranslationUnit, files: Sequence[str]) -> Iterator[Finding]:
     from clang.cindex import CursorKind as K
 
     calls: dict[str, set[str]] = {}
     places: dict[str, tuple[str, int, str]] = {}
-    for top in _own(unit.cursor):
+    for top in _own(unit.cursor, files):
         for cursor, parent in _walk(top, None):
-            part, line = _place(cursor.location)
+            part, line = _place(cursor.location, files)
             if not part:
                 continue
             if cursor.kind in (K.FUNCTION_DECL, K.FUNCTION_TEMPLATE, K.CXX_METHOD) and cursor.is_definition():
@@ -258,10 +259,10 @@ def _bare(cursor: Cursor) -> Cursor:
     return cursor
 
 
-def _own(cursor: Cursor) -> Iterator[Cursor]:
+def _own(cursor: Cursor, files: Sequence[str]) -> Iterator[Cursor]:
     """The declarations of the kernel's header, and the kernel."""
     for child in cursor.get_children():
-        if _presumed(child.location)[0] in ("header", "arguments"):
+        if _presumed(child.location)[0] in (*files, "arguments"):
             yield child
 
 
@@ -304,4 +305,6 @@ def _token_rules(part: str, text: str) -> Iterator[Finding]:
                 yield Finding("literal", part, line, f"{token} has no suffix, and is a double in CUDA: write {token}f")
             if token.startswith("__") and not _MACRO.fullmatch(token):
                 yield Finding("reserved-name", part, line, f"{token}: names that start with __ are the compiler's")
+        elif match := LINE.match(token):
+            part, line = match[2], int(match[1]) - 1
         line += token.count("\n")

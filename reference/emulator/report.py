@@ -152,14 +152,13 @@ class Words:
         return f"kernel {self.name}, {text}"
 
     def line(self, pc: int) -> str:
-        return self.place(build.line_of(self.path, pc - 1 - self.base)) if pc else "an unknown line"
+        return self.place(build.line_of(self.path, pc - 1 - self.base, self.source.files)) if pc else "an unknown line"
 
     def place(self, place: tuple[str, int]) -> str:
         file, number = place
-        text = {"header": self.source.header, "body": self.source.body}.get(file)
-        if text is None or not 0 < number <= len(text.splitlines()):
+        line = self.source.line(file, number)
+        if line is None:
             return file or "a line of the standard library"
-        line = text.splitlines()[number - 1].strip()
         return f"{file} line {number} (`{line if len(line) <= 100 else line[:97] + '...'}`)"
 
     def thread(self, uid: int) -> str:

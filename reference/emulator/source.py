@@ -87,6 +87,32 @@ class Source:
         """The text as MLX prints it with verbose=True, without the preamble."""
         return self.header + self.signature + self.body + self.tail
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names that a compiler may give to where an error is: the parts, and those of the text's #line."""
+        return ("header", "body", "signature", *line_files(self.text))
+
+    def line(self, file: str, number: int) -> str | None:
+        """A line of one of these files, None if there is none."""
+        for part, text in (("header", self.header), ("body", self.body)):
+            name, last = part, 0
+            for line in text.splitlines():
+                if match := LINE.match(line):
+                    name, last = match[2], int(match[1]) - 1
+                    continue
+                last += 1
+                if (name, last) == (file, number):
+                    return line.strip()
+        return None
+
+
+LINE = re.compile(r'^[ \t]*#[ \t]*line[ \t]+(\d+)[ \t]+"([^"\n]*)"', re.MULTILINE)
+
+
+def line_files(text: str) -> list[str]:
+    """The files that the text's #line directives name, each once."""
+    return list(dict.fromkeys(file for _, file in LINE.findall(text)))
+
 
 @functools.cache
 def preamble() -> str:

@@ -30,7 +30,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def is_code(token: str) -> bool:
-    """Whether a token is neither white space nor a comment nor a directive."""
+    """True if a token is neither white space nor a comment nor a directive."""
     return not (token.isspace() or token.startswith(("//", "/*")) or token.lstrip(" \t").startswith("#"))
 
 
@@ -74,7 +74,7 @@ def _end_of_variables(tokens: list[str], start: int) -> int | None:
 
 
 def _depths(tokens: list[str]) -> Iterator[int]:
-    """How many brackets and template arguments are open after each token; within brackets < and > are comparisons."""
+    """The number of brackets and template arguments open after each token; within brackets < and > are comparisons."""
     brackets = angles = 0
     for token in tokens:
         brackets += (token in ("[", "(")) - (token in ("]", ")"))
@@ -170,6 +170,6 @@ def _closing(tokens: list[str], start: int) -> int:
 
 
 def _continues(tokens: list[str], end: int) -> bool:
-    """Whether a brace closed an initialiser in the middle of a declaration, as in a constructor's list."""
+    """True if a brace closed an initialiser in the middle of a declaration, as in a constructor's list."""
     following = next((t for t in tokens[end + 1 :] if t and is_code(t)), "")
     return following in (",", "{", ")")

@@ -11,7 +11,7 @@ import pytest
 from qwen_mlx import ops
 from qwen_mlx.cli import selftest
 from qwen_mlx.ops import dispatch
-from reference.emulator import emulate
+from reference.emulator import CompileError, OutOfBounds, emulate, lint, standin
 from tests.helpers import seeded_decoding
 from tests.helpers.decoding_calls import calls
 from tests.helpers.seeded import EDITS, Edit, WrongNumbers, case_inputs
@@ -59,14 +59,7 @@ def test_shipped_kernels_pass(kernels, name):
 
 @pytest.mark.parametrize("name", EDITS)
 def test_defects_of_shipped_kernels_are_seen(kernels, name):
-    edit: Edit = EDITS[name]
-    with_defect(
-        kernels,
-        edit,
-        {"rms.h": "rms_norm", "add_rms.h": "add_rms_norm", "rotary.h": "qkv_rope"}.get(
-            edit.file, edit.file.removesuffix(".metal")
-        ),
-    )
+    with_defect(kernels, EDITS[name], name.split()[0].rstrip(":"))
 
 
 @pytest.mark.parametrize("name", seeded_decoding.EDITS)
@@ -81,6 +74,36 @@ def with_defect(kernels: Path, edit: Edit, name: str) -> None:
     (kernels / edit.file).write_text(text.replace(edit.old, edit.new))
     with pytest.raises(edit.caught_by):
         compare(name)
+
+
+LINES = {
+    "prelude": ("metal_prelude.h", "pack.v[k] = float(from[index + uint(k)]);"),
+    "header": ("rms.h", "const float mean = sum / count;"),
+    "threadgroup memory": ("matvec.metal", "threadgroup float partial[THREADS / SIMD_WIDTH * R];"),
+    "body": ("matvec.metal", "const uint row = unit * uint(R) + lane;"),
+}
+
+
+@pytest.mark.parametrize("part", LINES)
+def test_an_error_names_the_file_and_the_line(kernels, part, monkeypatch):
+    file, line = LINES[part]
+    text = (kernels / file).read_text()
+    assert text.count(line) == 1
+    (kernels / file).write_text(text.replace(line, f"{line} undefined_name;"))
+    number = text.partition(line)[0].count("\n") + 1
+    ran: list[str] = []
+    monkeypatch.setattr(standin, "on_text", lambda source: ran.append(source.text))
+    with pytest.raises(CompileError, match=rf"qwen_mlx/metal/{file}:{number}:.*undefined_name"):
+        compare("matvec dense")
+    assert any(f.part == f"qwen_mlx/metal/{file}" and f.line == number for f in lint(ran[-1])), lint(ran[-1])
+
+
+def test_a_fault_names_the_file_and_the_line(kernels):
+    text = (kernels / "rms.h").read_text()
+    (kernels / "rms.h").write_text(text.replace("partial[simd] = sum;", "partial[simd + 1000u] = sum;"))
+    number = text.partition("partial[simd] = sum;")[0].count("\n") + 1
+    with pytest.raises(OutOfBounds, match=rf"qwen_mlx/metal/rms.h line {number} \(`partial\[simd \+ 1000u\] = sum;"):
+        compare("matvec dense")
 
 
 def run(case: Small, source: str, **options) -> mx.array:

@@ -21,6 +21,7 @@ from reference.emulator import (
 
 # Without a barrier a thread reads before another has written, or at the same time: the order decides which is seen.
 RACE = (DataRace, UninitialisedRead)
+SQUARES = "sum += sum_of_squares(values[p]);"
 BARRIER = "metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);"
 
 
@@ -39,15 +40,13 @@ class WrongNumbers(Exception):
 
 
 EDITS = {
-    "rms_norm without its barrier": Edit("rms_norm.metal", BARRIER, "", RACE),
-    "add_rms_norm without its barrier": Edit("add_rms.h", BARRIER, "", RACE),
-    "rms_norm: barrier for no memory": Edit(
-        "rms_norm.metal", "mem_flags::mem_threadgroup", "mem_flags::mem_none", RACE
-    ),
+    "rms_norm without its barrier": Edit("rms.h", BARRIER, "", RACE),
+    "add_rms_norm without its barrier": Edit("rms.h", BARRIER, "", RACE),
+    "rms_norm: barrier for no memory": Edit("rms.h", "mem_flags::mem_threadgroup", "mem_flags::mem_none", RACE),
     "rms_norm: barrier for the wrong memory": Edit(
-        "rms_norm.metal", "mem_flags::mem_threadgroup", "mem_flags::mem_device", RACE
+        "rms.h", "mem_flags::mem_threadgroup", "mem_flags::mem_device", RACE
     ),
-    "rms_norm: barrier of a simdgroup only": Edit("rms_norm.metal", "threadgroup_barrier(", "simdgroup_barrier(", RACE),
+    "rms_norm: barrier of a simdgroup only": Edit("rms.h", "threadgroup_barrier(", "simdgroup_barrier(", RACE),
     "rms_norm without its tail guard": Edit("rms_norm.metal", "if (i < uint(D)) {", "{", OutOfBounds),
     "swiglu without its tail guard": Edit("swiglu.metal", "if (column < uint(F)) {", "{", OutOfBounds),
     "rms_norm: guard off by one": Edit("rms_norm.metal", "if (i < uint(D)) {", "if (i <= uint(D)) {", OutOfBounds),
@@ -55,9 +54,9 @@ EDITS = {
         "rms_norm.metal", "store<T>(out, row + i,", "store<T>(out, row + i + 1u,", OutOfBounds
     ),
     "add_rms_norm: sums not stored": Edit(
-        "add_rms.h", "store_aligned<T>(sums, row + i, values[p]);", "", UnwrittenOutput
+        "add_rms_norm.metal", "store<T>(sums, row + i, values[p]);", "", UnwrittenOutput
     ),
-    "rope: second half not stored": Edit("rotary.h", "store<T>(q, to + uint(HALF), b);", "", UnwrittenOutput),
+    "rope: second half not stored": Edit("heads.h", "store<T>(q, to + uint(HALF), b);", "", UnwrittenOutput),
     "rope without its tail guard": Edit(
         "rope.metal", "if (item < uint(x_shape[0] * x_shape[1] * HEADS * (HALF / N))) {", "{", OutOfBounds
     ),
@@ -68,40 +67,38 @@ EDITS = {
         OutOfBounds,
     ),
     "qkv_rope: v stored over k": Edit(
-        "rotary.h", "head - uint(HEADS))", "(head - uint(HEADS)) % uint(KV))", (DataRace, UnwrittenOutput)
+        "heads.h", "head - uint(HEADS))", "(head - uint(HEADS)) % uint(KV))", (DataRace, UnwrittenOutput)
     ),
     "rms_norm: sum starts from nothing": Edit("rms_norm.metal", "float sum = 0.0f;", "float sum;", UninitialisedRead),
     "rms_norm: partial sums that nobody wrote": Edit(
-        "rms_norm.metal",
+        "rms.h",
         "if (lane == 0u) {",
-        "if (lane == 0u && simdgroup_index_in_threadgroup > 0u) {",
+        "if (lane == 0u && simd > 0u) {",
         UninitialisedRead,
     ),
     "rms_norm: partial sums of simdgroups that are not there": Edit(
-        "rms_norm.metal", "lane < uint(SIMDS) ?", "lane <= uint(SIMDS) ?", OutOfBounds
+        "rms.h", "lane < uint(SIMDS) ?", "lane <= uint(SIMDS) ?", OutOfBounds
     ),
     "rms_norm: barrier on one lane only": Edit(
-        "rms_norm.metal", BARRIER, f"if (lane == 0u) {{ {BARRIER} }}", (Divergence, *RACE)
+        "rms.h", BARRIER, f"if (lane == 0u) {{ {BARRIER} }}", (Divergence, *RACE)
     ),
     "rms_norm: simd_sum in a divergent branch": Edit(
-        "rms_norm.metal", "sum += part;", "sum += part; sum = metal::simd_sum(sum);", Divergence
+        "rms_norm.metal", SQUARES, f"{SQUARES} sum = metal::simd_sum(sum);", Divergence
     ),
     "rms_norm: early return before the barrier": Edit(
         "rms_norm.metal", "float sum = 0.0f;", "if (first >= uint(D)) { return; } float sum = 0.0f;", Deadlock
     ),
     "rms_norm: input written": Edit(
-        "rms_norm.metal", "sum += part;", "sum += part; const_cast<device T*>(x)[row + i] = T(0.0f);", ReadOnly
+        "rms_norm.metal", SQUARES, f"{SQUARES} const_cast<device T*>(x)[row + i] = T(0.0f);", ReadOnly
     ),
-    "rms_norm: eps left out": Edit("rms_norm.metal", "float_of_bits(EPS)", "0.0f", WrongNumbers),
+    "rms_norm: eps left out": Edit("rms_norm.metal", "as_type<float>(EPS)", "0.0f", WrongNumbers),
     "rms_norm: multiplied before rounding": Edit("rms.h", "float(T(normed))", "normed", WrongNumbers),
     "rms_norm: only the first simdgroup's sum": Edit(
-        "rms_norm.metal", "lane < uint(SIMDS) ? partial[lane]", "lane < 1u ? partial[lane]", WrongNumbers
+        "rms.h", "lane < uint(SIMDS) ? partial[lane]", "lane < 1u ? partial[lane]", WrongNumbers
     ),
-    "rope: turns the wrong way": Edit(
-        "rotary.h", "a.v[k + i] = first_half;", "a.v[k + i] = -first_half;", WrongNumbers
-    ),
+    "rope: turns the wrong way": Edit("heads.h", "a.v[k + i] = first_half;", "a.v[k + i] = -first_half;", WrongNumbers),
     "rope: pairs neighbours": Edit(
-        "rotary.h",
+        "heads.h",
         "load<N>(x, from + uint(HALF));",
         "load<N>(x, from ^ 1u);",
         WrongNumbers,
@@ -109,22 +106,22 @@ EDITS = {
     "rope: the first sequence's angles for all": Edit(
         "rope.metal", "table_shape[0] * table_shape[1]", "table_shape[1]", WrongNumbers
     ),
-    "qkv_rope: v rotated too": Edit("rotary.h", "head < uint(HEADS + KV)", "head < ALL", WrongNumbers),
+    "qkv_rope: v rotated too": Edit("heads.h", "head < uint(HEADS + KV)", "head < ALL", WrongNumbers),
     "qkv_rope: bias of the first head for all": Edit(
-        "rotary.h",
+        "heads.h",
         "load<N>(bias, head * uint(2 * HALF) + column);",
         "load<N>(bias, column);",
         WrongNumbers,
     ),
-    "swiglu: silu not rounded": Edit("swiglu.metal", "float(T(activated))", "activated", WrongNumbers),
+    "swiglu: silu not rounded": Edit("silu.h", "float(T(activated))", "activated", WrongNumbers),
     "rope: cosine and sine exchanged": Edit(
         "rotary.h", "metal::fma(a, cosine, -(b * sine))", "metal::fma(a, sine, -(b * cosine))", WrongNumbers
     ),
     "rope: the first pair's angle for two": Edit(
-        "rotary.h", "-a.v[k + i], turn.v[2 * i], turn.v[2 * i + 1])", "-a.v[k + i], turn.v[0], turn.v[1])", WrongNumbers
+        "heads.h", "-a.v[k + i], turn.v[2 * i], turn.v[2 * i + 1])", "-a.v[k + i], turn.v[0], turn.v[1])", WrongNumbers
     ),
     "rope: angles of the next pair": Edit(
-        "rotary.h",
+        "heads.h",
         "uint(HALF) + column;\n    UNROLL",
         "uint(HALF) + column + 1u;\n    UNROLL",
         (WrongNumbers, OutOfBounds),
@@ -132,23 +129,23 @@ EDITS = {
     "rope: tokens beyond the last": Edit(
         "rope.metal", "item = thread_position_in_grid.x;", "item = thread_position_in_grid.x + 1u;", UnwrittenOutput
     ),
-    "qkv_rope: angles of one sequence read for each": Edit("rotary.h", "token % rows", "token", OutOfBounds),
+    "qkv_rope: angles of one sequence read for each": Edit("heads.h", "token % rows", "token", OutOfBounds),
     "qkv_rope: the first half's bias for the second": Edit(
-        "rotary.h",
+        "heads.h",
         "load<N>(bias, head * uint(2 * HALF) + column + uint(HALF));",
         "load<N>(bias, head * uint(2 * HALF) + column);",
         WrongNumbers,
     ),
     "qkv_rope: sum with the bias not rounded": Edit(
-        "rotary.h", "float(T(b.v[k] + b_bias.v[k]))", "b.v[k] + b_bias.v[k]", WrongNumbers
+        "heads.h", "float(T(b.v[k] + b_bias.v[k]))", "b.v[k] + b_bias.v[k]", WrongNumbers
     ),
     "rms_norm: eps added before the division": Edit(
         "rms.h", "const float x = mean + eps;", "const float x = (sum + eps) / count;", WrongNumbers
     ),
     "add_rms_norm: sums not rounded": Edit(
-        "add_rms.h",
-        "float(T(values[p].v[k] + more[p].v[k]))",
-        "values[p].v[k] + more[p].v[k]",
+        "add_rms_norm.metal",
+        "float(T(values[p].v[k] + residuals[p].v[k]))",
+        "values[p].v[k] + residuals[p].v[k]",
         WrongNumbers,
     ),
     "swiglu: sum with the bias not rounded": Edit(
@@ -158,7 +155,7 @@ EDITS = {
         "swiglu.metal", "JOINED ? uint(F) + column : column", "column", WrongNumbers
     ),
     "swiglu: gate and up swapped": Edit(
-        "swiglu.metal", "const float x = g.v[k];", "const float x = u.v[k]; u.v[k] = g.v[k];", WrongNumbers
+        "swiglu.metal", "swiglu<T>(g.v[k], u.v[k])", "swiglu<T>(u.v[k], g.v[k])", WrongNumbers
     ),
 }
 

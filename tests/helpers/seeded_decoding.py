@@ -10,7 +10,7 @@ from .seeded import BARRIER, RACE, Edit, WrongNumbers
 EDITS: dict[str, tuple[str, Edit]] = {
     "norm before the product without its barriers": ("matvec dense", Edit("matvec.h", BARRIER, "", RACE)),
     "sums of several simdgroups without their barriers": ("matvec dense, split", Edit("matvec.h", BARRIER, "", RACE)),
-    "attend without its barriers": ("attend", Edit("attend.h", BARRIER, "", RACE)),
+    "attend without its barriers": ("attend", Edit("decode_attention.h", BARRIER, "", RACE)),
     "matvec: rows beyond the last": (
         "matvec q4_k",
         Edit("matvec.metal", " && row < uint(ROWS)", "", (OutOfBounds, UninitialisedRead)),
@@ -21,15 +21,15 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "matvec_qkv: the tail copied over the new token": (
         "matvec_qkv dense",
-        Edit("matvec_qkv.metal", "if (i / uint(2 * HALF) % uint(TAIL) != slot) {", "{", DataRace),
+        Edit("qkv.h", "if (i / uint(2 * HALF) % uint(SLOTS) != slot) {", "{", DataRace),
     ),
     "matvec_qkv: tail not copied": (
         "matvec_qkv dense",
-        Edit("matvec_qkv.metal", "store<T>(new_tail, i, load<N>(tail, i));", "", UnwrittenOutput),
+        Edit("qkv.h", "store<T>(new_recent_kv, i, load<N>(recent_kv, i));", "", UnwrittenOutput),
     ),
     "attend_split: sums of weights not stored": (
         "attend_split",
-        Edit("attend_split.metal", "stats[2u * at + 1u] = all.total;", "", UnwrittenOutput),
+        Edit("decode_attention_split.metal", "stats[2u * at + 1u] = all.total;", "", UnwrittenOutput),
     ),
     "matvec: the first simdgroup's sum only": (
         "matvec dense, split",
@@ -37,15 +37,15 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "matvec_swiglu: gate by gate": (
         "matvec_swiglu dense",
-        Edit("matvec_swiglu.metal", "float(T(activated)) * up", "float(T(activated)) * gate", WrongNumbers),
+        Edit("silu.h", "float(T(activated)) * up", "float(T(activated)) * gate", WrongNumbers),
     ),
     "matvec_qkv: second half turned the wrong way": (
         "matvec_qkv dense",
-        Edit("matvec_qkv.metal", "b = rotated(b, -a,", "b = rotated(b, a,", WrongNumbers),
+        Edit("qkv.h", "rotated(b, -a,", "rotated(b, a,", WrongNumbers),
     ),
     "matvec_qkv: the second matrix from the first one's unit on": (
         "matvec_qkv mixed",
-        Edit("matvec_qkv.metal", "unit - UNITS1,", "unit,", (OutOfBounds, WrongNumbers)),
+        Edit("matvec_qkv.metal", "(unit - uint(UNITS1))", "(unit)", (OutOfBounds, WrongNumbers)),
     ),
     "affine: a code's bits in the second word lost": (
         "matvec_qkv mixed",
@@ -57,7 +57,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "Q4_K: minimum of the wrong group": (
         "unpack q4_k",
-        Edit("q4_k.h", "const uint middle = (head.v[2] >> shift)", "const uint middle = head.v[2]", WrongNumbers),
+        Edit("q4_k.h", "const uint middle = (head.z >> shift)", "const uint middle = head.z", WrongNumbers),
     ),
     "Q6_K: highest bit only": ("matvec q6_k", Edit("q6_k.h", "top, 0x00600000u", "top, 0x00400000u", WrongNumbers)),
     "affine unpacked: a code's bits in the second word lost": (
@@ -66,98 +66,101 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "tiles: sums of several simdgroups without their barriers": (
         "matvec q4_k, long, tiles",
-        Edit("tile_sums.h", BARRIER, "", RACE),
+        Edit("nvidia/tile_sums.h", BARRIER, "", RACE),
     ),
     "tiles: codes of the first row for both": (
         "matvec affine4, tiles",
-        Edit("tiles.h", "rows.v[1] = second_low;", "rows.v[1] = first_low;", WrongNumbers),
+        Edit("nvidia/tiles.h", "first_low, second_low,", "first_low, first_low,", WrongNumbers),
     ),
     "tiles: the vector in the columns of all groups": (
         "matvec affine4, tiles",
-        Edit("affine_tiles.h", " && from % 256u / uint(GROUP) == g", "", WrongNumbers),
+        Edit("nvidia/affine_tiles.h", " && from % 256u / uint(GROUP) == g", "", WrongNumbers),
     ),
     "tiles: the vector read beyond its end": (
         "matvec affine4, ragged, tiles",
-        Edit("affine_tiles.h", "from < uint(K) && ", "", (OutOfBounds, UninitialisedRead)),
+        Edit("nvidia/affine_tiles.h", "from < uint(K) && ", "", (OutOfBounds, UninitialisedRead)),
     ),
     "tiles: codes read beyond the matrix": (
         "matvec affine4, ragged, tiles",
-        Edit("tiles.h", "piece < pieces ? piece : 0u", "piece", OutOfBounds),
+        Edit("nvidia/tiles.h", "piece < pieces ? piece : 0u", "piece", OutOfBounds),
     ),
     "tiles: sums of half of the lanes": (
         "matvec affine4, ragged, tiles",
-        Edit("tile_sums.h", "sums.v[r] += metal::simd_shuffle_xor(sums.v[r], ushort(2));", "", WrongNumbers),
+        Edit("nvidia/tile_sums.h", "sums.v[r] += metal::simd_shuffle_xor(sums.v[r], ushort(2));", "", WrongNumbers),
     ),
     "tiles: a stage read before all lanes have copied it": (
         "matvec q4_k, long, tiles",
         Edit(
-            "tile_sums.h",
-            "metal::simdgroup_barrier(metal::mem_flags::mem_threadgroup);\n    start_stage",
+            "nvidia/tile_sums.h",
+            "metal::simdgroup_barrier(metal::mem_flags::mem_threadgroup);\n      start_stage",
             "start_stage",
             RACE,
         ),
     ),
     "tiles: a ring of one stage": (
         "matvec q6_k, long, tiles",
-        Edit("tile_sums.h", "n % uint(DEPTH) * uint(RING);\n  if", "0u;\n  if", RACE),
+        Edit("nvidia/tile_sums.h", "n % uint(DEPTH) * uint(RING);\n    if", "0u;\n    if", RACE),
     ),
     "tiles: rows do not take turns when they are read": (
         "matvec affine4, tiles",
-        Edit("affine_tiles.h", "piece_word(g, s * 4u + t)", "(g * 8u + s * 4u + t) * 4u", WrongNumbers),
+        Edit("nvidia/affine_tiles.h", "piece_word(g, s * 4u + t)", "(g * 8u + s * 4u + t) * 4u", WrongNumbers),
     ),
     "tiles: the vector staged in its own order": (
         "matvec q4_k, tiles",
-        Edit("tiles.h", "return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;", "return k;", WrongNumbers),
+        Edit("nvidia/tiles.h", "return k / 4 * 4 + k % 2 * 2 + k / 2 % 2;", "return k;", WrongNumbers),
     ),
     "tiles: a neighbour's sums of the vector": (
         "matvec q6_k, tiles",
-        Edit("q6_k_tiles.h", "h * 8u + t * 2u]", "t * 2u]", WrongNumbers),
+        Edit("nvidia/q6_k_tiles.h", "h * 8u + t * 2u]", "t * 2u]", WrongNumbers),
     ),
     "tiles: scales of the first rows for the others": (
         "matvec affine4, tiles",
-        Edit("affine_tiles.h", "((g + r * 8u) * PAIRS", "(g * PAIRS", WrongNumbers),
+        Edit("nvidia/affine_tiles.h", "((g + r * 8u) * uint(PAIRS)", "(g * uint(PAIRS)", WrongNumbers),
     ),
     "tiles: 128 not taken away": (
         "matvec_swiglu q4_k, tiles",
-        Edit("tiles.h", "IsBfloat<T>::value ? 128.0f : 0.0f", "0.0f", WrongNumbers),
+        Edit("nvidia/tiles.h", "IsBfloat<T>::value ? 128.0f : 0.0f", "0.0f", WrongNumbers),
     ),
     "Q4_K tiles: low codes for high ones": (
         "matvec q4_k, tiles",
-        Edit("q4_k_tiles.h", "two_codes<T>(a, 4), ", "two_codes<T>(a, 0), ", WrongNumbers),
+        Edit("nvidia/q4_k_tiles.h", "second[i + k], 4, 12,", "second[i + k], 0, 12,", WrongNumbers),
     ),
     "Q6_K tiles: the first lanes' high bits for all": (
         "matvec q6_k, tiles",
-        Edit("q6_k_tiles.h", "first_top.v[i + k] >> (t / 2u * 2u)", "first_top.v[i + k]", WrongNumbers),
+        Edit("nvidia/q6_k_tiles.h", "first_top[i + k] >> (t / 2u * 2u)", "first_top[i + k]", WrongNumbers),
     ),
     "matvec_qkv: units of two matrices in one threadgroup": (
         "matvec_qkv q4_k and q6_k, tiles",
-        Edit("matvec_qkv.metal", "if (unit >= UNITS1) {", "if (unit > UNITS1) {", (OutOfBounds, WrongNumbers)),
+        Edit("nvidia/matvec_qkv.metal", "unit >= uint(UNITS1)", "unit > uint(UNITS1)", (OutOfBounds, WrongNumbers)),
     ),
     "attend: a key too few in the window": (
         "attend",
-        Edit("attend.h", "? end - uint(WINDOW) : 0u", "? end - uint(WINDOW) + 1u : 0u", WrongNumbers),
+        Edit("decode_attention.h", "? end - uint(WINDOW) : 0u", "? end - uint(WINDOW) + 1u : 0u", WrongNumbers),
     ),
-    "matmul without its barrier": ("matmul", Edit("matmul.metal", BARRIER, "", RACE)),
-    "matmul: outputs beyond the last": ("matmul", Edit("matmul.metal", "if (column < uint(N)) {", "{", OutOfBounds)),
+    "matmul without its barrier": ("matmul", Edit("nvidia/matmul.metal", BARRIER, "", RACE)),
+    "matmul: outputs beyond the last": (
+        "matmul",
+        Edit("nvidia/matmul.metal", "if (column < uint(N)) {", "{", OutOfBounds),
+    ),
     "matmul: rows beyond the last": (
         "matmul",
-        Edit("matmul.h", "row = row < uint(COUNT) ? row : uint(COUNT - 1);", "", OutOfBounds),
+        Edit("nvidia/matmul.h", "row = row < uint(COUNT) ? row : uint(COUNT - 1);", "", OutOfBounds),
     ),
     "matmul: steps beyond the last": (
         "matmul",
-        Edit("matmul.h", "if (start + uint(d) < uint(K / 32)) {", "{", OutOfBounds),
+        Edit("nvidia/matmul.h", "if (start + uint(d) < uint(K / 32)) {", "{", OutOfBounds),
     ),
     "matmul: a step's first half twice": (
         "matmul, 20 rows",
-        Edit("matmul.h", "first[d].v[half_step * 2 + 1]", "first[d].v[half_step * 2]", WrongNumbers),
+        Edit("nvidia/matmul.h", "first[d][h * 2 + 1]", "first[d][h * 2]", WrongNumbers),
     ),
     "matmul: the first part's sum only": (
         "matmul, 20 rows",
-        Edit("matmul.metal", "for (int s = 0; s < SPLIT; ++s) {", "for (int s = 0; s < 1; ++s) {", WrongNumbers),
+        Edit("nvidia/matmul.metal", "for (int s = 0; s < SPLIT; ++s) {", "for (int s = 0; s < 1; ++s) {", WrongNumbers),
     ),
     "matmul: results of the first tile for all": (
         "matmul, 20 rows",
-        Edit("matmul.metal", "sums.tiles[tile].v[i]", "sums.tiles[0].v[i]", WrongNumbers),
+        Edit("nvidia/matmul.metal", "sums.tiles[tile].v[i]", "sums.tiles[0].v[i]", WrongNumbers),
     ),
     "best_parts without its barrier": ("best_token", Edit("best_parts.metal", BARRIER, "", RACE)),
     "best_parts: the last part ends early": (
@@ -187,23 +190,31 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "attend: a row sees its padding": (
         "attend rows",
-        Edit("attend.h", "metal::max(least, WINDOW", "metal::max(0u, WINDOW", WrongNumbers),
+        Edit("decode_attention.h", "metal::max(first, WINDOW", "metal::max(0u, WINDOW", WrongNumbers),
     ),
-    "attend: another row's padding": ("attend rows", Edit("attend.metal", "LEAST,", "uint(least[0]),", WrongNumbers)),
+    "attend: another row's padding": (
+        "attend rows",
+        Edit("decode_attention.metal", "uint(first[batch])", "uint(first[0])", WrongNumbers),
+    ),
     "attend: every row on the first one's keys": (
         "attend rows",
-        Edit("attend.metal", "batch * uint(KV) + query / uint(RATIO)", "query / uint(RATIO) % uint(KV)", WrongNumbers),
+        Edit(
+            "decode_attention.metal",
+            "batch * uint(KV) + query / uint(RATIO)",
+            "query / uint(RATIO) % uint(KV)",
+            WrongNumbers,
+        ),
     ),
     "attend_split: a row on the values of the row before": (
         "attend_split rows",
-        Edit("attend_split.metal", "batch * uint(KV) + head", "head", (WrongNumbers, OutOfBounds)),
+        Edit("decode_attention_split.metal", "batch * uint(KV) + head", "head", (WrongNumbers, OutOfBounds)),
     ),
     "attend: keys that are not there": (
         "attend",
         Edit(
-            "attend.h",
-            "lane_row < end ? dot * scale : float_of_bits(int(0xff800000u))",
-            "lane_row <= end ? dot * scale : float_of_bits(int(0xff800000u))",
+            "decode_attention.h",
+            "lane_row < end ? dot * scale : -INFINITY",
+            "lane_row <= end ? dot * scale : -INFINITY",
             WrongNumbers,
         ),
     ),

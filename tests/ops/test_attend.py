@@ -23,11 +23,11 @@ def exact(q: np.ndarray, kv: np.ndarray, offset: int, scale: float, window: int 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "room", "filled", "position", "window"),
     [
-        (14, 2, 64, 256, 0, 0, None),  # the tail alone
+        (14, 2, 64, 256, 0, 0, None),  # the recent alone
         (14, 2, 64, 256, 31, 31, None),
         (4, 4, 128, 256, 256, 271, None),
         (7, 1, 128, 256, 90, 97, 50),
-        (2, 1, 64, 256, 20, 30, 5),  # the window begins in the tail
+        (2, 1, 64, 256, 20, 30, 5),  # the window begins in the recent
         (2, 1, 64, 256, 20, 30, 50),
         (2, 1, 64, 2304, 40, 41, None),  # most splits have no keys
         (6, 2, 64, 2304, 1999, 2010, None),
@@ -37,15 +37,15 @@ def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, fille
     keys = mx.random.split(mx.random.key(position), 3)
     q = (2 * mx.random.normal((1, heads, 1, head_dim), key=keys[0])).astype(dtype)
     kv = mx.random.normal((1, 2 * kv_heads, room, head_dim), key=keys[1]).astype(dtype)
-    tail = mx.random.normal((1, 2 * kv_heads, 16, head_dim), key=keys[2]).astype(dtype)
+    recent = mx.random.normal((1, 2 * kv_heads, 16, head_dim), key=keys[2]).astype(dtype)
     # What is not filled yet must not count, whatever it holds.
     kv = mx.where((mx.arange(room) >= filled)[:, None], mx.array(1e4, dtype), kv)
-    tail = mx.where((mx.arange(16) > position - filled)[:, None], mx.array(1e4, dtype), tail)
+    recent = mx.where((mx.arange(16) > position - filled)[:, None], mx.array(1e4, dtype), recent)
     scale = head_dim**-0.5
-    out = ops.decode_attention(q, kv, tail, mx.array([position, filled], mx.int32), scale, window)
+    out = ops.decode_attention(q, kv, recent, mx.array([position, filled], mx.int32), scale, window)
     assert out.shape == q.shape
     assert out.dtype == dtype
-    both = mx.concatenate([kv[:, :, :filled], tail], axis=2)
+    both = mx.concatenate([kv[:, :, :filled], recent], axis=2)
     wide = [np.array(a.astype(mx.float32), np.float64) for a in (q, both, out)]
     expected = exact(wide[0], wide[1], position, scale, window)
     ulp = {mx.float32: 2e-6, mx.float16: 2**-11, mx.bfloat16: 2**-8}[dtype]
@@ -56,44 +56,44 @@ def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, fille
 @pytest.mark.parametrize("room", [256, 2304])
 def test_rows_are_those_of_one_at_a_time(executor: str, room: int, window: int | None):
     """Padding holds NaN, which must not count."""
-    heads, kv_heads, head_dim, filled, position, least = 4, 2, 64, 40, 51, [0, 7, 39, 45]
+    heads, kv_heads, head_dim, filled, newest, firsts = 4, 2, 64, 40, 51, [0, 7, 39, 45]
     keys = mx.random.split(mx.random.key(room), 3)
     q = mx.random.normal((4, heads, 1, head_dim), key=keys[0])
     kv = mx.random.normal((4, 2 * kv_heads, room, head_dim), key=keys[1])
-    tail = mx.random.normal((4, 2 * kv_heads, 16, head_dim), key=keys[2])
-    rows, place = mx.array(least, mx.int32), mx.array([position, filled], mx.int32)
+    recent = mx.random.normal((4, 2 * kv_heads, 16, head_dim), key=keys[2])
+    rows, position = mx.array(firsts, mx.int32), mx.array([newest, filled], mx.int32)
     padded = [
         mx.where(mx.arange(start, start + a.shape[2])[:, None] < rows[:, None, None, None], value, a)
-        for start, a, value in ((0, kv, float("nan")), (filled, tail, float("nan")))
+        for start, a, value in ((0, kv, float("nan")), (filled, recent, float("nan")))
     ]
     if executor == "reference":  # MLX's own attention adds NaN times 0
-        padded = [kv, tail]
-    out = ops.decode_attention(q, *padded, place, 0.125, window, rows)
+        padded = [kv, recent]
+    out = ops.decode_attention(q, *padded, position, 0.125, window, rows)
     assert out.shape == q.shape
-    both = mx.concatenate([kv[:, :, :filled], tail], axis=2)
-    for row, first in enumerate(least):
+    both = mx.concatenate([kv[:, :, :filled], recent], axis=2)
+    for row, first in enumerate(firsts):
         parts = [np.array(a[row : row + 1], np.float64) for a in (q, both[:, :, first:])]
-        expected = exact(parts[0], parts[1], position - first, 0.125, window)
+        expected = exact(parts[0], parts[1], newest - first, 0.125, window)
         np.testing.assert_allclose(np.array(out[row, :, 0]), expected, rtol=4e-6, atol=4e-6)
 
 
 def test_padding_of_another_batch_is_refused():
-    q, kv, tail = (mx.zeros((2, 4, n, 64)) for n in (1, 256, 16))
-    place = mx.zeros(2, mx.int32)
-    with pytest.raises(ValueError, match=r"least has shape \(3,\).*expected \(2,\)"):
-        ops.decode_attention(q, kv, tail, place, 1.0, None, mx.zeros(3, mx.int32))
+    q, kv, recent = (mx.zeros((2, 4, n, 64)) for n in (1, 256, 16))
+    position = mx.zeros(2, mx.int32)
+    with pytest.raises(ValueError, match=r"first has shape \(3,\).*expected \(2,\)"):
+        ops.decode_attention(q, kv, recent, position, 1.0, None, mx.zeros(3, mx.int32))
 
 
 @pytest.mark.parametrize(
-    ("q", "kv", "tail", "message"),
+    ("q", "kv", "recent", "message"),
     [
         ((1, 4, 2, 64), (1, 4, 256, 64), (1, 4, 16, 64), "q has shape"),
         ((1, 4, 1, 64), (1, 6, 256, 64), (1, 6, 16, 64), "kv has shape"),
         ((1, 4, 1, 64), (1, 4, 256, 32), (1, 4, 16, 32), "kv has shape"),
-        ((1, 4, 1, 64), (1, 4, 256, 64), (1, 2, 16, 64), "tail has shape"),
+        ((1, 4, 1, 64), (1, 4, 256, 64), (1, 2, 16, 64), "recent_kv has shape"),
         ((2, 4, 1, 64), (1, 4, 256, 64), (1, 4, 16, 64), "kv has shape"),
     ],
 )
-def test_what_does_not_agree_is_named(q, kv, tail, message):
+def test_what_does_not_agree_is_named(q, kv, recent, message):
     with pytest.raises(ValueError, match=message):
-        ops.decode_attention(mx.zeros(q), mx.zeros(kv), mx.zeros(tail), mx.array([0, 0], mx.int32), 1.0)
+        ops.decode_attention(mx.zeros(q), mx.zeros(kv), mx.zeros(recent), mx.array([0, 0], mx.int32), 1.0)

@@ -46,7 +46,7 @@ def assert_right(x: mx.array, w: mx.array, y: mx.array) -> None:
 )
 def test_products(executor: str, shape: tuple[int, ...], outputs: int, dtype: mx.Dtype):
     x, w = random(*shape, dtype=dtype, seed=1), random(outputs, shape[-1], dtype=dtype, seed=2)
-    assert (executor == "emulated") == MODULE.serves(x, w)
+    assert (executor == "emulated") == MODULE.supports(x, w)
     with ops.no_grad():
         assert_right(x, w, ops.matmul(x, w))
 
@@ -59,7 +59,7 @@ def test_products_of_any_size(rows: int, outputs: int, steps: int, cut: bool):
     x = random(rows, 32 * steps, dtype=mx.bfloat16, seed=rows)
     w = random(outputs + cut, 32 * steps, dtype=mx.bfloat16, seed=outputs)[int(cut) :]  # a slice of an array
     with emulate(), ops.no_grad():
-        assert MODULE.serves(x, w)
+        assert MODULE.supports(x, w)
         assert_right(x, w, ops.matmul(x, w))
 
 
@@ -93,7 +93,7 @@ def test_gradients(executor: str):
         (mx.zeros((0, 64), mx.bfloat16), mx.zeros((8, 64), mx.bfloat16)),
     ],
 )
-def test_what_the_kernel_does_not_serve_is_mlx_own_product(x: mx.array, w: mx.array):
+def test_what_the_kernel_does_not_support_is_mlx_own_product(x: mx.array, w: mx.array):
     with ops.forced("cuda"):  # there is none here: a launch would raise
         assert ops.matmul(x, w).tolist() == (x @ w.T).tolist()
 

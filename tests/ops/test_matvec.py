@@ -94,19 +94,19 @@ def test_qkv_is_what_the_separate_operations_give(executor: str, forms: str, fac
     x, weight, bias = vector(256, mx.float32), vector(256, mx.float32, 2).reshape(-1), vector(rows, mx.float32, 3)
     plain = ops.Rotary.plain(head_dim, 1e6)
     rotary = ops.Rotary(plain.inv_freq, factor)
-    tail = vector(2 * kv_heads * 4 * head_dim, mx.float32, 4).reshape(1, 2 * kv_heads, 4, head_dim)
-    place = mx.array([100_000, 99_998], mx.int32)
+    recent = vector(2 * kv_heads * 4 * head_dim, mx.float32, 4).reshape(1, 2 * kv_heads, 4, head_dim)
+    position = mx.array([100_000, 99_998], mx.int32)
     with ops.no_grad():
         table = rotary.table(100_000, 1)
-        q, new_tail = ops.matvec_qkv(x, parts, bias.reshape(-1), (weight, 1e-6), table[0, 0], tail, place, heads)
+        q, new_recent = ops.matvec_qkv(x, parts, bias.reshape(-1), (weight, 1e-6), table[0, 0], recent, position, heads)
         joined = mx.concatenate([ops.matvec(x, part, (weight, 1e-6)) for part in parts], axis=-1)
         q2, kv2 = ops.qkv_rope(joined, bias.reshape(-1), table, heads, kv_heads)
     assert q.shape == (1, heads, 1, head_dim)
-    assert new_tail.shape == tail.shape
+    assert new_recent.shape == recent.shape
     np.testing.assert_allclose(wide(q), wide(q2), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(wide(new_tail[:, :, 2]), wide(kv2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(wide(new_recent[:, :, 2]), wide(kv2), rtol=1e-5, atol=1e-5)
     for slot in (0, 1, 3):
-        assert mx.array_equal(new_tail[:, :, slot], tail[:, :, slot])
+        assert mx.array_equal(new_recent[:, :, slot], recent[:, :, slot])
 
 
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k"])

@@ -17,8 +17,8 @@ def test_every_case_is_within_its_limit():
         rows = selftest.run(list(selftest.decoding_cases(mx.float16, small=True)))
     for row in rows:
         assert row["ok"], row
-    # Products; five formats unpacked; long rows; the rotation, attention of four kinds, the likeliest token.
-    assert len(rows) == 4 * len(FORMATS) + 2 * 5 + 6 + 8
+    # Products; five packings unpacked; long rows; few rows; attention of four kinds; the likeliest token.
+    assert len(rows) == 4 * len(FORMATS) + 2 * 5 + 6 + 2 + 4 + 1
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)

@@ -1,10 +1,10 @@
 // out (COUNT, N) = T(x W^T) for a few rows of x (COUNT, K) and W (N, K), all T of 16 bits; K is a multiple of 32. A unit, 16 rows
 // of W, belongs to SPLIT simdgroups, each of which multiplies a part of K.
-// Template: T, K, N, COUNT, SPLIT, DEPTH steps a lane loads at once, THREADS.
+// Template: T, K, N, COUNT, SPLIT, DEPTH steps that a lane loads at once, THREADS.
 constexpr int TILES = (COUNT + 7) / 8;
 constexpr int UNITS = THREADS / SIMD_WIDTH / SPLIT;
-constexpr int PLACES = 16 * 8 * TILES;
-threadgroup float partial[UNITS * SPLIT * PLACES];
+constexpr int SUMS = 16 * 8 * TILES;
+threadgroup float partial[UNITS * SPLIT * SUMS];
 
 const uint lane = thread_index_in_simdgroup;
 const uint simd = simdgroup_index_in_threadgroup;
@@ -12,27 +12,24 @@ const uint first = threadgroup_position_in_grid.x * uint(UNITS);
 const uint unit = first + simd / uint(SPLIT);
 const uint low = row_of<16, 0, N>(unit, lane / 4u);
 const uint high = row_of<16, 0, N>(unit, lane / 4u + 8u);
-const RowTiles<TILES> sums =
-    is_aligned(w) && is_aligned(x)
-        ? row_tiles<T, K, COUNT, TILES, SPLIT, DEPTH, true>(x, w, low, high, simd % uint(SPLIT), lane)
-        : row_tiles<T, K, COUNT, TILES, SPLIT, DEPTH, false>(x, w, low, high, simd % uint(SPLIT), lane);
+const RowTiles<TILES> sums = row_tiles<T, K, COUNT, TILES, SPLIT, DEPTH>(x, w, low, high, simd % uint(SPLIT), lane);
 UNROLL
 for (int tile = 0; tile < TILES; ++tile) {
   UNROLL
   for (int i = 0; i < 4; ++i) {
     const uint row = uint(tile * 8 + i % 2) + lane % 4u * 2u;
-    partial[simd * uint(PLACES) + row * 16u + lane / 4u + uint(i / 2 * 8)] = sums.tiles[tile].v[i];
+    partial[simd * uint(SUMS) + row * 16u + lane / 4u + uint(i / 2 * 8)] = sums.tiles[tile].v[i];
   }
 }
 metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 for (uint i = thread_position_in_threadgroup.x; i < uint(UNITS * COUNT * 16); i += uint(THREADS)) {
-  const uint place = i % uint(COUNT * 16);
-  const uint column = (first + i / uint(COUNT * 16)) * 16u + place % 16u;
+  const uint at = i % uint(COUNT * 16);
+  const uint column = (first + i / uint(COUNT * 16)) * 16u + at % 16u;
   if (column < uint(N)) {
     float sum = 0.0f;
     for (int s = 0; s < SPLIT; ++s) {
-      sum += partial[(i / uint(COUNT * 16) * uint(SPLIT) + uint(s)) * uint(PLACES) + place];
+      sum += partial[(i / uint(COUNT * 16) * uint(SPLIT) + uint(s)) * uint(SUMS) + at];
     }
-    out[place / 16u * uint(N) + column] = T(sum);
+    out[at / 16u * uint(N) + column] = T(sum);
   }
 }

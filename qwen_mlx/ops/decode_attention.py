@@ -1,0 +1,107 @@
+"""Attention of one token of each row on a cache as it lies: a long buffer, and a short one of the newest tokens."""
+
+from __future__ import annotations
+
+from ..backend import mx
+from .attention import attention
+from .dispatch import Kernel, executor, float_bits, require, require_float, require_like, require_position
+
+# Tokens of room that one threadgroup a query head attends to. Beyond, each of several takes a part, for all heads that
+# share a key/value head, so that it is read once.
+SHORT = 2048
+SPLIT = 64
+MOST_SPLITS = 128  # of all key/value heads together
+THREADS = {"cuda": 512, "metal": 256}  # for a short cache
+DEPTH = {"cuda": 4, "metal": 2}  # rows that a lane loads at once
+# Query heads of all rows, more than an H200's multiprocessors, each of which holds 512 threads.
+MANY_HEADS, MANY_THREADS = 132, 256
+SPLIT_THREADS = 256  # each of which holds a query of every head in registers
+
+
+def _kernel(name: str, outputs: tuple[str, ...], ragged: bool) -> Kernel:
+    inputs = ("q", "kv", "recent_kv", "position") + ("first",) * ragged
+    definitions = () if ragged else (("first", "position"),)  # named in the text, never read
+    return Kernel(name, inputs, outputs, ("decode_attention.h",), "rows" * ragged, definitions)
+
+
+_SHORT = {ragged: _kernel("decode_attention", ("out",), ragged) for ragged in (False, True)}
+_LONG = {ragged: _kernel("decode_attention_split", ("sums", "stats"), ragged) for ragged in (False, True)}
+_COMBINE = Kernel("combine", ("sums", "stats"), ("out",))
+
+
+def decode_attention(
+    q: mx.array,
+    kv: mx.array,
+    recent_kv: mx.array,
+    position: mx.array,
+    scale: float,
+    window: int | None = None,
+    first: mx.array | None = None,
+) -> mx.array:
+    """softmax(scale q k^T) v for one token of each of B rows, each group of query heads on its key/value head.
+
+    q: (B, n_heads, 1, D); kv: (B, 2 n_kv_heads, room, D), keys first, of which position[1] tokens count; recent_kv:
+    (B, 2 n_kv_heads, tokens, D), those after them up to position[0]; position: int32 (2,) or longer, whose values are
+    not looked at, which would wait for them; window: the number of newest keys that are seen, None for all; first:
+    int32 (B,), the first token that each row sees, None for all. Returns q's shape and dtype. Rounding: scores and
+    softmax in float32, the result rounded once. Raises ValueError if shapes or dtypes do not agree.
+    """
+    require_float("q", q)
+    require(
+        q.ndim == 4 and q.shape[2] == 1 and q.shape[0] > 0,
+        lambda: f"q has shape {q.shape}, expected (B, n_heads, 1, D).",
+    )
+    rows, n_heads, _, head_dim = q.shape
+    require_like("kv", kv, (rows, "2 n_kv_heads", "room", head_dim), q.dtype)
+    n_kv_heads, room = kv.shape[1] // 2, kv.shape[2]
+    require(
+        kv.shape[1] % 2 == 0 and n_kv_heads > 0 and n_heads % n_kv_heads == 0,
+        lambda: f"kv has shape {kv.shape}, expected keys and values of one head or more that divide {n_heads}.",
+    )
+    require_like("recent_kv", recent_kv, (rows, 2 * n_kv_heads, "tokens", head_dim), q.dtype)
+    require_position(position)
+    require(window is None or window > 0, lambda: f"window is {window}, expected 1 or more, or None for all.")
+    if first is not None:
+        require_like("first", first, (rows,), mx.int32)
+    kind = executor("attend")
+    if kind == "reference" or head_dim * q.dtype.size not in (16, 32, 64, 128, 256, 512):
+        return decode_attention_fallback(q, kv, recent_kv, position, scale, window, first)
+    ragged = first is not None
+    inputs = [array for array in (q, kv, recent_kv, position, first) if array is not None]
+    template: list[tuple[str, object]] = [("KV", n_kv_heads), ("RATIO", n_heads // n_kv_heads), ("D", head_dim)]
+    template += [("WINDOW", window or 0), ("SCALE", float_bits(scale)), ("DEPTH", DEPTH[kind]), ("RAGGED", ragged)]
+    if room <= SHORT:
+        n_threads = THREADS[kind] if rows * n_heads <= MANY_HEADS else MANY_THREADS
+        grid = (n_threads, rows * n_heads, 1)
+        return _SHORT[ragged](inputs, [*template, ("THREADS", n_threads)], grid, (n_threads, 1, 1), [q.shape])[0]
+    splits = min(max(1, MOST_SPLITS // (rows * n_kv_heads)), -(-room // SPLIT))
+    splits = 1 << splits.bit_length() - 1  # few values: each is compiled
+    template += [("THREADS", SPLIT_THREADS), ("SPLITS", splits)]
+    shapes = [(rows, n_heads, splits, head_dim), (rows, n_heads, splits, 2)]
+    grid = (splits * SPLIT_THREADS, rows * n_kv_heads, 1)
+    parts = _LONG[ragged](inputs, template, grid, (SPLIT_THREADS, 1, 1), shapes, mx.float32)
+    template = [("T", q.dtype), ("D", head_dim), ("SPLITS", splits)]
+    return _COMBINE(parts, template, (head_dim, rows * n_heads, 1), (head_dim, 1, 1), [q.shape], q.dtype)[0]
+
+
+def decode_attention_fallback(
+    q: mx.array,
+    kv: mx.array,
+    recent_kv: mx.array,
+    position: mx.array,
+    scale: float,
+    window: int | None = None,
+    first: mx.array | None = None,
+) -> mx.array:
+    """decode_attention in MLX's own operations."""
+    n_kv_heads, newest, filled = kv.shape[1] // 2, position[0], position[1]
+    slots, recent = mx.arange(kv.shape[2]), mx.arange(recent_kv.shape[2])
+    # A token's distance from the newest one; slots that are not filled lie after it.
+    distance = mx.concatenate([mx.where(slots < filled, newest - slots, -1), newest - filled - recent])
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    if first is not None:
+        seen = seen & (mx.concatenate([slots, filled + recent]) >= first[:, None, None, None])
+    both = mx.concatenate([kv, recent_kv], axis=2).astype(mx.float32)
+    queries = q.swapaxes(1, 2).astype(mx.float32)
+    out = attention(queries, both[:, :n_kv_heads], both[:, n_kv_heads:], scale, seen[None] if seen.ndim == 1 else seen)
+    return out.swapaxes(1, 2).astype(q.dtype)
