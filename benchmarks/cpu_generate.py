@@ -39,16 +39,17 @@ def measure(engine: str, model: Path, prefill: int, decode: int) -> dict[str, An
     note = ""
     start: Callable[[], Iterator[int]]
     if engine == "qwen_mlx":
-        from qwen_mlx import SamplingSettings, load
+        from qwen_mlx import load
         from qwen_mlx.backend import blas
-        from qwen_mlx.generation.engine import generate_ids
+        from qwen_mlx.generation.engine import generate_tokens
+        from qwen_mlx.generation.settings import GenerationSettings
 
         weights, tokenizer = load(model)
         ids = tokenizer.encode(WORDS * prefill)[:prefill]
         note = blas.report()
 
         def start():
-            return generate_ids(weights, ids, sampling=SamplingSettings())
+            return (token.id for token in generate_tokens(weights, ids, GenerationSettings()))
 
     elif engine.startswith("mlx-lm"):
         import mlx.core as mx

@@ -13,7 +13,7 @@ from benchmarks.arguments import positive
 from qwen_mlx import SamplingSettings, load, ops
 from qwen_mlx.backend import describe, mx
 from qwen_mlx.cli import command as cli
-from qwen_mlx.generation.sampling import log_probabilities, sample
+from qwen_mlx.generation.sampling import log_probabilities, rule_out, sample
 
 SETTINGS = {
     "greedy": SamplingSettings(),
@@ -48,7 +48,8 @@ def main() -> None:
             seconds["step"].append(time.perf_counter() - start)
             for name, settings in SETTINGS.items():
                 start = time.perf_counter()
-                token = sample(logits, settings, seen, key, n_prompt=100, ruled_out=end_ids, end_ids=end_ids)
+                allowed = rule_out(logits, end_ids)
+                token = sample(allowed, settings, seen, key, n_prompt=100, eos_token_ids=end_ids)
                 mx.eval(token, log_probabilities(logits, token, 5) if name == "all features" else [])
                 seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values[2:]) for name, values in seconds.items()}  # the first two warm up

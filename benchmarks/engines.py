@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from qwen_mlx import Qwen2, SamplingSettings
+from qwen_mlx import Qwen2
 from qwen_mlx.backend import mx, nn
-from qwen_mlx.generation.batch import PREFILL_CHUNK, BatchLoop
-from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.engine import Rows, generate_tokens
+from qwen_mlx.generation.settings import GenerationSettings
 
 Prompts = Sequence[Sequence[int]]  # of one length
 Tokens = Iterator[list[int]]  # one for each prompt at a time
@@ -30,15 +30,14 @@ class QwenMLX:
 
     def start(self, prompts: Prompts) -> Tokens:
         if len(prompts) == 1:
-            tokens = generate_ids(self._model, prompts[0], sampling=SamplingSettings(), prefill_step_size=PREFILL_CHUNK)
-            return ([token] for token in tokens)
+            return ([token.id] for token in generate_tokens(self._model, prompts[0], GenerationSettings()))
         return self._batch(prompts)
 
     def _batch(self, prompts: Prompts) -> Tokens:
-        loop = BatchLoop(self._model, SamplingSettings(), 0, PREFILL_CHUNK)
-        loop.read([list(ids) for ids in prompts])
+        rows = Rows(self._model, GenerationSettings())
+        rows.add(prompts)
         while True:
-            yield loop.step(True)
+            yield [token.id for token in rows.step()]
 
     def peak(self) -> int:
         """Bytes at most since the last call."""

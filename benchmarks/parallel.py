@@ -138,12 +138,12 @@ def random_model(shape: str, group: Any) -> Any:
 
 def measure(model: Any, n_prompt: int, n_new: int) -> dict[str, float]:
     """Tokens a second of reading a prompt and of decoding, and communication's share."""
-    from qwen_mlx.generation.engine import generate_ids
-    from qwen_mlx.generation.sampling import SamplingSettings
+    from qwen_mlx.generation.engine import generate_tokens
+    from qwen_mlx.generation.settings import GenerationSettings
 
     prompt = [(7 * i) % 1000 for i in range(n_prompt)]
     start = time.perf_counter()
-    made = generate_ids(model, prompt, sampling=SamplingSettings(temperature=0), prefill_step_size=2048)
+    made = generate_tokens(model, prompt, GenerationSettings(prefill_step_size=2048))
     next(made)
     read = time.perf_counter() - start
     for _ in range(n_new):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import numbers
+import operator
 from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class QwenMLXError(ValueError):
@@ -26,3 +29,10 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], kind: str = "ar
             near = near or difflib.get_close_matches(name, known, 1, 0.5)
             fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
             raise QwenMLXError(f"There is no {kind} {name!r}: {fix}")
+
+
+def check_integer(name: str, value: Any, low: int, high: float, expected: str) -> int:
+    """Returns an integer, NumPy's too, as an int. Raises QwenMLXError unless it is one from `low` to `high`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= operator.index(value) <= high:
+        raise QwenMLXError(f"{name} is {value!r}, expected {expected}.")
+    return operator.index(value)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_mlx import SamplingSettings, generate, load, ops
+from qwen_mlx import generate, load, ops
 from qwen_mlx.backend import mx
-from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.engine import generate_tokens
+from qwen_mlx.generation.settings import GenerationSettings
 from qwen_mlx.generation.text import encode_prompt
 from qwen_mlx.model.cache import KVCache
 from qwen_mlx.model.fused import FusedModel
@@ -41,8 +42,8 @@ def ours(real_gguf: Path):
 
 
 def greedy(ours, ids: list[int], count: int = TOKENS) -> list[int]:
-    loop = generate_ids(ours[0], ids, sampling=SamplingSettings())
-    return [next(loop) for _ in range(count)]
+    tokens = generate_tokens(ours[0], ids, GenerationSettings())
+    return [token.id for token in itertools.islice(tokens, count)]
 
 
 @pytest.mark.parametrize("prompt", [*PROMPTS, *RAW], ids=range(len(PROMPTS) + len(RAW)))
@@ -101,7 +102,7 @@ def test_a_decoding_step_in_the_emulator_gives_the_plain_tokens(real_gguf: Path)
     """The real file packed as on a GPU, in float32: each greedy token by the emulated kernels of a step."""
     model, tokenizer = load(real_gguf, dtype="float32", quantized=True)
     ids = encode_prompt(tokenizer, "Write a haiku about the sea.")
-    plain = list(itertools.islice(generate_ids(model, ids, sampling=SamplingSettings()), 6))
+    plain = greedy((model, tokenizer), ids, 6)
     cache = model.make_cache()
     fused = FusedModel.of(model)
     fused(mx.array([ids]), cache)

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, check_integer
 from ..loading import hub
 from ..parallel.control import launched
 from ..text.files import check_folder, check_utf8
@@ -120,9 +120,9 @@ def open_model(
     from .. import backend, ops
     from ..backend import blas
     from ..generation import drafts
-    from ..generation.prompt_cache import PromptCache, check
+    from ..generation.prompt_cache import PromptCache, read_header
     from ..generation.sampling import SamplingSettings
-    from ..generation.text import check_choices
+    from ..generation.settings import MAX_DRAFT_TOKENS, GenerationSettings
     from ..loading.load import load
     from ..model.cache import make_caches
     from ..text.tokenizer import Tokenizer, check_vocabulary
@@ -131,7 +131,8 @@ def open_model(
     sampling["logit_bias"] = _read_bias(arguments.logit_bias)
     logprobs = getattr(arguments, "logprobs", None)
     # A bias may name a token that the vocabulary lacks, which is known later.
-    check_choices(SamplingSettings().override(**sampling), arguments.min_tokens, logprobs, arguments.max_tokens, 2**31)
+    limits = arguments.max_tokens, arguments.min_tokens
+    GenerationSettings(SamplingSettings().override(**sampling), *limits, logprobs=logprobs)
     cache_kind = {"bits": arguments.kv_bits, "max_size": arguments.max_kv_size}
     caches = make_caches(1, 128, **cache_kind)  # refuses an impossible kind
     if cache_file is not None and any(cache_kind.values()):
@@ -139,13 +140,14 @@ def open_model(
     if draft is not None:
         drafts.check_cache(caches)
     if arguments.num_draft_tokens is not None:
-        drafts.check_draft_tokens(arguments.num_draft_tokens, "--num-draft-tokens")
+        expected = f"1 to {MAX_DRAFT_TOKENS}"
+        check_integer("--num-draft-tokens", arguments.num_draft_tokens, 1, MAX_DRAFT_TOKENS, expected)
     draft_path = None if draft in (None, drafts.LOOKUP) else hub.resolve(draft)
     if draft_path is not None:
         check_vocabulary(Tokenizer.read(path).names, Tokenizer.read(draft_path).names, f"--draft-model {draft}")
     saved = cache_file is not None and os.path.exists(cache_file)
     if saved:
-        check(cache_file)
+        read_header(cache_file)
     elif cache_file is not None:
         check_folder(cache_file, "--prompt-cache")
     with ProgressLine("Loading") as line:

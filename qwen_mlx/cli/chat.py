@@ -138,7 +138,7 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
 
     hidden = (OPEN,) if chat.tools else ()  # a tool call is shown when it has run
     written, n_shown = "", 0
-    progress = chat.arguments["progress"] = ProgressLine("Reading the prompt")
+    progress = chat.progress = ProgressLine("Reading the prompt")
     try:
         with _interruptible(window), contextlib.closing(stream):
             for event in stream:

@@ -1,10 +1,10 @@
-"""How well a model predicts a text, and how far it is from a reference model: what a quantization costs.
+"""Perplexity of a model on a text, and its divergence from a reference model: the cost of a quantization.
 
 Definitions. A text of tokens t[0], t[1], ... is read in windows of `context` tokens, one every `stride` tokens, each
 with a cache of its own. Every token but t[0] is scored once, in the first window that predicts it, so that all but the
 first window's have at least context - stride tokens before them. The negative log-likelihood of a token is
 -ln p(t[i] | those before it in the window), in nats; the perplexity is exp of its mean. The divergence at the same
-places is KL(reference || model) = sum of p_ref (ln p_ref - ln p), in nats, over the tokens that both models have.
+positions is KL(reference || model) = sum of p_ref (ln p_ref - ln p), in nats, over the tokens that both models have.
 Standard errors are those of a mean of independent values (sd / sqrt(n)), the perplexity's by the delta method;
 neighbouring tokens are not quite independent, so that they are a little too small.
 Source of the windows: Hugging Face's guide "Perplexity of fixed-length models", with stride < context.
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backend import mx
-from ..errors import QwenMLXError
-from ..generation.engine import NOT_FINITE, PREFILL_CHUNK
+from ..errors import QwenMLXError, check_integer
+from ..generation.engine import NOT_FINITE, chunk_length, prefill
 from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
 
@@ -38,8 +38,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Against the reference: its own perplexity, KL(reference || model) in nats a token, and how often both have the
-    same likeliest token, 0 to 1."""
+    """Comparison with the reference: its own perplexity, KL(reference || model) in nats a token, and the share of
+    positions where both have the same likeliest token."""
 
     reference_perplexity: Estimate
     kl: Estimate
@@ -48,7 +48,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What evaluate found. tokens: read; scored: those with a prediction; nll: nats a token."""
+    """Results of evaluate. tokens: read; scored: those with a prediction; nll: nats a token."""
 
     tokens: int
     scored: int
@@ -59,33 +59,17 @@ class Evaluation:
     divergence: Divergence | None = None
 
 
-class _Mean:
-    """Running mean and its standard error, in float64 (Welford 1962, in batches by Chan et al. 1979)."""
+def mean(values: np.ndarray) -> Estimate:
+    """The mean of values (n,); of one value, the error is not a number."""
+    error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
+    return Estimate(float(values.mean()), float(error))
 
-    def __init__(self) -> None:
-        self.n, self.mean, self.squares = 0, 0.0, 0.0
 
-    def add(self, values: np.ndarray) -> None:
-        values = values.astype(np.float64)
-        n, mean = values.size, float(values.mean())
-        both, apart = self.n + n, mean - self.mean
-        self.squares += float(((values - mean) ** 2).sum()) + apart**2 * self.n * n / both
-        self.mean += apart * n / both
-        self.n = both
-
-    @property
-    def estimate(self) -> Estimate:
-        error = math.sqrt(self.squares / (self.n - 1) / self.n) if self.n > 1 else math.nan
-        return Estimate(self.mean, error)
-
-    @property
-    def exp(self) -> Estimate:
-        """exp of the mean, by the delta method."""
-        try:
-            value = math.exp(self.mean)
-        except OverflowError:
-            value = math.inf
-        return Estimate(value, value * self.estimate.error)
+def exponential(estimate: Estimate) -> Estimate:
+    """exp of an estimate, by the delta method."""
+    with np.errstate(over="ignore"):
+        value = float(np.exp(estimate.value))
+    return Estimate(value, value * estimate.error)
 
 
 def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -104,15 +88,12 @@ def check_windows(model: Qwen2, context: int | None, stride: int | None, name: s
     """(context, stride), by default 1024 or all that the model has, and half of it. Raises QwenMLXError."""
     longest = model.config.context_length
     context = min(CONTEXT, longest) if context is None else context
-    if type(context) is not int or context < 2:
-        raise QwenMLXError(f"context is {context!r}, expected 2 tokens or more.")
+    context = check_integer("context", context, 2, math.inf, "2 tokens or more")
     if context > longest:
         fix = model.config.suggest_yarn(context).replace("shorten it", "take a smaller one")
         raise QwenMLXError(f"context is {context}, but {name} has {longest}: {fix}.")
     stride = max(1, context // 2) if stride is None else stride
-    if type(stride) is not int or not 1 <= stride < context:
-        raise QwenMLXError(f"stride is {stride!r}, expected 1 to {context - 1}, less than the context.")
-    return context, stride
+    return context, check_integer("stride", stride, 1, context - 1, f"1 to {context - 1}, less than the context")
 
 
 def evaluate(
@@ -122,58 +103,59 @@ def evaluate(
     reference: Qwen2 | None = None,
     context: int | None = None,
     stride: int | None = None,
+    prefill_step_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of `model` on the tokens `ids`, and with `reference` the divergence from it; definitions above.
 
-    context, stride: tokens; see check_windows. Memory beyond the models' does not grow with the text: 64 positions'
-    logits exist at a time. progress: called with (tokens scored, tokens to score).
+    context, stride: tokens; see check_windows. prefill_step_size: tokens read in one pass; None chooses by the device.
+    Memory beyond the models' hardly grows with the text: 64 positions' logits exist at a time. progress: called with
+    (tokens scored, tokens to score).
     Raises QwenMLXError for impossible arguments, fewer than 2 tokens, or logits that are not finite.
     """
     context, stride = check_windows(model, context, stride)
     if reference is not None:
         check_windows(reference, context, stride, "the reference")
-    sizes = [each.config.vocab_size for each in (model, reference) if each is not None]
+    models = [each for each in (model, reference) if each is not None]
+    size = min(each.config.vocab_size for each in models)
     if len(ids) < 2:
         raise QwenMLXError(f"The text has {len(ids)} tokens, expected 2 or more: the first is not predicted.")
-    bad = next((i for i in ids if not 0 <= i < min(sizes)), None)
+    bad = next((i for i in ids if not 0 <= i < size), None)
     if bad is not None:
-        raise QwenMLXError(f"The text holds token id {bad}, expected 0 to {min(sizes) - 1}.")
-    nll, reference_nll, kl, agreement = _Mean(), _Mean(), _Mean(), _Mean()
+        raise QwenMLXError(f"The text holds token id {bad}, expected 0 to {size - 1}.")
+    scored = [np.zeros(len(ids) - 1) for _ in range(4)]  # each token's -ln p, the reference's, KL, agreement
     for start, end, first in windows(len(ids), context, stride):
         inputs = mx.array(list(ids[start : end - 1]), mx.int32)[None]
         targets = mx.array(list(ids[first:end]), mx.int32)
-        hidden = [_hidden(each, inputs, end - first) for each in (model, reference) if each is not None]
+        hidden = [_hidden(each, inputs, end - first, prefill_step_size) for each in models]
         for row in range(0, end - first, ROWS):
             target = targets[row : row + ROWS]
             ours = _log_softmax(_head(model, hidden[0][row : row + ROWS]))
             losses = [_losses(ours, target)]
             if reference is not None:
                 other = _log_softmax(_head(reference, hidden[1][row : row + ROWS]))
-                losses += [_losses(other, target), *_divergence(*(_first(logp, min(sizes)) for logp in (ours, other)))]
+                losses += [_losses(other, target), *_divergence(_first(ours, size), _first(other, size))]
             mx.eval(losses)
-            found = [np.array(values) for values in losses]
-            if not all(np.isfinite(values).all() for values in found):
-                raise QwenMLXError(NOT_FINITE)
-            for mean, values in zip((nll, reference_nll, kl, agreement), found):
-                mean.add(values)
+            done = first - 1 + row
+            for values, new in zip(scored, map(np.array, losses)):
+                if not np.isfinite(new).all():
+                    raise QwenMLXError(NOT_FINITE)
+                values[done : done + new.size] = new
             if progress:
-                progress(nll.n, len(ids) - 1)
-    divergence = None
-    if reference is not None:
-        divergence = Divergence(reference_nll.exp, kl.estimate, agreement.estimate)
-    return Evaluation(len(ids), nll.n, context, stride, nll.estimate, nll.exp, divergence)
+                progress(done + target.size, len(ids) - 1)
+    nll, reference_nll, kl, agreement = map(mean, scored)
+    divergence = Divergence(exponential(reference_nll), kl, agreement) if reference is not None else None
+    return Evaluation(len(ids), len(ids) - 1, context, stride, nll, exponential(nll), divergence)
 
 
-def _hidden(model: Qwen2, inputs: mx.array, keep: int) -> mx.array:
+def _hidden(model: Qwen2, inputs: mx.array, keep: int, prefill_step_size: int | None) -> mx.array:
     """The last `keep` positions' states below the head, (keep, hidden_size)."""
-    cache, skipped, found = model.make_cache(), inputs.shape[1] - keep, []
-    for start in range(0, inputs.shape[1], PREFILL_CHUNK):  # bounds memory, and how long a Ctrl-C waits
-        chunk = inputs[:, start : start + PREFILL_CHUNK]
-        hidden = FusedModel.of(model).hidden(chunk, cache)[0, max(0, skipped - start) :]
-        mx.eval(hidden, [layer.arrays for layer in cache])
-        found.append(hidden)
-    return mx.concatenate(found)
+    skip, chunks = inputs.shape[1] - keep, []
+    for hidden in prefill(FusedModel.of(model), inputs, model.make_cache(), chunk_length(1, prefill_step_size)):
+        chunks.append(hidden[0, skip:])
+        mx.eval(chunks[-1])
+        skip = max(0, skip - hidden.shape[1])
+    return mx.concatenate(chunks)
 
 
 def _head(model: Qwen2, hidden: mx.array) -> mx.array:
@@ -203,6 +185,6 @@ def _losses(logp: mx.array, targets: mx.array) -> mx.array:
 
 
 def _divergence(ours: mx.array, theirs: mx.array) -> tuple[mx.array, mx.array]:
-    """KL(reference || model) and whether the likeliest tokens agree, (L,) each."""
+    """KL(reference || model), and 1 where the likeliest tokens agree, (L,) each."""
     kl = _sum(mx.exp(theirs) * (theirs - ours))[:, 0]
     return kl, (ours.argmax(-1) == theirs.argmax(-1)).astype(mx.float32)

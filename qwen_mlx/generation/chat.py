@@ -1,4 +1,4 @@
-"""A conversation with a model: its messages, what of them is computed already, and the tools that may be called."""
+"""A conversation with a model: its messages, the part of them that is computed already, and tools to call."""
 
 from __future__ import annotations
 
@@ -8,26 +8,23 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
-from ..errors import QwenMLXError, refuse_unknown
+from ..errors import QwenMLXError, check_integer
 from ..model import display
 from ..model.qwen2 import Qwen2
 from ..parallel.control import on_first
 from ..text.files import atomic_write, read_text
 from ..text.tokenizer import Tokenizer
-from .drafts import make_draft
-from .engine import GenerationStats
+from .engine import GenerationStats, Progress
 from .prompt_cache import PromptCache
-from .text import ARGUMENTS as STREAM_ARGUMENTS
-from .text import GenerationChunk, stream_generate
+from .settings import Draft, refuses_unknown
+from .text import GenerationChunk, check_caches, settings_of, stream
 from .tools import Tool, ToolCall, parse_tool_calls, run, tools_by_name
 
-# Of stream_generate; a conversation makes the others.
-ARGUMENTS = [name for name in STREAM_ARGUMENTS if name not in ("prompt", "raw", "cache")]
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -35,10 +32,9 @@ def read_messages(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The messages of a file that `Chat.save` wrote, or of any JSON list of {"role", "content"}; an assistant's may
     have "ids". Raises QwenMLXError naming the message that is something else."""
     where = Path(path)
+    text = read_text(str(where))
     try:
-        data = json.loads(read_text(str(where)))
-    except QwenMLXError:
-        raise
+        data = json.loads(text)
     except (RecursionError, ValueError) as error:
         raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
     if not isinstance(data, list):
@@ -55,9 +51,10 @@ def read_messages(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             content.encode()
         except UnicodeEncodeError:
             raise QwenMLXError(f"{where}: message {i} holds a lone surrogate, which is not a character.") from None
+        messages.append({"role": role, "content": content})
         ids = entry.get("ids")
-        kept = role == "assistant" and isinstance(ids, list) and all(type(token) is int for token in ids)
-        messages.append({"role": role, "content": content} | ({"ids": ids} if kept else {}))
+        if role == "assistant" and isinstance(ids, list) and all(type(token) is int for token in ids):
+            messages[-1]["ids"] = ids
     return messages
 
 
@@ -78,8 +75,10 @@ class Chat:
 
     messages: {"role", "content"} in order, the system message first if there is one; an assistant's has "ids" too.
     turn: statistics of the last turn's generations, one more than it had rounds of tool calls.
+    settings, progress: of the next answer.
     """
 
+    @refuses_unknown
     def __init__(
         self,
         model: Qwen2,
@@ -88,29 +87,42 @@ class Chat:
         system: str | None = None,
         tools: Sequence[Callable[..., Any] | Mapping[str, Any] | Tool] = (),
         max_tool_rounds: int = 5,
-        prompt_cache: PromptCache | None = None,
+        max_tokens: int = 512,
+        min_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        typical_p: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        xtc_probability: float | None = None,
+        xtc_threshold: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
         seed: int | None = None,
-        **arguments: Any,
+        prompt_cache: PromptCache | None = None,
+        draft_model: Draft | Qwen2 | str | None = None,
+        num_draft_tokens: int | None = None,
+        prefill_step_size: int | None = None,
+        progress: Progress | None = None,
     ):
         """tools: Python functions with type hints and Google docstrings, or JSON schemas. max_tool_rounds: answers of
-        a turn whose calls are run. seed: of the first answer; the next takes seed + 1. arguments: of stream_generate.
+        a turn whose calls are run. seed: of the first answer; the next takes seed + 1. The others are
+        stream_generate's.
 
         Raises QwenMLXError for an argument that stream_generate refuses, a tool that cannot be described, or tools that
         the model's chat template ignores.
         """
-        refuse_unknown(arguments, [*ARGUMENTS, "tools", "max_tool_rounds"])
-        if not isinstance(max_tool_rounds, int) or max_tool_rounds < 1:
-            raise QwenMLXError(f"max_tool_rounds is {max_tool_rounds!r}, expected 1 or more.")
-        self.model, self.tokenizer = model, tokenizer
+        self.settings = settings_of(model, tokenizer, locals())
+        self.max_tool_rounds = check_integer("max_tool_rounds", max_tool_rounds, 1, float("inf"), "1 or more")
+        self.model, self.tokenizer, self.progress = model, tokenizer, progress
         self.tools = tools_by_name(tools)
-        self.max_tool_rounds = max_tool_rounds
         self.prompt_cache = PromptCache(model) if prompt_cache is None else prompt_cache
-        self.seed = seed
-        if arguments.get("draft_model") is not None:  # one object, so that what it has read is kept from turn to turn
-            arguments["draft_model"] = make_draft(arguments["draft_model"])
-        # Everything but the messages is checked here; what is never asked for a chunk does no work.
-        stream_generate(model, tokenizer, [0], prompt_cache=self.prompt_cache, seed=seed, **arguments)
-        self.arguments = arguments
+        check_caches(model, self.settings, None, self.prompt_cache)
         self.messages: list[dict[str, Any]] = []
         self.turn: list[GenerationStats] = []
         self._running: weakref.ref[Turn] | None = None
@@ -150,11 +162,11 @@ class Chat:
 
     def _begin(self, turn: Turn) -> Turn:
         self._end()
-        self._running = weakref.ref(turn)  # one that nobody holds any more ends by itself
+        self._running = weakref.ref(turn)  # a turn that nobody refers to ends by itself
         return turn
 
     def _end(self) -> None:
-        """Ends a turn that is under way, so that the conversation is whole before it changes."""
+        """Ends a turn that is under way, so that the conversation is complete before it changes."""
         turn = None if self._running is None else self._running()
         if isinstance(turn, GeneratorType) and not turn.gi_running:
             turn.close()
@@ -199,7 +211,7 @@ class Chat:
 
     @property
     def questions(self) -> list[int]:
-        """Where in `messages` the user's are."""
+        """Indices of the user's messages."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
 
     def clear(self) -> None:
@@ -232,7 +244,7 @@ class Chat:
 
     def _answer(self) -> Turn:
         """Answers the last message, and the results of its tool calls, until there are none."""
-        before = None
+        previous = None
         for rounds in range(self.max_tool_rounds + 1):
             answer: dict[str, Any] = {"role": "assistant", "content": "", "ids": []}
             try:
@@ -253,9 +265,9 @@ class Chat:
             refused = None
             if rounds == self.max_tool_rounds:
                 refused = f"error: not run, the limit of {rounds} rounds of tool calls is reached"
-            elif answer["content"] == before and any(call.error for call in calls):
+            elif answer["content"] == previous and any(call.error for call in calls):
                 refused = "error: not run, the same answer was wrong before"
-            before = answer["content"]
+            previous = answer["content"]
             for call in calls:
                 result = "error: interrupted"
                 try:
@@ -284,13 +296,7 @@ class Chat:
         return {"role": answer["role"], "content": text}
 
     def _generate(self) -> Generator[GenerationChunk, None, None]:
-        seed = self.seed
-        self.seed = None if seed is None else (seed + 1) % 2**64
-        return stream_generate(
-            self.model,
-            self.tokenizer,
-            self._render(self.messages),
-            prompt_cache=self.prompt_cache,
-            seed=seed,
-            **self.arguments,
-        )
+        settings, ids = self.settings, self._render(self.messages)
+        if settings.seed is not None:
+            self.settings = replace(settings, seed=(settings.seed + 1) % 2**64)
+        return stream(self.model, self.tokenizer, ids, settings, prompt_cache=self.prompt_cache, progress=self.progress)

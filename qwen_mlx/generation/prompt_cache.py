@@ -1,12 +1,11 @@
-"""Keys and values of a prompt, kept from one generation to the next and from one process to the next.
+"""Keys and values of a prompt, reused in the next generation or the next process.
 
-What two prompts have in common is computed once: the longest common prefix of their token ids stays in the cache.
-On disk it is a safetensors file with the token ids and the fingerprint of the model that computed them.
+Two prompts' longest common prefix of token ids is computed once. On disk a cache is a safetensors file with the token
+ids and the fingerprint of the model that computed them.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -14,30 +13,32 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
+
+from safetensors import SafetensorError, safe_open
 
 from ..backend import mx, named_arrays
 from ..errors import QwenMLXError
 from ..model.cache import KVCache
+from ..model.config import ModelConfig
 from ..model.qwen2 import Qwen2
 from ..text.files import atomic_write
 
 FORMAT, VERSION = "qwen_mlx prompt cache", "1"
 SAMPLES = 64  # elements of each parameter that the fingerprint sees
-MAX_HEADER = 1 << 20  # bytes; a real one has some 100 a layer
-DTYPES = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class PromptCache:
-    """A model's caches together with the ids they hold: `ids` are the tokens whose keys and values are in `layers`.
+    """A model's caches together with their token ids: `layers` hold the keys and values of the tokens `ids`.
 
     Give it to `stream_generate(..., prompt_cache=...)`: tokens that it shares with the prompt are not computed again,
-    and afterwards it holds the prompt and the answer. It belongs to one model, and serves one generation at a time:
-    another that begins meanwhile computes everything, and it is the newest whose tokens are held afterwards.
+    and afterwards it holds the prompt and the answer. It belongs to one model and to one generation at a time: another
+    that begins meanwhile computes everything, and afterwards the cache holds the tokens of the newest.
     """
 
     def __init__(self, model: Qwen2, make: Callable[[], Sequence[KVCache]] | None = None):
-        """make: what makes an empty cache, `model.make_cache` by default."""
+        """make: makes an empty cache; `model.make_cache` by default."""
         self.model = model
         self._make = make or model.make_cache
         self.layers: Sequence[KVCache] = self._make()
@@ -45,8 +46,9 @@ class PromptCache:
         self._in_use = False
 
     def keep(self, prompt: Sequence[int]) -> int:
-        """Forgets what differs from `prompt` and returns how many of its tokens are held: all but one at most, because
-        the model must compute something to go on from. `layers` are then the caller's until it calls `record`."""
+        """Forgets what differs from `prompt` and returns the number of its tokens that are left: all but one at most,
+        because the model must compute something to go on from. `layers` are then the caller's until it calls
+        `record`."""
         if self._in_use:  # what an older generation is still writing to stays its own
             self.layers, self.ids = self._make(), []
         self._in_use = True
@@ -54,20 +56,20 @@ class PromptCache:
         return len(self.ids)
 
     def record(self, ids: Sequence[int], layers: Sequence[KVCache]) -> None:
-        """Says what was computed into `layers`, which `keep` gave: `ids` from the first position on. They may hold
-        fewer (the last token of an answer, or what an interrupt left out), and layers that got further than others are
-        cut back. Nothing is recorded if a newer generation has begun."""
+        """Notes that `ids` were computed into `layers`, which `keep` gave. They may hold fewer (without the last token
+        of an answer, or after an interrupt), and layers that got further than others are cut back. Does nothing if a
+        newer generation has begun."""
         if layers is not self.layers:
             return
         self._in_use = False
         self.ids = list(ids)
         self._cut(min(len(ids), *(layer.offset for layer in self.layers)))
 
-    def _cut(self, held: int) -> None:
-        if all(layer.can_trim(layer.offset - held) for layer in self.layers):
+    def _cut(self, count: int) -> None:
+        if all(layer.can_trim(layer.offset - count) for layer in self.layers):
             for layer in self.layers:
-                layer.trim(layer.offset - held)
-            self.ids = self.ids[:held]
+                layer.trim(layer.offset - count)
+            self.ids = self.ids[:count]
         else:  # a rotating cache has let go of old tokens and cannot go back
             self.layers, self.ids = self._make(), []
 
@@ -76,23 +78,100 @@ class PromptCache:
         return f"PromptCache({len(self.ids)} tokens held, {mb:.1f} MB)"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cache; see `save`."""
-        save(path, self.layers, self.ids, self.model)
+        """Writes the cache as safetensors: `ids` (tokens,) int32 and for each layer `layers.N` (1, 2 n_kv_heads,
+        tokens, head_dim), keys before values, in the cache's dtype.
+
+        An interrupted write leaves no file. Raises QwenMLXError if there is nothing to save, if the caches are not
+        plain ones, or if the file cannot be written.
+        """
+        where, model, layers = Path(path), self.model, self.layers
+        other = next((type(layer).__name__ for layer in layers if type(layer) is not KVCache), None)
+        if model.ranks is not None:
+            raise QwenMLXError(f"{where}: the cache of a model on several ranks cannot be saved; each holds a part.")
+        if other:
+            raise QwenMLXError(f"{where}: a {other} cannot be saved; only the plain cache, without size or bits, can.")
+        if not self.ids or any(layer.offset != len(self.ids) for layer in layers):
+            raise QwenMLXError(f"{where}: nothing to save; it holds {layers[0].offset} tokens, {len(self.ids)} ids.")
+        arrays = {"ids": mx.array(self.ids, mx.int32)}
+        for i, layer in enumerate(layers):
+            arrays[f"layers.{i}"] = mx.concatenate(list(layer.state), axis=1)
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": fingerprint(model),
+            "shape": _describe(model.config),
+            "dtype": _dtype(model),
+            "crc32": _checksum(arrays),
+        }
+        with atomic_write(path, ".safetensors") as file:
+            mx.save_safetensors(str(file), arrays, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Qwen2) -> PromptCache:
-        """Reads a cache; see `load`."""
-        found = cls(model)
-        found.layers, found.ids = load(path, model)
-        return found
+        """Reads what `save` wrote.
+
+        Raises QwenMLXError for a file that is damaged or of another format, version, model or dtype, naming which.
+        """
+        where, config, dtype = Path(path), model.config, _dtype(model)
+        tensors, metadata = read_header(where)
+        if metadata["dtype"] != dtype:
+            raise QwenMLXError(
+                f"{where}: a prompt cache in {_short(metadata['dtype'])}, expected {dtype}; load the model in that "
+                "dtype, or delete the file."
+            )
+        digest = fingerprint(model)
+        if metadata["shape"] != _describe(config) or metadata["model"] != digest:
+            raise QwenMLXError(
+                f"{where}: a prompt cache of another model ({_short(metadata['shape'])}, "
+                f"{_short(metadata['model'][:12])}), expected {_describe(config)}, {digest[:12]}; use that model, or "
+                "delete the file."
+            )
+        count = tensors["ids"][1][0]
+        expected = DTYPES[dtype], [1, 2 * config.num_key_value_heads, count, config.head_dim]
+        names = [f"layers.{i}" for i in range(config.num_hidden_layers)]
+        bad = next((name for name in names if tensors.get(name) != expected), None)
+        if bad:
+            raise QwenMLXError(f"{where}: damaged; {bad!r} is {_short(tensors.get(bad))}, expected {expected}.")
+        arrays = cast("dict[str, mx.array]", mx.load(str(where), format="safetensors"))
+        if _checksum(arrays) != metadata["crc32"]:
+            raise QwenMLXError(f"{where}: damaged; its bytes are not those that were written; delete the file.")
+        cache = cls(model)
+        cache.ids = cast("list[int]", arrays["ids"].tolist())
+        if count >= config.context_length or not all(0 <= i < config.vocab_size for i in cache.ids):
+            raise QwenMLXError(f"{where}: its token ids, or their number, are beyond the model's.")
+        for name, layer in zip(names, cache.layers):
+            layer.fill(arrays[name])
+        mx.eval([layer.state for layer in cache.layers])
+        return cache
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
+    """Dtype and shape of each tensor of a prompt cache, and its metadata. Raises QwenMLXError for a file that cannot be
+    one."""
+    where = Path(path)
+    try:
+        with open(where, "rb"), safe_open(where, framework="np") as file:  # open() says why a file cannot be read
+            metadata: dict[str, str] = file.metadata() or {}
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: (view.get_dtype(), view.get_shape()) for name, view in views.items()}
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
+        raise QwenMLXError(f"{where}: damaged or not a prompt cache ({_short(error)}); delete the file.") from None
+    if metadata.get("format") != FORMAT:
+        raise QwenMLXError(f"{where}: not a prompt cache of qwen_mlx; give a file that --prompt-cache wrote.")
+    if metadata.get("version") != VERSION:
+        found = _short(metadata.get("version"))
+        raise QwenMLXError(f"{where}: a prompt cache of version {found}, expected {VERSION!r}; delete the file.")
+    dtype, shape = tensors.get("ids", ("", []))
+    if dtype != "I32" or len(shape) != 1 or not shape[0] or not {"model", "shape", "dtype", "crc32"} <= metadata.keys():
+        raise QwenMLXError(f"{where}: damaged; its ids or its metadata are incomplete; delete the file.")
+    return tensors, metadata
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of leading tokens that two lists of ids share."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def fingerprint(model: Qwen2) -> str:
@@ -108,124 +187,12 @@ def fingerprint(model: Qwen2) -> str:
     for name, array in sorted(named_arrays(model)):
         names.append(f"{name} {array.dtype} {array.shape}")
         flat = array.reshape(-1)
-        at = [i * (flat.size - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
+        indices = [i * (flat.size - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
         bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
-        samples.append(flat[mx.array(at)].view(bits).astype(mx.uint32))
+        samples.append(flat[mx.array(indices)].view(bits).astype(mx.uint32))
     digest.update("\n".join(names).encode())
     digest.update(memoryview(mx.concatenate(samples)))  # type: ignore[arg-type]  # the stub omits buffers
     return digest.hexdigest()
-
-
-def save(path: str | os.PathLike[str], cache: Sequence[KVCache], ids: Sequence[int], model: Qwen2) -> None:
-    """Writes `cache`, which holds `ids`, as safetensors: `ids` (tokens,) int32 and for each layer `layers.N`
-    (1, 2 n_kv_heads, tokens, head_dim), keys before values, in the cache's dtype.
-
-    The file appears whole or not at all. Raises QwenMLXError if there is nothing to save, if the caches are not plain
-    ones, or if the file cannot be written.
-    """
-    where, config = Path(path), model.config
-    other = next((type(layer).__name__ for layer in cache if type(layer) is not KVCache), None)
-    if model.ranks is not None:
-        raise QwenMLXError(f"{where}: the cache of a model on several ranks cannot be saved; each holds a part of it.")
-    if other:
-        raise QwenMLXError(f"{where}: a {other} cannot be saved; only the plain cache, without size or bits, can.")
-    if not ids or any(layer.offset != len(ids) for layer in cache):
-        raise QwenMLXError(f"{where}: nothing to save; the cache holds {cache[0].offset} tokens for {len(ids)} ids.")
-    arrays = {"ids": mx.array(list(ids), mx.int32)}
-    for i, layer in enumerate(cache):
-        arrays[f"layers.{i}"] = mx.concatenate(list(layer.state), axis=1)
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": fingerprint(model),
-        "shape": _describe(config),
-        "dtype": str(model.model.norm.weight.dtype).removeprefix("mlx.core."),
-        "crc32": _checksum(arrays),
-    }
-    with atomic_write(path, ".safetensors") as file:
-        mx.save_safetensors(str(file), arrays, metadata)
-
-
-def load(path: str | os.PathLike[str], model: Qwen2) -> tuple[list[KVCache], list[int]]:
-    """Reads what `save` wrote: a cache for every layer, and the ids that they hold.
-
-    Raises QwenMLXError for a file that is damaged or of another format, version, model or dtype, naming which.
-    """
-    where, config = Path(path), model.config
-    header, metadata = check(where)
-    dtype = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
-    if metadata["dtype"] != dtype:
-        raise QwenMLXError(
-            f"{where}: a prompt cache in {_short(metadata['dtype'])}, expected {dtype}; load the model in that "
-            "dtype, or delete the file."
-        )
-    digest = fingerprint(model)
-    found = f"{_short(metadata['shape'])}, {_short(metadata['model'][:12])}"
-    if metadata["shape"] != _describe(config) or metadata["model"] != digest:
-        raise QwenMLXError(
-            f"{where}: a prompt cache of another model ({found}), "
-            f"expected {_describe(config)}, {digest[:12]}; use that model, or delete the file."
-        )
-    count = header["ids"]["shape"][0]
-    shape = [1, 2 * config.num_key_value_heads, count, config.head_dim]
-    for name in (f"layers.{i}" for i in range(config.num_hidden_layers)):
-        entry = header.get(name, {})
-        if entry.get("shape") != shape or DTYPES.get(entry.get("dtype")) != model.model.norm.weight.dtype:
-            raise QwenMLXError(f"{where}: damaged; {name!r} is {_short(entry)}, expected {shape} in {dtype}.")
-    arrays = cast("dict[str, mx.array]", mx.load(str(where), format="safetensors"))
-    ids = cast("list[int]", arrays["ids"].tolist())
-    if _checksum(arrays) != metadata["crc32"]:
-        raise QwenMLXError(f"{where}: damaged; its bytes are not those that were written; delete the file.")
-    if count >= config.context_length or not all(0 <= i < config.vocab_size for i in ids):
-        raise QwenMLXError(f"{where}: its token ids, or their number, are beyond the model's.")
-    cache = model.make_cache()
-    for i, layer in enumerate(cache):
-        layer.fill(arrays[f"layers.{i}"])
-    mx.eval([layer.state for layer in cache])
-    return cache, ids
-
-
-def check(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The header and the metadata of a prompt cache, without its tensors or a model. Raises QwenMLXError for a file
-    that cannot be one."""
-    where = Path(path)
-    try:
-        with open(where, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ValueError("not a safetensors file")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        if metadata.get("format") != FORMAT:
-            raise QwenMLXError(f"{where}: not a prompt cache of qwen_mlx; give a file that --prompt-cache wrote.")
-        if metadata.get("version") != VERSION:
-            raise QwenMLXError(
-                f"{where}: a prompt cache of version {_short(metadata.get('version'))}, expected {VERSION!r}; delete "
-                "the file."
-            )
-        if not all(isinstance(metadata[key], str) for key in ("model", "shape", "dtype", "crc32")):
-            raise ValueError("its metadata is not text")
-        at = 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            items = functools.reduce(lambda a, b: a * b, entry["shape"], 1)
-            width = 4 if entry["dtype"] == "I32" else DTYPES[entry["dtype"]].size
-            if any(not isinstance(n, int) or n < 1 for n in entry["shape"]):
-                raise ValueError(f"{name!r} has shape {entry['shape']}")
-            if entry["data_offsets"] != [at, at + items * width]:
-                raise ValueError(f"{name!r} does not lie where it should")
-            at += items * width
-        if at != size - 8 - length:
-            raise ValueError(f"it has {size} bytes, expected {8 + length + at}")
-        if len(header["ids"]["shape"]) != 1 or header["ids"]["dtype"] != "I32":
-            raise ValueError("its ids are not a list of int32")
-    except QwenMLXError:
-        raise
-    except OSError as error:
-        raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise QwenMLXError(f"{where}: damaged or not a prompt cache ({_short(error)}); delete the file.") from None
-    return header, metadata
 
 
 def _checksum(arrays: dict[str, mx.array]) -> str:
@@ -235,11 +202,15 @@ def _checksum(arrays: dict[str, mx.array]) -> str:
     return f"{total:08x}"
 
 
+def _dtype(model: Qwen2) -> str:
+    return str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
+
+
 def _short(value: object) -> str:
-    """What a file says, for a sentence: it can be anything, and of any length."""
+    """A file's own words, for a sentence: they can be anything, and of any length."""
     return repr(str(value)[:80])
 
 
-def _describe(config: Any) -> str:
+def _describe(config: ModelConfig) -> str:
     size = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"
     return f"{size}, context {config.context_length}"  # which --yarn changes, and with it all keys

@@ -7,6 +7,7 @@ All take and return float32 logits (B, V); a token that is ruled out gets -inf.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,12 +21,12 @@ from ..errors import QwenMLXError, refuse_unknown
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the next token is chosen. temperature 0 is greedy; these values are off: top_k, min_p, presence_penalty,
+    """The way the next token is chosen. temperature 0 is greedy; these values are off: top_k, min_p, presence_penalty,
     frequency_penalty, no_repeat_ngram_size and xtc_probability 0, top_p, typical_p and repetition_penalty 1.
 
-    repetition_penalty and no_repeat_ngram_size look at the prompt too, presence_penalty and frequency_penalty at what
-    was generated. logit_bias: (token id, what is added to its logit) pairs, or a mapping. `source` says where the
-    values come from, for --verbose. Raises QwenMLXError for an impossible value.
+    repetition_penalty and no_repeat_ngram_size look at the prompt too, presence_penalty and frequency_penalty only at
+    generated tokens. logit_bias: pairs of a token id and a number that is added to its logit, or a mapping. `source`
+    says where the values come from, for --verbose. Raises QwenMLXError for an impossible value.
     """
 
     temperature: float = 0.0
@@ -56,13 +57,13 @@ class SamplingSettings:
             ("xtc_probability", 0, 1, "from 0 (off) to 1"),
             ("xtc_threshold", 0, 0.5, "from 0 to 0.5"),
         ):
-            value = getattr(self, name)
-            kinds = (int,) if name in ("top_k", "no_repeat_ngram_size") else (int, float)
-            bad = (
-                not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high or value == math.inf
-            )
-            if bad or (value == 0 and name in ("top_p", "typical_p")):
+            value: Any = getattr(self, name)
+            integer = name in ("top_k", "no_repeat_ngram_size")
+            fits = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
+            if not fits or not low <= value <= high or value == math.inf or (why.startswith("more") and not value):
                 raise QwenMLXError(f"{name} is {value!r}, expected {why}.")
+            if not isinstance(value, int | float):  # NumPy's
+                object.__setattr__(self, name, int(value) if integer else float(value))
 
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         try:
@@ -78,29 +79,29 @@ class SamplingSettings:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing but the likeliest token is left: below this temperature float32 would divide by zero."""
+        """True where the likeliest token is chosen: below this temperature float32 would divide by zero."""
         return self.temperature < 1e-30
 
     @property
     def plainly_greedy(self) -> bool:
-        """Whether the choice is the likeliest token of the logits as they are."""
+        """True where the likeliest token of the unchanged logits is chosen."""
         return self.greedy and not self.looks_back and not self.logit_bias
 
     @property
     def looks_back(self) -> bool:
-        """Whether earlier tokens matter."""
+        """True where earlier tokens matter."""
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0 or self.counts
 
     @property
     def counts(self) -> bool:
-        """Whether it matters how often a token was generated."""
+        """True where it matters how often a token was generated."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def override(self, **given: Any) -> SamplingSettings:
         """The same settings with those of `given` that are not None. A temperature of 0 drops a default penalty,
         because greedy means the likeliest token; a penalty that is given stays. Raises QwenMLXError for an impossible
-        value or a name that is no setting's."""
-        refuse_unknown(given, [f.name for f in fields(self) if f.name != "source"])
+        value or an unknown name."""
+        refuse_unknown(given, SAMPLING_ARGUMENTS)
         given = {name: value for name, value in given.items() if value is not None}
         if not given:
             return self
@@ -118,6 +119,9 @@ class SamplingSettings:
         return f"{values} ({self.source})"
 
 
+SAMPLING_ARGUMENTS = [f.name for f in fields(SamplingSettings) if f.name != "source"]
+
+
 def repetition_penalty(logits: mx.array, ids: mx.array, penalty: float) -> mx.array:
     """Divides positive and multiplies negative logits of the tokens in `ids` (B, N) by `penalty`.
 
@@ -132,11 +136,11 @@ def top_k_candidates(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     batch, width = logits.shape
     size = width & -width  # the largest power of two that divides the vocabulary
     if size >= 32 and width // size > 2 * k:
-        # They lie in the k runs whose largest elements are largest: partitioning the whole is 10 times slower on a CPU.
+        # They lie in the k runs whose maxima are largest: partitioning the whole vocabulary is much slower on a CPU.
         runs = logits.reshape(batch, -1, size)
-        chosen = mx.argpartition(-runs.max(axis=-1), k - 1, axis=-1)[:, :k]
-        logits = mx.take_along_axis(runs, chosen[..., None], axis=1).reshape(batch, -1)
-        offsets = (chosen[..., None] * size + mx.arange(size)).reshape(batch, -1)
+        best = mx.argpartition(-runs.max(axis=-1), k - 1, axis=-1)[:, :k]
+        logits = mx.take_along_axis(runs, best[..., None], axis=1).reshape(batch, -1)
+        offsets = (best[..., None] * size + mx.arange(size)).reshape(batch, -1)
     else:
         offsets = None
     ids = mx.argpartition(-logits, k - 1, axis=-1)[:, :k]
@@ -177,20 +181,20 @@ def typical_p(logits: mx.array, p: float) -> mx.array:
     return mx.where((oddity > limit) & (oddity > oddity.min(axis=-1, keepdims=True)), -mx.inf, logits)
 
 
-def count_penalties(logits: mx.array, made: mx.array, presence: float, frequency: float) -> mx.array:
-    """Takes from each logit `presence` if its token is among `made` (B, N), and `frequency` for each time it is.
+def count_penalties(logits: mx.array, generated: mx.array, presence: float, frequency: float) -> mx.array:
+    """Takes from each logit `presence` if its token is among `generated` (B, N), and `frequency` for each time it is.
 
     Source: OpenAI's API reference, presence_penalty and frequency_penalty; as in vLLM of generated tokens alone.
     """
-    rows = mx.arange(made.shape[0])[:, None]
-    counts = mx.zeros(logits.shape, mx.float32).at[rows, made].add(1.0)
-    times = mx.take_along_axis(counts, made, axis=-1)
-    lower = mx.take_along_axis(logits, made, axis=-1) - presence - frequency * times
-    return mx.put_along_axis(logits, made, lower, axis=-1)
+    rows = mx.arange(generated.shape[0])[:, None]
+    counts = mx.zeros(logits.shape, mx.float32).at[rows, generated].add(1.0)
+    times = mx.take_along_axis(counts, generated, axis=-1)
+    lower = mx.take_along_axis(logits, generated, axis=-1) - presence - frequency * times
+    return mx.put_along_axis(logits, generated, lower, axis=-1)
 
 
 def no_repeat_ngrams(logits: mx.array, ids: mx.array, n: int) -> mx.array:
-    """Rules out what would end a run of n tokens that `ids` (B, N) already holds.
+    """Rules out the tokens that would end a run of n tokens which `ids` (B, N) already holds.
 
     Source: transformers' NoRepeatNGramLogitsProcessor.
     """
@@ -216,6 +220,12 @@ def xtc(logits: mx.array, threshold: float, probability: float, keep: mx.array, 
     return mx.where(mx.random.uniform(shape=(logits.shape[0], 1), key=key) < probability, excluded, logits)
 
 
+def rule_out(logits: mx.array, ids: Sequence[int], rows: mx.array | None = None) -> mx.array:
+    """Logits (B, V) in which `ids` cannot be chosen, in all rows or in those that bool `rows` (B,) names."""
+    change = mx.array(-mx.inf) if rows is None else mx.where(rows, -mx.inf, 0.0)[:, None]
+    return logits.at[:, mx.array(list(ids))].add(change)
+
+
 def penalized(
     logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None, n_prompt: int | mx.array = 0
 ) -> mx.array:
@@ -231,14 +241,14 @@ def penalized(
     if seen is None or not seen.size:
         return logits
     if isinstance(n_prompt, int):
-        made = seen[:, n_prompt:]
+        generated = seen[:, n_prompt:]
     else:
-        made = mx.where(mx.arange(seen.shape[1]) < n_prompt[:, None], width, seen)
-        logits = mx.pad(logits, [(0, 0), (0, 1)])  # what befalls V is cut off below
+        generated = mx.where(mx.arange(seen.shape[1]) < n_prompt[:, None], width, seen)
+        logits = mx.pad(logits, [(0, 0), (0, 1)])  # the changes to V are cut off below
     if settings.repetition_penalty != 1:
         logits = repetition_penalty(logits, seen, settings.repetition_penalty)
-    if settings.counts and made.size:
-        logits = count_penalties(logits, made, settings.presence_penalty, settings.frequency_penalty)
+    if settings.counts and generated.size:
+        logits = count_penalties(logits, generated, settings.presence_penalty, settings.frequency_penalty)
     if settings.no_repeat_ngram_size:
         logits = no_repeat_ngrams(logits, seen, settings.no_repeat_ngram_size)
     return logits[:, :width]
@@ -250,18 +260,15 @@ def candidates(
     seen: mx.array | None = None,
     *,
     n_prompt: int | mx.array = 0,
-    ruled_out: Sequence[int] = (),
-    end_ids: Sequence[int] = (),
+    eos_token_ids: Sequence[int] = (),
     xtc_key: mx.array | None = None,
 ) -> tuple[mx.array, mx.array | None]:
-    """All that `settings` ask for: the logits (B, K) that are left to draw from, and the token ids (B, K) they belong
-    to, None if that is the whole vocabulary. Greedy: of the whole vocabulary, and their argmax is the choice.
+    """The logits (B, K) that `settings` leave to draw from, and the token ids (B, K) they belong to, None if those are
+    the whole vocabulary. Greedy leaves the whole vocabulary, and the argmax is the choice.
 
-    Arguments as `sample`; without xtc_key, which decides whether it applies, XTC does not.
+    Arguments as `sample`. xtc_key: decides whether XTC applies; without it, it does not.
     """
     logits, ids = penalized(logits, settings, seen, n_prompt), None
-    if ruled_out:
-        logits = logits.at[:, mx.array(list(ruled_out))].add(-mx.inf)
     if settings.greedy:
         return logits, None
     if 0 < settings.top_k < logits.shape[-1]:  # first: the rest works on k candidates instead of the whole vocabulary
@@ -276,17 +283,23 @@ def candidates(
         logits = typical_p(logits, settings.typical_p)
     if settings.xtc_probability > 0 and xtc_key is not None:
         tokens = mx.arange(logits.shape[-1])[None] if ids is None else ids
-        keep = mx.any(tokens[..., None] == mx.array([*end_ids, -1]), axis=-1)
+        keep = mx.any(tokens[..., None] == mx.array([*eos_token_ids, -1]), axis=-1)
         logits = xtc(logits, settings.xtc_threshold, settings.xtc_probability, keep, xtc_key)
     return logits, ids
 
 
 def processed_logits(
-    logits: mx.array, settings: SamplingSettings, seen: mx.array | None = None, **arguments: Any
+    logits: mx.array,
+    settings: SamplingSettings,
+    seen: mx.array | None = None,
+    *,
+    n_prompt: int | mx.array = 0,
+    eos_token_ids: Sequence[int] = (),
+    xtc_key: mx.array | None = None,
 ) -> mx.array:
-    """What `candidates` leaves, with its arguments, over the whole vocabulary (B, V), -inf where a token is ruled out:
-    softmax of it is the distribution that `sample` draws from; greedy, its argmax is the choice."""
-    left, ids = candidates(logits, settings, seen, **arguments)
+    """The logits of `candidates` over the whole vocabulary (B, V), -inf where a token is ruled out: their softmax is
+    the distribution that `sample` draws from; greedy, their argmax is the choice."""
+    left, ids = candidates(logits, settings, seen, n_prompt=n_prompt, eos_token_ids=eos_token_ids, xtc_key=xtc_key)
     return left if ids is None else mx.put_along_axis(mx.full(logits.shape, -mx.inf), ids, left, axis=-1)
 
 
@@ -297,17 +310,14 @@ def sample(
     key: mx.array | None = None,
     *,
     n_prompt: int | mx.array = 0,
-    ruled_out: Sequence[int] = (),
-    end_ids: Sequence[int] = (),
+    eos_token_ids: Sequence[int] = (),
 ) -> mx.array:
     """Draws one token id (B,) from float logits (B, V). `seen` (B, N), n_prompt: the text so far, for the penalties, as
-    `penalized` takes it; ruled_out: ids that cannot be drawn now; end_ids: XTC keeps them."""
+    `penalized` takes it; eos_token_ids: XTC keeps them."""
     key, xtc_key = (mx.random.key(0) if key is None else key), None
     if settings.xtc_probability > 0:
         key, xtc_key = mx.random.split(key)
-    left, ids = candidates(
-        logits, settings, seen, n_prompt=n_prompt, ruled_out=ruled_out, end_ids=end_ids, xtc_key=xtc_key
-    )
+    left, ids = candidates(logits, settings, seen, n_prompt=n_prompt, eos_token_ids=eos_token_ids, xtc_key=xtc_key)
     if settings.greedy:
         return mx.argmax(left, axis=-1)
     choice = mx.random.categorical(left, axis=-1, key=key)
@@ -315,10 +325,10 @@ def sample(
 
 
 def log_probabilities(logits: mx.array, tokens: mx.array, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ln p of `tokens` (B,) under raw logits (B, V), and the n likeliest tokens with theirs: (B,), (B, n), (B, n).
+    """ln p of `tokens` (B,) under logits (B, V), and the n likeliest tokens with theirs: (B,), (B, n), (B, n).
 
-    Waits for the logits and computes in numpy, whose exp of a vocabulary takes a CPU 0.06 ms where MLX's takes 2, and
-    whose sums are pairwise: MLX's of a whole vocabulary in float32 is off by 2e-4.
+    Waits for the logits and computes in NumPy, whose exp is fast on a CPU and whose float32 sums are pairwise: MLX's
+    sum over a whole vocabulary loses the small terms.
     """
     rows = np.asarray(logits.astype(mx.float32))
     top = rows.max(axis=-1, keepdims=True)
@@ -326,5 +336,5 @@ def log_probabilities(logits: mx.array, tokens: mx.array, n: int) -> tuple[np.nd
     ids = np.argpartition(rows, -n, axis=-1)[:, -n:] if n else np.zeros((len(rows), 0), np.int64)
     values = np.take_along_axis(rows, ids, axis=-1)
     order = np.argsort(-values, axis=-1)
-    chosen = np.take_along_axis(rows, np.asarray(tokens)[:, None], axis=-1) - total
-    return chosen[:, 0], np.take_along_axis(ids, order, axis=-1), np.take_along_axis(values, order, axis=-1) - total
+    own = np.take_along_axis(rows, np.asarray(tokens)[:, None], axis=-1) - total
+    return own[:, 0], np.take_along_axis(ids, order, axis=-1), np.take_along_axis(values, order, axis=-1) - total

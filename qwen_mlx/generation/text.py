@@ -1,35 +1,38 @@
-"""From a prompt to text, as it is made."""
+"""From a prompt to text that appears as it is generated."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
-from ..errors import QwenMLXError, refuse_unknown
+from ..errors import QwenMLXError
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
-from .drafts import Draft, check_draft
-from .engine import PREFILL_CHUNK, GenerationStats, generate_ids
+from .drafts import check_cache, make_draft
+from .engine import GenerationStats, Progress, generate_tokens, plain_steps
 from .prompt_cache import PromptCache
-from .sampling import SamplingSettings
-from .speculative import speculative_ids
+from .sampling import SAMPLING_ARGUMENTS
+from .settings import Draft, GenerationSettings, refuses_unknown
+from .speculative import drafted_steps
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """Newly complete text (maybe empty) and the token that made it. finish_reason is "stop" (an end token or a stop
-    string), "length" (max_tokens or the context's end) or None while the text goes on. With logprobs: ln p of the token
-    by the model's logits as they are, before penalties and temperature, and the likeliest tokens' (id, ln p)."""
+    """Newly complete text (maybe empty) and the token that completed it.
+
+    finish_reason is "stop" (an end token or a stop string), "length" (max_tokens or the context's end) or None while
+    the text goes on. With logprobs: ln p of the token by the model's own logits, before penalties and temperature, and
+    the likeliest tokens' (id, ln p).
+    """
 
     text: str
     token: int
@@ -51,32 +54,34 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = Non
         )
     numbers = [] if isinstance(prompt, str) else [int(item) for item in prompt if isinstance(item, int | np.integer)]
     if not isinstance(prompt, str) and len(numbers) == len(prompt):
-        ids, plain = numbers, True
+        ids, templated = numbers, False
     elif isinstance(prompt, str) and raw:
-        ids, plain = tokenizer.encode(prompt, allow_special=True), True
+        ids, templated = tokenizer.encode(prompt, allow_special=True), False
     else:
         if isinstance(prompt, str) and not prompt:
             raise QwenMLXError("The prompt is empty; give at least one character.")
         messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        ids, plain = tokenizer.apply_chat_template(messages), False
-    if plain and system is not None:
+        ids, templated = tokenizer.apply_chat_template(messages), True
+    if system is not None and not templated:
         raise QwenMLXError("A system message needs the chat template; leave out raw, or put it into the prompt.")
     if not ids:
         raise QwenMLXError("The prompt has no tokens; give at least one character.")
     return ids
 
 
+@refuses_unknown
 def stream_generate(
     model: Qwen2,
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
-    max_tokens: int = 512,
     system: str | None = None,
     raw: bool = False,
-    stop: Sequence[str] = (),
+    max_tokens: int = 512,
+    min_tokens: int = 0,
+    stop: str | Sequence[str] = (),
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -89,178 +94,177 @@ def stream_generate(
     xtc_probability: float | None = None,
     xtc_threshold: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
-    min_tokens: int = 0,
     logprobs: int | None = None,
     seed: int | None = None,
     cache: Sequence[KVCache] | None = None,
     prompt_cache: PromptCache | None = None,
     draft_model: Draft | Qwen2 | str | None = None,
     num_draft_tokens: int | None = None,
-    prefill_step_size: int = PREFILL_CHUNK,
-    progress: Callable[[int, int], None] | None = None,
-    **unknown: Any,
+    prefill_step_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Generator[GenerationChunk, None, None]:
-    """Generates and yields text as it becomes complete: never half a character, never part of a stop string.
+    """Generates text and yields it as it becomes complete: never half a character, never part of a stop string.
 
     prompt, system, raw: see encode_prompt. stop: strings that end the text and are left out of it. Sampling arguments
     that are None keep the model's own defaults (`model.generation_defaults`); temperature 0 is greedy; for the others
     see SamplingSettings. min_tokens: no end token before so many. logprobs: 0 to 100, chunks then carry the token's
-    ln p and so many of the likeliest.
-    cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and what the cache
-    shares with its beginning is not computed again; afterwards it holds the prompt and the answer.
+    ln p and so many of the likeliest. prefill_step_size: tokens of the prompt read in one pass; None chooses by the
+    device. progress: called with (prompt tokens done, prompt tokens in all).
+    cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and the beginning that
+    the cache shares with it is not computed again; afterwards it holds the prompt and the answer.
     draft_model: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an
     object of drafts.py: the same tokens (greedy) or distribution (sampling) in fewer passes. num_draft_tokens: at most
     so many at a time, 1 to 32.
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
-    refuse_unknown(unknown, ARGUMENTS)
-    check_settings(seed, stop, max_tokens=max_tokens, prefill_step_size=prefill_step_size)
+    settings = settings_of(model, tokenizer, locals())
     if cache is not None and prompt_cache is not None:
         raise QwenMLXError("Both cache and prompt_cache are given; a prompt cache has its own.")
-    check_caches(model, cache, prompt_cache)
-    sampling = model.generation_defaults.override(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        typical_p=typical_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        logit_bias=logit_bias,
-    )
-    check_choices(sampling, min_tokens, logprobs, max_tokens, model.config.vocab_size)
+    check_caches(model, settings, cache, prompt_cache)
     ids = encode_prompt(tokenizer, prompt, system, raw)
-    max_tokens = min(max_tokens, check_ids(model, ids, cache[0].offset if cache else 0))
-    loop = {
-        "sampling": sampling,
-        "seed": seed,
-        "cache": cache,
-        "prefill_step_size": prefill_step_size,
-        "progress": progress,
-    }
-    loop |= {"min_tokens": min_tokens, "end_ids": tuple(sorted(tokenizer.eos_token_ids)), "logprobs": logprobs}
-    if draft_model is not None and model.ranks is not None:
-        raise QwenMLXError("A draft cannot be used with a model on several ranks; leave it out.")
-    if draft_model is not None:
-        held = prompt_cache.layers if cache is None and prompt_cache is not None else cache
-        loop |= check_draft(draft_model, num_draft_tokens, held or ()) | {"max_tokens": max_tokens}
-    elif num_draft_tokens is not None:
-        raise QwenMLXError("num_draft_tokens is given without a draft; give a draft too.")
-    return _stream(model, tokenizer, ids, max_tokens, tuple(stop), prompt_cache, loop)
+    return stream(model, tokenizer, ids, settings, cache=cache, prompt_cache=prompt_cache, progress=progress)
 
 
-def check_settings(seed: int | None, stop: Sequence[str], **counts: int) -> None:
-    """Raises QwenMLXError for an impossible seed, stop string or count (expected 1 or more)."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise QwenMLXError(f"{name} is {value!r}, expected 1 or more.")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64):
-        raise QwenMLXError(f"seed is {seed!r}, expected an integer from 0 to 2^64 - 1.")
-    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
-        raise QwenMLXError(f"stop is {stop!r}, expected a list of strings that are not empty.")
+@refuses_unknown
+def generate(
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    max_tokens: int = 512,
+    min_tokens: int = 0,
+    stop: str | Sequence[str] = (),
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    typical_p: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    xtc_probability: float | None = None,
+    xtc_threshold: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
+    seed: int | None = None,
+    cache: Sequence[KVCache] | None = None,
+    prompt_cache: PromptCache | None = None,
+    draft_model: Draft | Qwen2 | str | None = None,
+    num_draft_tokens: int | None = None,
+    prefill_step_size: int | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Generates the text and returns it; arguments and errors as for stream_generate."""
+    return "".join(chunk.text for chunk in stream_generate(**locals()))
 
 
-def check_choices(
-    sampling: SamplingSettings, min_tokens: int, logprobs: int | None, max_tokens: int, vocab_size: int
-) -> None:
-    """Raises QwenMLXError for a count out of range or a bias of no token."""
-    if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or not 0 <= min_tokens <= max_tokens:
-        raise QwenMLXError(f"min_tokens is {min_tokens!r}, expected 0 to max_tokens, {max_tokens}.")
-    if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= 100):
-        raise QwenMLXError(f"logprobs is {logprobs!r}, expected 0 to 100.")
-    bad = next((token for token, _ in sampling.logit_bias if token >= vocab_size), None)
+def settings_of(model: Qwen2, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> GenerationSettings:
+    """The settings that a public function's own arguments mean, by name; other arguments are passed over. Raises
+    QwenMLXError for what cannot be."""
+    sampling = model.generation_defaults.override(**{name: arguments[name] for name in SAMPLING_ARGUMENTS})
+    size = model.config.vocab_size
+    bad = next((token for token, _ in sampling.logit_bias if token >= size), None)
     if bad is not None:
-        raise QwenMLXError(f"logit_bias names token {bad}, expected 0 to {vocab_size - 1}.")
+        raise QwenMLXError(f"logit_bias names token {bad}, expected 0 to {size - 1}.")
+    names = [f.name for f in fields(GenerationSettings) if f.name in arguments]
+    given = {name: arguments[name] for name in names}
+    if given.get("draft_model") is not None:
+        if model.ranks is not None:
+            raise QwenMLXError("A draft cannot be used with a model on several ranks; leave it out.")
+        given["draft_model"] = make_draft(given["draft_model"])
+    return GenerationSettings(sampling, eos_token_ids=tuple(sorted(tokenizer.eos_token_ids)), **given)
 
 
-def check_caches(model: Qwen2, cache: Any, prompt_cache: Any) -> None:
-    """Raises QwenMLXError for caches that are not this model's."""
+def check_caches(model: Qwen2, settings: GenerationSettings, cache: Any, prompt_cache: Any) -> None:
+    """Raises QwenMLXError for caches that are not this model's, or that cannot be used with the settings' draft."""
     layers = model.config.num_hidden_layers
     if cache is not None and (not isinstance(cache, Sequence) or len(cache) != layers):
         raise QwenMLXError(f"cache is {str(cache)[:60]!r}, expected what model.make_cache() gives, {layers} layers.")
     if prompt_cache is not None and getattr(prompt_cache, "model", None) is not model:
         raise QwenMLXError("prompt_cache is not one of this model; make it with PromptCache(model).")
+    if settings.draft_model is not None:
+        check_cache(cache or (prompt_cache.layers if prompt_cache is not None else ()))
 
 
-def check_ids(model: Qwen2, ids: Sequence[int], held: int = 0) -> int:
-    """Tokens that the context still has room for after `held` and `ids`. Raises QwenMLXError if that is none, or for
+def room_after(model: Qwen2, ids: Sequence[int], cached: int = 0) -> int:
+    """Tokens that the context has room for after `cached` tokens and `ids`. Raises QwenMLXError if that is none, or for
     an id that is no token's."""
     bad = next((i for i in ids if not 0 <= i < model.config.vocab_size), None)
     if bad is not None:
         raise QwenMLXError(f"The prompt holds token id {bad}, expected 0 to {model.config.vocab_size - 1}.")
-    used, context = len(ids) + held, model.config.context_length
+    used, context = len(ids) + cached, model.config.context_length
     if used >= context:
         fix = model.config.suggest_yarn(used + 1)
         raise QwenMLXError(f"The prompt has {used} tokens and the model's context {context}: {fix}.")
     return context - used
 
 
-def _tokens(
-    model: Qwen2, ids: list[int], prompt_cache: PromptCache | None, stats: GenerationStats, loop: dict[str, Any]
-) -> Iterator[int]:
-    """generate_ids, or speculative_ids, without what a prompt cache holds already; the cache learns what it holds,
-    whatever ends this."""
-    make: Callable[..., Generator[int, None, None]] = generate_ids
-    if "draft_model" in loop:
-        make = functools.partial(speculative_ids, stats=stats)
-    if prompt_cache is None:
-        yield from make(model, ids, **loop)
-        return
-    stats.reused_tokens = prompt_cache.keep(ids)
-    stats.prompt_tokens -= stats.reused_tokens
-    held, rest = ids[: stats.reused_tokens], ids[stats.reused_tokens :]
-    made: list[int] = []
-    layers = prompt_cache.layers
-    loop = loop | {"cache": layers, "cached_ids": held}
-    try:
-        with contextlib.closing(make(model, rest, **loop)) as tokens:
-            for token in tokens:
-                made.append(token)
-                yield token
-    finally:
-        prompt_cache.record([*ids, *made], layers)
+def stream(
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    settings: GenerationSettings,
+    *,
+    cache: Sequence[KVCache] | None = None,
+    prompt_cache: PromptCache | None = None,
+    progress: Progress | None = None,
+) -> Generator[GenerationChunk, None, None]:
+    """stream_generate with its settings made and its prompt encoded."""
+    limit = min(settings.max_tokens, room_after(model, ids, cache[0].offset if cache else 0))
+    settings = replace(settings, max_tokens=limit, min_tokens=min(settings.min_tokens, limit))
+    return _stream(model, tokenizer, ids, settings, cache, prompt_cache, progress)
 
 
 def _stream(
     model: Qwen2,
     tokenizer: Tokenizer,
     ids: list[int],
-    max_tokens: int,
-    stop: tuple[str, ...],
+    settings: GenerationSettings,
+    cache: Sequence[KVCache] | None,
     prompt_cache: PromptCache | None,
-    loop: dict[str, Any],
+    progress: Progress | None,
 ) -> Generator[GenerationChunk, None, None]:
-    stats = GenerationStats(prompt_tokens=len(ids))
-    stream = TextStream(tokenizer, stop, max_tokens)
-    found: list[Any] = [None, ()]
-    loop = loop | {"on_logprobs": lambda *new: found.__setitem__(slice(None), new)}
+    cached, text_ids = 0, list(ids)
+    if prompt_cache is not None:
+        cached = prompt_cache.keep(ids)
+        cache = prompt_cache.layers
+    stats = GenerationStats(prompt_tokens=len(ids) - cached, reused_tokens=cached)
+    policy = plain_steps
+    if settings.draft_model is not None:
+        policy = functools.partial(drafted_steps, draft=settings.draft_model, ids=list(ids), stats=stats)
+    tokens = generate_tokens(
+        model, ids[cached:], settings, cache=cache, cached_ids=ids[:cached], policy=policy, progress=progress
+    )
+    text_stream = TextStream(tokenizer, settings.stop, settings.max_tokens)
     start = time.perf_counter()
-    for token in _tokens(model, ids, prompt_cache, stats, loop):
-        now = time.perf_counter()
-        stats.generated_tokens += 1
-        if stats.generated_tokens == 1:
-            stats.prompt_seconds, start = now - start, now
-        else:
-            stats.generation_seconds = now - start
-        if model.ranks is not None:
-            stats.communication_seconds = model.ranks.communication_seconds(
-                stats.prompt_seconds, stats.generation_seconds
-            )
-        text, finish_reason = stream.add(token)
-        yield GenerationChunk(text, token, finish_reason, stats, *found)
-        if finish_reason is not None:
-            return
-
-
-ARGUMENTS = [name for name in inspect.signature(stream_generate).parameters if name != "unknown"]
+    try:
+        with contextlib.closing(tokens):
+            for token in tokens:
+                now = time.perf_counter()
+                stats.generated_tokens += 1
+                if stats.generated_tokens == 1:
+                    stats.prompt_seconds, start = now - start, now
+                else:
+                    stats.generation_seconds = now - start
+                if model.ranks is not None:
+                    stats.communication_seconds = model.ranks.communication_seconds(
+                        stats.prompt_seconds, stats.generation_seconds
+                    )
+                text_ids.append(token.id)
+                text, finish_reason = text_stream.add(token.id)
+                yield GenerationChunk(text, token.id, finish_reason, stats, token.logprob, token.top_logprobs)
+                if finish_reason is not None:
+                    return
+    finally:
+        if prompt_cache is not None and cache is not None:
+            prompt_cache.record(text_ids, cache)
 
 
 class TextStream:
-    """The text that tokens make, given out as it becomes complete: never half a character or part of a stop string."""
+    """Turns tokens into text as it becomes complete: never half a character or part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> None:
         self._eos_ids, self._detokenizer = tokenizer.eos_token_ids, tokenizer.detokenizer()
@@ -275,11 +279,11 @@ class TextStream:
         pending = self._pending + ("" if ended else self._detokenizer.add(token))
         if last:
             pending += self._detokenizer.finish()
-        cut = min((found for found in map(pending.find, self._stop) if found >= 0), default=-1)
+        cut = min((start for start in map(pending.find, self._stop) if start >= 0), default=-1)
         if cut >= 0:
             return pending[:cut], "stop"
-        held = 0 if last else overlap(pending, self._stop)
-        text, self._pending = pending[: len(pending) - held], pending[len(pending) - held :]
+        end = len(pending) - (0 if last else overlap(pending, self._stop))
+        text, self._pending = pending[:end], pending[end:]
         return text, "stop" if ended else "length" if last else None
 
 
@@ -290,8 +294,3 @@ def overlap(text: str, stop: Sequence[str]) -> int:
         if any(s.startswith(text[-size:]) for s in stop):
             return size
     return 0
-
-
-def generate(model: Qwen2, tokenizer: Tokenizer, prompt: Prompt, **arguments: Any) -> str:
-    """The whole text at once; arguments and errors as for stream_generate."""
-    return "".join(chunk.text for chunk in stream_generate(model, tokenizer, prompt, **arguments))

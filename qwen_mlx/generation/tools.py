@@ -1,7 +1,7 @@
-"""Tools that a model can call: their JSON schemas, Qwen2.5's `<tool_call>`, and running what was called.
+"""Tools that a model can call: their JSON schemas, Qwen2.5's `<tool_call>`, and running a call.
 
-A call is what Qwen2.5's chat template asks for: `<tool_call>`, one JSON object of exactly a name and arguments, and
-`</tool_call>`. Nothing else is taken for one, and what is almost one is reported to the model with the reason.
+A call is, as Qwen2.5's chat template asks: `<tool_call>`, one JSON object of exactly a name and arguments, and
+`</tool_call>`. Anything else is text, and a near miss is reported to the model with the reason.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ SECTIONS = ("Args", "Returns", "Raises")
 
 @dataclass(frozen=True)
 class Tool:
-    """schema: {"type": "function", "function": {"name", "description", "parameters"}}, as in OpenAI's API.
-    function: what runs, with the arguments by name; None where only the schema is known."""
+    """A tool. schema: {"type": "function", "function": {"name", "description", "parameters"}}, as in OpenAI's API.
+    function: called with the arguments by name; None where only the schema is known."""
 
     schema: dict[str, Any]
     function: Callable[..., Any] | None = None
@@ -58,7 +58,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """What the model asked for. error: why it is not a call that can run, or None; then `name` may be empty."""
+    """A call that the model wrote. error: the reason why it cannot run, or None; with one, `name` may be empty."""
 
     name: str
     arguments: dict[str, Any]
@@ -80,12 +80,7 @@ def tool(source: Callable[..., Any] | Mapping[str, Any] | Tool) -> Tool:
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise QwenMLXError(f"A tool is {_short(source)}, expected a function or a JSON schema with a 'name'.")
     parameters = inner.get("parameters")
-    if parameters is not None and (
-        not isinstance(parameters, Mapping)
-        or not isinstance(parameters.get("properties", {}), Mapping)
-        or not all(isinstance(entry, Mapping) for entry in parameters.get("properties", {}).values())
-        or not isinstance(parameters.get("required", []), list)
-    ):
+    if parameters is not None and not _is_object_schema(parameters):
         raise QwenMLXError(
             f"The tool {inner['name']!r} has parameters {_short(parameters)}, expected a JSON schema of an object: "
             '{"type": "object", "properties": {...}, "required": [...]}.'
@@ -93,14 +88,21 @@ def tool(source: Callable[..., Any] | Mapping[str, Any] | Tool) -> Tool:
     return Tool({"type": "function", "function": dict(inner)})
 
 
+def _is_object_schema(schema: Any) -> bool:
+    if not isinstance(schema, Mapping) or not isinstance(schema.get("required", []), list):
+        return False
+    properties = schema.get("properties", {})
+    return isinstance(properties, Mapping) and all(isinstance(entry, Mapping) for entry in properties.values())
+
+
 def tools_by_name(sources: Sequence[Callable[..., Any] | Mapping[str, Any] | Tool]) -> dict[str, Tool]:
     """The tools under their names. Raises QwenMLXError if two have the same."""
-    found: dict[str, Tool] = {}
+    tools: dict[str, Tool] = {}
     for one in map(tool, sources):
-        if one.name in found:
+        if one.name in tools:
             raise QwenMLXError(f"Two tools are named {one.name!r}; rename one.")
-        found[one.name] = one
-    return found
+        tools[one.name] = one
+    return tools
 
 
 def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
@@ -113,14 +115,11 @@ def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
             sources = data if isinstance(data, list) else [data]
         elif where.suffix == ".py":
             names = runpy.run_path(str(where), run_name="__tools__")
-            sources = [
-                value
-                for name, value in names.items()
-                if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == "__tools__"
-            ]
+            functions = {name: value for name, value in names.items() if inspect.isfunction(value)}
+            sources = [f for name, f in functions.items() if name[0] != "_" and f.__module__ == "__tools__"]
         else:
             raise QwenMLXError(f"{where}: not a .py or .json file; tools are Python functions or JSON schemas.")
-        found = list(tools_by_name(sources).values())
+        tools = list(tools_by_name(sources).values())
     except OSError as error:
         raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
     except QwenMLXError as error:
@@ -129,9 +128,9 @@ def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
         raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
     except (Exception, SystemExit) as error:  # the file's own code can raise anything
         raise QwenMLXError(f"{where}: fails when it is run ({error!r}).") from None
-    if not found:
+    if not tools:
         raise QwenMLXError(f"{where}: holds no tool; define a function, or write a list of JSON schemas.")
-    return found
+    return tools
 
 
 def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
@@ -153,8 +152,8 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     for key, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise QwenMLXError(f"The tool {name!r} has the argument {parameter}, expected ones that have a name.")
-        for what, there in (("type hint", key in hints), ("description in the docstring's Args", key in descriptions)):
-            if not there:
+        for what, known in (("type hint", hints), ("description in the docstring's Args", descriptions)):
+            if key not in known:
                 raise QwenMLXError(f"The argument {key!r} of the tool {name!r} has no {what}; add one.")
         schema, text = _type_schema(hints[key], f"The argument {key!r} of the tool {name!r}"), descriptions[key]
         choices = re.search(r"\(choices:\s*(.*?)\)\s*$", text, re.IGNORECASE)
@@ -177,7 +176,7 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
         try:
             inner["return"] = _type_schema(hints["return"], "")
         except QwenMLXError:
-            pass  # what a tool returns is text in the end
+            pass  # the model gets text, whatever a tool returns
         else:
             inner["return"] |= {} if returns is None else {"description": returns}
     return {"type": "function", "function": inner}
@@ -185,23 +184,23 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _docstring(doc: str) -> tuple[str, dict[str, str], str | None]:
     """(description, descriptions of arguments, description of what is returned) of a Google-style docstring."""
-    parts: dict[str, list[str]] = {"": []}
+    lines: dict[str, list[str]] = {"": []}
     section = ""
     for line in doc.strip().splitlines():
         if line.strip().rstrip(":") in SECTIONS and line.strip().endswith(":"):
             section = line.strip()[:-1]
-        parts.setdefault(section, []).append(line)
+        lines.setdefault(section, []).append(line)
     arguments: dict[str, str] = {}
     indent, key = None, None
-    for line in parts.get("Args", [])[1:]:
+    for line in lines.get("Args", [])[1:]:
         match = re.match(r"([ \t]*)(\w+):(.*)", line)
         if match and (indent is None or len(match[1]) <= indent):
             indent, key = len(match[1]), match[2]
             arguments[key] = match[3].strip()
         elif key is not None and line.strip():
             arguments[key] = f"{arguments[key]} {line.strip()}".strip()
-    returns = "\n".join(parts.get("Returns", [])[1:]).strip()
-    return "\n".join(parts[""]).strip(), arguments, returns or None
+    returns = "\n".join(lines.get("Returns", [])[1:]).strip()
+    return "\n".join(lines[""]).strip(), arguments, returns or None
 
 
 def _type_schema(hint: Any, what: str) -> dict[str, Any]:
@@ -260,7 +259,7 @@ def parse_tool_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
 
 def _parse(body: str, tools: Mapping[str, Tool]) -> ToolCall:
     try:
-        data = json.loads(body, object_pairs_hook=_no_twins, parse_constant=_no_constant, parse_float=_finite)
+        data = json.loads(body, object_pairs_hook=_unique_keys, parse_constant=_finite, parse_float=_finite)
     except (RecursionError, ValueError) as error:
         return ToolCall("", {}, f"not valid JSON ({error})")
     if not isinstance(data, dict):
@@ -278,27 +277,21 @@ def _parse(body: str, tools: Mapping[str, Tool]) -> ToolCall:
     return ToolCall(name, arguments, wrong)
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
         raise ValueError("a key is given twice")
-    return found
+    return dict(pairs)
 
 
 def _finite(text: str) -> float:
-    if math.isinf(float(text)):
+    if not math.isfinite(float(text)):
         raise ValueError(f"{_short(text)} is beyond any float")
     return float(text)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 def mismatch(schema: Mapping[str, Any], value: Any, where: str) -> str | None:
-    """How `value` fails a JSON schema's type, enum, anyOf, nullable, items, properties and required, or None.
-
-    Other keywords are not looked at; an object may have only the properties that its schema lists, if it lists any.
+    """The way in which `value` fails a JSON schema's type, enum, anyOf, nullable, items, properties and required, or
+    None. Other keywords are ignored; an object may have only the properties that its schema lists, if it lists any.
     """
     if value is None and schema.get("nullable"):
         return None
@@ -322,8 +315,8 @@ def mismatch(schema: Mapping[str, Any], value: Any, where: str) -> str | None:
             if unknown and not schema.get("additionalProperties"):
                 return f"{where} has {unknown[0]!r}, expected only {', '.join(properties) or 'nothing'}"
             for key in value.keys() & properties.keys():
-                if found := mismatch(properties[key], value[key], key if where == "arguments" else f"{where}.{key}"):
-                    return found
+                if wrong := mismatch(properties[key], value[key], key if where == "arguments" else f"{where}.{key}"):
+                    return wrong
     return None
 
 
@@ -334,8 +327,8 @@ def _is(value: Any, name: str) -> bool:
 
 
 def run(call: ToolCall, tools: Mapping[str, Tool]) -> str:
-    """What the tool answers, as text for the model: a string as it is, anything else as JSON. A call that cannot run,
-    or that fails, answers `error: ` and the reason; only Ctrl-C and the end of the process go through."""
+    """The tool's answer as text for the model: a string as it is, anything else as JSON. A call that cannot run, or
+    that fails, answers `error: ` and the reason; only Ctrl-C and the end of the process go through."""
     if call.error is not None:
         return f"error: {call.error}"
     function = tools[call.name].function

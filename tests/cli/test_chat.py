@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from qwen_mlx import QwenMLXError, load
 from qwen_mlx.generation.chat import Chat, ToolResult
 from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.tools import parse_tool_calls, run
-from qwen_mlx.model.qwen2 import Qwen2Model
+from qwen_mlx.model.fused import FusedModel
 from reference.lazy import torch
 from reference.small_models import CHATML, RandomModel, hf_model, write_gguf
 
@@ -79,13 +80,13 @@ QUESTIONS = (
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of all calls of the model."""
     lengths: list[int] = []
-    call = Qwen2Model.__call__
+    hidden = FusedModel.hidden
 
     def counting(self, input_ids, cache, keep=0):
         lengths.append(input_ids.shape[1])
-        return call(self, input_ids, cache, keep)
+        return hidden(self, input_ids, cache, keep)
 
-    monkeypatch.setattr(Qwen2Model, "__call__", counting)
+    monkeypatch.setattr(FusedModel, "hidden", counting)
     return lengths
 
 
@@ -158,13 +159,13 @@ def test_a_template_that_changes_answers_wins_over_their_ids(small, tmp_path: Pa
 
 @pytest.mark.parametrize("count", range(1, 9))
 def test_an_answer_cut_short_stays_and_is_not_computed_again(chat: Chat, count: int):
-    chat.arguments["max_tokens"] = 1000
+    chat.settings = replace(chat.settings, max_tokens=1000)
     with contextlib.closing(chat.send("hello")) as events:
         text = "".join(next(events).text for _ in range(count))
     assert chat.messages[-1]["role"] == "assistant"
     assert chat.messages[-1]["content"] == text
     held = len(chat.prompt_cache.ids)
-    chat.arguments["max_tokens"] = 3
+    chat.settings = replace(chat.settings, max_tokens=3)
     say(chat, "hell")
     assert chat.turn[0].reused_tokens >= held - 3, "more than half a character was computed again"
 
@@ -176,12 +177,12 @@ def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back(chat: Chat):
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    chat.arguments |= {"progress": interrupt, "prefill_step_size": 4}
+    chat.progress, chat.settings = interrupt, replace(chat.settings, prefill_step_size=4)
     for question in ("a long question", None):
         with pytest.raises(KeyboardInterrupt):
             say(chat, question)
         assert chat.messages == before
-    chat.arguments["progress"] = None
+    chat.progress = None
     say(chat, "hell")
     assert len(chat.messages) == 4
 
@@ -194,7 +195,7 @@ def test_a_stop_string_is_in_no_later_prompt(small, chat: Chat):
     kept = stopped.messages[-1]
     assert kept["content"] == whole[: whole.index(stop)]
     assert "ids" not in kept or stopped.tokenizer.decode(kept["ids"]) == kept["content"]
-    stopped.arguments["stop"] = []
+    stopped.settings = replace(stopped.settings, stop=[])
     assert say(stopped, "hell")
     assert stopped.tokenizer.decode(stopped.prompt_cache.ids[:40]).count(whole) == 0
 
@@ -249,7 +250,7 @@ def test_a_message_that_cannot_be_answered_is_not_kept(chat: Chat):
         ({"raw": True}, "no argument 'raw'"),
         ({"top_p": 7}, "top_p is 7"),
         ({"draft_model": 7}, "draft_model is 7"),
-        ({"stop": "x"}, "stop is 'x'"),
+        ({"stop": ""}, "stop is ''"),
     ],
 )
 def test_an_impossible_argument_is_refused_before_the_first_message(small, arguments, words):

@@ -139,7 +139,7 @@ def test_told_to_stop_before_the_first_token_says_so_and_twice_is_quiet(small: P
         "import atexit, importlib, os, signal\n"
         "from qwen_mlx.cli import command as cli\nfrom qwen_mlx.generation import text as generation\n"
         "def never(*a, **b):\n    os.kill(os.getpid(), signal.SIGINT)\n    yield 0\n"
-        "generation.generate_ids = never; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "generation.generate_tokens = never; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
         "main = importlib.import_module('qwen_mlx.cli.generate').main\n"
         f"cli.run(lambda: main(['--model', {str(small)!r}, '--prompt', 'x']))"
     )

@@ -11,7 +11,7 @@ import pytest
 
 from qwen_mlx import QwenMLXError, load
 from qwen_mlx.cli.evaluate import main
-from qwen_mlx.evaluation.perplexity import _Mean, evaluate, windows
+from qwen_mlx.evaluation.perplexity import evaluate, exponential, mean, windows
 from reference.lazy import torch
 from reference.small_models import END_OF_TEXT, TOKENS, RandomModel, hf_model, write_gguf
 
@@ -57,8 +57,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize(
     ("context", "stride", "chunk"), [(64, 32, 512), (64, 63, 23), (16, 1, 512), (200, 7, 23), (256, 128, 512)]
 )
-def test_perplexity_and_divergence_equal_transformers(pair, monkeypatch, context: int, stride: int, chunk: int):
-    monkeypatch.setattr("qwen_mlx.evaluation.perplexity.PREFILL_CHUNK", chunk)
+def test_perplexity_and_divergence_equal_transformers(pair, context: int, stride: int, chunk: int):
     theirs, files = pair
     (model, tokenizer), (reference, _) = load(files["small"]), load(files["original"])
     ids = tokenizer.encode(TEXT)[:230]
@@ -70,9 +69,8 @@ def test_perplexity_and_divergence_equal_transformers(pair, monkeypatch, context
     assert 0 < same.mean() < 1
 
     seen = []
-    found = evaluate(
-        model, ids, reference=reference, context=context, stride=stride, progress=lambda *at: seen.append(at)
-    )
+    arguments = {"context": context, "stride": stride, "prefill_step_size": chunk}
+    found = evaluate(model, ids, reference=reference, progress=lambda *at: seen.append(at), **arguments)
     assert (found.tokens, found.scored) == (230, 229)
     assert seen[-1] == (229, 229)
     nll, error = mean_and_error(losses)
@@ -128,13 +126,15 @@ def test_windows_score_every_token_but_the_first_once():
         assert scored == list(range(1, n))
 
 
-def test_running_means_are_exact_in_any_batches():
-    values = np.random.default_rng(0).normal(1e4, 1, 1000)
-    mean = _Mean()
-    for batch in np.split(values, [1, 3, 400, 999]):
-        mean.add(batch)
-    assert mean.estimate.value == pytest.approx(values.mean(), rel=1e-14)
-    assert mean.estimate.error == pytest.approx(values.std(ddof=1) / math.sqrt(1000), rel=1e-9)
+def test_a_mean_and_its_exponential_have_their_standard_errors():
+    values = np.random.default_rng(0).normal(5, 1, 1000)
+    found = mean(values)
+    assert found.value == pytest.approx(values.sum() / 1000, rel=1e-14)
+    assert found.error == pytest.approx(math.sqrt(((values - found.value) ** 2).sum() / 999 / 1000), rel=1e-9)
+    assert exponential(found).value == pytest.approx(math.exp(found.value))
+    assert exponential(found).error == pytest.approx(math.exp(found.value) * found.error)
+    assert math.isnan(mean(values[:1]).error)
+    assert exponential(mean(values + 1000)).value == math.inf
 
 
 def test_command_line_writes_the_same_numbers(pair, tmp_path: Path, capfd):

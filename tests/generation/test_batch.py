@@ -155,9 +155,10 @@ def test_what_is_asked_for_is_done_to_each_row_by_its_own_tokens(small, case, ba
 def test_xtc_of_a_row_leaves_the_least_likely_choice(small):
     """Always applied and with a threshold of 0, it decides the token."""
     settings = {"temperature": 1.0, "top_k": 3, "top_p": 1.0, "repetition_penalty": 1.0, "logit_bias": {IM_END: -50.0}}
-    settings |= {"xtc_probability": 1.0, "xtc_threshold": 0.0, "max_tokens": 9, "logprobs": 3}
+    settings |= {"xtc_probability": 1.0, "xtc_threshold": 0.0, "max_tokens": 9, "logprobs": 4}
     for result in batch_generate(*small, prompts_of((20, 4, 9)), **settings):
-        assert result.token_ids == [top[-1][0] for top in result.top_logprobs]
+        likeliest = [[token for token, _ in top if token != IM_END] for top in result.top_logprobs]
+        assert result.token_ids == [tokens[2] for tokens in likeliest]
 
 
 def test_stop_strings_end_their_row_alone(small):
@@ -185,13 +186,13 @@ def test_rows_that_have_ended_leave_the_batch(small, monkeypatch):
     """What is computed: no row goes on for long after its end, and seats do not stay empty while prompts wait."""
     model, tokenizer = small
     sizes = []
-    attend = BatchKVCache.attend
+    update = BatchKVCache.update
 
-    def counted(self, q, *rest):
-        sizes.append(q.shape[0] * q.shape[1])
-        return attend(self, q, *rest)
+    def counted(self, kv):
+        sizes.append(kv.shape[0] * kv.shape[1])
+        return update(self, kv)
 
-    monkeypatch.setattr(BatchKVCache, "attend", counted)
+    monkeypatch.setattr(BatchKVCache, "update", counted)
     limits = [4, 30, 6, 30, 8, 30, 10, 30]
     results = batch_generate(model, tokenizer, prompts_of((6,) * 8), max_tokens=limits, temperature=0, batch_size=4)
     wanted = sum(len(result.token_ids) for result in results) + 6 * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from gguf import GGMLQuantizationType as T
 
 from qwen_mlx import QwenMLXError, SamplingSettings, generate, load, stream_generate
 from qwen_mlx.backend import mx
-from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.engine import default_prefill_step_size, generate_tokens
+from qwen_mlx.generation.settings import GenerationSettings
 from qwen_mlx.generation.text import encode_prompt
 from reference.lazy import torch
 from reference.small_models import IM_END, IM_START, RandomModel, to_hf, write_gguf
@@ -33,8 +35,10 @@ def theirs(weights, small):
     return to_hf(weights)
 
 
-def take(count: int, ids) -> list[int]:
-    return [next(ids) for _ in range(count)]
+def take(count: int, model, prompt: list[int], sampling: SamplingSettings | None = None, cache=None, **settings):
+    """The first ids that the loop makes; greedy without `sampling`."""
+    settings = GenerationSettings(sampling or SamplingSettings(), **settings)
+    return [token.id for token in islice(generate_tokens(model, prompt, settings, cache=cache), count)]
 
 
 def test_greedy_ids_equal_transformers_generate(small, theirs):
@@ -43,7 +47,7 @@ def test_greedy_ids_equal_transformers_generate(small, theirs):
     with torch.no_grad():
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, pad_token_id=0)
     for chunk in (512, 7, 1):
-        ids = take(60, generate_ids(model, prompt, sampling=SamplingSettings(), prefill_step_size=chunk))
+        ids = take(60, model, prompt, prefill_step_size=chunk)
         assert ids == expected[0, len(prompt) :].tolist()
 
 
@@ -54,9 +58,9 @@ def test_repetition_penalty_equals_transformers_generate(small, theirs):
         expected = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=40, do_sample=False, repetition_penalty=1.3, pad_token_id=0
         )
-    ids = take(40, generate_ids(model, prompt, sampling=SamplingSettings(repetition_penalty=1.3)))
+    ids = take(40, model, prompt, SamplingSettings(repetition_penalty=1.3))
     assert ids == expected[0, len(prompt) :].tolist()
-    assert ids != take(40, generate_ids(model, prompt, sampling=SamplingSettings()))
+    assert ids != take(40, model, prompt)
 
 
 def test_no_repeat_ngram_and_min_tokens_equal_transformers_generate(theirs, tmp_path: Path):
@@ -134,7 +138,7 @@ def test_seed_repeats_and_another_differs(small):
 def test_chunks_join_to_the_text_and_carry_statistics(small):
     model, tokenizer = small
     chunks = list(stream_generate(model, tokenizer, PROMPT, max_tokens=25, temperature=0))
-    ids = take(25, generate_ids(model, encode_prompt(tokenizer, PROMPT), sampling=SamplingSettings()))
+    ids = take(25, model, encode_prompt(tokenizer, PROMPT))
     assert [chunk.token for chunk in chunks] == ids
     assert "".join(chunk.text for chunk in chunks) == tokenizer.decode(ids)
     assert [chunk.finish_reason for chunk in chunks] == [None] * 24 + ["length"]
@@ -152,6 +156,28 @@ def test_stop_string_ends_the_text_before_it_wherever_tokens_break(small):
         chunks = list(stream_generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0, stop=["\0never", stop]))
         assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
         assert chunks[-1].finish_reason == "stop"
+
+
+def test_one_stop_string_and_numpy_s_numbers_are_taken(small):
+    model, tokenizer = small
+    text = generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0)
+    arguments = {
+        "max_tokens": np.int64(40),
+        "temperature": np.float32(0),
+        "min_tokens": np.uint8(2),
+        "top_k": np.int32(9),
+    }
+    arguments |= {"seed": np.uint64(3), "prefill_step_size": np.int16(7), "logprobs": np.int8(1)}
+    assert generate(model, tokenizer, PROMPT, stop=text[9:12], **arguments) == text[: text.index(text[9:12])]
+
+
+def test_the_device_decides_how_much_of_a_prompt_is_read_in_one_pass(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    assert default_prefill_step_size() == 512
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    for name, memory, expected in (("memory_size", 8, 512), ("memory_size", 64, 2048), ("total_memory", 139, 2048)):
+        monkeypatch.setattr(mx, "device_info", lambda found={name: memory << 30}: found)
+        assert default_prefill_step_size() == expected
 
 
 def test_text_held_back_for_a_stop_string_is_not_lost(small):
@@ -180,7 +206,7 @@ def test_both_end_tokens_stop(tmp_path: Path, end: int):
 def test_context_ends_the_text(small):
     model, tokenizer = small
     ids = [5] * 250
-    chunks = list(stream_generate(model, tokenizer, ids, max_tokens=100, temperature=0))
+    chunks = list(stream_generate(model, tokenizer, ids, max_tokens=100, min_tokens=50, temperature=0))
     assert len(chunks) == 6
     assert chunks[-1].finish_reason == "length"
 
@@ -189,9 +215,9 @@ def test_cache_is_continued(small):
     model, tokenizer = small
     cache = model.make_cache()
     prompt = encode_prompt(tokenizer, PROMPT)
-    whole = take(8, generate_ids(model, prompt, sampling=SamplingSettings()))
+    whole = take(8, model, prompt)
     model(mx.array([prompt[:-4]]), cache)
-    assert take(8, generate_ids(model, prompt[-4:], sampling=SamplingSettings(), cache=cache)) == whole
+    assert take(8, model, prompt[-4:], cache=cache) == whole
 
 
 @pytest.mark.parametrize(
@@ -215,7 +241,8 @@ def test_cache_is_continued(small):
         ("x", {"temperature": -1}, "temperature"),
         ("x", {"top_p": 0}, "top_p"),
         ("x", {"stop": [""]}, "stop"),
-        ("x", {"stop": "text"}, "stop"),
+        ("x", {"stop": ""}, "stop"),
+        ("x", {"stop": {"text"}}, "stop"),
         ("x", {"raw": True, "system": "s"}, "system"),
         ([5] * 256, {}, "256 tokens and the model's context 256"),
         ([5, 263], {}, "token id 263"),

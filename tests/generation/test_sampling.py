@@ -18,6 +18,7 @@ from qwen_mlx.generation.sampling import (
     penalized,
     processed_logits,
     repetition_penalty,
+    rule_out,
     sample,
     top_k_candidates,
     top_p,
@@ -110,7 +111,7 @@ def test_xtc_never_excludes_an_end_token():
     logits = mx.array(np.tile([[4.0, 3.9, 3.0, -9.0]], (400, 1)).astype(np.float32))
     drawn = set(sample(logits, settings, key=mx.random.key(2)).tolist())
     assert 0 not in drawn
-    drawn = set(sample(logits, settings, key=mx.random.key(2), end_ids=(0,)).tolist())
+    drawn = set(sample(logits, settings, key=mx.random.key(2), eos_token_ids=(0,)).tolist())
     assert 0 in drawn
 
 
@@ -123,7 +124,7 @@ def test_bias_rules_out_and_draws_to():
 
 def test_ruled_out_tokens_are_not_drawn():
     best = int(LOGITS[0].argmax())
-    assert sample(mx.array(LOGITS[:1]), SamplingSettings(), ruled_out=(best,)).item() != best
+    assert sample(rule_out(mx.array(LOGITS[:1]), (best,)), SamplingSettings()).item() != best
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])

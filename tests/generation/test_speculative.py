@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -15,11 +17,12 @@ import pytest
 from qwen_mlx import QwenMLXError, SamplingSettings, load, stream_generate
 from qwen_mlx.backend import mx
 from qwen_mlx.cli.generate import main
-from qwen_mlx.generation.drafts import ModelDraft, PromptLookup, Proposal
-from qwen_mlx.generation.engine import GenerationStats, generate_ids
+from qwen_mlx.generation.drafts import ModelDraft, PromptLookup
+from qwen_mlx.generation.engine import GenerationStats, Token, generate_tokens
 from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.sampling import processed_logits
-from qwen_mlx.generation.speculative import PAUSE, Pace, _accept_or_draw, speculative_ids
+from qwen_mlx.generation.settings import GenerationSettings, Proposal
+from qwen_mlx.generation.speculative import PAUSE, Pace, accept_or_draw, drafted_steps
 from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.loading.load import load_draft
 from qwen_mlx.text.tokenizer import check_vocabulary
@@ -35,6 +38,21 @@ ALL = SamplingSettings(
     logit_bias={5: 2.0, END_OF_TEXT: 3.0},
 )
 steady = count().__next__  # a clock by which every round takes as long as any other, so that drafting never pauses
+
+
+def tokens_of(
+    model, prompt: list[int], settings: GenerationSettings, stats=None, clock=steady, cache=None, cached_ids=()
+) -> Iterator[Token]:
+    """The loop's tokens, with a draft where the settings have one."""
+    policy = {}
+    if settings.draft_model is not None:
+        named = {"draft": settings.draft_model, "ids": [*cached_ids, *prompt], "stats": stats or GenerationStats()}
+        policy = {"policy": partial(drafted_steps, clock=clock, **named)}
+    return generate_tokens(model, prompt, settings, cache=cache, cached_ids=cached_ids, **policy)
+
+
+def take(number: int, *arguments, **named) -> list[int]:
+    return [token.id for token in islice(tokens_of(*arguments, **named), number)]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +86,15 @@ def drafts(files: Path, small) -> dict[str, object]:
 def test_greedy_ids_are_those_of_plain_greedy(small, drafts, name: str, sampling: SamplingSettings):
     model, tokenizer = small
     prompt = encode_prompt(tokenizer, PROMPT)
-    chosen = {"sampling": sampling} | ({"min_tokens": 30, "end_ids": (END_OF_TEXT,)} if sampling is ALL else {})
-    expected = list(islice(generate_ids(model, prompt, **chosen), 80))
+    settings = GenerationSettings(sampling)
+    if sampling is ALL:
+        settings = replace(settings, min_tokens=30, eos_token_ids=(END_OF_TEXT,))
+    expected = take(80, model, prompt, settings)
     assert sampling is not ALL or END_OF_TEXT in expected[30:]
     for most in (1, 5, 32):
         stats = GenerationStats()
-        loop = {"draft_model": drafts[name], "num_draft_tokens": most, "stats": stats, "clock": steady} | chosen
-        assert list(islice(speculative_ids(model, prompt, **loop), 80)) == expected
+        drafted = replace(settings, draft_model=drafts[name], num_draft_tokens=most)
+        assert take(80, model, prompt, drafted, stats) == expected
         assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
         assert stats.paused_tokens == 0
         if name != "lookup":  # what the draft has read is known, so that it is not read again
@@ -182,7 +202,7 @@ def test_a_replaced_proposal_leaves_the_distribution_as_it_is():
     # Embeddings of other sizes, as padding, are the last two.
     for q, certain in itertools.product((law(size), p, law(size - 2), law(size + 2)), (False, True)):
         proposed = mx.random.categorical(mx.log(q), num_samples=n, key=mx.random.key(5))[0].tolist()
-        made = [_accept_or_draw(mx.log(p), i, None if certain else q, key) for i, key in zip(proposed, keys)]
+        made = [accept_or_draw(mx.log(p), i, None if certain else q, key) for i, key in zip(proposed, keys)]
         assert excess(Counter(made), exact) < 1
         if q is not p and q.shape == p.shape:
             assert excess(Counter(proposed), exact) > 10
@@ -198,6 +218,29 @@ class Fixed:
 
     def propose(self, ids, count, sampling, key):
         return Proposal(self.ids[:count])
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_token_for_which_the_model_has_no_row_is_rejected_and_never_read(small, monkeypatch, temperature):
+    """A draft's embedding may have more rows than the model's."""
+    model, tokenizer = small
+    beyond = model.config.vocab_size
+    prompt, read = encode_prompt(tokenizer, PROMPT), []
+    settings = GenerationSettings(SamplingSettings(temperature), seed=5)
+    expected = take(40, model, prompt, settings)
+    embed = type(model.model.embed_tokens).__call__
+
+    def recorded(self, ids):
+        read.append(int(mx.max(ids)))
+        return embed(self, ids)
+
+    monkeypatch.setattr(type(model.model.embed_tokens), "__call__", recorded)
+    for proposed in ([beyond], [expected[1], beyond, 3], [3, beyond + 7]):
+        stats = GenerationStats()
+        made = take(40, model, prompt, replace(settings, draft_model=Fixed(proposed)), stats)
+        assert temperature or made == expected
+        assert stats.drafted_tokens
+    assert max(read) < beyond
 
 
 @pytest.mark.parametrize("kind", ["certain", "drawn, all settings"])
@@ -235,15 +278,8 @@ def test_sampled_tokens_have_the_models_distribution(small, drafts, kind: str):
     model(mx.array([prompt[:-1]]), cache)
     counts: list[Counter[int]] = [Counter(), Counter(), Counter()]
     for seed in range(800):
-        loop = {
-            "draft_model": draft,
-            "sampling": sampling,
-            "seed": seed,
-            "stats": stats,
-            "cache": cache,
-            "clock": steady,
-        }
-        made = list(islice(speculative_ids(model, prompt[-1:], cached_ids=prompt[:-1], **loop), 3))
+        settings = GenerationSettings(sampling, seed=seed, draft_model=draft)
+        made = take(3, model, prompt[-1:], settings, stats, cache=cache, cached_ids=prompt[:-1])
         for layer in cache:
             layer.trim(layer.offset - len(prompt) + 1)
         for place, token in zip(counts, made):
@@ -254,15 +290,11 @@ def test_sampled_tokens_have_the_models_distribution(small, drafts, kind: str):
 
 
 def test_a_seed_repeats_and_another_differs(small, drafts):
+    """While the clock says the same of drafting: plain steps draw other numbers than drafted ones."""
     model, tokenizer = small
-    settings = {
-        "max_tokens": 30,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "draft_model": ModelDraft(drafts["near"].model),
-    }
-    texts = [generate(model, tokenizer, PROMPT, seed=seed, **settings) for seed in (1, 1, 2)]
+    settings = GenerationSettings(SamplingSettings(temperature=1.0), draft_model=ModelDraft(drafts["near"].model))
+    prompt = encode_prompt(tokenizer, PROMPT)
+    texts = [take(30, model, prompt, replace(settings, seed=seed)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -311,11 +343,11 @@ class Clock:
 def test_a_slow_draft_is_switched_off_and_the_text_is_the_same(small):
     model, tokenizer = small
     prompt = encode_prompt(tokenizer, PROMPT)
-    expected = list(islice(generate_ids(model, prompt, sampling=GREEDY), 120))
+    expected = take(120, model, prompt, GenerationSettings())
     wrong = next(i for i in range(model.config.vocab_size) if i not in expected)
     clock, stats = Clock(), GenerationStats()
-    loop = {"draft_model": Useless(clock, wrong), "sampling": GREEDY, "stats": stats, "clock": clock}
-    assert list(islice(speculative_ids(model, prompt, **loop), 120)) == expected
+    settings = GenerationSettings(draft_model=Useless(clock, wrong))
+    assert take(120, model, prompt, settings, stats, clock) == expected
     assert stats.acceptance_rate == 0
     assert 80 < stats.paused_tokens < 119
     assert stats.drafted_tokens <= 3 * 9
@@ -343,7 +375,8 @@ def test_a_draft_that_has_no_more_context_leaves_the_model_alone(files: Path, sm
 
 def test_logits_that_are_not_finite_are_refused(files: Path, drafts):
     model, tokenizer = load(files / "model.gguf")
-    tokens = speculative_ids(model, encode_prompt(tokenizer, PROMPT), draft_model=drafts["near"], sampling=GREEDY)
+    settings = GenerationSettings(draft_model=drafts["near"])
+    tokens = tokens_of(model, encode_prompt(tokenizer, PROMPT), settings)
     next(tokens)
     model.model.norm.weight = model.model.norm.weight * math.nan
     with pytest.raises(QwenMLXError, match="not finite"):
@@ -412,9 +445,8 @@ def test_real_model(real_gguf: Path):
     """Greedy text of the real file, with itself as the draft and from the prompt."""
     model, tokenizer = load(real_gguf)
     prompt = encode_prompt(tokenizer, "Repeat exactly:\ndef area(radius):\n    return 3.14159 * radius * radius\n")
-    expected = list(islice(generate_ids(model, prompt, sampling=GREEDY), 24))
+    expected = take(24, model, prompt, GenerationSettings())
     for draft in (PromptLookup(), ModelDraft(model)):
         stats = GenerationStats()
-        loop = {"draft_model": draft, "sampling": GREEDY, "stats": stats, "clock": steady}
-        assert list(islice(speculative_ids(model, prompt, **loop), 24)) == expected
+        assert take(24, model, prompt, GenerationSettings(draft_model=draft), stats) == expected
         assert stats.accepted_tokens >= 8

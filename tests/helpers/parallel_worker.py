@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 from qwen_mlx import Qwen2, batch_generate, load, ops
 from qwen_mlx.backend import mx
 from qwen_mlx.errors import QwenMLXError
-from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.engine import generate_tokens
 from qwen_mlx.generation.sampling import SamplingSettings
+from qwen_mlx.generation.settings import GenerationSettings
 from qwen_mlx.model.fused import FusedModel
 
 PROMPTS = [list(range(3, 23)), [7, 1, 9]]
@@ -42,8 +43,9 @@ def run(job: dict, group: mx.distributed.Group | None) -> dict:
     # Without a seed each rank would draw its own tokens; a chunk of 8 makes several passes of the prompt.
     for name, sampling in (("greedy", SamplingSettings(temperature=0)), ("sampled", SamplingSettings(temperature=1.5))):
         if name in job.get("kinds", ("greedy",)):
-            made = generate_ids(model, prompt, sampling=sampling, prefill_step_size=job.get("chunk", 8))
-            found[name] = [next(made) for _ in range(tokens)]
+            settings = GenerationSettings(sampling, prefill_step_size=job.get("chunk", 8))
+            made = generate_tokens(model, prompt, settings)
+            found[name] = [next(made).id for _ in range(tokens)]
             made.close()
     if "batch" in job.get("kinds", ()):
         results = batch_generate(model, tokenizer, PROMPTS, max_tokens=tokens, temperature=0)

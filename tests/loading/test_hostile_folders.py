@@ -11,8 +11,9 @@ import pytest
 
 from qwen_mlx import QwenMLXError, SamplingSettings, convert, load
 from qwen_mlx.backend import mx
-from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx.generation.engine import generate_tokens
 from qwen_mlx.generation.sampling import sample
+from qwen_mlx.generation.settings import GenerationSettings
 from qwen_mlx.text.tokenizer import Tokenizer
 from reference.lazy import safetensors_torch, torch, transformers
 from reference.small_models import IM_END, IM_START, RandomModel, save_folder
@@ -129,7 +130,7 @@ def test_a_temperature_that_float32_cannot_hold_is_greedy(temperature: float):
 def test_a_cache_holds_all_but_the_last_token_afterwards(folder: Path, count: int):
     model, _ = load(folder)
     cache = model.make_cache()
-    loop = generate_ids(model, [1, 2, 3], sampling=SamplingSettings(), cache=cache)
+    loop = generate_tokens(model, [1, 2, 3], GenerationSettings(), cache=cache)
     for _ in range(count):
         next(loop)
     loop.close()

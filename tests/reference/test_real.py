@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_mlx import SamplingSettings, load
-from qwen_mlx.generation.engine import generate_ids
+from qwen_mlx import load
+from qwen_mlx.generation.engine import generate_tokens
+from qwen_mlx.generation.settings import GenerationSettings
 from qwen_mlx.generation.text import encode_prompt
 from reference import tolerances, torch_side
 from reference.comparison import compare
@@ -77,8 +78,8 @@ def test_decode_in_float32(ours, real_hf, real_gguf: Path, kind: str):
 def check_greedy(ours, real_hf, prompt: str, count: int) -> None:
     """Hugging Face reads our ids in one pass: if each is its likeliest next token, its own greedy ids are the same."""
     ids = encode_prompt(ours[1], prompt)
-    loop = generate_ids(ours[0], ids, sampling=SamplingSettings())
-    made = [next(loop) for _ in range(count)]
+    tokens = generate_tokens(ours[0], ids, GenerationSettings())
+    made = [next(tokens).id for _ in range(count)]
     with torch.no_grad():
         logits = real_hf(torch.tensor([ids + made])).logits[0, len(ids) - 1 : -1]
     assert made == logits.argmax(-1).tolist()

@@ -1,0 +1,90 @@
+"""The settings of a generation, checked once and then passed on."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ParamSpec, Protocol, TypeVar
+
+from ..backend import mx
+from ..errors import QwenMLXError, check_integer, refuse_unknown
+from .sampling import SamplingSettings
+
+MAX_DRAFT_TOKENS = 32  # a quantized cache can take back the newest 64 tokens, which it keeps as floats
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Proposed ids, and the distribution (1, V) float32 that each was drawn from; without distributions, the draft was
+    certain of them."""
+
+    ids: list[int]
+    distributions: list[mx.array] | None = None
+
+
+class Draft(Protocol):
+    """Proposes tokens; `num_draft_tokens` at a time unless the settings say otherwise."""
+
+    num_draft_tokens: int
+
+    def propose(self, ids: list[int], count: int, sampling: SamplingSettings, key: mx.array) -> Proposal:
+        """Proposes up to `count` tokens after `ids`, the whole text so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """All that shapes a generation besides the prompt; stream_generate describes the fields.
+
+    Raises QwenMLXError for an impossible value. NumPy's integers become ints, and one stop string a tuple of one.
+    """
+
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    max_tokens: int = 512
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    logprobs: int | None = None
+    seed: int | None = None
+    prefill_step_size: int | None = None
+    draft_model: Draft | None = None
+    num_draft_tokens: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+            raise QwenMLXError(f"stop is {self.stop!r}, expected a list of strings that are not empty.")
+        object.__setattr__(self, "stop", tuple(stop))
+        if self.draft_model is not None and self.num_draft_tokens is None:
+            object.__setattr__(self, "num_draft_tokens", self.draft_model.num_draft_tokens)
+        for name, low, high, expected in (
+            ("max_tokens", 1, math.inf, "1 or more"),
+            ("min_tokens", 0, self.max_tokens, f"0 to max_tokens, {self.max_tokens}"),
+            ("prefill_step_size", 1, math.inf, "1 or more"),
+            ("seed", 0, 2**64 - 1, "an integer from 0 to 2^64 - 1"),
+            ("logprobs", 0, 100, "0 to 100"),
+            ("num_draft_tokens", 1, MAX_DRAFT_TOKENS, f"1 to {MAX_DRAFT_TOKENS}"),
+        ):
+            value = getattr(self, name)
+            if value is not None or name in ("max_tokens", "min_tokens"):
+                object.__setattr__(self, name, check_integer(name, value, low, high, expected))
+        if self.draft_model is None and self.num_draft_tokens is not None:
+            raise QwenMLXError("num_draft_tokens is given without a draft; give a draft too.")
+
+
+def refuses_unknown(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function answer an unknown keyword argument with a QwenMLXError that names the likely one."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_unknown(kwargs, known)
+        return function(*args, **kwargs)
+
+    return call
