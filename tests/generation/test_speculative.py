@@ -153,7 +153,7 @@ def test_a_quantized_cache_serves(tmp_path: Path, bits: int):
     prompt, made = encode_prompt(tokenizer, PROMPT), []
     for draft in (None, "prompt-lookup"):
         cache = model.make_cache(bits=bits)
-        settings = {"max_tokens": 150, "temperature": 0, "cache": cache, "draft_model": draft}
+        settings = {"max_tokens": 150, "min_tokens": 150, "temperature": 0, "cache": cache, "draft_model": draft}
         made.append([chunk.token for chunk in stream_generate(model, tokenizer, prompt, **settings)])
         assert {layer.offset for layer in cache} == {len(prompt) + 149}
     assert made[0][: 120 - len(prompt)] == made[1][: 120 - len(prompt)]
