@@ -100,7 +100,7 @@ def plain(app, what, name, obj, options, lines):
     """Makes reStructuredText of a docstring, in which only `code` between single backticks has a meaning."""
     pieces = "\n".join(lines).split("`")
     for i, piece in enumerate(pieces):
-        pieces[i] = rf"\ ``{piece}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)
+        pieces[i] = rf"\ ``{piece.strip()}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)
     lines[:] = "".join(pieces).split("\n")
 
 
