@@ -88,7 +88,11 @@ def rooms(folder):
             if name in modules or (hasattr(module, "__path__") and not own):
                 continue
             title = name.removeprefix("qwen_mlx.")
-            lines += [f"### {title}", "", "```{eval-rst}", f".. automodule:: {name}", "   :members:"]
+            if title == room:  # its docstring says more than the line above, and takes its place
+                lines = lines[:2]
+            else:
+                lines += [f"### {title}", ""]
+            lines += ["```{eval-rst}", f".. automodule:: {name}", "   :members:"]
             if names[name]:
                 lines.append(f"   :exclude-members: {', '.join(sorted(names[name]))}")
             lines += ["```", ""]

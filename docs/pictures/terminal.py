@@ -14,7 +14,16 @@ from rich.text import Text
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:q4_k_m"
 # A command, and how many of its last lines are shown.
 COMMANDS = [
-    (["generate", "--temp", "0", "--prompt", "Write a Python function that reverses a string. Answer with code only."], None),
+    (
+        [
+            "generate",
+            "--temp",
+            "0",
+            "--prompt",
+            "Write a Python function that reverses a string. Answer with code only.",
+        ],
+        None,
+    ),
     (["convert", "--check", MODEL], 5),
 ]
 PROGRAM = [sys.executable, "-c", "from qwen_mlx.cli.main import main; main()"]
