@@ -111,7 +111,7 @@ def plain(app, what, name, obj, options, lines):
 def help_of(command):
     """The text of `qwen-mlx COMMAND --help`, as a code block."""
     program = "from qwen_mlx.cli.main import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "86"}
     arguments = [sys.executable, "-c", program, *command, "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
     return f"```text\n{done.stdout.rstrip()}\n```\n"
