@@ -88,7 +88,11 @@ def rooms(folder):
             if name in modules or (hasattr(module, "__path__") and not own):
                 continue
             title = name.removeprefix("qwen_mlx.")
-            lines += [f"### {title}", "", "```{eval-rst}", f".. automodule:: {name}", "   :members:"]
+            if title == room:  # its docstring says more than the line above, and takes its place
+                lines = lines[:2]
+            else:
+                lines += [f"### {title}", ""]
+            lines += ["```{eval-rst}", f".. automodule:: {name}", "   :members:"]
             if names[name]:
                 lines.append(f"   :exclude-members: {', '.join(sorted(names[name]))}")
             lines += ["```", ""]
@@ -100,14 +104,14 @@ def plain(app, what, name, obj, options, lines):
     """Makes reStructuredText of a docstring, in which only `code` between single backticks has a meaning."""
     pieces = "\n".join(lines).split("`")
     for i, piece in enumerate(pieces):
-        pieces[i] = rf"\ ``{piece}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)
+        pieces[i] = rf"\ ``{piece.strip()}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)
     lines[:] = "".join(pieces).split("\n")
 
 
 def help_of(command):
     """The text of `qwen-mlx COMMAND --help`, as a code block."""
     program = "from qwen_mlx.cli.main import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "86"}
     arguments = [sys.executable, "-c", program, *command, "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
     return f"```text\n{done.stdout.rstrip()}\n```\n"

@@ -14,14 +14,23 @@ from rich.text import Text
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:q4_k_m"
 # A command, and how many of its last lines are shown.
 COMMANDS = [
-    (["generate", "--temp", "0", "--prompt", "Write a Python function that reverses a string, code only."], None),
+    (
+        [
+            "generate",
+            "--temp",
+            "0",
+            "--prompt",
+            "Write a Python function that reverses a string. Answer with code only.",
+        ],
+        None,
+    ),
     (["convert", "--check", MODEL], 5),
 ]
 PROGRAM = [sys.executable, "-c", "from qwen_mlx.cli.main import main; main()"]
 
 
 def main() -> None:
-    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=112, file=open(os.devnull, "w"))  # noqa: SIM115
     for command, last_lines in COMMANDS:
         done = subprocess.run([*PROGRAM, *command], capture_output=True, text=True, check=True)
         shown = " ".join(f'"{word}"' if " " in word else shlex.quote(word) for word in command)
