@@ -90,7 +90,7 @@ class Source:
         for node in (inner for outer in nodes for inner in ast.walk(outer)):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 for name in self.names_of(node).values():
-                    needs |= of_absolute(name) | (of_import(name) if isinstance(node, ast.Import) else set())
+                    needs |= of_absolute(name) | of_import(name)
             elif isinstance(node, ast.Name) and node.id not in self.fixtures:
                 needs |= self.of(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in self.imports:
