@@ -66,10 +66,10 @@ class Source:
 
     @staticmethod
     def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
-        """The statements of a module, those under `if TYPE_CHECKING` and in `try` too where they run."""
+        """The statements that an import of a module runs, those within `try` too."""
         found: list[ast.stmt] = []
         for node in body:
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            if isinstance(node, ast.If) and any(n in ast.dump(node.test) for n in ("TYPE_CHECKING", "__name__")):
                 continue
             found += Source._statements([*node.body, *node.handlers]) if isinstance(node, ast.Try) else [node]
         return found
@@ -90,7 +90,7 @@ class Source:
         for node in (inner for outer in nodes for inner in ast.walk(outer)):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 for name in self.names_of(node).values():
-                    needs |= of_absolute(name) | (of_import(name) if isinstance(node, ast.Import) else set())
+                    needs |= of_absolute(name) | of_import(name)
             elif isinstance(node, ast.Name) and node.id not in self.fixtures:
                 needs |= self.of(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in self.imports:

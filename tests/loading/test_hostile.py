@@ -85,6 +85,7 @@ def mutate(rng: random.Random) -> bytes:
     return bytes(out)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("quarter", range(4))
 def test_mutated_headers_open_or_are_refused_by_name(quarter: int, tmp_path: Path):
     """20,000 mutations in all. What opens has been checked in everything but its tensors' bytes."""
@@ -164,6 +165,7 @@ def whole_files(draw) -> bytes:
     return assemble(fields, tensors, draw(st.sampled_from([60, 0, 255, 128, 252]) | st.integers(0, 255)))
 
 
+@pytest.mark.heavy
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

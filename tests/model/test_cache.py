@@ -251,7 +251,7 @@ def test_memory_of_a_chunk_does_not_follow_the_context():
 
 @pytest.fixture(scope="module")
 def weights():
-    return RandomModel(7, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+    return RandomModel(3, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from tests.helpers import parallel_worker
 ROOT = Path(__file__).parents[2]
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 linux = pytest.mark.linux  # finds the ranks' process ids in /proc
+pytestmark = pytest.mark.heavy  # each test starts processes
 
 
 class Launch:
