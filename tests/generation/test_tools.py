@@ -275,7 +275,7 @@ def raises(error: BaseException):
         (lambda: Text("a\ud800"), "a?"),
         (lambda: object(), "error: f failed (TypeError: Object of type object is not JSON serializable)"),
     ],
-    ids=str,
+    ids=["Odd", "GeneratorExit", "SystemExit", "surrogate", "object"],  # the same in every process
 )
 def test_a_tool_of_any_kind_answers(function, expected: str):
     schema = {"type": "function", "function": {"name": "f"}}
