@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share: mistakes are one sentence, and are found before anything is measured."""
+"""Arguments of the benchmarks' commands: mistakes are one sentence, and are found before anything is measured."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def logits(model: Qwen2, ids: list[int], cache: Sequence[KVCache]) -> np.ndarray
 
 
 def error(found: np.ndarray, plain: np.ndarray, ids: list[int]) -> dict[str, float]:
-    """Of the logits of `ids`; in float64, a row at a time."""
+    """Computes it of the logits of `ids`; in float64, a row at a time."""
     divergence, loss, same = [], [], []
     for ours, theirs, following in zip(found, plain, [*ids[1:], None]):
         log_p, log_q = (row - np.logaddexp.reduce(row) for row in (theirs.astype(np.float64), ours.astype(np.float64)))

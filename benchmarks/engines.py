@@ -157,7 +157,7 @@ def llama_bench(path: Path, prompt: int, tokens: int, repeats: int) -> dict[str,
 
 
 def engines_of(model: Qwen2, bits: int | None, fallback: Qwen2, names: Sequence[str]) -> Iterator[Callable[[], Any]]:
-    """What makes each engine named; `fallback`: the one whose weights mlx-lm can hold. Packed weights are no matter for
+    """Makers of the engines named; `fallback`: the one whose weights mlx-lm can hold. Packed weights are no matter for
     transformers, which is left out."""
     makers = {
         "qwen_mlx": lambda: QwenMLX(model),

@@ -74,7 +74,7 @@ def config_of(n_layers: int) -> ModelConfig:
 
 
 def ours(n_layers: int) -> Counts:
-    """Of a decoding step."""
+    """Counts the primitives of a decoding step."""
     model = Qwen2(config_of(n_layers))
     cache = model.make_cache()
     fused = FusedModel.of(model)
@@ -85,7 +85,7 @@ def ours(n_layers: int) -> Counts:
 
 
 def theirs(n_layers: int) -> Counts:
-    """Of mlx-lm's model on its own cache."""
+    """Counts those of mlx-lm's model on its own cache."""
     from mlx_lm.models import cache as caches
     from mlx_lm.models import qwen2
 
@@ -101,7 +101,7 @@ def theirs(n_layers: int) -> Counts:
 
 
 def per_layer(count: Callable[[int], Counts]) -> Counts:
-    """What one more layer adds."""
+    """Counts what one more layer adds."""
     return count(4) - count(3)
 
 

@@ -62,7 +62,7 @@ def summary(kernels: list[tuple[str, int, int]], count: int) -> dict:
 
 
 def bytes_read(model: Qwen2, kernel: str) -> int | None:
-    """What a launch must read of a matrix at least, by its kernel's name, in which its sizes stand; None: no matrix."""
+    """Bytes of a matrix that a launch must read at least, by the sizes in its kernel's name; None: no matrix."""
     layer = model.model.layers[0]
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     attention, mlp = layer.self_attn, layer.mlp

@@ -26,7 +26,7 @@ def config_of(size: str) -> ModelConfig:
 
 
 def dtype() -> mx.Dtype:
-    """What load() makes of weights on the current default device."""
+    """The dtype that load() gives weights on the current default device."""
     return mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
 
 

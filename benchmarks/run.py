@@ -47,7 +47,7 @@ def require_case(case: str) -> None:
 
 
 def model_of(case: str) -> tuple[Qwen2, Qwen2, int | None, float]:
-    """What "size", "size:bits", "size:q4_k_m" or a file's path names: the model, one with weights that mlx-lm can hold,
+    """Makes what "size", "size:bits", "size:q4_k_m" or a path names: the model, one with weights that mlx-lm can hold,
     their bits (None: dense), and the seconds it took to load."""
     begin = time.perf_counter()
     if Path(case).exists():

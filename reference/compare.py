@@ -120,7 +120,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _check_outputs(options) -> None:
-    """What is asked for at the end can be written: said before minutes of work."""
+    """Checks, before minutes of work, that what is asked for at the end can be written."""
     if options.report:
         from . import report  # noqa: F401  (a sentence if matplotlib is missing)
     for place, folder in ((options.report, options.report), (options.json, options.json and Path(options.json).parent)):

@@ -20,7 +20,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a tap may differ by, and the noise floor that this comes from."""
+    """The amount that a tap may differ by, and the noise floor that this comes from."""
 
     l2: float
     row: float
@@ -41,7 +41,7 @@ class TapResult:
 
     @property
     def ratio(self) -> float:
-        """How many tolerances the larger of its errors is; 0 where both are 0."""
+        """The larger of its errors in tolerances; 0 where both are 0."""
         pairs = ((self.measure.l2, self.tolerance.l2), (self.measure.row, self.tolerance.row))
         return max((error / limit if limit else float("inf")) if error else 0.0 for error, limit in pairs)
 
@@ -71,7 +71,7 @@ class Comparison:
         return bool(self.results) and not self.failures
 
     def worst_by_tap(self) -> dict[str, TapResult]:
-        """Of each kind of tap the result that is furthest beyond, or nearest to, its tolerance."""
+        """The result of each kind of tap that is furthest beyond, or nearest to, its tolerance."""
         worst: dict[str, TapResult] = {}
         for result in self.results:
             tap = split_key(result.key)[2]

@@ -100,7 +100,7 @@ def _dense(weights: Mapping[str, mx.array], layer: int | None) -> Callable[[str]
 
 
 def _with_own_weight(model: Qwen2, theirs: Trace, key: str) -> np.ndarray | None:
-    """What a projection, the head or a norm makes of the reference's input with the weight that our model holds."""
+    """Computes a projection, the head or a norm of the reference's input with the weight that our model holds."""
     call, layer, tap = split_key(key)
     weight, prefix = _dense(model.hf_parameters(), layer), key[: -len(tap)]
     if tap in NORMS:

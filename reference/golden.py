@@ -58,7 +58,7 @@ def write_models(folder: Path) -> None:
 
 
 def results(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]:
-    """What transformers computes from each model of the folder: ids, logits (PROMPT, vocabulary), greedy ids, noise."""
+    """Computes with transformers from each model of the folder: ids, logits (PROMPT, vocabulary), greedy ids, noise."""
     from . import torch_side
 
     torch = torch_side.torch

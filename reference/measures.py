@@ -1,4 +1,4 @@
-"""How far two arrays are from each other. NaN, infinity and a shape that differs are failures, never small numbers."""
+"""Distances between two arrays. NaN, infinity and a shape that differs are failures, never small numbers."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def split_key(key: str) -> tuple[int, int | None, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """What is fed to both sides: token ids (all rows of one length) in calls of `chunks` tokens, one cache throughout.
+    """The input of both sides: token ids (all rows of one length) in calls of `chunks` tokens, one cache throughout.
 
     padding: how many ids on the left of each row are padding, whose activations are not compared; None for no batch.
     """

@@ -22,7 +22,7 @@ from .taps import TAPS
 
 FILE = Path(__file__).with_name("tolerances.toml")
 FIELDS = ("l2_floor", "l2", "row_floor", "row")
-# How far above the floor ours may be, as (l2, row). float32: against the reference's float32, so both sides' noise adds
+# Allowed distance above the floor, as (l2, row). float32: against the reference's float32, so both sides' noise adds
 # up. Others: against the reference's float32, where its own error in that dtype is the yardstick. An extreme of few
 # roundings, the worst row or a call of one token on a small model, varies more than an error over many.
 MULTIPLES = {
@@ -52,7 +52,7 @@ def tolerances(model: str, dtype: str) -> dict[str, Tolerance]:
 
 
 def measured(model: str, dtype: str) -> str:
-    """What a section's floors were measured on, when and by which versions."""
+    """Says what a section's floors were measured on, when and by which versions."""
     return _section(model, dtype)["measured"]
 
 

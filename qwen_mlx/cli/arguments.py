@@ -1,4 +1,4 @@
-"""What every command that generates shares: its arguments, and the model that they describe."""
+"""Everything that commands which generate share: arguments, and the model that they describe."""
 
 from __future__ import annotations
 

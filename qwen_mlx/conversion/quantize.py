@@ -54,7 +54,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Form:
-    """How a tensor is stored: dense in `dtype`, or packed with scales (and biases) in `dtype`. from_source: the codes
+    """The stored form of a tensor: dense in `dtype`, or packed with scales (and biases) in it. from_source: the codes
     are the source's own, not quantized here."""
 
     packing: Packing

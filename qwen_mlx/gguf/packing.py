@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Packing:
-    """How a matrix is packed, compared by value.
+    """The packing of a matrix, compared by value.
 
     kind: "dense"; "affine" or "mxfp4", MLX's quantization modes, with codes of `bits` and a scale for each `group_size`
     of them; "q4_k" or "q6_k", GGUF's blocks as they are in the file.

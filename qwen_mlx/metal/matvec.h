@@ -1,4 +1,4 @@
-// What the matrix-vector kernels share. A unit is R rows of the matrix, or R / 2 pairs of rows; SPLIT simdgroups multiply it.
+// The parts that the matrix-vector kernels share. A unit is R rows of the matrix, or R / 2 pairs of rows; SPLIT simdgroups multiply it.
 
 // A thread's packs of a vector that a whole threadgroup norms, the weights of the norm there, and the norm's factor.
 template <typename T, int K, int THREADS>

@@ -1,4 +1,4 @@
-// What the kernels use besides Metal's own names. nvidia/cuda_prelude.h gives CUDA's compiler the same names, and Metal's.
+// Everything that the kernels use besides Metal's own names. nvidia/cuda_prelude.h gives CUDA's compiler the same names, and Metal's.
 #define FUNCTION inline __attribute__((always_inline))
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define SIMD_WIDTH 32

@@ -25,7 +25,7 @@ MOST_YARN = 32  # the largest factor of Peng et al. 2023
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions beyond the trained context are reached. Field names as in Hugging Face's config.json.
+    """The way to positions beyond the trained context. Field names as in Hugging Face's config.json.
 
     `type` is "linear" (positions divided by `factor`) or "yarn" (Peng et al. 2023, arXiv:2309.00071).
     `attention_factor` None means YaRN's own 0.1 ln(factor) + 1.
@@ -131,7 +131,7 @@ class ModelConfig:
         return replace(self, rope_scaling=scaling, max_position_embeddings=self._yarn_original)
 
     def suggest_yarn(self, n_tokens: int) -> str:
-        """How to make room for `n_tokens`, as the end of an error's sentence."""
+        """The advice that makes room for `n_tokens`: the end of an error's sentence."""
         factor = max(DOCUMENTED_YARN, math.ceil(n_tokens / self._yarn_original))
         scaled = self.rope_scaling is not None and (self.rope_scaling.type != "yarn")
         if scaled or factor > MOST_YARN or int(factor * self._yarn_original) <= self.context_length:

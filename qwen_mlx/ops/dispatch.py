@@ -22,7 +22,7 @@ from ..errors import QwenMLXError
 
 SOURCES = Path(__file__).resolve().parent.parent / "metal"
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-# What can be switched off by itself; "step" is the decoding step as a whole, of which "matvec" and "attend" are parts.
+# Parts that can be switched off; "step" is the decoding step as a whole, of which "matvec" and "attend" are parts.
 PARTS = ("step", "matvec", "matmul", "attend", "unpack", "rms_norm", "rope", "swiglu", "best_token")
 MAX_ELEMENTS = 2**31 - 1  # the kernels index with 32 bits
 R = TypeVar("R")
@@ -51,7 +51,7 @@ def executor(part: str = "") -> str:
 
 @functools.cache
 def switched_off() -> frozenset[str]:
-    """What QWEN_MLX_KERNELS switches off: "on" (the default) nothing, "off" all PARTS, "-step,-rope" these two.
+    """Parts that QWEN_MLX_KERNELS switches off: "on" (the default) none, "off" all PARTS, "-step,-rope" these two.
 
     Raises QwenMLXError for anything else.
     """
@@ -287,7 +287,7 @@ def described(x: object) -> str:
 
 
 def explain() -> str:
-    """What computes the operations on the current default device, and why, a line each."""
+    """Says what computes the operations on the current default device, and why, a line each."""
     kind = executor()
     if _forced is not None:
         why = "forced"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..backend import mx
 
-# Of the powers e^(+-2^n) the one that float32 holds best for its size: 3.02e-8 off, of which e^x sees |x| / 64.
+# The power e^(+-2^n) that float32 holds best for its size: 3.02e-8 off, of which e^x sees |x| / 64.
 _ROOT = -64.0
 _BASE = 1.6038109389511792e-28
 

@@ -310,7 +310,7 @@ class StreamingDetokenizer:
         return self._decoder.decode(self._tokenizer._bytes(token, skip_special=True))
 
     def finish(self) -> str:
-        """What is left: U+FFFD for a character that was never completed."""
+        """Returns what is left: U+FFFD for a character that was never completed."""
         return self._decoder.decode(b"", final=True)
 
 

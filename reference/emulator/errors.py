@@ -1,4 +1,4 @@
-"""What the emulator finds. Each is one sentence: kernel, line, thread, buffer, what was expected."""
+"""Errors that the emulator finds. Each is one sentence: kernel, line, thread, buffer, what was expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Metal's compiler would refuse, found without it.
+"""Finds, without Metal's compiler, what it would refuse.
 
 clang parses the text as C++ for OpenCL, whose address spaces and restrictions are Metal's and whose errors it words
 alike; rules on the syntax tree and on the words add what the two languages differ in.
@@ -273,7 +273,7 @@ def _walk(cursor: Cursor, parent: Cursor | None) -> Iterator[tuple[Cursor, Curso
 
 
 def _only(reference: Cursor) -> Cursor | None:
-    """What a name in a template refers to, if there is one candidate."""
+    """The declaration that a name in a template refers to, if there is one candidate."""
     from clang.cindex import conf
 
     if conf.lib.clang_getNumOverloadedDecls(reference) != 1:

@@ -65,7 +65,7 @@ class Launch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Data:
-    """What lies in a buffer: bytes, where they start within 16, bytes of an element, and the address of element 0."""
+    """Contents of a buffer: bytes, where they start within 16, bytes of an element, and the address of element 0."""
 
     raw: np.ndarray
     item: int

@@ -116,7 +116,7 @@ def line_files(text: str) -> list[str]:
 
 @functools.cache
 def preamble() -> str:
-    """What MLX puts before every kernel, from the headers of the installed mlx."""
+    """The text that MLX puts before every kernel, from the headers of the installed mlx."""
     folder = Path(mx.__file__).parent / "include/mlx/backend/metal/kernels"
     text = "".join((folder / name).read_text() for name in PREAMBLE_FILES)
     return re.sub(r'^#pragma once$|^#include "mlx/.*$', "", text, flags=re.MULTILINE)

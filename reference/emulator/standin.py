@@ -45,7 +45,7 @@ def emulate(
 
 @dataclass(frozen=True)
 class MetalKernel:
-    """What metal_kernel returns; calling it is as calling MLX's own, and runs in the emulator."""
+    """The kernel that metal_kernel returns; calling it is as calling MLX's own, and runs in the emulator."""
 
     name: str
     input_names: tuple[str, ...]
@@ -90,7 +90,7 @@ class MetalKernel:
         )
 
     def _check(self, inputs: Sequence[mx.array], output_dtypes: Sequence[mx.Dtype], shapes: Sequence[tuple]) -> None:
-        """What MLX would put into the text, and Metal's compiler or MLX refuse."""
+        """Checks what MLX would put into the text, and Metal's compiler or MLX refuse."""
         if not re.fullmatch(r"\w+", self.name, re.ASCII):
             raise InvalidLaunch(
                 f"kernel name {self.name!r}: expected letters, digits and _, it becomes part of a function's."

@@ -70,7 +70,7 @@ def test_help_lists_every_command_in_a_line_and_version_is_the_package_s(script:
     assert run(script, "--version") == (0, f"qwen-mlx {qwen_mlx.__version__}\n", "")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "selftest"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_s_help_names_it_as_it_was_started_and_imports_no_mlx(script: Path, name: str):
     code, out, error = run(script, name, "--help")
     assert (code, error) == (0, "")

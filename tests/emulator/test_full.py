@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_mlx.cli import selftest
+from qwen_mlx.cli import selftest_cases as selftest
 from reference.emulator import emulate
 
 SETTINGS = {

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from qwen_mlx import ops
-from qwen_mlx.cli import selftest
+from qwen_mlx.cli import selftest_cases as selftest
 from qwen_mlx.ops import dispatch
 from reference.emulator import CompileError, OutOfBounds, emulate, lint, standin
 from tests.helpers import seeded_decoding

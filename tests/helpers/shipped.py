@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen_mlx import ops
-from qwen_mlx.cli import selftest
+from qwen_mlx.cli import selftest_cases as selftest
 from reference.emulator import emulate, standin
 
 Call = tuple[str, Callable[..., object], list[mx.array]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_mlx import ops
-from qwen_mlx.cli import selftest
+from qwen_mlx.cli import selftest_cases as selftest
 from reference.lazy import modeling_qwen2, torch, transformers
 
 CASES = list(selftest.cases(small=True))

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from qwen_mlx import ops
-from qwen_mlx.cli import selftest
+from qwen_mlx.cli import selftest_cases as selftest
 from qwen_mlx.cli.selftest_decoding import FORMATS
 from reference.emulator import emulate
 from tests.helpers.decoding_calls import tiles

@@ -51,7 +51,7 @@ struct AffineTiles {
   }
 
   template <typename StageRows, typename X, typename Sums, typename Ring>
-  FUNCTION Pack<2> add_stage(StageRows, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane,
+  FUNCTION Pack<2> add_stage(StageRows, uint stage, X x, Sums group_sums, Ring ring, uint at, uint vector_at, uint lane,
                              Pack<2> sums) const {
     typedef decltype(value_of(scales[0])) Scale;
     constexpr uint PAIR = uint(sizeof(scales[0]) / 2);
@@ -85,7 +85,7 @@ struct AffineTiles {
         const bool there = t < uint(PAIRS) && from * 16u < uint(K);
         UNROLL
         for (uint k = 0u; k < uint(GROUP / 16); ++k) {
-          totals.v[c] += there ? sixteens[from + k] : 0.0f;
+          totals.v[c] += there ? group_sums[from + k] : 0.0f;
         }
         totals.v[c + 2u] = totals.v[c];
       }

@@ -3,7 +3,7 @@
 constexpr int SIMDS = THREADS / SIMD_WIDTH;
 threadgroup float partial[SIMDS * 16];
 threadgroup Staged<uint> ring[SIMDS * RING * DEPTH / 4];
-threadgroup float sixteens[NORM ? K / 16 : 1];
+threadgroup float group_sums[NORM ? K / 16 : 1];
 threadgroup Staged<T> normed[NORM ? staged_size<T>(K) : 1];
 
 const uint lane = thread_index_in_simdgroup;
@@ -15,7 +15,7 @@ const auto of_norm = tile_unit<SPLIT, DEPTH, RING, 0, ROWS>(matrix, staged, unit
 const auto of_input = tile_unit<SPLIT, DEPTH, RING, 0, ROWS>(matrix, input_vector<T>(x), unit, own, lane, simd);
 if (NORM) {
   of_norm.start();
-  stage_tiles<T, K, THREADS>(matrix, x, weight, staged.x, &sixteens[0], &partial[0], as_type<float>(EPS),
+  stage_tiles<T, K, THREADS>(matrix, x, weight, staged.x, &group_sums[0], &partial[0], as_type<float>(EPS),
                              thread_position_in_threadgroup.x, lane, simd);
 } else {
   of_input.start();
@@ -23,7 +23,7 @@ if (NORM) {
 const uint row = unit * 16u + lane;
 const bool mine = simd % uint(SPLIT) == 0u && lane < 16u && row < uint(ROWS);
 const float before = ADD && mine ? float(residual[row]) : 0.0f;
-const metal::float2 sums = NORM ? of_norm.products(&sixteens[0], &partial[0]) : of_input.products(&sixteens[0], &partial[0]);
+const metal::float2 sums = NORM ? of_norm.products(&group_sums[0], &partial[0]) : of_input.products(&group_sums[0], &partial[0]);
 if (mine) {
   const float sum = float(T(sums.x));
   out[row] = T(ADD ? sum + before : sum);

@@ -5,7 +5,7 @@ constexpr int SIMDS = THREADS / SIMD_WIDTH;
 constexpr int UNITS1 = PAIRS1 / 8;
 threadgroup float partial[SIMDS * 16];
 threadgroup Staged<uint> ring[SIMDS * RING * DEPTH / 4];
-threadgroup float sixteens[K / 16];
+threadgroup float group_sums[K / 16];
 threadgroup Staged<T> normed[staged_size<T>(K)];
 
 const uint id = thread_position_in_threadgroup.x;
@@ -29,11 +29,11 @@ if (group >= uint(GROUPS)) {
   } else {
     tiles.start();
   }
-  stage_tiles<T, K, THREADS>(matrix, x, weight, staged.x, &sixteens[0], &partial[0], as_type<float>(EPS), id, lane, simd);
+  stage_tiles<T, K, THREADS>(matrix, x, weight, staged.x, &group_sums[0], &partial[0], as_type<float>(EPS), id, lane, simd);
   const uint pair = unit * 8u + lane;
   const bool mine = simd % uint(SPLIT) == 0u && lane < 8u && pair < uint(PAIRS);
   const HeadPair p = load_pair<HALF>(mine, pair, bias, table);  // before the products, which take as long
   const metal::float2 sums =
-      second ? tiles2.products(&sixteens[0], &partial[0]) : tiles.products(&sixteens[0], &partial[0]);
+      second ? tiles2.products(&group_sums[0], &partial[0]) : tiles.products(&group_sums[0], &partial[0]);
   store_pair<T, HEADS, KV, HALF, SLOTS>(p, sums, q, new_recent_kv, slot);
 }

@@ -16,7 +16,7 @@ struct Q4KTiles {
   }
 
   template <typename StageRows, typename X, typename Sums, typename Ring>
-  FUNCTION Pack<2> add_stage(StageRows, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane,
+  FUNCTION Pack<2> add_stage(StageRows, uint stage, X x, Sums group_sums, Ring ring, uint at, uint vector_at, uint lane,
                              Pack<2> sums) const {
     const uint g = lane / 4u;
     const uint t = lane % 4u;
@@ -46,8 +46,8 @@ struct Q4KTiles {
     }
     if (X::STAGED) {
       const uint at_group = stage * 16u + t * 4u;
-      totals.v[0] = totals.v[2] = sixteens[at_group] + sixteens[at_group + 1u];
-      totals.v[1] = totals.v[3] = sixteens[at_group + 2u] + sixteens[at_group + 3u];
+      totals.v[0] = totals.v[2] = group_sums[at_group] + group_sums[at_group + 1u];
+      totals.v[1] = totals.v[3] = group_sums[at_group + 2u] + group_sums[at_group + 3u];
     }
     UNROLL
     for (int r = 0; r < 2; ++r) {

@@ -38,7 +38,7 @@ struct Q6KTiles {
   }
 
   template <typename StageRows, typename X, typename Sums, typename Ring>
-  FUNCTION Pack<2> add_stage(StageRows rows, uint stage, X x, Sums sixteens, Ring ring, uint at, uint vector_at, uint lane,
+  FUNCTION Pack<2> add_stage(StageRows rows, uint stage, X x, Sums group_sums, Ring ring, uint at, uint vector_at, uint lane,
                              Pack<2> sums) const {
     typedef decltype(value_of(factors[0])) Factor;
     const uint g = lane / 4u;
@@ -75,8 +75,8 @@ struct Q6KTiles {
         }
       }
       if (X::STAGED) {
-        totals.v[0] = totals.v[2] = sixteens[stage * 16u + h * 8u + t * 2u];
-        totals.v[1] = totals.v[3] = sixteens[stage * 16u + h * 8u + t * 2u + 1u];
+        totals.v[0] = totals.v[2] = group_sums[stage * 16u + h * 8u + t * 2u];
+        totals.v[1] = totals.v[3] = group_sums[stage * 16u + h * 8u + t * 2u + 1u];
       }
       UNROLL
       for (uint r = 0u; r < 2u; ++r) {

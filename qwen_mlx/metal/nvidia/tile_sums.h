@@ -41,10 +41,10 @@ struct TileUnit {
     }
   }
 
-  // The products, after start(): lane i gets those of rows i and i + 8. sixteens: the sums of each 16 elements of a normed
+  // The products, after start(): lane i gets those of rows i and i + 8. group_sums: the sums of each 16 elements of a normed
   // vector. With SPLIT above 1 all threads of the threadgroup have to come here.
   template <typename Sums, typename Partial>
-  FUNCTION metal::float2 products(Sums sixteens, Partial partial) const {
+  FUNCTION metal::float2 products(Sums group_sums, Partial partial) const {
     Pack<2> sums = zeros<2>();
     uint n = 0u;
     for (uint stage = simd % uint(SPLIT); stage < uint(Matrix::STAGES); stage += uint(SPLIT)) {
@@ -52,7 +52,7 @@ struct TileUnit {
       metal::simdgroup_barrier(metal::mem_flags::mem_threadgroup);
       start_stage(n + uint(DEPTH - 1));
       const uint at = n % uint(DEPTH) * uint(RING);
-      sums = matrix.add_stage(rows, stage, x, sixteens, ring, at, at + uint(RING - VECTOR_WORDS), lane, sums);
+      sums = matrix.add_stage(rows, stage, x, group_sums, ring, at, at + uint(RING - VECTOR_WORDS), lane, sums);
       ++n;
     }
     UNROLL
@@ -80,10 +80,10 @@ FUNCTION TileUnit<SPLIT, DEPTH, RING, Matrix, X, StageRows<APART, COUNT>, Ring> 
   return {matrix, x, {unit}, ring, lane, simd};
 }
 
-// As stage_norm, in the order of the matrix's codes, with the sums of each 16 elements of out in `sixteens`.
+// As stage_norm, in the order of the matrix's codes, with the sums of each 16 elements of out in `group_sums`.
 template <typename T, int K, int THREADS, typename Matrix, typename X, typename Weight, typename Out, typename Sums,
           typename Partial>
-FUNCTION void stage_tiles(Matrix, X x, Weight weight, Out out, Sums sixteens, Partial partial, float eps, uint id, uint lane,
+FUNCTION void stage_tiles(Matrix, X x, Weight weight, Out out, Sums group_sums, Partial partial, float eps, uint id, uint lane,
                           uint simd) {
   constexpr int N = 8;
   const Norm<T, K, THREADS> norm = load_norm<T, K, THREADS>(x, weight, partial, eps, id, lane, simd);
@@ -107,7 +107,7 @@ FUNCTION void stage_tiles(Matrix, X x, Weight weight, Out out, Sums sixteens, Pa
     }
     sum += metal::simd_shuffle_xor(sum, ushort(1));
     if (i < uint(K) && lane % 2u == 0u) {
-      sixteens[i / 16u] = sum;
+      group_sums[i / 16u] = sum;
     }
   }
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);

@@ -31,7 +31,7 @@ bool commit(Region& region, int slot, size_t size, size_t skew) {
 
 bool same_threadgroup(uint32_t uid) { return uid - first_uid < threads; }
 
-// Whether what thread `uid` did at `when` is ordered before what the current thread does now.
+// True if what thread `uid` did at `when` is ordered before what the current thread does now.
 bool ordered(uint32_t uid, uint32_t when, Space space) {
   if (uid == current->uid) return true;
   if (!same_threadgroup(uid)) return false;

@@ -1,4 +1,4 @@
-// What all parts share: the memory and its records, threads, simdgroups, the launch and its report.
+// State that all parts share: the memory and its records, threads, simdgroups, the launch and its report.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -15,7 +15,7 @@ constexpr uintptr_t kMiddle = uintptr_t(1) << (kSlotBits - 1);  // indices below
 constexpr size_t kPage = 4096, kStack = 256 * 1024, kThreadgroupLimit = 32768;
 constexpr uint32_t kWidth = 32;  // threads of a simdgroup
 
-// What is known of the accesses to `granule` bytes. Readers: the latest, the latest that is another thread, and the
+// Record of the accesses to `granule` bytes. Readers: the latest, the latest that is another thread, and the
 // first of the launch, which tells whether an earlier threadgroup read.
 struct Cell {
   uint64_t writer_pc, reader_pc, other_pc;

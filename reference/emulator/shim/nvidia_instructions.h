@@ -1,4 +1,4 @@
-// What the functions of qwen_mlx/metal/nvidia/instructions.h mean, in Metal: the emulator runs the tiles with it.
+// The functions of qwen_mlx/metal/nvidia/instructions.h in Metal: the emulator runs the tiles with it.
 
 FUNCTION uint word_bits(uint x) {
   return x;
