@@ -13,6 +13,7 @@ from benchmarks.cpu_generate import ENGINES
 from reference.small_models import RandomModel, write_gguf
 
 
+@pytest.mark.heavy
 @pytest.mark.linux  # mlx-lm would run on Apple's GPU
 def test_cpu_generate(tmp_path: Path):
     model, output = write_gguf(tmp_path / "small.gguf", RandomModel()), tmp_path / "results.json"
@@ -30,6 +31,7 @@ def test_cpu_generate(tmp_path: Path):
     assert float32 == [float32[0]] * 3
 
 
+@pytest.mark.heavy
 @pytest.mark.linux  # mlx-lm would run on Apple's GPU
 def test_run_compares_engines_that_make_the_same_tokens(tmp_path: Path):
     output, picture = tmp_path / "run.json", tmp_path / "run.png"
@@ -69,6 +71,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.linux  # a Mac has a GPU
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_sentence_before_anything_is_measured(name: str):

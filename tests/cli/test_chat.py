@@ -500,6 +500,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_in_a_pipe_is_one_sentence(path: Path, case: str):
     arguments, stdin, words = MISTAKES[case]
@@ -559,6 +560,7 @@ READY = "\x1b[?2004h"  # prompt_toolkit waits for input
 DRAWN = "\x1b[2K"  # rich has drawn something again
 
 
+@pytest.mark.heavy
 def test_a_terminal(path: Path, tmp_path: Path):
     """Ctrl-C ends the answer and not the program; a paste of lines is one message; a mistake is told."""
     saved = tmp_path / "c.json"
@@ -609,6 +611,7 @@ def test_a_terminal(path: Path, tmp_path: Path):
         window.close()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("answering", [True, False])
 def test_the_terminal_is_left_as_it_was(path: Path, tmp_path: Path, answering: bool):
     """Nothing typed into an answer shifts what is drawn; when the process is told to end, it tidies up."""
@@ -666,6 +669,7 @@ MARKDOWN = (
 )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("height", [10, 40])
 def test_streamed_markdown_ends_as_the_whole_would_be_shown(monkeypatch: pytest.MonkeyPatch, height: int):
     from rich.console import Console
@@ -705,6 +709,7 @@ def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch):
     assert "title" in written
 
 
+@pytest.mark.heavy
 def test_benchmark(path: Path, tmp_path: Path):
     command = [sys.executable, "-m", "benchmarks.cpu_chat", "--model", path, "--output", tmp_path / "o.json"]
     sizes = ["--max-tokens", "5", "--saved-tokens", "50"]

@@ -65,6 +65,7 @@ def test_text_goes_to_standard_output_and_statistics_to_standard_error(small: Pa
     assert error.count("\n") == 1
 
 
+@pytest.mark.heavy
 def test_prompt_from_standard_input_and_file_give_the_same(small: Path, tmp_path: Path):
     file = tmp_path / "prompt.txt"
     file.write_text("héllo wörld\n")
@@ -78,6 +79,7 @@ def test_prompt_from_standard_input_and_file_give_the_same(small: Path, tmp_path
     assert texts != {run(*common, "--prompt", "other").stdout}
 
 
+@pytest.mark.heavy
 def test_seed_repeats(small: Path):
     common = ["--model", small, "--temp", "1.5", "--top-k", "0", "--max-tokens", "20", "--prompt", "hello"]
     first, again, other = (run(*common, "--seed", seed).stdout for seed in "112")
@@ -148,6 +150,7 @@ def test_told_to_stop_before_the_first_token_says_so_and_twice_is_quiet(small: P
     assert done.stderr == "interrupted before the first token\n"
 
 
+@pytest.mark.heavy
 def test_a_terminal_gets_no_control_characters(tmp_path: Path):
     """This model writes them; a pipe gets its text as it is."""
     path = write_gguf(tmp_path / "m.gguf", RandomModel(8))
@@ -240,6 +243,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_bad_argument(case: str, small: Path):
     arguments, word = ARGUMENTS[case]
@@ -311,6 +315,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_file(case: str, tmp_path: Path):
     edit, *words = DAMAGED[case]
@@ -318,6 +323,7 @@ def test_damaged_file(case: str, tmp_path: Path):
     refused(run("--model", path, "--prompt", "x"), *words)
 
 
+@pytest.mark.heavy
 def test_truncated_and_foreign_files(small: Path, tmp_path: Path):
     data = small.read_bytes()
     for name, content, word in (
@@ -342,6 +348,7 @@ def test_standard_output_on_a_full_disk(small: Path):
     assert b"standard output cannot be written" in done.stderr
 
 
+@pytest.mark.heavy
 def test_folder_that_is_no_model(small: Path, tmp_path: Path):
     refused(run("--model", small.parent, "--prompt", "x"), "config.json", "m.gguf")
     (tmp_path / "empty").mkdir()

@@ -371,6 +371,7 @@ def generate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.heavy
 def test_on_the_command_line(path: Path, tmp_path: Path):
     cached = ["--model", path, "--prompt-cache", tmp_path / "c"]
     first = generate(*cached, "--prompt", "hello hello")

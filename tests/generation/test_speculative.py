@@ -119,6 +119,7 @@ def test_log_probabilities_are_those_without_a_draft(small, drafts):
         assert [[i for i, _ in c.top_logprobs] for c in chunks] == [[i for i, _ in c.top_logprobs] for c in plain]
 
 
+@pytest.mark.heavy
 def test_text_statistics_and_both_caches_are_those_of_plain_generation(small, drafts):
     """Wherever a consumer stops, the caches hold what was read, so that a next turn starts there."""
     model, tokenizer = small
@@ -188,6 +189,7 @@ def excess(counts: Counter[int], p: np.ndarray) -> float:
     return sum((seen - expected) ** 2 / expected for seen, expected in cells if expected > 0) / limit
 
 
+@pytest.mark.heavy
 def test_a_replaced_proposal_leaves_the_distribution_as_it_is():
     """3,000 draws a draft among 12 tokens: a law that is off by 0.1 in total variation is seen 99 times in 100. The
     draft's own law, which keeping every proposal would give, is far beyond that."""
@@ -243,6 +245,7 @@ def test_a_token_for_which_the_model_has_no_row_is_rejected_and_never_read(small
     assert max(read) < beyond
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["certain", "drawn, all settings"])
 def test_sampled_tokens_have_the_models_distribution(small, drafts, kind: str):
     """The first three tokens of 800 answers, against the exact law that the model's logits give: one that is off by

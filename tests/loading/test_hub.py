@@ -30,6 +30,8 @@ from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.loading import hub
 from qwen_mlx.loading.hub.download import RANGE
 
+pytestmark = pytest.mark.heavy  # servers and processes
+
 CONTENT = hashlib.shake_128(b"a model").digest(1_000_000)
 PART = 400_000  # three parts, the last one shorter
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
