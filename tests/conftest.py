@@ -9,11 +9,13 @@ that a Mac would run. What is not selected is counted as deselected.
 from __future__ import annotations
 
 import collections
+import importlib
 import importlib.abc
 import os
 import platform
 import signal
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = FAST
         sys.meta_path.insert(0, NoPeers())
     if config.getoption("as_macos"):
+        sysconfig.get_config_vars()  # what reads files by the platform's name must have done so
+        for name in (
+            "huggingface_hub.hf_api",
+            *(() if config.getoption("fast") else ("psutil", "torch", "transformers")),
+        ):
+            importlib.import_module(name)
         sys.platform = "darwin"
         platform.system, platform.machine = lambda: "Darwin", lambda: "arm64"
 

@@ -127,6 +127,7 @@ def test_a_signal_while_the_program_imports_is_quiet(script: Path, tmp_path: Pat
     assert (process.returncode, error) == (128 + number, b"")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_told_to_end_the_chat_saves_its_cache(script: Path, small: Path, tmp_path: Path, number: signal.Signals):
     cache = tmp_path / "c.cache"
@@ -153,6 +154,7 @@ def test_a_pipe_whose_reader_goes_away_is_quiet(script: Path, small: Path):
     assert b"Exception" not in error
 
 
+@pytest.mark.heavy
 @pytest.mark.linux  # has /dev/full
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--list-models"], ["generate", "-h"]])
 def test_a_full_disk_is_told_and_a_closed_output_is_not(script: Path, arguments: list[str]):

@@ -493,6 +493,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path):
     assert snapshot(tmp_path).keys() == {"m.gguf", "out/config.json"}
 
 
+@pytest.mark.heavy
 def test_two_conversions_into_one_folder_leave_one_whole_model(tmp_path: Path):
     path = write_gguf(tmp_path / "m.gguf", RandomModel(**WIDE), MIXED)
     command = [sys.executable, "-m", "qwen_mlx.convert", str(path), str(tmp_path / "out")]

@@ -146,6 +146,7 @@ def test_text_statistics_and_both_caches_are_those_of_plain_generation(small, dr
     assert {layer.offset for layer in cache} == {len(encode_prompt(tokenizer, PROMPT)) + 29}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_cache_serves(tmp_path: Path, bits: int):
     """While its newest tokens are floats, the ids are the same; later, blocks are quantized at other moments."""
@@ -343,6 +344,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.heavy
 def test_a_slow_draft_is_switched_off_and_the_text_is_the_same(small):
     model, tokenizer = small
     prompt = encode_prompt(tokenizer, PROMPT)

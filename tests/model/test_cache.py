@@ -133,6 +133,7 @@ def stored(kv: mx.array, bits: int) -> np.ndarray:
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("pieces", [[300], [1] * 300, [70, 1, 1, 128, 60, 40], [127, 1, 172], [64, 64, 172]], ids=len)
 def test_quantized_holds_old_blocks_in_bits_and_the_newest_in_floats(pieces, bits):
@@ -237,6 +238,7 @@ def test_a_long_chunk_is_attended_to_in_slices(dtype, window, monkeypatch):
             np.testing.assert_allclose(out.astype(mx.float32), wanted, atol=atol)
 
 
+@pytest.mark.heavy
 def test_memory_of_a_chunk_does_not_follow_the_context():
     """The scores of 512 queries on 16,384 keys are 200 MB for these heads, and each is there three times: 800 MB."""
     q, kv = drawn(512, 12)

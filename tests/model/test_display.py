@@ -26,7 +26,7 @@ def small(tmp_path_factory):
 def test_a_model_says_what_it_is(small):
     model = small[0]
     theirs = sum(values.size for values in RandomModel().state_dict().values())
-    found = summary(model)
+    found = summary(model, model.config)
     assert found["parameters"] == f"{theirs / 1e6:.0f} million"
     assert found["memory"] == f"{theirs * 4 / 1e9:.2f} GB"
     assert found["matrices"] == "100 % float32"
@@ -35,7 +35,8 @@ def test_a_model_says_what_it_is(small):
 
 
 def test_a_packed_model_says_how(tmp_path: Path, real_gguf: Path):
-    found = summary(load(real_gguf, quantized=True)[0])
+    model, _ = load(real_gguf, quantized=True)
+    found = summary(model, model.config)
     size = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(real_gguf).tensors)  # its head is stored apart
     assert found["parameters"] == f"{size / 1e6:.0f} million"
     assert re.match(r"\d+ % 5 bits, group 32, ", found["matrices"])

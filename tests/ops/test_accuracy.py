@@ -35,6 +35,7 @@ def test_within_two_ulp_of_float64_and_never_worse_than_mlx(executor, dtype):
     assert len(rows) >= 40
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
 def test_swiglu_on_a_dense_sweep(executor, dtype):
     """Gates whose silu is a normal number. Traced, in plain float32, e^-x, the sum, the quotient and the product round
