@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import gc
 import json
 import time
 from pathlib import Path
@@ -295,9 +296,15 @@ def test_hostile_answers_are_read_in_linear_time():
     for make in (lambda n: '{"name":"f","arguments":{}}' + " " * n + "x", lambda n: "<tool_call>" * n):
         seconds = []
         for size in (3_000, 30_000):
-            start = time.process_time()
-            parse_tool_calls(make(size), tools)
-            seconds.append(time.process_time() - start)
+            text, times = make(size), []
+            for _ in range(3):
+                gc.collect()
+                gc.disable()  # a collection of what other tests hold would count as this one's work
+                start = time.process_time()
+                parse_tool_calls(text, tools)
+                times.append(time.process_time() - start)
+                gc.enable()
+            seconds.append(min(times))
         assert seconds[1] < 30 * seconds[0] + 0.05
     (call,) = parse_tool_calls('<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', tools)
     assert "beyond any float" in call.error
