@@ -63,7 +63,7 @@ def source_link(name, rawtext, text, lineno, inliner, options=None, content=None
 
 
 def documented(api):
-    """What the API page describes: its modules and, by module, the names of single objects."""
+    """Names that the API page describes: its modules and, by module, the names of single objects."""
     modules = set(re.findall(r"automodule:: (\S+)", api))
     names = defaultdict(set)
     for name in re.findall(r"auto(?:class|function):: (\S+)", api):

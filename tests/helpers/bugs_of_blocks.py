@@ -201,7 +201,7 @@ def _(model, patch):
 
 @bug("the fused form goes wrong", "1.logits", "times 1.01", run="decode")
 def _(model, patch):
-    """What the taps cannot look into: it computes when nobody looks."""
+    """The taps cannot look into it: it computes when nobody looks."""
     call = FusedModel.__call__
 
     def wrong(self, ids, *rest):

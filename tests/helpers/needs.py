@@ -10,7 +10,7 @@ import functools
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# What a name must begin with for a test that reaches it to need something.
+# A test that reaches a name with one of these beginnings needs something.
 NEEDS = {
     "torch": (
         "torch",
@@ -26,7 +26,7 @@ NEEDS = {
 
 
 def of_name(name: str) -> set[str]:
-    """What something of this absolute name needs by itself."""
+    """The needs of something of this absolute name by itself."""
     return {need for need, starts in NEEDS.items() if any(f"{name}.".startswith(f"{s}.") for s in starts)}
 
 
@@ -85,7 +85,7 @@ class Source:
         return {a.asname or a.name: f"{base.rstrip('.')}.{a.name}" for a in node.names}
 
     def of_nodes(self, nodes: list[ast.AST]) -> set[str]:
-        """What statements need: through the names in them, their own imports, and attributes of modules."""
+        """The needs of statements: through the names in them, their own imports, and attributes of modules."""
         needs: set[str] = set()
         for node in (inner for outer in nodes for inner in ast.walk(outer)):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
