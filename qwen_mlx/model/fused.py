@@ -21,8 +21,10 @@ from ..backend import in_gpu_memory, mx, nn
 from ..ops import Matrix
 from .batch_cache import BatchKVCache
 from .cache import RECENT, KVCache, recent_of
-from .layers import join_rows, matrix_of, multiply_all
+from .layers import join_rows, matrix_of, multiply_all, temporary_bytes
 from .qwen2 import Qwen2, TransformerBlock
+
+PIECE = 128 << 20  # bytes of temporary arrays that a pass of several tokens makes before it is evaluated so far
 
 Attend = Callable[[int, mx.array, mx.array], mx.array]  # layer, q, kv -> attention (B, L, H, head_dim)
 Compiled = Callable[..., list[mx.array]]
@@ -40,6 +42,24 @@ class _Layer(NamedTuple):
     gate_up: Sequence[Matrix]
     gate_up_bias: mx.array | None
     down_proj: nn.Module
+    outputs: tuple[Matrix, Matrix]  # of o_proj and down_proj
+
+
+class _Pieces:
+    """Evaluates a pass in pieces of PIECE bytes while it is built, at most two of them under way: else memory would
+    hold the unpacked matrices and the activations of all layers at once."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._under_way: tuple[mx.array, ...] = ()
+
+    def add(self, nbytes: int, *arrays: mx.array) -> None:
+        """Notes that temporary arrays of `nbytes` have led to `arrays`, from which the pass goes on."""
+        self._bytes += nbytes
+        if self._bytes >= PIECE:
+            mx.async_eval(arrays)
+            mx.eval(self._under_way)
+            self._bytes, self._under_way = 0, arrays
 
 
 class FusedModel:
@@ -108,9 +128,11 @@ class FusedModel:
                 keys, values = cache[i].update(kv)
                 return ops.attention(q, keys, values, self._head_dim**-0.5, masks[self._layers[i].window])
 
-            return self._forward(input_ids, rotation, attend, keep)
+            return self._forward(input_ids, rotation, attend, keep, _Pieces())
 
-    def _forward(self, input_ids: mx.array, rotation: mx.array, attend: Attend, keep: int) -> mx.array:
+    def _forward(
+        self, input_ids: mx.array, rotation: mx.array, attend: Attend, keep: int, pieces: _Pieces | None = None
+    ) -> mx.array:
         h = self._body.embed_tokens(input_ids)
         x = ops.rms_norm(h, self._layers[0].input_norm, self._eps)
         following = [*(layer.input_norm for layer in self._layers[1:]), self._body.norm.weight]
@@ -119,7 +141,13 @@ class FusedModel:
             q, kv = ops.qkv_rope(qkv, layer.qkv_bias, rotation, self._n_heads, self._n_kv_heads)
             out = layer.o_proj(attend(i, q, kv).flatten(2))
             h, x = ops.add_rms_norm(out, h, layer.post_norm, self._eps)
-            out = layer.down_proj(ops.swiglu_joined(multiply_all(x, layer.gate_up), layer.gate_up_bias))
+            gate_up = multiply_all(x, layer.gate_up)
+            if pieces is not None:
+                pieces.add(temporary_bytes(x, (*layer.qkv, layer.outputs[0], *layer.gate_up)), h, gate_up)
+            out = layer.down_proj(ops.swiglu_joined(gate_up, layer.gate_up_bias))
+            del qkv, q, kv, gate_up  # an array lives as long as it has a name
+            if pieces is not None:
+                pieces.add(temporary_bytes(x, layer.outputs[1:]), h, out)
             if i == len(self._layers) - 1:
                 out, h = out[:, -keep:], h[:, -keep:]
             h, x = ops.add_rms_norm(out, h, next_norm, self._eps)
@@ -238,6 +266,7 @@ def _layer(block: TransformerBlock) -> _Layer:
     matrices, biases = (join_rows(qkv), join_rows(gate_up)), (_joined_bias(qkv), _joined_bias(gate_up))
     if biases[0] is None:
         raise ValueError("The projections of q, k and v have no biases, which every Qwen2 has.")
+    o_proj, down_proj = (module.part if "part" in module else module for module in (attention.o_proj, mlp.down_proj))
     return _Layer(
         block.input_layernorm.weight,
         matrices[0],
@@ -248,6 +277,7 @@ def _layer(block: TransformerBlock) -> _Layer:
         matrices[1],
         biases[1],
         mlp.down_proj,
+        (matrix_of(o_proj), matrix_of(down_proj)),
     )
 
 

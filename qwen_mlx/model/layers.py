@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 from .. import ops
@@ -16,7 +17,7 @@ ARRAYS = {
     "q4_k": ("weight",),
     "q6_k": ("weight", "high", "scales", "factors"),
 }
-TILE = 16384  # rows of GGUF's blocks that are unpacked at a time
+TILE = 150_000_000  # elements of GGUF's blocks that are unpacked at a time
 
 
 class Linear(nn.Linear):
@@ -81,8 +82,7 @@ def matrix_of(module: nn.Module) -> Matrix:
 def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     """x W^T for x (..., columns), in x.dtype.
 
-    One vector is multiplied by GGUF's blocks as they are; more are multiplied by values unpacked, TILE rows of W at a
-    time.
+    One vector is multiplied by GGUF's blocks as they are; more are multiplied by values unpacked, in tiles of rows.
     """
     packing, arrays = matrix.packing, matrix.arrays
     if packing.kind == "dense":
@@ -93,13 +93,25 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
         return y.astype(x.dtype)
     if x.size == matrix.columns:
         return ops.matvec(x, matrix).reshape(*x.shape[:-1], matrix.rows)
-    tiles = (rows_of(matrix, start, start + TILE) for start in range(0, matrix.rows, TILE))
+    rows = max(1, TILE // matrix.columns // 256) * 256  # an odd number makes cuBLAS slow
+    tiles = (rows_of(matrix, start, start + rows) for start in range(0, matrix.rows, rows))
     return _side_by_side([x @ ops.unpack(tile, x.dtype).T for tile in tiles])
 
 
 def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
     """x by several matrices: the products side by side, (..., rows of all)."""
     return _side_by_side([multiply(x, matrix) for matrix in matrices])
+
+
+def temporary_bytes(x: mx.array, matrices: Iterable[Matrix]) -> int:
+    """Bytes of the arrays that `multiply` makes for vectors x (..., columns) and such matrices: the products, and the
+    values of blocks that are unpacked."""
+    elements = 0
+    for matrix in matrices:
+        elements += matrix.rows * math.prod(x.shape[:-1])
+        if matrix.packing.kind not in ("dense", "affine"):
+            elements += min(matrix.rows * matrix.columns, TILE)
+    return elements * x.dtype.size
 
 
 def _side_by_side(arrays: list[mx.array]) -> mx.array:

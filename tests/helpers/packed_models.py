@@ -19,9 +19,10 @@ def model_of(packing: str, tied: bool, **changes: object) -> Qwen2:
     """A small random model in one packing; "mixed": v, up and the embedding in Q6_K, the rest in Q4_K."""
     fields = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     fields |= {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 300, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-    config = ModelConfig(**fields, max_position_embeddings=512, tie_word_embeddings=tied, **changes)
+    fields |= {"max_position_embeddings": 512, "tie_word_embeddings": tied}
+    config = ModelConfig(**fields | changes)
     model = Qwen2(config)
-    keys = iter(mx.random.split(mx.random.key(3), 100))
+    keys = iter(mx.random.split(mx.random.key(3), 400))
     weights = [
         (name, mx.random.normal(array.shape, key=next(keys)) * 0.05) for name, array in tree_flatten(model.parameters())
     ]

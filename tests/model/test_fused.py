@@ -11,8 +11,9 @@ import pytest
 from benchmarks import launches
 from qwen_mlx import Qwen2, ops
 from qwen_mlx.model.batch_cache import BatchKVCache, Padding, join, select
+from qwen_mlx.model.cache import KVCache
 from qwen_mlx.model.fused import FusedModel
-from qwen_mlx.model.layers import join_rows, matrix_of
+from qwen_mlx.model.layers import join_rows, matrix_of, temporary_bytes
 from reference.emulator import emulate
 from tests.helpers.packed_models import leaves_no_memory, model_of, nbytes, same
 
@@ -178,6 +179,44 @@ def test_a_decoded_token_takes_five_primitives_a_layer_and_no_view():
     mine, theirs = (launches.per_layer(count) for count in (launches.ours, launches.theirs))
     assert mine == {"CustomKernel": 5}
     assert sum(count for name, count in theirs.items() if name not in launches.VIEWS) > 3 * mine.total()
+
+
+@pytest.mark.parametrize("packing", ["dense", "affine", "q4_k"])
+def test_the_bytes_of_temporary_arrays_are_those_of_products_and_unpacked_matrices(packing: str):
+    form = FusedModel.of(model_of(packing, True))
+    layer = form._layers[0]
+    values = 4 * 256 * (512 + 256 + 1024 + 512) if packing == "q4_k" else 0
+    products = 4 * 2 * 64 * (512 + 256 + 1024 + 256)
+    matrices = [*layer.qkv, *layer.gate_up, *layer.outputs]
+    assert temporary_bytes(mx.zeros((2, 64, 256)), matrices) == products + values
+
+
+def test_a_pass_holds_the_unpacked_matrices_of_two_pieces_at_most(monkeypatch: pytest.MonkeyPatch):
+    """Counts matrices unpacked, and those of pieces that were waited for: a GPU has let go of these."""
+    form, unpack, evaluate, launch = FusedModel.of(model_of("q4_k", True)), ops.unpack, mx.eval, mx.async_eval
+    unpacked, waited, most, launched = 0, 0, 0, {}
+
+    def count(*arguments: object) -> mx.array:
+        nonlocal unpacked, most
+        unpacked, most = unpacked + 1, max(most, unpacked + 1 - waited)
+        return unpack(*arguments)
+
+    def note(arrays: tuple[mx.array, ...]) -> None:
+        launched[tuple(map(id, arrays))] = unpacked
+        launch(arrays)
+
+    def wait(arrays: tuple[mx.array, ...]) -> None:
+        nonlocal waited
+        waited = launched.get(tuple(map(id, arrays)), waited)
+        evaluate(arrays)
+
+    monkeypatch.setattr(ops, "unpack", count)
+    monkeypatch.setattr(mx, "async_eval", note)
+    monkeypatch.setattr(mx, "eval", wait)
+    monkeypatch.setattr("qwen_mlx.model.fused.PIECE", 1)
+    form.hidden(mx.array([list(range(64))]), [KVCache() for _ in range(2)])
+    assert unpacked == 9
+    assert most == 5  # the embedding's rows; q, k, v; o; gate, up; and then down, before the first four are waited for
 
 
 # ---------------------------------------------------------------------------------------------------------------------
