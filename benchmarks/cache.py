@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arguments import at_least, to_write
-from qwen_mlx import load, ops
+from qwen_mlx import load
 from qwen_mlx.backend import describe, mx
 from qwen_mlx.cli import command as cli
 from qwen_mlx.loading import hub
-from qwen_mlx.model.cache import KVCache, attention_mask
+from qwen_mlx.model.cache import KVCache
 from qwen_mlx.model.qwen2 import Qwen2
 from reference.measures import measure
 
@@ -50,13 +50,11 @@ class Peer(KVCache):
         super().__init__()
         self._peer = QuantizedKVCache(group_size=64, bits=bits)
 
-    def attend(self, q: mx.array, kv: mx.array, scale: float, sliding_window: int | None = None) -> mx.array:
-        mask = attention_mask(q.shape[1], self.offset, sliding_window)
-        new = (kv[:, :, i].swapaxes(1, 2) for i in (0, 1))
-        held = self._peer.update_and_fetch(*new)
+    def update(self, kv: mx.array) -> tuple[mx.array, mx.array]:
+        stored = self._peer.update_and_fetch(*(kv[:, :, i].swapaxes(1, 2) for i in (0, 1)))
         self.offset += kv.shape[1]
-        keys, values = (mx.dequantize(*part, group_size=64, bits=self._peer.bits) for part in held)
-        return ops.attention(q, keys, values, scale, mask)
+        keys, values = (mx.dequantize(*arrays, group_size=64, bits=self._peer.bits) for arrays in stored)
+        return keys, values
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
@@ -75,16 +73,14 @@ def make(model: Qwen2, kind: str, tokens: int) -> Sequence[KVCache]:
 
 def logits(model: Qwen2, ids: list[int], cache: Sequence[KVCache]) -> np.ndarray:
     """(tokens, vocab_size), read in pieces."""
-    parts = []
-    for at in range(0, len(ids), PIECE):
-        parts.append(np.array(model(mx.array(ids[at : at + PIECE])[None], cache)[0].astype(mx.float32)))
-    return np.concatenate(parts)
+    pieces = (mx.array(ids[start : start + PIECE])[None] for start in range(0, len(ids), PIECE))
+    return np.concatenate([np.array(model(piece, cache)[0].astype(mx.float32)) for piece in pieces])
 
 
-def error(found: np.ndarray, plain: np.ndarray, ids: list[int]) -> dict[str, float]:
-    """Computes it of the logits of `ids`; in float64, a row at a time."""
+def error(logits: np.ndarray, plain: np.ndarray, ids: list[int]) -> dict[str, float]:
+    """The distance of the logits (tokens, vocab_size) of `ids` from the plain cache's, in float64, a row at a time."""
     divergence, loss, same = [], [], []
-    for ours, theirs, following in zip(found, plain, [*ids[1:], None]):
+    for ours, theirs, following in zip(logits, plain, [*ids[1:], None]):
         log_p, log_q = (row - np.logaddexp.reduce(row) for row in (theirs.astype(np.float64), ours.astype(np.float64)))
         divergence.append(float((np.exp(log_p) * (log_p - log_q)).sum()))
         same.append(ours.argmax() == theirs.argmax())
@@ -92,7 +88,7 @@ def error(found: np.ndarray, plain: np.ndarray, ids: list[int]) -> dict[str, flo
     return {
         "kl_mean": statistics.fmean(divergence),
         "kl_max": max(divergence),
-        "relative_l2": measure(found, plain).l2,
+        "relative_l2": measure(logits, plain).l2,
         "same_top_token": float(np.mean(same)),
         "perplexity": float(np.exp(np.mean(loss))),
     }
@@ -103,11 +99,10 @@ def cost(model: Qwen2, kind: str, context: int) -> dict[str, float]:
     config = model.config
     cache = make(model, kind, context)
     dtype = model.model.norm.weight.dtype
-    few = mx.zeros((1, PIECE, config.num_key_value_heads, config.head_dim), dtype)  # queries do not matter yet
     for layer in cache:
         layer.reserve(context + PIECE + 8)
         for _ in range(context // PIECE):
-            layer.attend(few, mx.random.normal((1, PIECE, 2, config.num_key_value_heads, config.head_dim), dtype), 1.0)
+            layer.update(mx.random.normal((1, PIECE, 2, config.num_key_value_heads, config.head_dim), dtype))
             mx.eval(layer.arrays)
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -119,8 +114,11 @@ def cost(model: Qwen2, kind: str, context: int) -> dict[str, float]:
         start = time.perf_counter()
         mx.eval(model(mx.zeros((1, 1), mx.int32), cache), [layer.arrays for layer in cache])
         times.append(time.perf_counter() - start)
-    held = sum(layer.nbytes for layer in cache)
-    return {"bytes": held, "peak_bytes_while_reading": peak, "token_seconds": statistics.median(times[1:])}
+    return {
+        "bytes": sum(layer.nbytes for layer in cache),
+        "peak_bytes_while_reading": peak,
+        "token_seconds": statistics.median(times[1:]),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "qwen_mlx" / "text" / "tokenizer.py")
     parser.add_argument("--tokens", type=at_least(2), default=768, help="of the text, for the error")
-    parser.add_argument("--context", type=at_least(2), default=4096, help="tokens held, for memory and time")
+    parser.add_argument("--context", type=at_least(2), default=4096, help="tokens in the cache, for memory and time")
     parser.add_argument("--output", type=to_write, default=Path(__file__).parent / "results" / "cache.json")
     arguments = parser.parse_args(argv)
     model, tokenizer = load(hub.resolve(arguments.model), dtype=arguments.dtype)

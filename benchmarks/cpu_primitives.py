@@ -84,8 +84,7 @@ def operations() -> dict[str, dict[str, float]]:
     """Microseconds of each operation of the model in float32, one new token after 300 and a prompt of 256."""
     from qwen_mlx import ops
     from qwen_mlx.backend import mx, nn
-    from qwen_mlx.model.cache import KVCache
-    from qwen_mlx.model.qwen2 import attention_mask
+    from qwen_mlx.model.cache import KVCache, attention_mask
     from qwen_mlx.ops.exponential import exp
 
     rotary = ops.Rotary.plain(HEAD_DIM, 1e6)

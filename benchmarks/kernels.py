@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from benchmarks.arguments import positive, to_write
@@ -231,14 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     copy = 2**29 / copy_seconds(2**28)
-    print(f"{describe()}, MLX {mx.__version__}, bfloat16; copy: {copy / 1e9:.0f} GB/s")
+    print(f"{describe()}, MLX {metadata.version('mlx')}, bfloat16; copy: {copy / 1e9:.0f} GB/s")
     rows: list[dict[str, object]] = []
     report: dict[str, object] = {
         "command": f"python -m benchmarks.kernels --tokens {options.tokens} --repeats {options.repeats}",
         "device": describe(),
         "executor": ops.executor(),
         "platform": platform.platform(),
-        "mlx": mx.__version__,
+        "mlx": metadata.version("mlx"),
         "dtype": "bfloat16",
         "copy_gb_s": copy / 1e9,
         "rows": rows,

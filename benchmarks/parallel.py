@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 from benchmarks.arguments import positive, to_write
@@ -124,13 +125,13 @@ def random_model(shape: str, group: Any) -> Any:
     def fill(array: Any) -> Any:
         if array.ndim == 1:
             return mx.ones(array.shape, mx.bfloat16)
-        made = mx.random.normal(array.shape, mx.bfloat16, scale=array.shape[-1] ** -0.5)
-        mx.eval(made)
-        return made
+        weight = mx.random.normal(array.shape, mx.bfloat16, scale=array.shape[-1] ** -0.5)
+        mx.eval(weight)
+        return weight
 
     model.update(tree_map(fill, model.parameters()))
     if shard is not None:
-        parallel.join(group)
+        parallel.connect(group)
         parallel.share(model, shard, group)
     model.generation_defaults = SamplingSettings(temperature=0)
     return model.eval()
@@ -143,18 +144,18 @@ def measure(model: Any, n_prompt: int, n_new: int) -> dict[str, float]:
 
     prompt = [(7 * i) % 1000 for i in range(n_prompt)]
     start = time.perf_counter()
-    made = generate_tokens(model, prompt, GenerationSettings(prefill_step_size=2048))
-    next(made)
+    tokens = generate_tokens(model, prompt, GenerationSettings(prefill_step_size=2048))
+    next(tokens)
     read = time.perf_counter() - start
     for _ in range(n_new):
-        next(made)
+        next(tokens)
     decode = time.perf_counter() - start - read
-    made.close()
-    found = {"prefill tok/s": n_prompt / read, "decode tok/s": n_new / decode}
+    tokens.close()
+    row = {"prefill tok/s": n_prompt / read, "decode tok/s": n_new / decode}
     if model.ranks is not None:
-        found["communication in prefill"] = model.ranks.communication_seconds(read, 0) / read
-        found["communication in decode"] = model.ranks.communication_seconds(0, decode) / decode
-    return found
+        row["communication in prefill"] = model.ranks.communication_seconds(read, 0) / read
+        row["communication in decode"] = model.ranks.communication_seconds(0, decode) / decode
+    return row
 
 
 def main() -> None:
@@ -183,12 +184,12 @@ def main() -> None:
     else:
         model, _ = load(arguments.model, group=group)
     peak = backend.peak_memory() - before
-    held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     measure(model, min(arguments.prompt_tokens, 64), 4)  # compiles, and warms up
     runs = [measure(model, arguments.prompt_tokens, arguments.new_tokens) for _ in range(arguments.repeat)]
     row: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    row |= {"ranks": group.size(), "GB of weights a rank": held / 1e9, "GB at loading's peak": peak / 1e9}
-    row |= {"backend": backend.describe(), "prompt tokens": arguments.prompt_tokens, "mlx": mx.__version__}
+    row |= {"ranks": group.size(), "GB of weights a rank": weights / 1e9, "GB at loading's peak": peak / 1e9}
+    row |= {"backend": backend.describe(), "prompt tokens": arguments.prompt_tokens, "mlx": metadata.version("mlx")}
     if group.rank() == 0:
         print(json.dumps(row, indent=1), flush=True)
         if arguments.json:

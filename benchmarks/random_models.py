@@ -36,11 +36,12 @@ def random_model(size: str, bits: int | None) -> Qwen2:
     model.set_dtype(dtype())
     mx.eval(model.parameters())
     if bits:
-        for name, module in model.named_modules():  # a joined matrix is packed as one
+        for name, module in model.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
             arrays = mx.quantize(module.weight, group_size=64, bits=bits)
-            matrix = ops.Matrix(ops.Packing("affine", bits, 64), *module.weight.shape, tuple(arrays))
+            rows, columns = module.weight.shape
+            matrix = ops.Matrix(ops.Packing("affine", bits, 64), rows, columns, tuple(arrays))
             new = QuantizedEmbedding(matrix, dtype()) if isinstance(module, nn.Embedding) else QuantizedLinear(matrix)
             if "bias" in module:
                 new.bias = module.bias

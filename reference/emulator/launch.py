@@ -229,7 +229,11 @@ def _content(buffer: Buffer, inputs: Sequence[mx.array], arrays: Sequence[np.nda
     low = sum(r for r in reach if r < 0)
     length = sum(abs(r) for r in reach) + x.itemsize if array.size else 0
     address = array.ctypes.data + low
-    raw = np.frombuffer((ctypes.c_char * length).from_address(address), np.uint8) if length else np.zeros(0, np.uint8)
+    raw = (
+        np.frombuffer(memoryview((ctypes.c_char * length).from_address(address)), np.uint8)
+        if length
+        else np.zeros(0, np.uint8)
+    )
     skew = (address - _allocator_skew()) % 16 // x.itemsize * x.itemsize
     return Data(raw, x.itemsize, skew, -low, x.shape)
 
