@@ -1,4 +1,4 @@
-.PHONY: install test-fast test slow lint docs notebooks wheel bench
+.PHONY: install install-fast test-fast test slow lint docs notebooks wheel bench
 PYTHON ?= .venv/bin/python
 # Linux needs MLX's backend; macOS has it.
 CPU = $(if $(filter Darwin,$(shell uname)),,cpu,)
@@ -6,6 +6,10 @@ CPU = $(if $(filter Darwin,$(shell uname)),,cpu,)
 install:
 	python3 -m venv .venv
 	.venv/bin/pip install -q -e '.[$(CPU)test,dev]'
+
+install-fast:
+	python3 -m venv .venv
+	.venv/bin/pip install -q -e '.[$(CPU)test-fast]'
 
 # The three tiers of tests: CONTRIBUTING.md says what each takes.
 test-fast:

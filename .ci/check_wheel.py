@@ -1,6 +1,6 @@
 """Checks the wheel: it is small, it holds the package only, and it generates where nothing of the repository is.
 
-python .ci/check_wheel.py dist/qwen_mlx-0.1.0-py3-none-any.whl
+python .ci/check_wheel.py dist/qwen_mlx-0.2.0.dev0-py3-none-any.whl
 """
 
 from __future__ import annotations

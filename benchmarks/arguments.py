@@ -7,9 +7,21 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen_mlx.cli import command
 from qwen_mlx.errors import QwenMLXError
 
 MOST = 10_000_000
+
+
+class Parser(command.Parser):
+    """The parser of `python -m benchmarks.NAME`, whose help opens with the script's docstring."""
+
+    def __init__(self, name: str, docstring: str | None) -> None:
+        super().__init__(
+            prog=f"python -m benchmarks.{name}",
+            description=docstring,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -9,7 +9,6 @@ Prints a table and writes JSON. Takes about three minutes on two cores.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.arguments import at_least, to_write
+from benchmarks.arguments import Parser, at_least, to_write
 from qwen_mlx import load
 from qwen_mlx.backend import describe, mx
 from qwen_mlx.cli import command as cli
@@ -122,7 +121,7 @@ def cost(model: Qwen2, kind: str, context: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("cache", __doc__)
     parser.add_argument("--model", help="default: the built-in model")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "qwen_mlx" / "text" / "tokenizer.py")

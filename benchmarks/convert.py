@@ -9,7 +9,6 @@ largest resident set, which counts the pages of the mapped file too. gguf2mlx ru
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
@@ -25,7 +24,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as T
 
-from benchmarks.arguments import positive, to_write
+from benchmarks.arguments import Parser, positive, to_write
 from qwen_mlx.cli import command as cli
 from qwen_mlx.gguf.reader import GGUFFile
 
@@ -166,7 +165,7 @@ def compare(source: Path, output: Path, largest: int, cores: int) -> list[dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("convert", __doc__)
     parser.add_argument("--layers", type=positive, default=28, help="of the synthetic model (default 28: 4.7 GB)")
     parser.add_argument("--source", type=Path, help="convert this GGUF file and not a synthetic one")
     parser.add_argument("--cores", type=positive, default=2)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive, to_write
+from benchmarks.arguments import Parser, positive, to_write
 from qwen_mlx.cli import command as cli
 
 from .cpu_generate import processor
@@ -107,7 +107,7 @@ def load_only(path: str | None, file: str) -> dict[str, Any]:
 
 def main() -> None:
     """Parses the arguments, measures, prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("cpu_chat", __doc__)
     parser.add_argument("--model", help="as for qwen_mlx.generate (default: the default model)")
     parser.add_argument("--max-tokens", type=positive, default=40, help="of an answer (default 40)")
     parser.add_argument("--saved-tokens", type=positive, default=2000, help="of the saved prompt (default 2000)")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.arguments import to_write
+from benchmarks.arguments import Parser, to_write
 from qwen_mlx.cli import command as cli
 
 HIDDEN, FFN, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 896, 4864, 151936, 14, 2, 64
@@ -186,7 +186,7 @@ def markdown(report: dict) -> str:
 
 def main() -> None:
     """Runs every part in a process of its own, prints the tables and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("cpu_primitives", __doc__)
     parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_primitives.json"))
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -5,11 +5,10 @@ Steps and choices alternate in one run; medians are compared. All features toget
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import Parser, positive
 from qwen_mlx import SamplingSettings, load, ops
 from qwen_mlx.backend import describe, mx
 from qwen_mlx.cli import command as cli
@@ -31,7 +30,7 @@ SETTINGS = {
 
 def main() -> None:
     """Prints a line for each kind of settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("cpu_sampling", __doc__)
     parser.add_argument("--repeats", type=positive, default=20)
     repeats = parser.parse_args().repeats
     model, tokenizer = load()

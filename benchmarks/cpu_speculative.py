@@ -8,7 +8,6 @@ speeds is what counts (the prompt is read once more each time, and left out). Pr
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import at_least, positive, to_write
+from benchmarks.arguments import Parser, at_least, positive, to_write
 from qwen_mlx import load, stream_generate
 from qwen_mlx.backend import blas
 from qwen_mlx.cli import command as cli
@@ -78,7 +77,7 @@ def correlation(first: list[float], second: list[float]) -> float:
 
 def main() -> None:
     """Parses the arguments, decodes every task in turn with both, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("cpu_speculative", __doc__)
     parser.add_argument("--model", help="a GGUF or a folder (default: the default model)")
     parser.add_argument("--tokens", type=at_least(2), default=200, help="tokens of an answer at most (default 200)")
     parser.add_argument("--num-draft-tokens", type=positive, help="at a time at most (default: prompt-lookup's own)")

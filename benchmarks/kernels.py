@@ -11,7 +11,6 @@ without a GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.arguments import positive, to_write
+from benchmarks.arguments import Parser, positive, to_write
 from qwen_mlx import ops
 from qwen_mlx.backend import describe, mx, nn
 from qwen_mlx.cli import command as cli
@@ -219,7 +218,7 @@ def measure(tokens: int, dtype: mx.Dtype, copy: float, repeats: int) -> Iterator
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
+    parser = Parser("kernels", __doc__)
     parser.add_argument("--tokens", type=positive, default=8192, help="tokens of the prefill shapes (default 8192)")
     parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--json", type=to_write, default=Path("benchmarks/results/kernels.json"))

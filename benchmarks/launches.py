@@ -7,7 +7,6 @@ which launch nothing but cost the CPU time as well, are counted apart.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import re
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.arguments import require_module
+from benchmarks.arguments import Parser, require_module
 from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.backend import mx
 from qwen_mlx.cli import command as cli
@@ -107,7 +106,7 @@ def per_layer(count: Callable[[int], Counts]) -> Counts:
 
 def main() -> None:
     """Prints both counts."""
-    argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.splitlines()[0]).parse_args()
+    Parser("launches", __doc__).parse_args()
     require_module("mlx_lm", "pip install -e '.[bench]'")
     for name, count in (("qwen_mlx", ours), ("mlx-lm", theirs)):
         layer = per_layer(count)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from benchmarks.arguments import positive, to_write
+from benchmarks.arguments import Parser, positive, to_write
 from qwen_mlx.cli import command as cli
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.config import ModelConfig
@@ -159,7 +158,7 @@ def measure(model: Any, n_prompt: int, n_new: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("parallel", __doc__)
     parser.add_argument("--model", help="a model's files; without --model and --shape: the default model")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
     parser.add_argument("--prompt-tokens", type=positive, default=512)

@@ -7,7 +7,6 @@ product's bytes per second over a copy's.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive, to_write
+from benchmarks.arguments import Parser, positive, to_write
 from benchmarks.engines import QwenMLX
 from benchmarks.run import copy_bandwidth, model_of
 from qwen_mlx import Qwen2, ops
@@ -78,7 +77,7 @@ def bytes_read(model: Qwen2, kernel: str) -> int | None:
 
 def main() -> None:
     """Parses the arguments, profiles every case, prints the tables and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("profile", __doc__)
     parser.add_argument("--models", nargs="+", default=["0.5B", "0.5B:4", "1.5B", "7B", "7B:4", "7B:q4_k_m"])
     parser.add_argument("--prompt", type=positive, default=512, help="tokens of the prompt (default 512)")
     parser.add_argument("--tokens", type=positive, default=16, help="tokens traced (default 16)")

@@ -23,7 +23,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from benchmarks.arguments import positive, require_module, to_write
+from benchmarks.arguments import Parser, positive, require_module, to_write
 from benchmarks.engines import Tokens, engines_of, llama_bench
 from benchmarks.random_models import SHAPES, random_model, raw_model
 from qwen_mlx import Qwen2, load, ops
@@ -175,7 +175,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Parses the arguments, runs every case, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("run", __doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="size[:4, :8 or :q4_k_m], or a file of yours")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:2])
     parser.add_argument("--full", action="store_true", help="every prompt length and number of sequences, all engines")

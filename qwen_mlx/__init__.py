@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .model.qwen2 import Qwen2
     from .text.tokenizer import Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "BatchResult": "generation.batch",

@@ -27,7 +27,7 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], kind: str = "ar
         if name not in known:
             near = [other for other in known if name and other.startswith(name)]
             near = near or difflib.get_close_matches(name, known, 1, 0.5)
-            fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
+            fix = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(known))}."
             raise QwenMLXError(f"There is no {kind} {name!r}: {fix}")
 
 

@@ -10,12 +10,13 @@ these logits: their largest distance from the same model's in float64.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from qwen_mlx.cli import command as cli
 
 from .small_models import TOKENS, RandomModel, save_folder
 
@@ -83,7 +84,8 @@ def results(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray,
 
 
 def main() -> int:
-    """Writes the models and the results."""
+    """Parses the arguments, of which there are none, and writes the models and the results."""
+    cli.Parser(prog="python -m reference.golden", description=__doc__).parse_args()
     from . import torch_side
 
     write_models(FOLDER)
@@ -100,4 +102,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -51,7 +51,8 @@ def model_parser(command: str, description: str, max_tokens: int) -> Parser:
     p.add_argument("--seed", type=int, metavar="N", help="make sampling repeatable on one backend")
     sampling = p.add_argument_group("sampling (default: what the model's file or family says)")
     for (option, (kind, placeholder, text)), name in zip(SAMPLING.items(), SETTINGS):
-        sampling.add_argument(option, type=kind, dest=name, metavar=placeholder, help=text)
+        options = [option, *(["--temperature"] if option == "--temp" else [])]
+        sampling.add_argument(*options, type=kind, dest=name, metavar=placeholder, help=text)
     sampling.add_argument(
         "--logit-bias", action="append", metavar="ID=X", help="add X to a token's logit (can be repeated)"
     )

@@ -39,7 +39,10 @@ def require_at_least(least: int, option: str, value: int | None, unit: str = "")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, like every other error."""
+    """Reports a wrong argument in one line, like every other error, and takes no option's beginning for the option."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help.\n")

@@ -25,7 +25,6 @@ def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     p = Parser(
         prog=program("convert"),
-        allow_abbrev=False,
         description="Convert a GGUF (or a folder of safetensors, or a hub id) to an MLX model folder, which qwen_mlx "
         "and mlx-lm load. The error of every tensor is printed and written to conversion.json.",
     )

@@ -104,7 +104,7 @@ def drafted_steps(
             tokens = rows.step(ahead=False)
             pace.plain(clock() - begin)
             continue
-        tokens = check(rows, ids[-1], proposal)
+        tokens = verify(rows, ids[-1], proposal)
         proposed, accepted = len(proposal.ids), len(tokens) - 1
         pace.round(proposed, len(tokens), clock() - begin)
         stats.drafted_tokens += proposed
@@ -112,7 +112,7 @@ def drafted_steps(
         count = most if accepted == proposed else min(SHORT, most)
 
 
-def check(rows: Rows, last: int, proposal: Proposal) -> list[Token]:
+def verify(rows: Rows, last: int, proposal: Proposal) -> list[Token]:
     """The proposals that are accepted, and one token more, by one pass over `last`, the row's newest token, and them.
 
     Raises QwenMLXError if the logits are not finite.
@@ -137,7 +137,7 @@ def check(rows: Rows, last: int, proposal: Proposal) -> list[Token]:
             seen,
             n_prompt=state.n_prompt,
             eos_token_ids=settings.eos_token_ids,
-            xtc_key=rows.next_key(),  # drawn before the choice: an accepted token and a replacement have one law
+            xtc_key=rows.next_key(),  # before the choice, so that accepted tokens and replacements are alike
         )
         if sampling.greedy:
             token = int(mx.argmax(allowed))

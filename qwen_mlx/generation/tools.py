@@ -126,6 +126,8 @@ def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
         raise QwenMLXError(str(error) if str(error).startswith(str(where)) else f"{where}: {error}") from None
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise QwenMLXError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
+    except SyntaxError as error:
+        raise QwenMLXError(f"{where}: line {error.lineno}: {error.msg}.") from None
     except (Exception, SystemExit) as error:  # the file's own code can raise anything
         raise QwenMLXError(f"{where}: fails when it is run ({error!r}).") from None
     if not tools:

@@ -43,7 +43,7 @@ class Parameter(abc.ABC):
     name: Hugging Face's. source_name and type_name: the file's. packings: the exact packings in which `arrays` returns
     it, the one for the fastest kernels first; none where it can only be dense. release(): gives the file's pages back.
     stored: the arrays in the file's memory map, each with the same rows; their `width` columns are stored in blocks of
-    `block_size`, and `columns` are those of the parameter, where it begins or ends within a block.
+    `block_size`. `columns` says which of these columns are the parameter's: a rank's part may begin within a block.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Parameter(abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
+        """Bytes that this parameter takes in the file."""
         return sum(array.nbytes for array in self.stored)
 
     @property

@@ -261,7 +261,9 @@ class RotatingKVCache(KVCache):
         if not isinstance(n_sinks, int) or n_sinks < 0:
             raise QwenMLXError(f"n_sinks is {n_sinks!r}, expected 0 or more.")
         if not isinstance(max_size, int) or isinstance(max_size, bool) or max_size <= n_sinks:
-            raise QwenMLXError(f"The cache's max_size is {max_size!r}, expected more than its {n_sinks} sinks.")
+            raise QwenMLXError(
+                f"The cache's max_size is {max_size!r}, expected more than the {n_sinks} first tokens that it keeps."
+            )
         self.max_size, self.n_sinks = max_size, n_sinks
         self._furthest = 0  # most tokens ever seen: what is trimmed may have pushed others out
 

@@ -267,7 +267,7 @@ class ModelConfig:
         if not path.exists():
             ggufs = sorted(file.name for file in folder.glob("*.gguf"))
             hint = f"; give the file in it: {ggufs[0]}" if ggufs else ""
-            raise QwenMLXError(f"{folder}: has no config.json, so it is no model folder{hint}.")
+            raise QwenMLXError(f"{folder}: has no config.json, so it is not a model folder{hint}.")
         raw = read_json(path)
 
         def get(key: str, default: Any = None) -> Any:

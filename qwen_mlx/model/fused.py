@@ -182,8 +182,8 @@ class FusedModel:
         return logits
 
     def _position(self, offset: int, n_buffered: int) -> mx.array:
-        """The token's position and the number of tokens before the newest, int32 (4,), of which two count: MLX keeps
-        arrays of up to 8 bytes in the host's memory.
+        """The token's position and the number of tokens before the newest, int32 (4,), of which the first two are
+        read: MLX keeps arrays of up to 8 bytes in the host's memory.
         """
         if self._step_positions[0] != n_buffered:
             rows = [[n_buffered + i, n_buffered, 0, 0] for i in range(RECENT)]

@@ -43,7 +43,7 @@ def launched() -> bool:
 
 
 def alone() -> bool:
-    """True if this process is no rank among others."""
+    """True if this process is not one of several ranks."""
     return ControlChannel.of_process is None
 
 
@@ -316,6 +316,7 @@ class ControlChannel:
 
     def _lose(self, peer: _Peer, how: str) -> None:
         peer.ended = True
+        # Rank 0 sees every other rank's end, and rank 1 sees rank 0's: one of them says it, and no other repeats it.
         self._stop(f"{peer.name} {how}; all ranks end." if self.rank < 2 else "", ENDED)
 
     def _plan_end(self, seconds: float, text: str, code: int) -> None:

@@ -107,7 +107,7 @@ def test_logprobs_are_those_of_the_model_s_own_logits(small):
         ({"logit_bias": {10**6: 1.0}}, "names token 1000000"),
         ({"temp": 0}, "There is no argument 'temp': did you mean 'temperature'"),
         ({"max_new_tokens": 5}, "did you mean 'max_tokens'"),
-        ({"zzzzqqqq": 5}, "There is no argument 'zzzzqqqq': there are cache, "),
+        ({"zzzzqqqq": 5}, "There is no argument 'zzzzqqqq': choose from cache, "),
     ],
 )
 def test_settings_beyond_the_basics_are_refused_before_any_work(small, arguments, words):

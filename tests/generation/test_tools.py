@@ -354,7 +354,7 @@ def test_files(tmp_path: Path):
         ("raises.py", "ZeroDivisionError"),
         ("leaves.py", "SystemExit"),
         ("empty.py", "no tool"),
-        ("syntax.py", "SyntaxError"),
+        ("syntax.py", "line 1: invalid syntax"),
         ("broken.json", "not valid JSON"),
         ("latin.json", "UTF-8"),
         ("deep.json", "not valid JSON"),

@@ -201,7 +201,7 @@ def test_the_buffer_grows_rarely_and_is_made_once_where_its_size_is_said():
     [
         ({"bits": 3}, "bits are 3, expected 8 or 4"),
         ({"bits": True}, "bits are True"),
-        ({"max_size": 4}, "max_size is 4, expected more than its 4 sinks"),
+        ({"max_size": 4}, "max_size is 4, expected more than the 4 first tokens that it keeps"),
         ({"max_size": 0}, "max_size is 0"),
         ({"max_size": 8, "n_sinks": -1}, "n_sinks is -1"),
         ({"max_size": 512, "bits": 8}, "at most 512 tokens cannot be held in 8 bits"),
