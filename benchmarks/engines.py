@@ -34,8 +34,8 @@ class QwenMLX:
         return self._batch(prompts)
 
     def _batch(self, prompts: Prompts) -> Tokens:
-        rows = Rows(self._model, GenerationSettings())
-        rows.add(prompts)
+        rows = Rows(self._model)
+        rows.add(prompts, [GenerationSettings()] * len(prompts))
         while True:
             yield [token.id for token in rows.step()]
 

@@ -11,7 +11,7 @@ from ..model import display
 from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .engine import GenerationStats, Progress, Rows, Token
-from .settings import refuses_unknown
+from .settings import GenerationSettings, refuses_unknown
 from .text import Prompt, TextStream, encode_prompt, room_after, settings_of
 
 
@@ -38,14 +38,14 @@ class _Row:
     """A prompt and its answer so far."""
 
     ids: list[int]
-    max_tokens: int
+    settings: GenerationSettings
     stream: TextStream
     result: BatchResult
 
     @property
     def left(self) -> int:
         """Tokens that may still come."""
-        return 0 if self.result.finish_reason else self.max_tokens - len(self.result.token_ids)
+        return 0 if self.result.finish_reason else self.settings.max_tokens - len(self.result.token_ids)
 
     def add(self, token: Token) -> None:
         text, self.result.finish_reason = self.stream.add(token.id)
@@ -89,8 +89,9 @@ def batch_generate(
 
     prompts: each as stream_generate takes it; max_tokens: for all, or one for each; prefill_step_size: tokens of all
     rows read in one pass; progress: called with (prompts answered, prompts in all). The other arguments are
-    stream_generate's. Greedy tokens are those of one prompt at a time, up to the rounding of sums; a seed repeats a
-    whole batch. A row that has ended leaves, and prompts that wait take its place.
+    stream_generate's. A prompt's tokens are those that it gets alone, up to the rounding of sums: greedy ones, and
+    sampled ones if the prompts are given `seed`, `seed` + 1, ... alone. A row that has ended leaves, and prompts that
+    wait take its place.
     Raises QwenMLXError for an impossible argument or a prompt without room in the context, before any work.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("max_tokens", "min_tokens")}
@@ -104,16 +105,17 @@ def batch_generate(
     if not prompts:
         return []
     stats, rows = GenerationStats(prompts=len(prompts)), []
-    for number, (prompt, limit) in enumerate(zip(prompts, limits), 1):
+    for number, (prompt, limit) in enumerate(zip(prompts, limits)):
         try:
             own = replace(settings, max_tokens=limit, min_tokens=min_tokens)
             ids = encode_prompt(tokenizer, prompt, system, raw)
             limit = min(own.max_tokens, room_after(model, ids))
         except QwenMLXError as error:
-            raise QwenMLXError(f"Prompt {number} of {len(prompts)}: {error}") from None
-        rows.append(_Row(ids, limit, TextStream(tokenizer, settings.stop, limit), BatchResult(len(ids), stats)))
-    settings = replace(settings, max_tokens=max(map(int, limits)), min_tokens=min_tokens)
-    _answer(Rows(model, settings), rows, batch_size, stats, progress)
+            raise QwenMLXError(f"Prompt {number + 1} of {len(prompts)}: {error}") from None
+        seed = None if own.seed is None else (own.seed + number) % 2**64
+        own = replace(own, max_tokens=limit, min_tokens=min(own.min_tokens, limit), seed=seed)
+        rows.append(_Row(ids, own, TextStream(tokenizer, own), BatchResult(len(ids), stats)))
+    _answer(Rows(model), rows, batch_size, stats, progress)
     if model.ranks is not None:
         stats.communication_seconds = model.ranks.communication_seconds(stats.prompt_seconds, stats.generation_seconds)
     return [row.result for row in rows]
@@ -132,7 +134,7 @@ def _answer(
             group = [waiting.pop()]
             while waiting and len(active) + len(group) < batch_size and 2 * len(waiting[-1].ids) >= len(group[0].ids):
                 group.append(waiting.pop())
-            batch.add([row.ids for row in group])
+            batch.add([row.ids for row in group], [row.settings for row in group])
             active += group
             stats.prompt_tokens += sum(len(row.ids) for row in group)
             stats.prompt_seconds += time.perf_counter() - began

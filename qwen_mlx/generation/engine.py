@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -89,14 +90,45 @@ def chunk_length(rows: int, prefill_step_size: int | None) -> int:
     return max(1, (prefill_step_size or default_prefill_step_size()) // rows)
 
 
+def read_chunk(model: FusedModel, ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
+    """Reads ids (B, L) into the cache and returns their hidden states, which are computed only where they are used."""
+    hidden = model.hidden(ids, cache)
+    mx.eval([layer.arrays for layer in cache])
+    mx.clear_cache()  # each chunk of a long prompt needs buffers of other sizes than the last
+    return hidden
+
+
 def prefill(model: FusedModel, ids: mx.array, cache: Sequence[KVCache], length: int) -> Iterator[mx.array]:
-    """Reads ids (B, L) into the cache, `length` columns at a time, and yields the hidden states of each chunk, which
-    are computed only where they are used."""
+    """Reads ids (B, L) into the cache, `length` columns at a time, and yields the hidden states of each chunk."""
     for start in range(0, ids.shape[1], length):
-        hidden = model.hidden(ids[:, start : start + length], cache)
-        mx.eval([layer.arrays for layer in cache])
-        mx.clear_cache()  # each chunk of a long prompt needs buffers of other sizes than the last
-        yield hidden
+        yield read_chunk(model, ids[:, start : start + length], cache)
+
+
+class PromptReader:
+    """Reads a prompt's ids (B, L) into a cache chunk by chunk, so that other work can be done in between.
+
+    total, done: columns of the prompt, and those of them that are read.
+    """
+
+    def __init__(
+        self, model: FusedModel, ids: mx.array, cache: Sequence[KVCache], prefill_step_size: int | None = None
+    ) -> None:
+        rows, self.total = ids.shape
+        self.done = 0
+        self._model, self._ids, self._cache = model, ids, cache
+        self._length = chunk_length(rows, prefill_step_size)
+        for layer in cache:
+            layer.reserve(layer.offset + self.total)
+
+    def read(self, length: int | None = None) -> mx.array | None:
+        """Reads the next chunk, of at most `length` columns (None: prefill_step_size over all rows). Returns None, and
+        with the last chunk the logits (B, vocab_size) of the next token, which are not computed yet."""
+        end = min(self.done + (length or self._length), self.total)
+        chunk, self.done = self._ids[:, self.done : end], end
+        if end == self.total:
+            return self._model(chunk, self._cache)[:, -1]
+        read_chunk(self._model, chunk, self._cache)
+        return None
 
 
 def read_prompt(
@@ -108,16 +140,23 @@ def read_prompt(
 ) -> mx.array:
     """Logits (B, vocab_size) of the token after ids (B, L), read in chunks; progress: as stream_generate's, without the
     last chunk, which is not computed yet when this returns."""
-    rows, total = ids.shape
-    length = chunk_length(rows, prefill_step_size)
-    done, split = 0, (total - 1) // length * length
-    for layer in cache:
-        layer.reserve(layer.offset + total)
-    for hidden in prefill(model, ids[:, :split], cache, length):
-        done += hidden.shape[1]
+    reader = PromptReader(model, ids, cache, prefill_step_size)
+    while (logits := reader.read()) is None:
         if progress:
-            progress(done, total)
-    return model(ids[:, split:], cache)[:, -1]
+            progress(reader.done, reader.total)
+    return logits
+
+
+class Group(NamedTuple):
+    """Rows whose next tokens are chosen in the same way. indices: the same rows, None if they are all rows."""
+
+    rows: list[int]
+    indices: mx.array | None
+    settings: GenerationSettings
+
+    def of(self, array: mx.array) -> mx.array:
+        """The group's rows of an array (B, ...)."""
+        return array if self.indices is None else array[self.indices]
 
 
 @dataclass
@@ -125,48 +164,117 @@ class State:
     """The rows of a batch: their cache, and what the choice of their next tokens depends on."""
 
     cache: Sequence[KVCache]
+    settings: list[GenerationSettings]  # (B,)
+    keys: mx.array  # (B, 2) uint32, each row's random key, which is split once a token
     seen: mx.array | None  # (B, columns) the text so far, where it matters; padded on the left with V, no token's id
     n_prompt: int | mx.array  # columns of `seen` that are padding or prompt; (B,) where rows differ
     generated: np.ndarray  # (B,) tokens launched, counted up to the settings' min_tokens
     tokens: mx.array  # (B,) the newest token of each row, which the cache does not hold yet
     logits: mx.array | None = None  # (B, V) float32 that the newest tokens were chosen from, for log-probabilities
 
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The rows by what the choice of their tokens depends on."""
+        rows: dict[Any, list[int]] = {}
+        for i, one in enumerate(self.settings):
+            rows.setdefault((one.sampling, one.min_tokens, one.eos_token_ids), []).append(i)
+        if len(rows) == 1:
+            return [Group(list(range(len(self.settings))), None, self.settings[0])]
+        return [Group(row, mx.array(row, mx.int32), self.settings[row[0]]) for row in rows.values()]
+
+    @functools.cached_property
+    def order(self) -> mx.array:
+        """(B,) the place of each row when the groups are put one below the other."""
+        return mx.array(np.argsort([row for group in self.groups for row in group.rows]).astype(np.int32))
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """True if log-probabilities are asked for in any row."""
+        return any(one.logprobs is not None for one in self.settings)
+
     def select(self, rows: Sequence[int]) -> State:
         """The state of some of the rows."""
         index = mx.array(list(rows), mx.int32)
-        seen, logits = (None if array is None else array[index] for array in (self.seen, self.logits))
+        settings = [self.settings[i] for i in rows]
         n_prompt = self.n_prompt if isinstance(self.n_prompt, int) else self.n_prompt[index]
-        cache = select(cast("Sequence[BatchKVCache]", self.cache), rows)
-        return State(cache, seen, n_prompt, self.generated[list(rows)], self.tokens[index], logits)
+        seen = self.seen[index] if self.seen is not None and _look_back(settings) else None
+        logits = None if self.logits is None else self.logits[index]
+        cache, keys, generated = select(self.cache, rows), self.keys[index], self.generated[list(rows)]
+        return State(cache, settings, keys, seen, n_prompt, generated, self.tokens[index], logits)
 
     def join(self, other: State, padding: int) -> State:
         """The state of these rows and of others below them; padding: the id that is no token."""
         states = (self, other)
-        seen = [state.seen for state in states if state.seen is not None]
-        logits = [state.logits for state in states if state.logits is not None]
-        n_prompt = [mx.array(state.n_prompt) for state in states]
-        if seen:
-            missing = [max(s.shape[1] for s in seen) - part.shape[1] for part in seen]
-            seen = [mx.pad(part, [(0, 0), (m, 0)], constant_values=padding) for part, m in zip(seen, missing)]
-            n_prompt = [part + m for part, m in zip(n_prompt, missing)]
+        seen, n_prompt = None, [mx.broadcast_to(mx.array(s.n_prompt), s.tokens.shape) for s in states]
+        if any(state.seen is not None for state in states):
+            texts = [mx.zeros((s.tokens.size, 0), mx.int32) if s.seen is None else s.seen for s in states]
+            missing = [max(text.shape[1] for text in texts) - text.shape[1] for text in texts]
+            texts = [mx.pad(text, [(0, 0), (m, 0)], constant_values=padding) for text, m in zip(texts, missing)]
+            seen, n_prompt = mx.concatenate(texts), [columns + m for columns, m in zip(n_prompt, missing)]
+        logits = None
+        if any(state.logits is not None for state in states):
+            shape = next(state.logits.shape[1] for state in states if state.logits is not None)
+            logits = mx.concatenate(
+                [mx.zeros((s.tokens.size, shape)) if s.logits is None else s.logits for s in states]
+            )
         return State(
-            join(*(cast("Sequence[BatchKVCache]", state.cache) for state in states)),
-            mx.concatenate(seen) if seen else None,
+            join(self.cache, other.cache),
+            self.settings + other.settings,
+            mx.concatenate([self.keys, other.keys]),
+            seen,
             mx.concatenate(n_prompt),
             np.concatenate([self.generated, other.generated]),
             mx.concatenate([self.tokens, other.tokens]),
-            mx.concatenate(logits) if logits else None,
+            logits,
         )
 
 
-class Rows:
-    """Prompts that are answered together, a row each: `add` them, `step` gives each row's next token, `keep` drops
-    the rows that have ended. One row in a cache of its own may also `accept` tokens that a draft proposed."""
+def _look_back(settings: Sequence[GenerationSettings]) -> bool:
+    return any(one.sampling.looks_back for one in settings)
 
-    def __init__(self, model: Qwen2, settings: GenerationSettings) -> None:
-        self.model, self.fused, self.settings = model, FusedModel.of(model), settings
-        self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
-        self._greedy, self._plainly_greedy = settings.sampling.greedy, settings.sampling.plainly_greedy
+
+class Prompts:
+    """Prompts of one length of padding that are read together, before they join the rows of a batch.
+
+    settings: one for each prompt. cache: continued by a single prompt; it holds `cached_ids`. Without it, one prompt
+    gets a new cache, and several share one, padded on the left.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2,
+        prompts: Sequence[Sequence[int]],
+        settings: Sequence[GenerationSettings],
+        cache: Sequence[KVCache] | None = None,
+        cached_ids: Sequence[int] = (),
+    ) -> None:
+        longest = max(map(len, prompts))
+        pads = np.array([longest - len(ids) for ids in prompts], np.int32)
+        ids = np.array([[ids[0]] * pad + list(ids) for pad, ids in zip(pads.tolist(), prompts)], np.int32)
+        n_prompt: int | mx.array = len(cached_ids) + longest
+        if len(prompts) > 1:
+            padding = Padding(pads)
+            cache = [BatchKVCache(padding) for _ in range(model.config.num_hidden_layers)]
+            n_prompt = mx.full((len(prompts),), longest, mx.int32)
+        elif cache is None:
+            cache = model.make_cache()
+        seen = None
+        if _look_back(settings):
+            text = np.where(np.arange(longest) < pads[:, None], model.config.vocab_size, ids)
+            seen = mx.array(np.concatenate([np.array([cached_ids] * len(prompts), np.int32), text], axis=1))
+        seeds = [secrets.randbits(63) if one.seed is None else one.seed for one in settings]
+        keys, counts = mx.stack([mx.random.key(seed) for seed in seeds]), np.zeros(len(prompts), np.int64)
+        self.state = State(cache, list(settings), keys, seen, n_prompt, counts, mx.array(ids[:, -1]))
+        self.reader = PromptReader(FusedModel.of(model), mx.array(ids), cache, settings[0].prefill_step_size)
+
+
+class Rows:
+    """Prompts that are answered together, a row each, with settings and a random key of its own: `add` them, `step`
+    gives each row's next token, `keep` drops the rows that have ended. One row in a cache of its own may also `accept`
+    tokens that a draft proposed."""
+
+    def __init__(self, model: Qwen2) -> None:
+        self.model, self.fused = model, FusedModel.of(model)
         self._state: State | None = None
         self._ahead = False  # the newest tokens are on their way, and `step` has not given them out
         self._steps = 0
@@ -178,43 +286,45 @@ class Rows:
             raise ValueError("The batch is empty: add prompts first.")
         return self._state
 
+    @property
+    def settings(self) -> GenerationSettings:
+        """The first row's settings."""
+        return self.state.settings[0]
+
     def next_key(self) -> mx.array:
-        """A random key that was not used before."""
-        self._key, key = mx.random.split(self._key)
-        return key
+        """A random key of the first row that was not used before."""
+        return self._next_keys(self.state)[0]
 
     def add(
         self,
         prompts: Sequence[Sequence[int]],
+        settings: Sequence[GenerationSettings],
         cache: Sequence[KVCache] | None = None,
         cached_ids: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> None:
-        """Reads prompts and adds them as the last rows; their first tokens are computed when this returns.
-
-        cache: continued by a single prompt, which then is the only row; it holds `cached_ids`. Without it the rows
-        share a new cache, padded on the left.
-        """
-        longest, padding_id = max(map(len, prompts)), self.model.config.vocab_size
-        pads = np.array([longest - len(ids) for ids in prompts], np.int32)
-        ids = np.array([[ids[0]] * pad + list(ids) for pad, ids in zip(pads.tolist(), prompts)], np.int32)
-        n_prompt: int | mx.array = len(cached_ids) + longest
-        if cache is None:
-            padding = Padding(pads)
-            cache = [BatchKVCache(padding) for _ in range(self.model.config.num_hidden_layers)]
-            n_prompt = mx.full((len(prompts),), longest, mx.int32)
-        seen = None
-        if self.settings.sampling.looks_back:
-            text = np.where(np.arange(longest) < pads[:, None], padding_id, ids)
-            seen = mx.array(np.concatenate([np.array([cached_ids] * len(prompts), np.int32), text], axis=1))
-        logits = read_prompt(self.fused, mx.array(ids), cache, self.settings.prefill_step_size, progress)
-        new = State(cache, seen, n_prompt, np.zeros(len(prompts), np.int64), mx.array(ids[:, -1]))
-        self._choose(new, logits)
-        mx.eval(new.tokens)
+        """Reads prompts and adds them as the last rows; their first tokens are computed when this returns. Arguments
+        as Prompts; progress as stream_generate's."""
+        new = Prompts(self.model, prompts, settings, cache, cached_ids)
+        while (logits := new.reader.read()) is None:
+            if progress:
+                progress(new.reader.done, new.reader.total)
+        self.join(new, logits)
         if progress:
-            progress(longest, longest)
-        self._state = new if self._state is None else self._state.join(new, padding_id)
-        self._ahead = True
+            progress(new.reader.total, new.reader.total)
+
+    def join(self, new: Prompts, logits: mx.array) -> None:
+        """Adds prompts as the last rows, whose reader has read them and given the logits of their first tokens; these
+        are computed when this returns."""
+        self._choose(new.state, logits)
+        mx.eval(new.state.tokens)
+        if self._state is None:
+            self._state, self._ahead = new.state, True
+            return
+        if not self._ahead:
+            self._launch(self._state)
+            self._ahead = True
+        self._state = self._state.join(new.state, self.model.config.vocab_size)
 
     def step(self, ahead: bool = True) -> list[Token]:
         """The next token of each row. With `ahead`, the step after it is launched before this one is waited for.
@@ -231,7 +341,7 @@ class Rows:
         self._steps += 1
         if self._steps % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
-        return self._tokens(cast("list[int]", tokens.tolist()), logits)
+        return self._tokens(cast("list[int]", tokens.tolist()), logits, state.settings)
 
     def accept(self, ids: list[int], logits: mx.array) -> list[Token]:
         """The single row's next tokens, which were chosen from logits (len(ids), V); its cache holds all but the
@@ -241,7 +351,7 @@ class Rows:
         state.generated += len(ids)
         if state.seen is not None:
             state.seen = mx.concatenate([state.seen, mx.array([ids], mx.int32)], axis=1)
-        return self._tokens(ids, logits)
+        return self._tokens(ids, logits, state.settings * len(ids))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but these."""
@@ -257,42 +367,68 @@ class Rows:
         if self.model.ranks is not None and state is not None and self._ahead:
             self.model.ranks.wait(state.tokens, *([] if state.logits is None else [state.logits]))
 
+    @staticmethod
+    def _next_keys(state: State) -> mx.array:
+        """A random key of each row (B, 2) that was not used before."""
+        pairs = mx.vmap(mx.random.split)(state.keys)
+        state.keys = pairs[:, 0]
+        return pairs[:, 1]
+
     def _launch(self, state: State) -> None:
         self._choose(state, self.fused(state.tokens[:, None], state.cache)[:, -1])
 
     def _choose(self, state: State, logits: mx.array) -> None:
         """Chooses each row's next token from logits (B, V), -1 where one is not finite; it is on its way when this
         returns."""
-        settings = self.settings
-        early: mx.array | None = None  # (B,) the rows that must not end yet
-        if settings.min_tokens and (state.generated < settings.min_tokens).any():
-            early = mx.array(state.generated < settings.min_tokens)
-            state.generated += 1
-        key = None if self._greedy else self.next_key()
-        if self._plainly_greedy and early is None:
-            tokens = ops.best_token(logits)
-        else:
-            floats, ends = logits.astype(mx.float32), settings.eos_token_ids
-            allowed = floats if early is None else rule_out(floats, ends, early)
-            choice = sample(allowed, settings.sampling, state.seen, key, n_prompt=state.n_prompt, eos_token_ids=ends)
-            tokens = ops.or_not_finite(floats, choice)
+        keys = None
+        if not all(group.settings.sampling.greedy for group in state.groups):
+            keys = self._next_keys(state)
+        chosen = [self._choose_group(state, group, logits, keys) for group in state.groups]
+        tokens = chosen[0] if len(chosen) == 1 else mx.concatenate(chosen)[state.order]
         if self.model.ranks is not None:
             tokens = self.model.ranks.from_first(tokens)
         state.tokens = tokens
-        if settings.logprobs is not None:
-            state.logits = logits.astype(mx.float32)
+        state.logits = logits.astype(mx.float32) if state.wants_logprobs else None
         if state.seen is not None:
             state.seen = mx.concatenate([state.seen, tokens[:, None]], axis=1)
         mx.async_eval([tokens] if state.logits is None else [tokens, state.logits])
 
-    def _tokens(self, ids: list[int], logits: mx.array | None) -> list[Token]:
+    @staticmethod
+    def _choose_group(state: State, group: Group, logits: mx.array, keys: mx.array | None) -> mx.array:
+        """The next tokens of a group's rows, from logits (B, V) and keys (B, 2) of all rows."""
+        settings, logits = group.settings, group.of(logits)
+        early: mx.array | None = None  # the rows that must not end yet
+        if settings.min_tokens and (state.generated[group.rows] < settings.min_tokens).any():
+            early = mx.array(state.generated[group.rows] < settings.min_tokens)
+            state.generated[group.rows] += 1
+        if settings.sampling.plainly_greedy and early is None:
+            return ops.best_token(logits)
+        floats, ends = logits.astype(mx.float32), settings.eos_token_ids
+        choice = sample(
+            floats if early is None else rule_out(floats, ends, early),
+            settings.sampling,
+            None if state.seen is None else group.of(state.seen),
+            None if keys is None else group.of(keys),
+            n_prompt=state.n_prompt if isinstance(state.n_prompt, int) else group.of(state.n_prompt),
+            eos_token_ids=ends,
+        )
+        return ops.or_not_finite(floats, choice)
+
+    @staticmethod
+    def _tokens(ids: list[int], logits: mx.array | None, settings: Sequence[GenerationSettings]) -> list[Token]:
         if min(ids) < 0:
             raise QwenMLXError(NOT_FINITE)
-        if self.settings.logprobs is None or logits is None:
-            return [Token(token) for token in ids]
-        own, top_ids, top_values = log_probabilities(logits, mx.array(ids), self.settings.logprobs)
-        tops = [tuple(zip(*pair)) for pair in zip(top_ids.tolist(), top_values.tolist())]
-        return [Token(*values) for values in zip(ids, own.tolist(), tops)]
+        tokens = [Token(token) for token in ids]
+        for n in {one.logprobs for one in settings}:
+            if n is None or logits is None:
+                continue
+            rows = [i for i, one in enumerate(settings) if one.logprobs == n]
+            chosen = mx.array([ids[i] for i in rows])
+            own, top_ids, top_values = log_probabilities(logits[mx.array(rows)], chosen, n)
+            tops = [tuple(zip(*pair)) for pair in zip(top_ids.tolist(), top_values.tolist())]
+            for i, *values in zip(rows, own.tolist(), tops):
+                tokens[i] = Token(ids[i], *values)
+        return tokens
 
 
 def plain_steps(rows: Rows) -> Iterator[Token]:
@@ -319,9 +455,9 @@ def generate_tokens(
     progress: called with (prompt tokens done, prompt tokens in all). Raises QwenMLXError if the logits are not finite.
     """
     cache = model.make_cache() if cache is None else cache
-    rows, read, yielded = Rows(model, settings), cache[0].offset + len(prompt_ids), 0
+    rows, read, yielded = Rows(model), cache[0].offset + len(prompt_ids), 0
     try:
-        rows.add([prompt_ids], cache, cached_ids, progress)
+        rows.add([prompt_ids], [settings], cache, cached_ids, progress)
         for token in policy(rows):
             yielded += 1
             yield token

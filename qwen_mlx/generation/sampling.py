@@ -211,13 +211,17 @@ def no_repeat_ngrams(logits: mx.array, ids: mx.array, n: int) -> mx.array:
 def xtc(logits: mx.array, threshold: float, probability: float, keep: mx.array, key: mx.array) -> mx.array:
     """With `probability`, rules out all tokens at least as likely as `threshold` but the least likely of them.
 
-    keep: bool (B, V), never ruled out: end tokens. Source: "Exclude Top Choices", text-generation-webui pull request
-    6335; mlx-lm's apply_xtc.
+    keep: bool (B, V), never ruled out: end tokens; key: (2,) or (B, 2). Source: "Exclude Top Choices",
+    text-generation-webui pull request 6335; mlx-lm's apply_xtc.
     """
     p = mx.softmax(logits, axis=-1)
     least = mx.where(p > threshold, p, mx.inf).min(axis=-1, keepdims=True)
     excluded = mx.where((p > least) & ~keep, -mx.inf, logits)
-    return mx.where(mx.random.uniform(shape=(logits.shape[0], 1), key=key) < probability, excluded, logits)
+    if key.ndim == 1:
+        draw = mx.random.uniform(shape=(logits.shape[0], 1), key=key)
+    else:
+        draw = mx.vmap(lambda one: mx.random.uniform(shape=(1,), key=one))(key)
+    return mx.where(draw < probability, excluded, logits)
 
 
 def rule_out(logits: mx.array, ids: Sequence[int], rows: mx.array | None = None) -> mx.array:
@@ -313,15 +317,26 @@ def sample(
     eos_token_ids: Sequence[int] = (),
 ) -> mx.array:
     """Draws one token id (B,) from float logits (B, V). `seen` (B, N), n_prompt: the text so far, for the penalties, as
-    `penalized` takes it; eos_token_ids: XTC keeps them."""
-    key, xtc_key = (mx.random.key(0) if key is None else key), None
+    `penalized` takes it; key: one for all rows (2,), or one for each (B, 2), with which a row draws what it draws
+    alone; eos_token_ids: XTC keeps them."""
+    keys, xtc_key = (mx.random.key(0) if key is None else key), None
     if settings.xtc_probability > 0:
-        key, xtc_key = mx.random.split(key)
+        keys, xtc_key = _split(keys)
     left, ids = candidates(logits, settings, seen, n_prompt=n_prompt, eos_token_ids=eos_token_ids, xtc_key=xtc_key)
     if settings.greedy:
         return mx.argmax(left, axis=-1)
-    choice = mx.random.categorical(left, axis=-1, key=key)
+    if keys.ndim == 1:
+        choice = mx.random.categorical(left, axis=-1, key=keys)
+    else:  # row by row: MLX's categorical has one key for all of them, and cannot be mapped over several
+        rows = [mx.random.categorical(left[i : i + 1], axis=-1, key=keys[i]) for i in range(len(keys))]
+        choice = mx.concatenate(rows)
     return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+
+
+def _split(key: mx.array) -> tuple[mx.array, mx.array]:
+    """Two new keys of a key (2,), or of each of several (B, 2)."""
+    pairs = mx.random.split(key) if key.ndim == 1 else mx.vmap(mx.random.split)(key).swapaxes(0, 1)
+    return pairs[0], pairs[1]
 
 
 def log_probabilities(logits: mx.array, tokens: mx.array, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

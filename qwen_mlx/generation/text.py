@@ -164,7 +164,7 @@ def generate(
 def settings_of(model: Qwen2, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> GenerationSettings:
     """The settings that a public function's own arguments mean, by name; other arguments are passed over. Raises
     QwenMLXError for what cannot be."""
-    sampling = model.generation_defaults.override(**{name: arguments[name] for name in SAMPLING_ARGUMENTS})
+    sampling = model.generation_defaults.override(**{name: arguments.get(name) for name in SAMPLING_ARGUMENTS})
     size = model.config.vocab_size
     bad = next((token for token, _ in sampling.logit_bias if token >= size), None)
     if bad is not None:
@@ -238,7 +238,7 @@ def _stream(
     tokens = generate_tokens(
         model, ids[cached:], settings, cache=cache, cached_ids=ids[:cached], policy=policy, progress=progress
     )
-    text_stream = TextStream(tokenizer, settings.stop, settings.max_tokens)
+    text_stream = TextStream(tokenizer, settings)
     start = time.perf_counter()
     try:
         with contextlib.closing(tokens):
@@ -266,9 +266,9 @@ def _stream(
 class TextStream:
     """Turns tokens into text as it becomes complete: never half a character or part of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], max_tokens: int) -> None:
-        self._eos_ids, self._detokenizer = tokenizer.eos_token_ids, tokenizer.detokenizer()
-        self._stop, self._left = stop, max_tokens
+    def __init__(self, tokenizer: Tokenizer, settings: GenerationSettings) -> None:
+        self._eos_ids, self._detokenizer = settings.eos_token_ids, tokenizer.detokenizer()
+        self._stop, self._left = settings.stop, settings.max_tokens
         self._pending = ""  # text that may be the beginning of a stop string
 
     def add(self, token: int) -> tuple[str, str | None]:

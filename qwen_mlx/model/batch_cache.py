@@ -47,19 +47,20 @@ class BatchKVCache(KVCache):
         return visible | (keys == queries)
 
 
-def select(cache: Sequence[BatchKVCache], rows: Sequence[int]) -> list[BatchKVCache]:
-    """Caches of some rows, without the columns in which all of them hold nothing."""
-    columns = cache[0].padding.columns[list(rows)]
+def select(cache: Sequence[KVCache], rows: Sequence[int]) -> list[KVCache]:
+    """Caches of some rows, without the columns in which all of them hold nothing; plain ones if it is a single row."""
+    columns = _padding(cache)[list(rows)]
     cut = int(columns.min())
-    padding, index = Padding(columns - cut), mx.array(list(rows), mx.int32)
+    padding = None if len(rows) == 1 else Padding(columns - cut)
+    index = mx.array(list(rows), mx.int32)
     return [_filled(padding, mx.take(_columns(layer)[:, :, cut:], index, axis=0)) for layer in cache]
 
 
-def join(first: Sequence[BatchKVCache], second: Sequence[BatchKVCache]) -> list[BatchKVCache]:
-    """Caches of the rows of both, one below the other."""
+def join(first: Sequence[KVCache], second: Sequence[KVCache]) -> list[KVCache]:
+    """Caches of the rows of both, one below the other; each may be of plain caches."""
     widths = [caches[0].size for caches in (first, second)]
     more = [max(widths) - width for width in widths]
-    padding = Padding(np.concatenate([c[0].padding.columns + m for c, m in zip((first, second), more)]))
+    padding = Padding(np.concatenate([_padding(caches) + m for caches, m in zip((first, second), more)]))
     pads = [[(0, 0), (0, 0), (m, 0), (0, 0)] for m in more]
     return [
         _filled(padding, mx.concatenate([mx.pad(_columns(layer), pad) for layer, pad in zip(pair, pads)]))
@@ -67,14 +68,20 @@ def join(first: Sequence[BatchKVCache], second: Sequence[BatchKVCache]) -> list[
     ]
 
 
-def _columns(layer: BatchKVCache) -> mx.array:
+def _padding(cache: Sequence[KVCache]) -> np.ndarray:
+    """Columns on the left of each row that hold nothing, (B,)."""
+    layer = cache[0]
+    return layer.padding.columns if isinstance(layer, BatchKVCache) else np.zeros(layer.arrays[0].shape[0], np.int32)
+
+
+def _columns(layer: KVCache) -> mx.array:
     """Everything stored, (B, 2 n_kv_heads, columns, head_dim)."""
     return layer.arrays[0][:, :, : layer.size]
 
 
-def _filled(padding: Padding, buffer: mx.array) -> BatchKVCache:
+def _filled(padding: Padding | None, buffer: mx.array) -> KVCache:
     """A cache of `buffer`, evaluated at once, so that no more than one layer ever exists twice."""
-    cache = BatchKVCache(padding)
+    cache = KVCache() if padding is None else BatchKVCache(padding)
     cache.fill(buffer)
     mx.eval(cache.arrays)
     return cache
