@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import GGUFError, QwenMLXError
     from .generation.batch import BatchResult, batch_generate
     from .generation.chat import Chat
+    from .generation.fill import fill, stream_fill
     from .generation.prompt_cache import PromptCache
     from .generation.sampling import SamplingSettings
     from .generation.text import GenerationChunk, generate, stream_generate
@@ -40,8 +41,10 @@ _MODULES = {
     "Tokenizer": "text.tokenizer",
     "batch_generate": "generation.batch",
     "convert": "conversion.convert",
+    "fill": "generation.fill",
     "generate": "generation.text",
     "load": "loading.load",
+    "stream_fill": "generation.fill",
     "stream_generate": "generation.text",
 }
 
@@ -58,8 +61,10 @@ __all__ = [
     "Tokenizer",
     "batch_generate",
     "convert",
+    "fill",
     "generate",
     "load",
+    "stream_fill",
     "stream_generate",
 ]
 
