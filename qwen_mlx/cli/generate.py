@@ -11,6 +11,7 @@ from ..errors import QwenMLXError
 from ..loading import hub
 from ..parallel.control import alone, launched, on_first
 from ..text.files import check_utf8, read_text
+from . import fim
 from .arguments import model_parser, open_model, ranks
 from .command import ProgressLine, printable
 
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads standard input")
     source.add_argument("--prompt-file", "-f", metavar="FILE", help="read the prompt from a UTF-8 file")
     source.add_argument("--list-models", action="store_true", help="list the models that are on this machine")
+    fim.add_arguments(p, source)
     p.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     p.add_argument(
         "--logprobs", type=int, metavar="N", help="list each token's ln p and the N likeliest, on standard error"
@@ -46,23 +48,34 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     if arguments.list_models:
         print(*hub.cached_models(), sep="\n")
         return 0
-    prompt = on_first(lambda: _read_prompt(arguments))
+    hole = on_first(lambda: fim.read(arguments))
+    prompt = on_first(lambda: _read_prompt(arguments)) if hole is None else ""
     model, tokenizer, settings = open_model(arguments, group)
 
     from ..generation.engine import GenerationStats
+    from ..generation.fill import check_fills, stream_fill
     from ..generation.text import stream_generate
 
+    if hole is not None:
+        check_fills(tokenizer, f"--model {arguments.model}")
+        asked = {
+            name: value for name, value in settings.items() if value is not None
+        }  # a fill is greedy without --temp
     stats, token_lines, interrupted = GenerationStats(), [], False
     with ProgressLine("Reading the prompt") as line:
         try:
-            for chunk in stream_generate(model, tokenizer, prompt, raw=arguments.raw, progress=line, **settings):
+            if hole is None:
+                chunks = stream_generate(model, tokenizer, prompt, raw=arguments.raw, progress=line, **settings)
+            else:
+                chunks = stream_fill(model, tokenizer, **hole, progress=line, **asked)
+            for chunk in chunks:
                 stats = chunk.stats
                 print(printable(chunk.text, sys.stdout), end="", flush=True)
                 if chunk.logprob is not None:
                     token_lines.append(_describe_token(tokenizer, chunk))
         except KeyboardInterrupt:
             interrupted = True
-    print(flush=True)
+    print(end="" if hole is not None and not sys.stdout.isatty() else "\n", flush=True)  # editors insert what they get
     for text in [*token_lines, describe_cost(stats, arguments.draft_model is not None)]:
         print(text, file=sys.stderr)
     if arguments.prompt_cache is not None and settings["prompt_cache"].ids:

@@ -38,13 +38,12 @@ CHARACTERS = 32  # a token at most, on average: what lies further from the curso
 StopAt = Literal["line", "indent"]
 
 
-def check_fills(tokenizer: Tokenizer) -> None:
-    """Raises QwenMLXError, naming the tokens, for a tokenizer without those of fill in the middle."""
-    missing = [name for name in (PREFIX, SUFFIX, MIDDLE) if name not in tokenizer.special]
+def check_fills(tokenizer: Tokenizer, name: str = "The model") -> None:
+    """Raises QwenMLXError, naming model and tokens, for a tokenizer without those of fill in the middle."""
+    missing = [token for token in (PREFIX, SUFFIX, MIDDLE) if token not in tokenizer.special]
     if missing:
         raise QwenMLXError(
-            f"The model cannot fill in the middle, because its vocabulary lacks {', '.join(missing)}; take a "
-            "Qwen2.5-Coder."
+            f"{name} cannot fill in the middle: its vocabulary lacks {', '.join(missing)}; take a Qwen2.5-Coder."
         )
 
 
@@ -158,8 +157,8 @@ class FillStop:
         """The text that is safe to show now, and whether the fill ends after it; last: no more text will come."""
         pending = self._pending + text
         cut = self._cut(pending)
-        newline = pending.find("\n", len(pending.rstrip()))
-        end = cut if cut is not None else newline if newline >= 0 and not last else len(pending)
+        held = None if last else re.compile(r"[\r\n]").search(pending, len(pending.rstrip()))
+        end = cut if cut is not None else held.start() if held else len(pending)
         shown, self._pending = pending[:end], pending[end:]
         self._blank = self._blank and not shown.strip()
         return shown, cut is not None
