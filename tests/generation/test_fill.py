@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from qwen_mlx import QwenMLXError, fill, generate, load, stream_fill
 from qwen_mlx.generation.fill import FillStop, fill_ends, fill_prompt, share
 from qwen_mlx.generation.prompt_cache import PromptCache
+from qwen_mlx.gguf.reader import GGUFFile
+from qwen_mlx.text.tokenizer import Tokenizer
 from reference.small_models import END_OF_TEXT, IM_END, RandomModel, save_folder
 from tests.helpers.fim_model import FIM_IDS, FIM_TOKENS, save_fim_folder
+from tests.helpers.holes import HOLES
 
 PREFIX, MIDDLE, SUFFIX, PAD, REPOSITORY, FILE = FIM_IDS.values()
 
@@ -236,3 +239,46 @@ def test_stop_at_uses_the_line_of_the_cursor(small):
     newline = small[1].encode("\n")[0]
     text = fill(*small, "  x", "", stop_at="line", logit_bias={newline: 1e4}, max_tokens=5)
     assert text == "\n" * 5, "blank lines alone do not end a fill at a line"
+
+
+# Qwen's own example (examples/Qwen2.5-Coder-fim.py).
+QUICKSORT = (
+    "def quicksort(arr):\n    if len(arr) <= 1:\n        return arr\n    pivot = arr[len(arr) // 2]\n    ",
+    "\n    middle = [x for x in arr if x == pivot]\n    right = [x for x in arr if x > pivot]\n"
+    "    return quicksort(left) + middle + quicksort(right)",
+)
+
+
+def test_prompts_are_the_documentation_s_text(small, real_gguf: Path):
+    """Read with its control tokens, as transformers reads it (tests/text compares the tokenizers on such a text)."""
+    prefix, suffix = QUICKSORT
+    files = [("library.py", "class Book:\n    pass\n"), ("student.py", "\nclass Student:\n    pass")]
+    for tokenizer in (small[1], Tokenizer.from_gguf(GGUFFile(real_gguf).metadata)):
+        text = f"<|fim_prefix|>{prefix}<|fim_suffix|>{suffix}<|fim_middle|>"
+        ids = fill_prompt(tokenizer, prefix, suffix, max_prompt_tokens=1000)
+        assert ids == tokenizer.encode(text, allow_special=True)
+        context = "".join(f"<|file_sep|>{path}\n{content}\n" for path, content in files)
+        text = f"<|repo_name|>library-system\n{context}<|file_sep|>main.py\n{text}"
+        names = {"repository": "library-system", "path": "main.py"}
+        ids = fill_prompt(tokenizer, prefix, suffix, files=files, **names, max_prompt_tokens=1000)
+        assert ids == tokenizer.encode(text, allow_special=True)
+    assert set(fill_ends(tokenizer)) == {151664, 151662, 151659, 151660, 151661, 151663, 151645, 151643}
+
+
+def test_real_fills_of_held_out_functions_equal_transformers(real_gguf: Path, real_hf):
+    """Transformers reads prompt and fill in one pass: if each id is its likeliest next one, its own greedy fill is the
+    same."""
+    import torch
+
+    model, tokenizer = load(real_gguf)
+    assert len(HOLES) == 20
+    for prefix, suffix in HOLES:
+        chunks = list(stream_fill(model, tokenizer, prefix, suffix, max_tokens=24, stop_at="line"))
+        prompt, made = fill_prompt(tokenizer, prefix, suffix, max_prompt_tokens=1000), [c.token for c in chunks]
+        with torch.no_grad():
+            logits = real_hf(torch.tensor([prompt + made]), logits_to_keep=len(made) + 1).logits[0]
+        assert made == logits[:-1].argmax(-1).tolist(), prefix
+        text = "".join(chunk.text for chunk in chunks)
+        assert text.strip()
+        assert "<|" not in text
+        assert "\n" not in text.lstrip()

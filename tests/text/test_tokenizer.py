@@ -52,6 +52,8 @@ SPECIAL = [
     "<tool_call>\n{}\n</tool_call>",
     "a<|endoftext|>b <|fim_prefix|>x<|fim_suffix|>",
     "e\u0301<|im_end|>e\u0301",
+    "<|repo_name|>library-system\n<|file_sep|>library.py\nclass Book:\n\n<|file_sep|>main.py\n<|fim_prefix|>def f():"
+    "\n    <|fim_suffix|>\n    return x<|fim_middle|>",
     "<|im_start|><|im_start|>  <|im_end|>  ",
     "<|im_start",
     "<|IM_START|>",
