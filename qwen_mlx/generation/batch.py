@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import QwenMLXError, check_integer
 from ..model import display
@@ -12,7 +13,7 @@ from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .engine import GenerationStats, Progress, Rows, Token
 from .settings import GenerationSettings, refuses_unknown
-from .text import Prompt, TextStream, encode_prompt, room_after, settings_of
+from .text import CANNOT_GO_ON, Prompt, TextStream, encode_prompt, room_after, settings_of
 
 
 @dataclass
@@ -48,7 +49,9 @@ class _Row:
         return 0 if self.result.finish_reason else self.settings.max_tokens - len(self.result.token_ids)
 
     def add(self, token: Token) -> None:
-        text, self.result.finish_reason = self.stream.add(token.id)
+        if token.error is not None:
+            raise QwenMLXError(CANNOT_GO_ON.format(token.error))
+        text, self.result.finish_reason = self.stream.add(token.id, token.closing)
         self.result.text += text
         self.result.token_ids.append(token.id)
         if token.logprob is not None:
@@ -81,6 +84,7 @@ def batch_generate(
     logit_bias: Mapping[int, float] | None = None,
     logprobs: int | None = None,
     seed: int | None = None,
+    schema: Any = None,
     batch_size: int = 64,
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
@@ -110,6 +114,8 @@ def batch_generate(
             own = replace(settings, max_tokens=limit, min_tokens=min_tokens)
             ids = encode_prompt(tokenizer, prompt, system, raw)
             limit = min(own.max_tokens, room_after(model, ids))
+            if own.constraint is not None:
+                own.constraint.check_fits(limit)
         except QwenMLXError as error:
             raise QwenMLXError(f"Prompt {number + 1} of {len(prompts)}: {error}") from None
         seed = None if own.seed is None else (own.seed + number) % 2**64

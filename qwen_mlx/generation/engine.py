@@ -19,6 +19,7 @@ from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
 from .sampling import log_probabilities, rule_out, sample
 from .settings import GenerationSettings
+from .structured import Matcher, allowed
 
 NOT_FINITE = (
     "The model's logits are not finite; the file is damaged, or the dtype overflows (float16 does for Qwen2.5: use "
@@ -69,11 +70,17 @@ class GenerationStats:
 
 @dataclass(slots=True)
 class Token:
-    """A generated token. Where log-probabilities are asked for: its ln p, and the likeliest tokens' (id, ln p)."""
+    """A generated token. Where log-probabilities are asked for: its ln p, and the likeliest tokens' (id, ln p).
+
+    error: why structured output cannot go on after it; the answer is to be given up. closing: structured output is
+    being brought to its end because max_tokens is near.
+    """
 
     id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    error: str | None = None
+    closing: bool = False
 
 
 def default_prefill_step_size() -> int:
@@ -165,6 +172,7 @@ class State:
 
     cache: Sequence[KVCache]
     settings: list[GenerationSettings]  # (B,)
+    matchers: list[Matcher | None]  # (B,) where the output is structured; they lack the newest tokens
     keys: mx.array  # (B, 2) uint32, each row's random key, which is split once a token
     seen: mx.array | None  # (B, columns) the text so far, where it matters; padded on the left with V, no token's id
     n_prompt: int | mx.array  # columns of `seen` that are padding or prompt; (B,) where rows differ
@@ -177,7 +185,7 @@ class State:
         """The rows by what the choice of their tokens depends on."""
         rows: dict[Any, list[int]] = {}
         for i, one in enumerate(self.settings):
-            rows.setdefault((one.sampling, one.min_tokens, one.eos_token_ids), []).append(i)
+            rows.setdefault((one.sampling, one.min_tokens, one.eos_token_ids, one.constraint is None), []).append(i)
         if len(rows) == 1:
             return [Group(list(range(len(self.settings))), None, self.settings[0])]
         return [Group(row, mx.array(row, mx.int32), self.settings[row[0]]) for row in rows.values()]
@@ -195,12 +203,12 @@ class State:
     def select(self, rows: Sequence[int]) -> State:
         """The state of some of the rows."""
         index = mx.array(list(rows), mx.int32)
-        settings = [self.settings[i] for i in rows]
+        settings, matchers = [self.settings[i] for i in rows], [self.matchers[i] for i in rows]
         n_prompt = self.n_prompt if isinstance(self.n_prompt, int) else self.n_prompt[index]
         seen = self.seen[index] if self.seen is not None and _look_back(settings) else None
         logits = None if self.logits is None else self.logits[index]
         cache, keys, generated = select(self.cache, rows), self.keys[index], self.generated[list(rows)]
-        return State(cache, settings, keys, seen, n_prompt, generated, self.tokens[index], logits)
+        return State(cache, settings, matchers, keys, seen, n_prompt, generated, self.tokens[index], logits)
 
     def join(self, other: State, padding: int) -> State:
         """The state of these rows and of others below them; padding: the id that is no token."""
@@ -220,6 +228,7 @@ class State:
         return State(
             join(self.cache, other.cache),
             self.settings + other.settings,
+            self.matchers + other.matchers,
             mx.concatenate([self.keys, other.keys]),
             seen,
             mx.concatenate(n_prompt),
@@ -264,7 +273,8 @@ class Prompts:
             seen = mx.array(np.concatenate([np.array([cached_ids] * len(prompts), np.int32), text], axis=1))
         seeds = [secrets.randbits(63) if one.seed is None else one.seed for one in settings]
         keys, counts = mx.stack([mx.random.key(seed) for seed in seeds]), np.zeros(len(prompts), np.int64)
-        self.state = State(cache, list(settings), keys, seen, n_prompt, counts, mx.array(ids[:, -1]))
+        matchers = [one.constraint.start(one.max_tokens) if one.constraint else None for one in settings]
+        self.state = State(cache, list(settings), matchers, keys, seen, n_prompt, counts, mx.array(ids[:, -1]))
         self.reader = PromptReader(FusedModel.of(model), mx.array(ids), cache, settings[0].prefill_step_size)
 
 
@@ -341,7 +351,11 @@ class Rows:
         self._steps += 1
         if self._steps % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
-        return self._tokens(cast("list[int]", tokens.tolist()), logits, state.settings)
+        made = self._tokens(cast("list[int]", tokens.tolist()), logits, state.settings)
+        for token, matcher in zip(made, state.matchers):
+            if matcher is not None:
+                token.error, token.closing = matcher.error, matcher.closing
+        return made
 
     def accept(self, ids: list[int], logits: mx.array) -> list[Token]:
         """The single row's next tokens, which were chosen from logits (len(ids), V); its cache holds all but the
@@ -375,7 +389,13 @@ class Rows:
         return pairs[:, 1]
 
     def _launch(self, state: State) -> None:
-        self._choose(state, self.fused(state.tokens[:, None], state.cache)[:, -1])
+        logits = self.fused(state.tokens[:, None], state.cache)[:, -1]
+        if any(state.matchers):
+            mx.async_eval(logits)  # the model computes while the matchers take the newest tokens and make their masks
+            for matcher, token in zip(state.matchers, cast("list[int]", state.tokens.tolist())):
+                if matcher is not None:
+                    matcher.accept(token)
+        self._choose(state, logits)
 
     def _choose(self, state: State, logits: mx.array) -> None:
         """Chooses each row's next token from logits (B, V), -1 where one is not finite; it is on its way when this
@@ -401,11 +421,13 @@ class Rows:
         if settings.min_tokens and (state.generated[group.rows] < settings.min_tokens).any():
             early = mx.array(state.generated[group.rows] < settings.min_tokens)
             state.generated[group.rows] += 1
-        if settings.sampling.plainly_greedy and early is None:
+        masks = [matcher.mask() for matcher in (state.matchers[i] for i in group.rows) if matcher is not None]
+        if settings.sampling.plainly_greedy and early is None and not masks:
             return ops.best_token(logits)
         floats, ends = logits.astype(mx.float32), settings.eos_token_ids
+        open_to = allowed(floats, masks) if masks else floats
         choice = sample(
-            floats if early is None else rule_out(floats, ends, early),
+            open_to if early is None else rule_out(open_to, ends, early),
             settings.sampling,
             None if state.seen is None else group.of(state.seen),
             None if keys is None else group.of(keys),

@@ -12,6 +12,7 @@ from typing import ParamSpec, Protocol, TypeVar
 from ..backend import mx
 from ..errors import QwenMLXError, check_integer, refuse_unknown
 from .sampling import SamplingSettings
+from .structured import Constraint
 
 MAX_DRAFT_TOKENS = 32  # a quantized cache can take back the newest 64 tokens, which it keeps as floats
 
@@ -55,6 +56,7 @@ class GenerationSettings:
     draft_model: Draft | None = None
     num_draft_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -76,6 +78,8 @@ class GenerationSettings:
                 object.__setattr__(self, name, check_integer(name, value, low, high, expected))
         if self.draft_model is None and self.num_draft_tokens is not None:
             raise QwenMLXError("num_draft_tokens is given without a draft; give a draft too.")
+        if self.constraint is not None and self.min_tokens:
+            raise QwenMLXError("min_tokens does not go with structured output, which ends where it is complete.")
 
 
 def refuses_unknown(function: Callable[P, R]) -> Callable[P, R]:

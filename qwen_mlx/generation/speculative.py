@@ -19,6 +19,7 @@ from ..errors import QwenMLXError
 from .engine import NOT_FINITE, GenerationStats, Rows, Token
 from .sampling import processed_logits, rule_out
 from .settings import Draft, Proposal
+from .structured import allowed as allowed_by
 
 WINDOW = 8  # rounds that are judged together
 PROBE = 16  # rounds at most without a plain step to compare with
@@ -126,9 +127,12 @@ def verify(rows: Rows, last: int, proposal: Proposal) -> list[Token]:
     if not mx.isfinite(logits.sum()).item():
         raise QwenMLXError(NOT_FINITE)
     ids: list[int] = []
-    seen = state.seen
+    seen, (matcher,) = state.seen, state.matchers
     for i, proposed in zip(range(length + 1), [*proposal.ids, None]):
         allowed = logits[i : i + 1]
+        if matcher is not None:
+            matcher.accept(ids[-1] if ids else last)
+            allowed = allowed_by(allowed, [matcher.mask()])
         if state.generated[0] + i < settings.min_tokens:
             allowed = rule_out(allowed, settings.eos_token_ids)
         allowed = processed_logits(
@@ -151,7 +155,10 @@ def verify(rows: Rows, last: int, proposal: Proposal) -> list[Token]:
             seen = mx.concatenate([seen, mx.array([[token]], mx.int32)], axis=1)
     for layer in state.cache:
         layer.trim(length + 1 - len(ids))
-    return rows.accept(ids, logits[: len(ids)])
+    tokens = rows.accept(ids, logits[: len(ids)])
+    if matcher is not None:
+        tokens[-1].error, tokens[-1].closing = matcher.error, matcher.closing
+    return tokens
 
 
 def accept_or_draw(logits: mx.array, proposed: int | None, q: mx.array | None, key: mx.array) -> int:

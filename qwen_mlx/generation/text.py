@@ -21,7 +21,9 @@ from .prompt_cache import PromptCache
 from .sampling import SAMPLING_ARGUMENTS
 from .settings import Draft, GenerationSettings, refuses_unknown
 from .speculative import drafted_steps
+from .structured import Constraint, constraint
 
+CANNOT_GO_ON = "The structured output cannot go on: {}."
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 
@@ -96,6 +98,7 @@ def stream_generate(
     logit_bias: Mapping[int, float] | None = None,
     logprobs: int | None = None,
     seed: int | None = None,
+    schema: Any = None,
     cache: Sequence[KVCache] | None = None,
     prompt_cache: PromptCache | None = None,
     draft_model: Draft | Qwen2 | str | None = None,
@@ -110,6 +113,9 @@ def stream_generate(
     see SamplingSettings. min_tokens: no end token before so many. logprobs: 0 to 100, chunks then carry the token's
     ln p and so many of the likeliest. prefill_step_size: tokens of the prompt read in one pass; None chooses by the
     device. progress: called with (prompt tokens done, prompt tokens in all).
+    schema: a JSON schema (a mapping, JSON text, a class of pydantic's, True for any JSON) that the text satisfies, or a
+    Constraint that structured.constraint made of a regular expression, choices or a grammar. JSON is
+    complete even where max_tokens ends it, as finish_reason says.
     cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and the beginning that
     the cache shares with it is not computed again; afterwards it holds the prompt and the answer.
     draft_model: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an
@@ -150,6 +156,7 @@ def generate(
     logit_bias: Mapping[int, float] | None = None,
     logprobs: int | None = None,
     seed: int | None = None,
+    schema: Any = None,
     cache: Sequence[KVCache] | None = None,
     prompt_cache: PromptCache | None = None,
     draft_model: Draft | Qwen2 | str | None = None,
@@ -175,6 +182,9 @@ def settings_of(model: Qwen2, tokenizer: Tokenizer, arguments: Mapping[str, Any]
         if model.ranks is not None:
             raise QwenMLXError("A draft cannot be used with a model on several ranks; leave it out.")
         given["draft_model"] = make_draft(given["draft_model"])
+    schema = arguments.get("schema")
+    if schema is not None:
+        given["constraint"] = schema if isinstance(schema, Constraint) else constraint(tokenizer, json_schema=schema)
     return GenerationSettings(sampling, eos_token_ids=tuple(sorted(tokenizer.eos_token_ids)), **given)
 
 
@@ -215,6 +225,8 @@ def stream(
     """stream_generate with its settings made and its prompt encoded."""
     limit = min(settings.max_tokens, room_after(model, ids, cache[0].offset if cache else 0))
     settings = replace(settings, max_tokens=limit, min_tokens=min(settings.min_tokens, limit))
+    if settings.constraint is not None:
+        settings.constraint.check_fits(limit)
     return _stream(model, tokenizer, ids, settings, cache, prompt_cache, progress)
 
 
@@ -243,6 +255,8 @@ def _stream(
     try:
         with contextlib.closing(tokens):
             for token in tokens:
+                if token.error is not None:
+                    raise QwenMLXError(CANNOT_GO_ON.format(token.error))
                 now = time.perf_counter()
                 stats.generated_tokens += 1
                 if stats.generated_tokens == 1:
@@ -254,7 +268,7 @@ def _stream(
                         stats.prompt_seconds, stats.generation_seconds
                     )
                 text_ids.append(token.id)
-                text, finish_reason = text_stream.add(token.id)
+                text, finish_reason = text_stream.add(token.id, token.closing)
                 yield GenerationChunk(text, token.id, finish_reason, stats, token.logprob, token.top_logprobs)
                 if finish_reason is not None:
                     return
@@ -271,8 +285,9 @@ class TextStream:
         self._stop, self._left = settings.stop, settings.max_tokens
         self._pending = ""  # text that may be the beginning of a stop string
 
-    def add(self, token: int) -> tuple[str, str | None]:
-        """Newly complete text (maybe empty), and why it ends here: "stop", "length", or None where it goes on."""
+    def add(self, token: int, closing: bool = False) -> tuple[str, str | None]:
+        """Newly complete text (maybe empty), and why it ends here: "stop", "length", or None where it goes on. closing:
+        as Token's; an end token then is max_tokens' end."""
         self._left -= 1
         ended = token in self._eos_ids
         last = ended or self._left == 0
@@ -284,7 +299,7 @@ class TextStream:
             return pending[:cut], "stop"
         end = len(pending) - (0 if last else overlap(pending, self._stop))
         text, self._pending = pending[:end], pending[end:]
-        return text, "stop" if ended else "length" if last else None
+        return text, "length" if last and (closing or not ended) else "stop" if last else None
 
 
 def overlap(text: str, stop: Sequence[str]) -> int:

@@ -208,6 +208,10 @@ class Tokenizer:
         """
         return b"".join(self._bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
 
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that a token stands for: of one that is not ordinary text, its name."""
+        return self._bytes(i, skip_special=False)
+
     def _bytes(self, i: int, skip_special: bool) -> bytes:
         if i < 0:
             raise QwenMLXError(f"Token id {i} is negative, expected 0 to {len(self.names) - 1}.")

@@ -1,0 +1,145 @@
+"""What structured output can be asked for, in the form that llguidance compiles, and the bounds of that.
+
+Source: llguidance's docs/syntax.md and docs/json_schema.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import QwenMLXError
+from .tools import CLOSE, OPEN, Tool
+
+LARGEST = 1 << 18  # characters of a schema or a grammar
+LEXER_STATES = 30_000  # of 2 kB at most; a grammar that needs more takes seconds
+# One way to write each value, as json.dumps writes it: a model that may add white space can add it without end.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
+
+
+def grammar_source(json_schema: Any, json_object: bool, regex: Any, choices: Any, grammar: Any) -> tuple[str, str]:
+    """The name of the argument that is given, and llguidance's form of it. Raises QwenMLXError unless exactly one is
+    given, and for what is no such thing or too large."""
+    given = {
+        "json_schema": json_schema,
+        "json_object": json_object or None,
+        "regex": regex,
+        "choices": choices,
+        "grammar": grammar,
+    }
+    kinds = [name for name, value in given.items() if value is not None]
+    if len(kinds) != 1:
+        what = f"{' and '.join(kinds)} are given" if kinds else "Nothing is given"
+        raise QwenMLXError(f"{what}, expected one of {', '.join(given)}.")
+    (kind,) = kinds
+    matcher = library().LLMatcher
+    source: str
+    if kind in ("json_schema", "json_object"):
+        text = _schema_text({"type": "object"} if kind == "json_object" else json_schema)
+        try:
+            source = matcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
+        except ValueError as error:  # it is nested too deeply
+            raise QwenMLXError(unusable(kind, str(error))) from None
+    elif kind == "choices":
+        source = matcher.grammar_from_lark(_bounded("choices", _lark_of_choices(choices)))
+    elif kind == "regex":
+        source = matcher.grammar_from_regex(_bounded("regex", regex))
+    else:
+        source = matcher.grammar_from_lark(_bounded("grammar", grammar))
+    return kind, source
+
+
+def tool_calls_source(tools: Sequence[Tool], special: Mapping[str, int], most: int) -> str:
+    """llguidance's form of one to `most` calls of tools; special: the ids of tokens that are no ordinary text."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, "arguments": _closed(tool.parameters)},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    if not calls:
+        raise QwenMLXError("There is no tool to call; give at least one.")
+    schema = _schema_text({"anyOf": calls, "x-guidance": JSON_STYLE})
+    opening, closing = (f"<[{special[tag]}]>" if tag in special else json.dumps(tag) for tag in (OPEN, CLOSE))
+    again = f'("\\n" call){{0,{most - 1}}}' if most > 1 else ""
+    source = f'start: call {again}\ncall: {opening} "\\n" body "\\n" {closing}\nbody: %json {schema}'
+    text: str = library().LLMatcher.grammar_from_lark(source)
+    return text
+
+
+def _closed(schema: Any) -> Any:
+    """A tool's schema whose objects have no other properties than it lists, which parse_tool_calls refuses."""
+    if not isinstance(schema, Mapping):
+        return schema
+    result = dict(schema)
+    if isinstance(schema.get("properties"), Mapping):
+        result["properties"] = {name: _closed(one) for name, one in schema["properties"].items()}
+        result.setdefault("additionalProperties", False)
+    if isinstance(schema.get("anyOf"), list):
+        result["anyOf"] = [_closed(one) for one in schema["anyOf"]]
+    return result | ({"items": _closed(schema["items"])} if "items" in schema else {})
+
+
+def _schema_text(schema: Any) -> str:
+    if hasattr(schema, "model_json_schema"):  # a class of pydantic's
+        schema = schema.model_json_schema()
+    try:
+        if isinstance(schema, str):
+            schema = json.loads(_bounded("json_schema", schema))
+        text = "{}" if schema is True else json.dumps(schema)
+    except QwenMLXError:
+        raise
+    except (RecursionError, TypeError, ValueError) as error:
+        raise QwenMLXError(f"The json_schema is not JSON ({error}).") from None
+    if schema is False:
+        raise QwenMLXError(unusable("json_schema", "nothing satisfies it"))
+    if schema is not True and not isinstance(schema, Mapping):
+        raise QwenMLXError(f"The json_schema is {type(schema).__name__}, expected a mapping or true.")
+    return _bounded("json_schema", text)
+
+
+def _bounded(kind: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise QwenMLXError(f"The {kind} is {type(text).__name__}, expected a string.")
+    if len(text) > LARGEST:
+        raise QwenMLXError(f"The {kind} has {len(text):,} characters, expected at most {LARGEST:,}.")
+    return text
+
+
+def _lark_of_choices(choices: Any) -> str:
+    valid = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
+    if not valid or not all(isinstance(choice, str) and choice for choice in choices):
+        raise QwenMLXError(f"choices is {str(choices)[:80]!r}, expected a list of strings that are not empty.")
+    return "start: " + " | ".join(map(json.dumps, choices))
+
+
+def library() -> Any:
+    """llguidance. Raises QwenMLXError where it is not installed."""
+    try:
+        import llguidance
+    except ImportError:
+        raise QwenMLXError(
+            "Structured output needs llguidance; install qwen_mlx with its extra structured, by pip install "
+            "'.[structured]' in its folder."
+        ) from None
+    return llguidance
+
+
+def limits() -> Any:
+    """Bounds of what a grammar may cost."""
+    return library().LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
+
+
+def unusable(kind: str, error: str) -> str:
+    """The sentence that says why a grammar is refused."""
+    return f"The {kind} cannot be used: {one_line(error).rstrip('.')}."
+
+
+def one_line(text: str) -> str:
+    """An error of the library in one line that is not too long."""
+    text = " ".join(text.replace("<non-verbose/>", "").split())
+    return text if len(text) <= 200 else text[:197] + "..."
