@@ -13,7 +13,7 @@ from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
-from ..errors import QwenMLXError, check_integer
+from ..errors import QwenMLXError, check_integer, refuse_unknown
 from ..model import display
 from ..model.qwen2 import Qwen2
 from ..parallel.control import on_first
@@ -22,6 +22,7 @@ from ..text.tokenizer import Tokenizer
 from .engine import GenerationStats, Progress
 from .prompt_cache import PromptCache
 from .settings import Draft, refuses_unknown
+from .structured import Constraint, tool_call_constraint
 from .text import GenerationChunk, check_caches, settings_of, stream
 from .tools import Tool, ToolCall, parse_tool_calls, run, tools_by_name
 
@@ -86,6 +87,7 @@ class Chat:
         *,
         system: str | None = None,
         tools: Sequence[Callable[..., Any] | Mapping[str, Any] | Tool] = (),
+        tool_choice: str = "auto",
         max_tool_rounds: int = 5,
         max_tokens: int = 512,
         min_tokens: int = 0,
@@ -110,8 +112,9 @@ class Chat:
         prefill_step_size: int | None = None,
         progress: Progress | None = None,
     ):
-        """tools: Python functions with type hints and Google docstrings, or JSON schemas. max_tool_rounds: answers of
-        a turn whose calls are run. seed: of the first answer; the next takes seed + 1. The others are
+        """tools: Python functions with type hints and Google docstrings, or JSON schemas. tool_choice: "auto",
+        "required" (a turn begins with a call) or the name of the tool that it calls. max_tool_rounds: answers of a turn
+        whose calls are run. seed: of the first answer; the next takes seed + 1. The others are
         stream_generate's.
 
         Raises QwenMLXError for an argument that stream_generate refuses, a tool that cannot be described, or tools that
@@ -121,6 +124,12 @@ class Chat:
         self.max_tool_rounds = check_integer("max_tool_rounds", max_tool_rounds, 1, float("inf"), "1 or more")
         self.model, self.tokenizer, self.progress = model, tokenizer, progress
         self.tools = tools_by_name(tools)
+        self._forced: Constraint | None = None
+        if tool_choice != "auto":
+            if tool_choice != "required":
+                refuse_unknown([tool_choice], self.tools, "tool")
+            chosen = [tool for name, tool in self.tools.items() if tool_choice in ("required", name)]
+            self._forced = tool_call_constraint(tokenizer, chosen)
         self.prompt_cache = PromptCache(model) if prompt_cache is None else prompt_cache
         check_caches(model, self.settings, None, self.prompt_cache)
         self.messages: list[dict[str, Any]] = []
@@ -299,4 +308,6 @@ class Chat:
         settings, ids = self.settings, self._render(self.messages)
         if settings.seed is not None:
             self.settings = replace(settings, seed=(settings.seed + 1) % 2**64)
+        if self._forced is not None and self.messages[-1]["role"] == "user":
+            settings = replace(settings, constraint=self._forced)
         return stream(self.model, self.tokenizer, ids, settings, prompt_cache=self.prompt_cache, progress=self.progress)
