@@ -11,7 +11,7 @@ from ..errors import QwenMLXError
 from ..loading import hub
 from ..parallel.control import alone, launched, on_first
 from ..text.files import check_utf8, read_text
-from . import fim
+from . import fim, structured
 from .arguments import model_parser, open_model, ranks
 from .command import ProgressLine, printable
 
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt-file", "-f", metavar="FILE", help="read the prompt from a UTF-8 file")
     source.add_argument("--list-models", action="store_true", help="list the models that are on this machine")
     fim.add_arguments(p, source)
+    structured.add_arguments(p)
     p.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     p.add_argument(
         "--logprobs", type=int, metavar="N", help="list each token's ln p and the N likeliest, on standard error"
@@ -50,12 +51,22 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
         return 0
     hole = on_first(lambda: fim.read(arguments))
     prompt = on_first(lambda: _read_prompt(arguments)) if hole is None else ""
+    form = on_first(lambda: structured.read(arguments))
+    if form is not None:
+        if hole is not None:
+            raise QwenMLXError("Structured output does not go with fill in the middle; leave one of them out.")
+        from ..generation.structured import check_grammar
+
+        check_grammar(**form)  # before a model is fetched
     model, tokenizer, settings = open_model(arguments, group)
 
     from ..generation.engine import GenerationStats
     from ..generation.fill import check_fills, stream_fill
+    from ..generation.structured import constraint
     from ..generation.text import stream_generate
 
+    if form is not None:
+        settings["schema"] = constraint(tokenizer, **form)
     if hole is not None:
         check_fills(tokenizer, f"--model {arguments.model}")
         asked = {
