@@ -27,7 +27,7 @@ from ..ops import Matrix
 from ..parallel import group as parallel
 from ..parallel.shards import Shard
 from ..text.tokenizer import Tokenizer, check_vocabulary
-from . import hub
+from . import hub, kernels, memory
 from .checkpoint import Parameter, open_checkpoint
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -92,12 +92,14 @@ def _load(
         shard = Shard(group.rank(), group.size(), config)
         parallel.check_same(group, path, {"dtype": str(dtype), "quantized": str(packed), "yarn": str(yarn)})
         parameters, local = checkpoint.parts(shard.cut), shard.local
+    memory.prepare(sum(parameter.nbytes for parameter in parameters.values()))
     model = Qwen2(local, checkpoint.rope_factors)
     fill(model, parameters, dtype=dtype, packed=packed, progress=progress)
     if shard is not None and group is not None:
         parallel.share(model, shard, group)
     model.generation_defaults = checkpoint.defaults
     model.eval()
+    kernels.prove(model)
     return model, checkpoint.tokenizer
 
 

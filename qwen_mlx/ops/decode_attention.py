@@ -6,8 +6,8 @@ from ..backend import mx
 from .attention import attention
 from .dispatch import Kernel, executor, float_bits, require, require_float, require_like, require_position
 
-# Tokens of room that one threadgroup a query head attends to. Beyond, each of several takes a part, for all heads that
-# share a key/value head, so that it is read once.
+# Tokens of room that one threadgroup a query head attends to. Beyond, each of several takes a part, for several heads
+# that share a key/value head.
 SHORT = 2048
 SPLIT = 64
 MOST_SPLITS = 128  # of all key/value heads together
@@ -15,7 +15,10 @@ THREADS = {"cuda": 512, "metal": 256}  # for a short cache
 DEPTH = {"cuda": 4, "metal": 2}  # rows that a lane loads at once
 # Query heads of all rows, more than an H200's multiprocessors, each of which holds 512 threads.
 MANY_HEADS, MANY_THREADS = 132, 256
-SPLIT_THREADS = 256  # each of which holds a query of every head in registers
+SPLIT_THREADS = 256  # each of which holds a query of GROUP heads in registers
+# All heads that share keys and values read them once. Apple's GPUs have 128 registers for a thread, where more than two
+# heads would spill, and read them again from their cache.
+GROUP = {"cuda": 64, "metal": 2}
 
 
 def _kernel(name: str, outputs: tuple[str, ...], ragged: bool) -> Kernel:
@@ -76,9 +79,11 @@ def decode_attention(
         return _SHORT[ragged](inputs, [*template, ("THREADS", n_threads)], grid, (n_threads, 1, 1), [q.shape])[0]
     splits = min(max(1, MOST_SPLITS // (rows * n_kv_heads)), -(-room // SPLIT))
     splits = 1 << splits.bit_length() - 1  # few values: each is compiled
-    template += [("THREADS", SPLIT_THREADS), ("SPLITS", splits)]
+    ratio = n_heads // n_kv_heads
+    group = next(size for size in range(min(ratio, GROUP[kind]), 0, -1) if ratio % size == 0)
+    template += [("THREADS", SPLIT_THREADS), ("SPLITS", splits), ("GROUP", group)]
     shapes = [(rows, n_heads, splits, head_dim), (rows, n_heads, splits, 2)]
-    grid = (splits * SPLIT_THREADS, rows * n_kv_heads, 1)
+    grid = (splits * SPLIT_THREADS, rows * n_heads // group, 1)
     parts = _LONG[ragged](inputs, template, grid, (SPLIT_THREADS, 1, 1), shapes, mx.float32)
     template = [("T", q.dtype), ("D", head_dim), ("SPLITS", splits)]
     return _COMBINE(parts, template, (head_dim, rows * n_heads, 1), (head_dim, 1, 1), [q.shape], q.dtype)[0]

@@ -1,6 +1,8 @@
 """Which executor computes an operation: the Metal kernel, the same kernel in CUDA, or plain MLX ("reference").
 
-The kernels' sources are in qwen_mlx/metal. QWEN_MLX_KERNELS, read once, switches them off, all or one by one.
+The kernels' sources are in qwen_mlx/metal. On Metal a part of the model is computed by its kernels only after they have
+proved themselves on this machine (trial/). QWEN_MLX_KERNELS, read once, trusts them without a trial, or switches them
+off, all or one by one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ PARTS = ("step", "matvec", "matmul", "attend", "unpack", "rms_norm", "rope", "sw
 MAX_ELEMENTS = 2**31 - 1  # the kernels index with 32 bits
 R = TypeVar("R")
 
+_refused: dict[str, str] = {}  # what the trials of this process's models said: parts, and why not
+_proven: set[str] = set()
 _forced: str | None = None  # "metal", "cuda" or "reference": overrides the choice, for tests and comparisons
 
 
@@ -46,25 +50,55 @@ def executor(part: str = "") -> str:
     off = part in switched_off() if part else len(switched_off()) == len(PARTS)
     if off or mx.default_device() == mx.cpu:
         return "reference"
+    if on_trial() and (refusal(part) if part else not _proven):
+        return "reference"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 @functools.cache
 def switched_off() -> frozenset[str]:
-    """Parts that QWEN_MLX_KERNELS switches off: "on" (the default) none, "off" all PARTS, "-step,-rope" these two.
+    """Parts that QWEN_MLX_KERNELS switches off: "off" all PARTS, "-step,-rope" these two; "on", "try" or unset none.
 
     Raises QwenMLXError for anything else.
     """
-    value = os.environ.get("QWEN_MLX_KERNELS", "on")
-    if value in ("on", "off"):
+    value = os.environ.get("QWEN_MLX_KERNELS")
+    if value in (None, "on", "off", "try"):
         return frozenset(PARTS if value == "off" else ())
     names = value.split(",")
     if not all(name.startswith("-") and name[1:] in PARTS for name in names):
         choices = ", ".join(f"-{part}" for part in PARTS)
         raise QwenMLXError(
-            f"QWEN_MLX_KERNELS is {value!r}, expected on, off, or some of {choices}, with commas between."
+            f"QWEN_MLX_KERNELS is {value!r}, expected on, off, or some of {choices}, with commas between, or try."
         )
     return frozenset(name[1:] for name in names)
+
+
+def on_trial() -> bool:
+    """True where kernels have to prove themselves first: on Metal unless QWEN_MLX_KERNELS is "on", elsewhere only where
+    it is "try". An executor that is forced, and the CPU, need no proof."""
+    if _forced is not None or mx.default_device() == mx.cpu or len(switched_off()) == len(PARTS):
+        return False
+    value = os.environ.get("QWEN_MLX_KERNELS")
+    return value == "try" or (value != "on" and mx.metal.is_available())
+
+
+def adopt(proven: Iterable[str], refused: Mapping[str, str]) -> None:
+    """Takes a trial's verdict: parts whose kernels proved themselves, and the others with the reason. A part that one
+    model's trial refused stays refused in this process."""
+    _refused.update(refused)
+    _proven.update(proven)
+    _proven.difference_update(_refused)
+
+
+def forget() -> None:
+    """Forgets every verdict."""
+    _refused.clear()
+    _proven.clear()
+
+
+def refusal(part: str) -> str | None:
+    """Why the trials keep one of PARTS from its kernels, None where it has proved itself."""
+    return None if part in _proven else _refused.get(part, "not tried")
 
 
 @contextmanager
@@ -295,6 +329,8 @@ def explain() -> str:
         why = "QWEN_MLX_KERNELS=off"
     elif mx.default_device() == mx.cpu:
         why = "the default device is the CPU"
+    elif kind == "reference":
+        why = "no kernel has proved itself here"
     else:
         why = f"the default device is a GPU with {'Metal' if kind == 'metal' else 'CUDA'}"
     what = {"metal": "Metal kernels", "cuda": "the Metal kernels compiled as CUDA", "reference": "plain MLX"}[kind]
@@ -308,5 +344,12 @@ def explain() -> str:
             lines.append("2 to 64 rows of 16 bits: an own product on dense matrices of up to 64 MiB")
         if switched_off():
             lines.append(f"but {', '.join(sorted(switched_off()))}: plain MLX (QWEN_MLX_KERNELS)")
+    if on_trial():
+        for part in sorted(set(PARTS) - switched_off()):
+            reason = refusal(part)
+            if reason is None:
+                lines.append(f"{part}: proved itself on this machine")
+            elif part in _refused:
+                lines.append(f"{part}: plain MLX, for its kernels were refused ({reason})")
     rest = "attention" if kind == "reference" else "else attention"
     return "\n".join([*lines, f"{rest}: MLX's scaled_dot_product_attention; on the CPU products in float32"])

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..backend import mx
+from . import tunings
 from .dispatch import Kernel, executor, float_bits, require, require_float, require_like, require_position
 from .rms_norm import require_eps, rms_norm
 from .rope import qkv_rope
 from .swiglu import swiglu_joined_fallback
+from .tunings import Tuning
 from .unpack import BLOCKS, Matrix, array_names, reader, require_arrays, unpack_fallback
 
 Norm = tuple[mx.array, float]  # weight (columns,) and eps of an RMSNorm
@@ -22,23 +24,6 @@ MAX_STAGED = 16384  # bytes of a normed vector in threadgroup memory
 # Where codes of 4 and 6 bits are multiplied as tiles (metal/nvidia/tiles.h). Apple's GPUs have such instructions too,
 # but there is none here to measure them on.
 TILED_ON = ("cuda",)
-TILE_ROWS = 16
-# Bytes of threadgroup memory: what a CUDA kernel can declare, and Apple's limit.
-THREADGROUP_MEMORY = {"cuda": 48 << 10, "metal": 32 << 10}
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The way work is cut: `rows` a unit, `split` simdgroups a unit, `depth` chunks that a lane loads at once (tiles:
-    stages that there is room for), `threads` a threadgroup, and at most `groups` threadgroups, which take several units
-    in turn where there are more. ring: words that a stage of tiles takes in threadgroup memory."""
-
-    rows: int
-    split: int
-    depth: int
-    threads: int = 256
-    groups: int = 1056
-    ring: int = 0
 
 
 @functools.cache
@@ -217,44 +202,10 @@ def _affine_tiles(matrix: Matrix) -> bool:
 
 
 def _tuning(name: str, matrices: Sequence[Matrix], dtype: mx.Dtype, normed: bool) -> Tuning:
-    """Measured on an H200 (benchmarks/results/matvec_h200.json): packed rows share the vector's elements, so more of
-    them at once; a long row is shared by simdgroups."""
-    columns = matrices[0].columns
+    device = executor("matvec")
     if tiled(matrices, dtype):
-        return _tile_tuning(name, matrices, normed)
-    if matrices[0].packing.kind == "dense":
-        if name == "matvec":
-            return Tuning(1, 8 if columns >= 16384 else 2 if columns >= 4096 else 1, 4)
-        wide = columns > 1024
-        return Tuning(2, 2 if wide and name == "matvec_qkv" else 1, 2 if wide else 4, groups=528 if wide else 264)
-    if name == "matvec_swiglu":
-        return Tuning(4, 1, 1, groups=396)
-    return Tuning(2, 4 if columns >= 8192 else 1, 1)
-
-
-def _tile_tuning(name: str, matrices: Sequence[Matrix], normed: bool) -> Tuning:
-    """About 2000 simdgroups, each with as many of a row's stages, two at least where the vector is normed, which every
-    threadgroup does anew; up to eight simdgroups to a threadgroup, as there is room. A third stage under way made
-    most products slower."""
-    columns = matrices[0].columns
-    stages = -(-columns // 256)
-    rounds = max(1 + normed, round(stages * matrices[0].rows / TILE_ROWS / 2000), -(-stages // 8))
-    split = -(-stages // min(rounds, stages))
-    ring, depth = max(map(_stage_words, matrices)) + (0 if normed else 128), 2
-    # Besides: the vector with its gaps, the sums of each 16 of its elements, and the simdgroups' sums.
-    room = THREADGROUP_MEMORY[executor("matvec")] - (columns * 5 // 2 if normed else 0) - 1024
-    most = max(1, room // (4 * ring * depth))
-    split = min(split, most)
-    units = 1 if split > 2 else min(most // split, 6 if name == "matvec_swiglu" and split == 1 else 4 // split)
-    return Tuning(TILE_ROWS, split, depth, 32 * split * units, groups=1 << 20, ring=ring)
-
-
-def _stage_words(matrix: Matrix) -> int:
-    """Words of codes and scales that a simdgroup copies in a stage; see the packings' headers for tiles."""
-    packing = matrix.packing
-    if packing.kind in BLOCKS:
-        return {"q4_k": 576, "q6_k": 848}[packing.kind]
-    return 512 + 8 * (256 // packing.group_size) * matrix.arrays[1].dtype.size
+        return tunings.for_tiles(name, matrices, normed, device)
+    return tunings.for_metal(name, matrices, dtype, normed) if device == "metal" else tunings.for_cuda(name, matrices)
 
 
 def _launch(
@@ -276,7 +227,7 @@ def _launch(
     values = dict(template) | {"K": x.size, "SPLIT": tuning.split, "DEPTH": tuning.depth, "THREADS": tuning.threads}
     values |= {"EPS": float_bits(eps)}
     values |= {"RING": tuning.ring} if as_tiles else {"R": tuning.rows}
-    if copiers or not as_tiles:
+    if copiers and as_tiles:
         values |= {"GROUPS": groups}
     for matrix, number in zip(matrices, ("", "2")):
         values |= matrix.template(number, as_tiles)

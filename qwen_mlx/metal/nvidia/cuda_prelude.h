@@ -6,6 +6,7 @@
 #define threadgroup __shared__
 #define thread_position_in_threadgroup threadIdx
 #define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
 #define thread_position_in_grid \
   make_uint3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, 0u)
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
