@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,12 @@ def parser() -> argparse.ArgumentParser:
         description="Run every kernel on this machine's GPU, compare it with float64, and write what was measured.",
     )
     p.add_argument("--json", type=Path, default=Path("qwen_mlx_selftest.json"), help="where to write the results")
+    p.add_argument(
+        "--trial",
+        action="store_true",
+        help="try a model's kernels on this machine once more, and say what is used, instead of the self-test",
+    )
+    p.add_argument("--model", "-m", metavar="MODEL", help="the model of --trial (default: the default model)")
     p.add_argument("--jobs", type=int, default=1, help="processes that compile kernels side by side (default 1)")
     return p
 
@@ -35,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise QwenMLXError(f"--jobs is {options.jobs}, expected 1 or more.")
     if not options.json.parent.is_dir() or options.json.is_dir():
         raise QwenMLXError(f"--json is {options.json}, expected a file in a folder that exists.")
+
+    if options.trial:
+        return _trial(options.model, options.json)
+    if options.model is not None:
+        raise QwenMLXError("--model is the model of --trial; add --trial, or leave it out.")
 
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -71,3 +83,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.json.write_text(json.dumps({**summary, "results": rows}, indent=1))
     print(f"{len(rows) - failed} of {len(rows)} within {LIMIT:g} ulp of float64 on {describe()}; wrote {options.json}")
     return 1 if failed else 0
+
+
+def _trial(name: str | None, path: Path) -> int:
+    """Holds a trial of a model's kernels on this machine, prints what it found, and writes it as JSON."""
+    from dataclasses import asdict
+
+    from .. import ops
+    from ..backend import mx
+    from ..loading import kernels
+    from ..loading.load import load
+    from ..ops import trial
+
+    if mx.default_device() == mx.cpu:
+        raise QwenMLXError("No kernel to try: the default device is the CPU. Run it on a machine with a GPU.")
+    os.environ["QWEN_MLX_KERNELS"] = "on"  # loading would hold the trial too
+    model, _ = load(name)
+    os.environ["QWEN_MLX_KERNELS"] = "try"
+    verdict = kernels.prove(model, again=True)
+    assert verdict is not None
+    for case, (kernel, plain) in verdict.times.items():
+        print(f"{case:48} {kernel * 1e6:10.1f} us   plain MLX {plain * 1e6:10.1f} us")
+    print(ops.explain())
+    data = {**trial.identity(kernels.spec_of(model)), **asdict(verdict)}
+    path.write_text(json.dumps(data, indent=1))
+    print(f"Kernels of {name or 'the default model'} on {trial.machine()}: {verdict}; wrote {path}")
+    return 1 if verdict.refused else 0

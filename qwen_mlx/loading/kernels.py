@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..backend import mx, nn
 from ..model.cache import RECENT
@@ -81,7 +82,7 @@ def _products(model: Qwen2) -> Iterator[tuple[str, tuple[MatrixSpec, ...]]]:
 
 
 def _matrix(module: nn.Module) -> Matrix:
-    part: nn.Module = getattr(module, "part", module)  # a rank's module has a part of the model's
+    part: Any = getattr(module, "part", module)  # a rank's module has a part of the model's
     return matrix_of(part)
 
 

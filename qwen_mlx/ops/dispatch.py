@@ -52,7 +52,12 @@ def executor(part: str = "") -> str:
         return "reference"
     if on_trial() and (refusal(part) if part else not _proven):
         return "reference"
-    return "metal" if mx.metal.is_available() else "cuda"
+    return device()
+
+
+def device() -> str:
+    """The kernels' language on a GPU of this machine, "metal" or "cuda"."""
+    return _forced or ("metal" if mx.metal.is_available() else "cuda")
 
 
 @functools.cache

@@ -2,6 +2,6 @@
 
 from .cases import MatrixSpec, Product, Spec
 from .session import prove
-from .verdict import Verdict, machine
+from .verdict import Verdict, identity, machine
 
-__all__ = ["MatrixSpec", "Product", "Spec", "Verdict", "machine", "prove"]
+__all__ = ["MatrixSpec", "Product", "Spec", "Verdict", "identity", "machine", "prove"]

@@ -19,6 +19,8 @@ from .. import dispatch
 from ..attention import attention
 from ..best_token import best_token, or_not_finite
 from ..decode_attention import SHORT, decode_attention
+from ..matmul import ON as MATMUL_ON
+from ..matmul import matmul
 from ..matvec import Norm, matvec, matvec_qkv, matvec_swiglu
 from ..rms_norm import add_rms_norm, rms_norm
 from ..rope import qkv_rope
@@ -198,6 +200,7 @@ def cases(spec: Spec) -> Iterator[Case]:
     """All cases of a model; those on which others build come first."""
     yield from _unpack_cases(spec)
     yield from _prompt_cases(spec)
+    yield from _batch_cases(spec)
     yield from _product_cases(spec)
     yield from _attention_cases(spec)
 
@@ -277,6 +280,20 @@ def _prompt_cases(spec: Spec) -> Iterator[Case]:
         lambda x: [or_not_finite(x, mx.argmax(x, axis=-1))],
         count=1,
     )
+
+
+def _batch_cases(spec: Spec) -> Iterator[Case]:
+    """A dense product with a few vectors, where it has a kernel."""
+    dense = [m for p in spec.products for m in p.matrices if m.kind == "dense"]
+    if dense and dispatch.device() in MATMUL_ON and spec.dtype != "float32":
+        matrix = dense[0]
+        yield Case(
+            "matmul",
+            "matmul of 4 rows",
+            lambda data: (data.floats(4, 1, matrix.columns), data.matrix(matrix).arrays[0]),
+            lambda x, w: [matmul(x, w)],
+            lambda x, w: [x @ w.T],
+        )
 
 
 @mx.compile

@@ -87,7 +87,7 @@ class _Trial:
         skip = [*self._times, *self._refused, *["cuts"] * self._cut]
         request = {"token": token, "seconds": seconds, "skip": skip, "spec": spec.as_json()}
         end = time.monotonic() + seconds
-        with _child(request) as child:
+        with answers(request) as child:
             while True:
                 wait = min(CASE_SECONDS, end - time.monotonic()) if running else end - time.monotonic()
                 try:
@@ -152,7 +152,8 @@ class _Trial:
         if missing is not None:
             refused["step"] = f"it needs {missing}"
         proven = [part for part in ("step", *tried) if part not in refused]
-        return Verdict(tuple(proven), refused, self._choices, self._speedup(refused), seconds)
+        pairs = {name: (kernel, plain) for name, (_, kernel, plain) in self._times.items()}
+        return Verdict(tuple(proven), refused, self._choices, self._speedup(refused), pairs, seconds)
 
     def _speedup(self, refused: Mapping[str, str]) -> float | None:
         of_token = [(self._parts[name], *times) for name, times in self._times.items() if times[0]]
@@ -181,15 +182,15 @@ def command() -> list[str]:
 
 
 @dataclass
-class _Child:
-    """lines: the process's own, None at the end; end: says how it ended."""
+class Answers:
+    """What a process answers. lines: its own, None at the end; end: says how it ended."""
 
     lines: queue.Queue[bytes | None]
     end: Callable[[], str]
 
 
 @contextlib.contextmanager
-def _child(request: Mapping[str, Any]) -> Iterator[_Child]:
+def answers(request: Mapping[str, Any]) -> Iterator[Answers]:
     """A process that answers the request; it is killed with all that it started when the block ends."""
     environment = {**os.environ, "QWEN_MLX_KERNELS": "on", "MLX_ENABLE_TF32": "0"}
     lines: queue.Queue[bytes | None] = queue.Queue()
@@ -202,7 +203,7 @@ def _child(request: Mapping[str, Any]) -> Iterator[_Child]:
         except OSError as error:
             reason = f"no process could be started ({error.strerror})"
             lines.put(None)
-            yield _Child(lines, lambda: reason)
+            yield Answers(lines, lambda: reason)
             return
         token = request["token"].encode()
         threads = [
@@ -212,7 +213,7 @@ def _child(request: Mapping[str, Any]) -> Iterator[_Child]:
         try:
             for thread in threads:
                 thread.start()
-            yield _Child(lines, lambda: _end(process, errors))
+            yield Answers(lines, lambda: _end(process, errors))
         finally:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -24,12 +24,14 @@ LARGEST = 1 << 20  # bytes of a verdict's file
 @dataclass(frozen=True)
 class Verdict:
     """What a trial found. refused: parts of the model, each with the reason; choices: the cut of each product, see
-    tunings; speedup: of the kernels that a token takes against plain MLX, None where none was timed."""
+    tunings; speedup: of the kernels that a token takes against plain MLX, None where none was timed; times: the
+    seconds of each case, of its kernel and of plain MLX; seconds: of the trial."""
 
     proven: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     choices: Mapping[str, tunings.Choice] = field(default_factory=dict)
     speedup: float | None = None
+    times: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def adopt(self) -> None:
@@ -103,9 +105,10 @@ def _verdict(data: Mapping[str, Any]) -> Verdict:
     reasons_are_text = all(isinstance(reason, str) for reason in refused.values())
     if not reasons_are_text or {*proven, *refused} - {*dispatch.PARTS} or {*proven} & {*refused}:
         raise ValueError("A verdict has parts that are not known, or twice.")
-    if speedup is not None and not is_time(speedup):
-        raise ValueError("A verdict's speedup is no number.")
-    return Verdict(proven, refused, read_choices(data["choices"]), speedup, float(data["seconds"]))
+    times = {name: (kernel, plain) for name, (kernel, plain) in data["times"].items()}
+    if not all(map(is_time, [speedup or 0.0, data["seconds"], *(x for pair in times.values() for x in pair)])):
+        raise ValueError("A time of a verdict is no number.")
+    return Verdict(proven, refused, read_choices(data["choices"]), speedup, times, data["seconds"])
 
 
 def read_choices(data: Mapping[str, Any]) -> dict[str, tunings.Choice]:
