@@ -16,6 +16,7 @@ import pytest
 
 import qwen_mlx
 from qwen_mlx import QwenMLXError, convert, generate, load
+from qwen_mlx.cli.command import kernel_failure
 from reference.small_models import RandomModel, write_gguf
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     raise QwenMLXError(done.stderr.strip().splitlines()[-1].partition("QwenMLXError: ")[2])
 
 
+def refused_kernel() -> None:
+    raise QwenMLXError(kernel_failure("[metal::Device] Unable to load kernel custom_kernel_qwen_matvec_q4_k"))
+
+
 def not_finite(model, tokenizer) -> None:
     norm = model.model.norm
     before, norm.weight = norm.weight, norm.weight * float("nan")
@@ -108,6 +113,7 @@ def test_every_message_of_the_troubleshooting_page_is_raised(small, tmp_path: Pa
     cases: dict[str, Callable[[], object]] = {
         "MLX cannot be loaded": without_mlx,
         "QWEN_MLX_KERNELS is": lambda: kernels(monkeypatch),
+        "The kernel of …": refused_kernel,
         "…: no such file or folder; it": lambda: load(tmp_path / "missing.gguf"),
         "…: no such file or folder, not": lambda: load("Qwen/Nothing-Here"),
         "…: not a GGUF": lambda: load(tmp_path / "text.gguf"),

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -80,6 +81,10 @@ def run(main: Callable[[], Any]) -> NoReturn:
         code = 130
     except Stopped as stopped:
         code = 128 + stopped.args[0]
+    except (RuntimeError, ValueError) as error:
+        code, sentence = 2, kernel_failure(str(error))
+        if sentence is None:
+            raise
     except OSError as error:
         if error.filename is not None or error.errno not in CANNOT_WRITE:
             raise
@@ -92,6 +97,43 @@ def run(main: Callable[[], Any]) -> NoReturn:
             print(printable(f"error: {sentence}", sys.stderr), file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while Python ends, is quiet
     sys.exit(code)
+
+
+# What MLX says where Metal's or CUDA's compiler, or a GPU, refuses a kernel.
+KERNEL_FAILURES = (
+    "[metal::Device] Unable to",
+    "Thread group size",
+    "Failed to compile kernel",
+    "Failed to load compiled",
+)
+# Kernels of each part, by the beginning of their names; rms_norm last, whose header others include.
+KERNELS = {
+    "matvec": ("matvec",),
+    "matmul": ("matmul",),
+    "attend": ("decode_attention", "combine"),
+    "unpack": ("unpack",),
+    "rope": ("rope", "qkv_rope"),
+    "swiglu": ("swiglu",),
+    "best_token": ("best_",),
+    "rms_norm": ("rms_norm", "add_rms_norm"),
+}
+
+
+def kernel_failure(text: str) -> str | None:
+    """The sentence for an error of MLX's about one of our kernels: the part that failed, and the way out. None for
+    another error."""
+    if not any(words in text for words in KERNEL_FAILURES):
+        return None
+    names = re.findall(r"qwen_(?!mlx)(\w+)|qwen_mlx/metal/(?:nvidia/)?(\w+)\.metal", text)
+    found = [kernel or file for kernel, file in names]
+    part = next((part for part, starts in KERNELS.items() if any(name.startswith(starts) for name in found)), None)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = next((line for line in lines if "error:" in line), lines[0])[:300]
+    what, switch = (f"The kernel of {part!r}", f"-{part}") if part else ("A kernel", "off")
+    return (
+        f"{what} does not run on this GPU ({said}); set QWEN_MLX_KERNELS={switch} to compute that in plain MLX, and "
+        "please report it with the file that qwen-mlx selftest writes."
+    )
 
 
 class ProgressLine:

@@ -91,7 +91,8 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
         codes, scales, biases = arrays
         y = mx.quantized_matmul(x, codes, scales, biases, group_size=packing.group_size, bits=packing.bits)
         return y.astype(x.dtype)
-    if x.size == matrix.columns:
+    # Without its kernel on a GPU, one vector is multiplied as several are: matvec's own fallback is exact and slow.
+    if x.size == matrix.columns and (ops.executor("matvec") != "reference" or mx.default_device() == mx.cpu):
         return ops.matvec(x, matrix).reshape(*x.shape[:-1], matrix.rows)
     rows = max(1, TILE // matrix.columns // 256) * 256  # an odd number makes cuBLAS slow
     tiles = (rows_of(matrix, start, start + rows) for start in range(0, matrix.rows, rows))

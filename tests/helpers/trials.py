@@ -104,14 +104,15 @@ class Faulty:
 
 
 @contextlib.contextmanager
-def stand_in_gpu(part: str = "", fault: str = "") -> Iterator[Faulty]:
-    """Within it MLX's default device says that it is a GPU with Metal. Trials run in this process."""
+def stand_in_gpu(part: str = "", fault: str = "", own_process: bool = False) -> Iterator[Faulty]:
+    """Within it MLX's default device says that it is a GPU with Metal. Trials run in this process, or in their own."""
     device = mx.Device(mx.gpu)
     with emulate(checked=False), ops.forced(None), pytest.MonkeyPatch.context() as patch:
         faulty = Faulty(part, fault, mx.fast.metal_kernel)
         patch.setattr(mx.fast, "metal_kernel", faulty)
         patch.setattr(mx, "default_device", lambda: device)
-        patch.setattr(session, "answers", lambda request: in_process(request, faulty))
+        if not own_process:
+            patch.setattr(session, "answers", lambda request: in_process(request, faulty))
         patch.delenv("QWEN_MLX_KERNELS", raising=False)
         patch.setattr(tunings, "_chosen", {})
         dispatch.switched_off.cache_clear()
