@@ -20,10 +20,11 @@ Stricter than Metal: a simd operation must be reached by all threads of its simd
 value to one place race. Local variables that nothing has set: where g++ warns of one, or everywhere with
 unset_locals=True (the command does), a kernel runs a second time with another value in them, and must give the same.
 Not modelled: the accuracy of Apple's functions (these are rounded from double), its choice
-where to contract (contract=True contracts everywhere), flushing of subnormal numbers, memory order between
-threadgroups, and the limit on threads that a kernel's registers set. Unknown, and so compile errors: matrices
-(float4x4, simdgroup_matrix), textures, arithmetic on packed vectors without a conversion (float3(p[i]) * 2.0f works),
-swizzles of swizzles. Kernels run as native code with the rights of this process: run only what you would run yourself.
+where to contract (contract=True contracts everywhere), memory order between threadgroups, and the number of threads
+that a kernel's registers allow (max_threads=384 is always allowed). flush=True flushes subnormal numbers as Apple's
+GPUs do. Unknown, and so compile errors: matrices (float4x4, simdgroup_matrix), textures, arithmetic on packed vectors
+without a conversion (float3(p[i]) * 2.0f works), swizzles of swizzles. strict(metal_source(...)) is a second reading,
+as C++14. Kernels run as native code with the rights of this process: run only what you would run yourself.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from .errors import (
 )
 from .lint import Finding, lint
 from .standin import MetalKernel, emulate, metal_kernel, metal_source
+from .strict import strict
 
 __all__ = [
     "CompileError",
@@ -69,5 +71,6 @@ __all__ = [
     "lint",
     "metal_kernel",
     "metal_source",
+    "strict",
     "unavailable",
 ]

@@ -137,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
     add("--order", choices=(*_ORDERS, "all"), default="all", help="of the threads between two barriers (default: all)")
     add("--seed", type=_seed, default=0, help="of the inputs and of the random order")
     add("--contract", action="store_true", help="let a * b + c become fma")
+    add("--flush", action="store_true", help="flush subnormal numbers of float and bfloat to zero, as Apple's GPUs do")
+    add("--max-threads", type=int, default=1024, metavar="N", help="refuse threadgroups of more (default: %(default)s)")
     add("--unchecked", action="store_true", help="run without the checks, up to four times as fast")
     add("--print", action="store_true", help="print the text that MLX would compile")
     add("--no-lint", action="store_true", help="do not lint (the lint needs `pip install libclang`)")
@@ -183,7 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{'note' if finding.only_cuda else 'lint'}: {finding}")
         results = []
         for order in _ORDERS if options.order == "all" else (options.order,):
-            with emulate(not options.unchecked, order, options.seed, options.contract, unset_locals=True):
+            settings = {"unset_locals": True, "flush": options.flush, "max_threads": options.max_threads}
+            with emulate(not options.unchecked, order, options.seed, options.contract, **settings):
                 results.append(
                     kernel(
                         inputs=arrays,

@@ -29,7 +29,9 @@ class Options:
     checked: every access is classified, at a quarter of the speed or more; order: of the threads between two barriers,
     forward, reverse or random; seed: of random; contract: a * b + c may become fma, as Metal's compiler may decide;
     steps: basic blocks a thread may execute before it is called a runaway; unset_locals: run each kernel again with
-    another value in local variables that nothing has set, not only where g++ warns of one.
+    another value in local variables that nothing has set, not only where g++ warns of one; flush: subnormal numbers of
+    float and bfloat are zero, as on Apple's GPUs, those of half are kept; max_threads: what a threadgroup may have, 384
+    for a kernel that takes the most registers.
     """
 
     checked: bool = True
@@ -38,6 +40,8 @@ class Options:
     contract: bool = False
     steps: int = 50_000_000
     unset_locals: bool = False
+    flush: bool = False
+    max_threads: int = 1024
 
     def __post_init__(self) -> None:
         if self.order not in _ORDERS:
@@ -58,7 +62,7 @@ def run(
     options: Options,
 ) -> list[mx.array]:
     """The outputs of one launch. Raises an EmulatorError for whatever is wrong with it."""
-    _check_launch(name, source, grid, threadgroup)
+    _check_launch(name, source, grid, threadgroup, options.max_threads)
     _check_memory(name, output_shapes, output_dtypes, options.checked)
     try:
         mx.eval(*inputs)
@@ -136,6 +140,7 @@ class _Call:
             (ctypes.c_uint32 * 3)(*self.grid),
             (ctypes.c_uint32 * 3)(*(min(t, g) for t, g in zip(self.threadgroup, self.grid))),
             _ORDERS[self.options.order],
+            self.options.flush,
             self.options.seed,
             self.options.steps,
         )
@@ -154,14 +159,16 @@ class _Call:
         return results
 
 
-def _check_launch(name: str, source: Source, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> None:
+def _check_launch(
+    name: str, source: Source, grid: tuple[int, int, int], threadgroup: tuple[int, int, int], most: int
+) -> None:
     for what, size in (("grid", grid), ("threadgroup", threadgroup)):
         if not isinstance(size, list | tuple) or len(size) != 3 or any(not isinstance(n, int) or n < 1 for n in size):
             raise errors.InvalidLaunch(f"kernel {name}: {what} is {size}, expected three positive integers.")
     threads = math.prod(min(t, g) for t, g in zip(threadgroup, grid))
-    if math.prod(threadgroup) > 1024:
+    if (size := math.prod(threadgroup)) > most:
         raise errors.InvalidLaunch(
-            f"kernel {name}: threadgroup {threadgroup} has {math.prod(threadgroup)} threads, Metal allows at most 1024."
+            f"kernel {name}: threadgroup {threadgroup} has {size} threads, Metal allows at most {most}."
         )
     if math.prod(-(-g // t) for t, g in zip(threadgroup, grid)) * threads >= 2**32:
         raise errors.InvalidLaunch(f"kernel {name}: grid {grid} has 2^32 threads or more.")

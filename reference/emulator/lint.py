@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clang.cindex import Cursor, Index, TranslationUnit
 
 _PARTS = ("header", "body")
-_TEXT = re.compile(
+SOURCE = re.compile(
     r"\A(?P<header>.*?)(?:template <(?P<template>[^<>]*)>\n)?\[\[kernel\]\] void (?P<name>[^\n]*)\(\n"
     r"(?P<parameters>.*?)\) \{\n(?P<body>.*)\n\}\n(?:\ntemplate \[\[host_name[^\n]*<(?P<values>[^\n<>]*)>;\n)?\Z",
     re.DOTALL,
@@ -71,10 +71,10 @@ def lint(text: str) -> list[Finding]:
 
     Raises InvalidLaunch if the text is not of that form and Unavailable without libclang.
     """
-    match = _TEXT.match(text.removeprefix(preamble()))
+    match = SOURCE.match(text.removeprefix(preamble()))
     if not match:
         raise InvalidLaunch("The text is not one kernel as MLX writes it: header, signature, body. See metal_source.")
-    unit = _parse(_translation_unit(match))
+    unit = parse(_translation_unit(match), "kernel.clcpp", _ARGUMENTS)
     files = (*_PARTS, *line_files(text))
     found = [*_diagnostics(unit, files), *_tree_rules(unit, files)]
     for part in _PARTS:
@@ -131,15 +131,16 @@ def _release() -> None:
     gc.collect()
 
 
-def _parse(text: str) -> TranslationUnit:
+def parse(text: str, name: str, arguments: Sequence[str]) -> TranslationUnit:
+    """libclang's reading of a text, as a file of this name."""
     # Without detailed preprocessing, which would cost memory for what no rule reads.
-    return _index().parse("kernel.clcpp", list(_ARGUMENTS), unsaved_files=[("kernel.clcpp", text)])
+    return _index().parse(name, list(arguments), unsaved_files=[(name, text)])
 
 
 # Clang's own errors
 
 
-def _place(location, files: Sequence[str]) -> tuple[str, int]:
+def place(location, files: Sequence[str]) -> tuple[str, int]:
     """File and line as #line says, ("", 0) outside of the kernel's text."""
     part, line = _presumed(location)
     return (part, line) if part in files else ("", 0)
@@ -165,7 +166,7 @@ def _diagnostics(unit: TranslationUnit, files: Sequence[str]) -> Iterator[Findin
     for diagnostic in unit.diagnostics:
         if diagnostic.severity < 3:
             continue
-        part, line = _place(diagnostic.location, files)
+        part, line = place(diagnostic.location, files)
         if not part:  # an error within a macro or template of the preamble, made by a use in the kernel, is at the use
             continue
         yield Finding("language", part, line, _in_metal(diagnostic.spelling))
@@ -181,7 +182,7 @@ def _tree_rules(unit: TranslationUnit, files: Sequence[str]) -> Iterator[Finding
     places: dict[str, tuple[str, int, str]] = {}
     for top in _own(unit.cursor, files):
         for cursor, parent in _walk(top, None):
-            part, line = _place(cursor.location, files)
+            part, line = place(cursor.location, files)
             if not part:
                 continue
             if cursor.kind in (K.FUNCTION_DECL, K.FUNCTION_TEMPLATE, K.CXX_METHOD) and cursor.is_definition():

@@ -56,6 +56,7 @@ class Launch(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("threadgroup", ctypes.c_uint32 * 3),
         ("order", ctypes.c_uint32),
+        ("flush", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("steps", ctypes.c_uint64),
         ("next", ctypes.c_uint64),

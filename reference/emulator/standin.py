@@ -26,6 +26,8 @@ def emulate(
     contract: bool = False,
     steps: int = 50_000_000,
     unset_locals: bool = False,
+    flush: bool = False,
+    max_threads: int = 1024,
 ) -> Iterator[None]:
     """Within it mx.fast.metal_kernel makes emulated kernels, and qwen_mlx.ops chooses them.
 
@@ -34,7 +36,7 @@ def emulate(
     """
     global _options
     before = _options, mx.fast.metal_kernel, mx.metal.is_available
-    _options = launch.Options(checked, order, seed, contract, steps, unset_locals)
+    _options = launch.Options(checked, order, seed, contract, steps, unset_locals, flush, max_threads)
     mx.fast.metal_kernel, mx.metal.is_available = metal_kernel, lambda: True
     try:
         with ops.forced("metal"):

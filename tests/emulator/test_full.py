@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from qwen_mlx import ops
 from qwen_mlx.cli import selftest_cases as selftest
 from reference.emulator import emulate
 
@@ -13,6 +16,17 @@ SETTINGS = {
     "small, reverse": ({"order": "reverse"}, True),
     "small, contracted": ({"contract": True}, True),
 }
+
+
+@pytest.mark.slow
+def test_every_case_is_right_as_an_apple_gpu_computes(monkeypatch):
+    """Subnormal numbers are flushed, products and sums contracted, and no threadgroup has more than 384 threads."""
+    monkeypatch.setattr(selftest, "sys", SimpleNamespace(platform="darwin"))
+    cases = [*selftest.cases(True), *(c for dtype in selftest.DTYPES for c in selftest.decoding_cases(dtype, True))]
+    with emulate(checked=False, contract=True, flush=True, max_threads=384), ops.no_grad():
+        wrong = [row for row in selftest.run([c for c in cases if "gradient" not in c.name]) if not row["ok"]]
+    assert wrong == []
+    assert len(cases) >= 270
 
 
 @pytest.mark.slow

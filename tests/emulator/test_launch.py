@@ -447,3 +447,30 @@ def test_threads_of_python_take_turns():
         for thread in threads:
             thread.join()
     assert results == [True] * 9
+
+
+def test_subnormal_numbers_are_flushed_only_when_asked():
+    x = mx.array([1e-41, 1.0, 2.0**-126], mx.float32)
+    body = I + "y[i] = x[i] * 1000.0f; z[i] = x[i] * 0.5f;"
+    launch = ({"x": x}, {"y": ((3,), mx.float32), "z": ((3,), mx.float32)}, (3, 1, 1), (3, 1, 1))
+    kept, halves = run(body, *launch)
+    assert kept[0].item() > 9e-39
+    assert halves[2].item() == 2.0**-127
+    for checked in (True, False):
+        flushed, halves = run(body, *launch, flush=True, checked=checked)
+        assert flushed.tolist() == [0, 1000, 1000 * 2.0**-126], "an operand"
+        assert halves.tolist() == [0, 0.5, 0], "a result"
+    assert (mx.array([1e-41]) * 1000).item() > 0, "Python's own arithmetic is as it was"
+
+
+def test_subnormal_numbers_of_half_are_kept():
+    x = mx.array([2.0**-20, 2.0**-24], mx.float16)
+    body = I + "y[i] = half(float(x[i]) * 0.5f + float(x[i]) * 0.5f);"
+    assert mx.array_equal(x, run(body, {"x": x}, {"y": ((2,), mx.float16)}, (2, 1, 1), (2, 1, 1), flush=True))
+
+
+def test_more_threads_than_a_kernel_may_have_are_refused():
+    launch = ({"x": mx.zeros((512,))}, {"y": ((512,), mx.float32)}, (512, 1, 1), (512, 1, 1))
+    run(I + "y[i] = x[i];", *launch)
+    with pytest.raises(InvalidLaunch, match="has 512 threads, Metal allows at most 384"):
+        run(I + "y[i] = x[i];", *launch, max_threads=384)

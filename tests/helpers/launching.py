@@ -9,7 +9,8 @@ from reference.emulator import emulate
 
 def run(body: str, inputs: dict, outputs: dict, grid=(1, 1, 1), threadgroup=(1, 1, 1), template=None, **options):
     """One launch. outputs: name to (shape, dtype). Returns one array, or a list of them."""
-    settings = {key: options.pop(key) for key in ("checked", "order", "seed", "contract") if key in options}
+    names = ("checked", "order", "seed", "contract", "flush", "max_threads")
+    settings = {key: options.pop(key) for key in names if key in options}
     init_value = options.pop("init_value", None)
     with emulate(**settings):
         kernel = mx.fast.metal_kernel(

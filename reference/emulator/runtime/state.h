@@ -58,6 +58,7 @@ struct Launch {
   void* const* buffers;
   uint32_t grid[3], threadgroup[3];
   uint32_t order;  // 0 forward, 1 reverse, 2 random
+  uint32_t flush;  // subnormal numbers of 32 bits are 0, as operands and as results
   uint64_t seed, steps, next;  // next: how many threadgroups have run
   Report report;
 };
