@@ -25,6 +25,8 @@ if "--fast" in sys.argv or "PYTEST_XDIST_WORKER" in os.environ:
     # Small products gain nothing by threads, and those of a busy machine's BLAS spin while they wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ.setdefault("QWEN_MLX_KERNELS", "on")  # on a Mac the tests try the kernels, each load would try them too
+
 from qwen_mlx.backend import mx
 from tests.helpers import needs
 

@@ -4,6 +4,8 @@ On a CPU a fast BLAS must be in the process before MLX is loaded (see blas.py), 
 backends deserves a sentence instead of a linker's message.
 """
 
+import os
+
 import numpy as np
 
 from ..errors import QwenMLXError
@@ -21,7 +23,7 @@ except ImportError as error:
         "Linux (pip install '.[cpu]' in its folder), with none of them on macOS."
     ) from None
 
-__all__ = ["describe", "in_gpu_memory", "mx", "named_arrays", "nn"]
+__all__ = ["describe", "exact_float32", "float32_products", "in_gpu_memory", "mx", "named_arrays", "nn"]
 
 
 def describe() -> str:
@@ -31,6 +33,21 @@ def describe() -> str:
     name = "Metal" if mx.metal.is_available() else "CUDA"
     device = mx.device_info().get("device_name", "")
     return f"{name} ({device})" if device else name
+
+
+def exact_float32() -> None:
+    """Keeps products of float32 numbers from being computed in TF32 on a GPU, which MLX does by default: 2.9e-4 off.
+
+    MLX asks the environment at its first product, so that this has to come before; a user's own MLX_ENABLE_TF32 stays.
+    """
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+
+def float32_products() -> str:
+    """How a GPU multiplies float32 numbers in this process, in words."""
+    if mx.default_device() == mx.cpu or os.environ.get("MLX_ENABLE_TF32", "1") == "0":
+        return "float32"
+    return "TF32 where the GPU has it (MLX_ENABLE_TF32=0 for float32)"
 
 
 def named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:

@@ -161,6 +161,7 @@ def open_model(
         print(f"model: {path} ({dtype})", file=sys.stderr)
         print(f"sampling: {model.generation_defaults.override(**sampling)}", file=sys.stderr)
         print(f"backend: {backend.describe()}; BLAS: {blas.report()}", file=sys.stderr)
+        print(f"products of float32 numbers: {backend.float32_products()}", file=sys.stderr)
         print(ops.explain(), file=sys.stderr)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of failing

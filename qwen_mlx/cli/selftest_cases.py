@@ -347,9 +347,25 @@ def run(selected: Sequence[Case]) -> list[dict[str, Any]]:
             text = f"{type(error).__name__}: {error}".replace(f"{Path(__file__).parents[2]}{os.sep}", "")
             row.update(ulp=None, mlx_ulp=None, ok=False, error=text)
         rows.append(row)
+        if _done is not None:
+            with _done.get_lock():
+                _done.value += 1
     return rows
+
+
+_done: Any = None  # numbers that processes share: cases that were run, and all
+_total: Any = None
+
+
+def share_progress(done: Any, total: Any) -> None:
+    """Lets this process count what it does in two numbers of multiprocessing's."""
+    global _done, _total
+    _done, _total = done, total
 
 
 def run_part(part: int, parts: int) -> list[dict[str, Any]]:
     """Runs every `parts`-th of all cases, from `part` on."""
-    return run(list(cases())[part::parts])
+    all_cases = list(cases())
+    if _total is not None:
+        _total.value = len(all_cases)
+    return run(all_cases[part::parts])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import mx, nn
+from ..backend import exact_float32, mx, nn
 from ..errors import QwenMLXError
 from ..generation.drafts import ModelDraft
 from ..gguf.packing import DENSE, Packing
@@ -61,6 +61,8 @@ def load(
     on_gpu = mx.default_device() != mx.cpu
     target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)
     packed = on_gpu if quantized is None else quantized
+    if target == mx.float32:
+        exact_float32()
     try:
         return _load(path, target, packed, yarn, progress, group)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError) as error:

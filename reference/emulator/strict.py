@@ -27,11 +27,9 @@ _STRUCTS = re.compile(
 )
 # Functions whose plain names mean the fast ones on macOS 15 and newer, where MLX asks for safe mathematics: it does not
 # set Metal's mathFloatingPointFunctions.
-_TRIGONOMETRY = {
-    f"{arc}{name}{kind}" for arc in ("", "a") for name in ("sin", "cos", "tan") for kind in ("", "h", "pi")
-}
+_ANGLES = {f"{arc}{name}{kind}" for arc in ("", "a") for name in ("sin", "cos", "tan") for kind in ("", "h", "pi")}
 _POWERS = {"exp", "exp10", "exp2", "fmod", "log", "log10", "log2", "pow", "powr", "rsqrt", "sqrt"}
-_FAST = _TRIGONOMETRY | _POWERS | {"atan2", "sincos"}
+_FAST = _ANGLES | _POWERS | {"atan2", "sincos"}
 _SPACES = {"1": "device", "2": "constant", "3": "threadgroup"}
 
 

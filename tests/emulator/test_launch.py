@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from qwen_mlx import ops
-from reference.emulator import DataRace, OutOfBounds, Unavailable, UninitialisedRead, emulate, metal_kernel, source
+from reference.emulator import (
+    DataRace,
+    InvalidLaunch,
+    OutOfBounds,
+    Unavailable,
+    UninitialisedRead,
+    emulate,
+    metal_kernel,
+    source,
+)
 from tests.helpers.launching import I, run
 
 

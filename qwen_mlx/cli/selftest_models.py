@@ -1,0 +1,84 @@
+"""The self-test's models: a small one whose tokens transformers has computed, and the default one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .. import ops
+from ..backend import mx, named_arrays
+from ..loading.hub import default
+from ..loading.load import load
+from ..model.config import ModelConfig
+from ..model.fused import FusedModel
+from ..model.qwen2 import Qwen2
+
+# A model of random numbers, which NumPy's legacy generator gives alike in every version.
+SMALL = ModelConfig(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=300,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+SMALL_PROMPT = (7, 250, 3, 99, 41, 180)
+SMALL_TOKENS = (
+    *(1, 275, 198, 210, 202, 210, 87, 94, 39, 207, 192, 264, 28, 124, 264, 264),
+    *(108, 23, 202, 94, 287, 198, 228, 291, 42, 89, 115, 42, 23, 205, 177, 94),
+)
+# The default model's answer to "Write a Python function that reverses a string.", as tokens.
+DEFAULT_PROMPT: tuple[int, ...] = ()
+DEFAULT_TOKENS: tuple[int, ...] = ()
+
+
+def small_model() -> Qwen2:
+    """The small model, in float32."""
+    model, random = Qwen2(SMALL), np.random.RandomState(5)
+    for name, array in sorted(named_arrays(model)):
+        values = random.standard_normal(array.shape)
+        scale = 0.5 if name.endswith("bias") else 1.5 / array.shape[-1] ** 0.5
+        values = 1 + 0.3 * values if "norm" in name else scale * values
+        model.load_weights([(name, mx.array(values.astype(np.float32)))], strict=False)
+    return model
+
+
+def greedy(model: Qwen2, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+    """The likeliest `count` tokens after a prompt, as generation computes them."""
+    fused, cache, ids = FusedModel.of(model), model.make_cache(), list[int]()
+    tokens = mx.array([prompt], mx.int32)
+    for _ in range(count):
+        tokens = ops.best_token(fused(tokens, cache, 1)[:, -1])[:, None]
+        ids.append(int(tokens.item()))
+    return tuple(ids)
+
+
+def small_model_fault() -> str | None:
+    """What is wrong with the small model's tokens, None if nothing is."""
+    return difference("the small model", greedy(small_model(), SMALL_PROMPT, len(SMALL_TOKENS)), SMALL_TOKENS)
+
+
+def default_model_path() -> Path | None:
+    """The default model's file where it is on this machine already."""
+    return default.verified() or default.present()
+
+
+def default_model_fault(path: Path) -> str | None:
+    """What is wrong with the default model's first tokens in float32, None if nothing is."""
+    model, _ = load(path, dtype="float32")
+    return difference("the default model", greedy(model, DEFAULT_PROMPT, len(DEFAULT_TOKENS)), DEFAULT_TOKENS)
+
+
+def difference(what: str, got: Sequence[int], expected: Sequence[int]) -> str | None:
+    """The first token that differs, in words."""
+    for number, (a, b) in enumerate(zip(got, expected), 1):
+        if a != b:
+            return f"token {number} of {what} is {a}, expected {b}"
+    return None
