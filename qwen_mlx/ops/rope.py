@@ -251,11 +251,20 @@ def qkv_rope(
 
 
 def rope_fallback(x: mx.array, table: mx.array) -> mx.array:
-    """rope in plain MLX."""
+    """rope in plain MLX; on a GPU in one launch, and one that joins the halves."""
+    if mx.default_device() != mx.cpu:
+        return mx.concatenate(_rotated_halves(x, table), axis=-1)
     cos, sin = (table[:, :, None, None, :, i] for i in (0, 1))
     halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     signed_sin = sin * mx.array([[-1.0], [1.0]])
     return (halves * cos + halves[..., ::-1, :] * signed_sin).reshape(x.shape).astype(x.dtype)
+
+
+@mx.compile
+def _rotated_halves(x: mx.array, table: mx.array) -> list[mx.array]:
+    cos, sin = (table[:, :, None, :, i] for i in (0, 1))
+    a, b = mx.split(x.astype(mx.float32), 2, axis=-1)
+    return [(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype)]
 
 
 def _half(table: mx.array, x: mx.array) -> int:

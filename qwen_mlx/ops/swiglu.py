@@ -72,6 +72,8 @@ def swiglu_fallback(
     rounds: 3.1 ulp in float32, as torch. Below -88.7 e^-gate overflows float32 and the result is -0, as torch's."""
     if gate_bias is not None and up_bias is not None:
         gate, up = gate + gate_bias, up + up_bias
+    if not recording() and mx.default_device() != mx.cpu:
+        return _swiglu_on_gpu(gate, up)
     return _silu(gate.astype(mx.float32)).astype(gate.dtype) * up
 
 
@@ -104,6 +106,11 @@ def _silu_by_numpy(x: mx.array) -> mx.array:
             np.divide(block, power, out=power)
             silus[start : start + rows] = power
     return out
+
+
+@mx.compile
+def _swiglu_on_gpu(gate: mx.array, up: mx.array) -> mx.array:
+    return _plain_silu(gate.astype(mx.float32)).astype(gate.dtype) * up
 
 
 def _plain_silu(x: mx.array) -> mx.array:

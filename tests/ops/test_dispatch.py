@@ -228,6 +228,26 @@ def test_a_part_that_is_switched_off_launches_nothing(monkeypatch):
             assert bool(launched) == expected, (part, off)
 
 
+@pytest.mark.linux  # where mx.compile has a compiler on the CPU
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_plain_mlx_on_a_gpu_is_what_it_is_on_the_cpu(monkeypatch, dtype):
+    """As fused launches, which this machine's CPU compiles too."""
+    random, table = selftest._Random(4, dtype), ops.Rotary.plain(16, 1e4).table(np.array([3, 70]), 5)
+    heads, qkv, bias, gate, up = random(2, 5, 3, 16), random(2, 5, 64), random(64), random(3, 70), random(3, 70)
+
+    def both() -> list[mx.array]:
+        with ops.no_grad():
+            return [ops.rope(heads, table), *ops.qkv_rope(qkv, bias, table, 2, 1), ops.swiglu(gate, up)]
+
+    expected, gpu = both(), mx.Device(mx.gpu)
+    monkeypatch.setattr(mx, "default_device", lambda: gpu)
+    monkeypatch.setattr(dispatch, "switched_off", lambda: frozenset(dispatch.PARTS))
+    got = both()
+    for a, b in zip(got[:3], expected[:3], strict=True):
+        assert mx.allclose(a, b, rtol=0, atol=2 * float(mx.finfo(dtype).eps) * float(mx.abs(b).max()))
+    assert selftest.ulp_error(got[3], selftest.to_float64(expected[3]), dtype) <= 4
+
+
 def test_rows_above_the_limit_are_computed_in_plain_mlx():
     with ops.forced("metal"):  # without a stand-in a launch would raise
         assert ops.rms_norm(x(1, 20_000), x(20_000), 1e-6).shape == (1, 20_000)

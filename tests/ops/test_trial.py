@@ -84,10 +84,10 @@ def small_file(tmp_path_factory) -> Path:
 
 
 def text_of(path: Path, launched: list[str]) -> tuple[str, set[str]]:
-    """Twelve greedy tokens, and the kernels that made them."""
+    """Six greedy tokens, and the kernels that made them."""
     model, tokenizer = load(path, dtype="float32")
     launched.clear()
-    text = generate(model, tokenizer, "hello", raw=True, max_tokens=12, temperature=0)
+    text = generate(model, tokenizer, "hello", raw=True, max_tokens=6, temperature=0)
     return text, {name.removeprefix("qwen_") for name in launched}
 
 
@@ -99,7 +99,7 @@ def test_a_text_is_that_of_plain_mlx_whatever_is_wrong(small_file, tmp_path, mon
         plain, kernels_used = text_of(small_file, gpu.launched)
         assert not kernels_used
     assert capsys.readouterr().err == ""
-    faults = {"": "", "matvec": "bit", "attend": "row", "unpack": "compile", "swiglu": "later", "rms_norm": "threads"}
+    faults = {"": "", "matvec": "bit", "attend": "row", "unpack": "compile", "swiglu": "later"}
     for part, fault in faults.items():
         with stand_in_gpu(part, fault) as gpu:
             text, kernels_used = text_of(small_file, gpu.launched)
