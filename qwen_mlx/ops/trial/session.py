@@ -59,8 +59,9 @@ def hold(spec: Spec, progress: Progress | None = None) -> Verdict:
     parts = {case.name: case.part for case in cases(spec)}
     trial = _Trial(parts, progress)
     while trial.left and time.monotonic() - start < ALL_SECONDS:
-        left = ALL_SECONDS - (time.monotonic() - start)
-        if not trial.ask(spec, left):
+        before = len(trial.left)
+        trial.ask(spec, ALL_SECONDS - (time.monotonic() - start))
+        if len(trial.left) == before:
             break
     return trial.verdict(time.monotonic() - start)
 
@@ -81,9 +82,9 @@ class _Trial:
         """Cases without a result."""
         return [name for name, part in self._parts.items() if name not in self._times and part not in self._refused]
 
-    def ask(self, spec: Spec, seconds: float) -> bool:
-        """Asks one process for what is left. Returns False if it did not even begin."""
-        token, begun, running = f"{secrets.token_hex(8)} ", False, ""
+    def ask(self, spec: Spec, seconds: float) -> None:
+        """Asks one process for what is left."""
+        token, running = f"{secrets.token_hex(8)} ", ""
         skip = [*self._times, *self._refused, *["cuts"] * self._cut]
         request = {"token": token, "seconds": seconds, "skip": skip, "spec": spec.as_json()}
         end = time.monotonic() + seconds
@@ -102,17 +103,16 @@ class _Trial:
                 if message is None:
                     continue
                 if message.get("end") is True:
-                    return True
+                    why = "it gave no result"
+                    break
                 if running:
                     self._take(running, message)
                     running = ""
-                if isinstance(message.get("start"), str):
-                    begun, running = True, message["start"]
+                if message.get("start") in (*self._parts, "cuts"):
+                    running = message["start"]
+        self._trouble = why
         if running:
             self._refuse(running, why)
-        elif not begun:
-            self._trouble = why
-        return begun
 
     def _take(self, name: str, message: Mapping[str, Any]) -> None:
         """Takes the result of the case that was running; anything but a whole one refuses its part."""
