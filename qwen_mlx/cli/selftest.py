@@ -13,6 +13,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ulp, peer = ("-" if row[key] is None else f"{row[key]:.3g}" for key in ("ulp", "mlx_ulp"))
         verdict = "ok" if row["ok"] else f"FAILED {row.get('error', '')}"
         print(f"{row['case']:44} {row['dtype']:9} {ulp:>9} ulp   mlx's own {peer:>9}   {verdict}")
+    _write(options.json, rows, {})  # should a model end this process
     models = _models()
     for name, result in models.items():
         print(f"{name}: {result}")
@@ -82,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _kernels(jobs: int) -> list[dict[str, Any]]:
     """Runs all cases in processes of their own, which compile side by side."""
     import time
-    from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     from .selftest_cases import run_part, share_progress
@@ -97,7 +98,16 @@ def _kernels(jobs: int) -> list[dict[str, Any]]:
         while not all(part.done() for part in parts):
             time.sleep(0.1)
             line(done.value, max(total.value, 1))
-        return [row for part in parts for row in part.result()]
+    return [row for part in parts for row in _results(part)]
+
+
+def _results(part: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of a process, or one that says that a GPU's fault has ended it."""
+    try:
+        return part.result()
+    except BrokenExecutor:
+        ended = {"ulp": None, "mlx_ulp": None, "ok": False, "error": "the process ended, or the GPU ended it"}
+        return [{"case": "a process of the self-test", "dtype": "any dtype", **ended}]
 
 
 def _models() -> dict[str, str]:
@@ -129,8 +139,9 @@ def conclusion(rows: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> 
     wrong = [f"{row['case']} in {row['dtype']}" for row in rows if not row["ok"]]
     faults = [f"{name} ({result})" for name, result in models.items() if result not in ("right", NOT_HERE)]
     if not wrong and not faults:
-        without = "" if NOT_HERE not in models.values() else f", without the default model, which is {NOT_HERE}"
-        return f"Right on {machine()}: {len(rows)} cases and {len(models)} models{without}.", 0
+        without = "" if NOT_HERE not in models.values() else f"; the default model is {NOT_HERE}"
+        count = sum(result == "right" for result in models.values())
+        return f"Right on {machine()}: {len(rows)} cases and {count} model{'s' * (count != 1)}{without}.", 0
     kernels = [f"{len(wrong)} of {len(rows)} cases, the first {wrong[0]}"] if wrong else []
     return f"Wrong on {machine()}: {'; '.join([*kernels, *faults])}.", 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import BrokenExecutor, Future
 
 import numpy as np
 import pytest
@@ -74,7 +75,12 @@ def test_nothing_is_fetched(tmp_path, monkeypatch):
     ("rows", "models", "code", "words"),
     [
         (RIGHT, MODELS, 0, ": 1 cases and 2 models."),
-        (RIGHT, MODELS | {"default model": selftest.NOT_HERE}, 0, "without the default model, which is not on this"),
+        (
+            RIGHT,
+            MODELS | {"default model": selftest.NOT_HERE},
+            0,
+            ": 1 cases and 1 model; the default model is not on this",
+        ),
         (WRONG, MODELS, 1, ": 1 of 2 cases, the first matvec q4_k in bfloat16."),
         (RIGHT, {"small model": "token 3 is 4"}, 1, ": small model (token 3 is 4)."),
     ],
@@ -84,6 +90,15 @@ def test_the_last_sentence(rows, models, code, words):
     assert status == code
     assert sentence.startswith("Wrong on " if code else "Right on ")
     assert words in sentence
+
+
+def test_a_process_that_a_gpu_ends_is_a_fault():
+    part: Future = Future()
+    part.set_exception(BrokenExecutor())
+    (row,) = selftest._results(part)
+    sentence, status = selftest.conclusion([*RIGHT, row], MODELS)
+    assert status == 1
+    assert "1 of 2 cases, the first a process of the self-test" in sentence
 
 
 def test_the_command_on_a_stand_in_for_its_parts(tmp_path, monkeypatch, capsys):
