@@ -67,6 +67,7 @@ MISTAKES = {
     "arguments that are not there": (["launches", "nonsense"], "unrecognized arguments: nonsense"),
     "one token of an answer": (["cpu_speculative", "--tokens", "1"], "expected a number from 2"),
     "cache": (["cache", "--context", "-256"], "expected a number from 2"),
+    "nothing to try": (["trial"], "No kernel to try: the default device is the CPU"),
     "no GPU": (["kernels"], "No kernel to time: this needs"),
 }
 
