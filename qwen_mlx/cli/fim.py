@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError, check_integer
 from ..parallel.control import launched
 from ..text.files import check_utf8, read_text
+
+if TYPE_CHECKING:
+    from ..generation.text import GenerationChunk
+    from ..model.qwen2 import Qwen2
+    from ..text.tokenizer import Tokenizer
 
 CURSOR = "<|cursor|>"
 
@@ -80,6 +86,17 @@ def read(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "stop_at": arguments.fim_stop_at,
         "max_prompt_tokens": most,
     }
+
+
+def stream(
+    model: Qwen2, tokenizer: Tokenizer, hole: dict[str, Any], settings: dict[str, Any], name: str | None
+) -> Generator[GenerationChunk, None, None]:
+    """stream_fill with what `read` and open_model gave. name: the model's on the command line, for its refusal."""
+    from ..generation.fill import check_fills, stream_fill
+
+    check_fills(tokenizer, f"--model {name}")
+    given = {key: value for key, value in settings.items() if value is not None}  # no temperature: the fill is greedy
+    return stream_fill(model, tokenizer, **hole, **given)
 
 
 def _read(option: str, file: str | None) -> str:

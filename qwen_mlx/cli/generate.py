@@ -52,33 +52,26 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     hole = on_first(lambda: fim.read(arguments))
     prompt = on_first(lambda: _read_prompt(arguments)) if hole is None else ""
     form = on_first(lambda: structured.read(arguments))
+    if form is not None and hole is not None:
+        raise QwenMLXError("Structured output does not go with fill in the middle; leave one of them out.")
     if form is not None:
-        if hole is not None:
-            raise QwenMLXError("Structured output does not go with fill in the middle; leave one of them out.")
-        from ..generation.structured import check_grammar
-
-        check_grammar(**form)  # before a model is fetched
+        structured.check(form)
     model, tokenizer, settings = open_model(arguments, group)
+    if form is not None:
+        settings["schema"] = structured.compiled(tokenizer, form)
 
     from ..generation.engine import GenerationStats
-    from ..generation.fill import check_fills, stream_fill
-    from ..generation.structured import constraint
-    from ..generation.text import stream_generate
 
-    if form is not None:
-        settings["schema"] = constraint(tokenizer, **form)
-    if hole is not None:
-        check_fills(tokenizer, f"--model {arguments.model}")
-        asked = {
-            name: value for name, value in settings.items() if value is not None
-        }  # a fill is greedy without --temp
     stats, token_lines, interrupted = GenerationStats(), [], False
     with ProgressLine("Reading the prompt") as line:
         try:
+            asked = settings | {"progress": line}
             if hole is None:
-                chunks = stream_generate(model, tokenizer, prompt, raw=arguments.raw, progress=line, **settings)
+                from ..generation.text import stream_generate
+
+                chunks = stream_generate(model, tokenizer, prompt, raw=arguments.raw, **asked)
             else:
-                chunks = stream_fill(model, tokenizer, **hole, progress=line, **asked)
+                chunks = fim.stream(model, tokenizer, hole, asked, arguments.model)
             for chunk in chunks:
                 stats = chunk.stats
                 print(printable(chunk.text, sys.stdout), end="", flush=True)
@@ -86,7 +79,8 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
                     token_lines.append(_describe_token(tokenizer, chunk))
         except KeyboardInterrupt:
             interrupted = True
-    print(end="" if hole is not None and not sys.stdout.isatty() else "\n", flush=True)  # editors insert what they get
+    # An editor inserts what it gets, without a newline.
+    print(end="" if hole is not None and not sys.stdout.isatty() else "\n", flush=True)
     for text in [*token_lines, describe_cost(stats, arguments.draft_model is not None)]:
         print(text, file=sys.stderr)
     if arguments.prompt_cache is not None and settings["prompt_cache"].ids:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
 from ..text.files import check_utf8, read_text
+
+if TYPE_CHECKING:
+    from ..generation.structured import Constraint
+    from ..text.tokenizer import Tokenizer
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -41,3 +45,17 @@ def read(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.min_tokens:
         raise QwenMLXError("--min-tokens does not go with structured output, which ends where it is complete.")
     return given
+
+
+def check(form: dict[str, Any]) -> None:
+    """Raises QwenMLXError for a form that no text can have, before a model is fetched."""
+    from ..generation.structured import check_grammar
+
+    check_grammar(**form)
+
+
+def compiled(tokenizer: Tokenizer, form: dict[str, Any]) -> Constraint:
+    """The form for stream_generate."""
+    from ..generation.structured import constraint
+
+    return constraint(tokenizer, **form)
