@@ -5,6 +5,7 @@ Source: llguidance's docs/syntax.md and docs/json_schema.md.
 
 from __future__ import annotations
 
+import decimal
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from ..errors import QwenMLXError
 from .tools import CLOSE, OPEN, Tool
 
 LARGEST = 1 << 18  # characters of a schema or a grammar
-LEXER_STATES = 30_000  # of 2 kB at most; a grammar that needs more takes seconds
+LEXER_STATES = 30_000  # of 2 kB at most
+MULTIPLE = 10_000  # of a multipleOf without its decimal point: llguidance makes a state for each remainder
 # One way to write each value, as json.dumps writes it: a model that may add white space can add it without end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
@@ -88,9 +90,8 @@ def _schema_text(schema: Any) -> str:
     if hasattr(schema, "model_json_schema"):  # a class of pydantic's
         schema = schema.model_json_schema()
     try:
-        if isinstance(schema, str):
-            schema = json.loads(_bounded("json_schema", schema))
-        text = "{}" if schema is True else json.dumps(schema)
+        text = _bounded("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+        schema = json.loads(text, object_hook=_check_multiple)
     except QwenMLXError:
         raise
     except (RecursionError, TypeError, ValueError) as error:
@@ -99,7 +100,16 @@ def _schema_text(schema: Any) -> str:
         raise QwenMLXError(unusable("json_schema", "nothing satisfies it"))
     if schema is not True and not isinstance(schema, Mapping):
         raise QwenMLXError(f"The json_schema is {type(schema).__name__}, expected a mapping or true.")
-    return _bounded("json_schema", text)
+    return "{}" if schema is True else text
+
+
+def _check_multiple(schema: dict[str, Any]) -> dict[str, Any]:
+    multiple = schema.get("multipleOf")
+    if type(multiple) in (int, float) and decimal.Decimal(str(multiple)).is_finite():
+        digits = decimal.Decimal(str(multiple))
+        if digits.scaleb(max(0, -int(digits.as_tuple().exponent))) > MULTIPLE:
+            raise QwenMLXError(unusable("json_schema", f"multipleOf {multiple} has more than {MULTIPLE:,} remainders"))
+    return schema
 
 
 def _bounded(kind: str, text: Any) -> str:
