@@ -40,7 +40,9 @@ class Constraint:
     def check_fits(self, max_tokens: int) -> None:
         """Raises QwenMLXError where `max_tokens` are too few for JSON."""
         if self._must_end and not self.start(max_tokens).closes:
-            raise QwenMLXError(f"No JSON that satisfies the schema fits into max_tokens, {max_tokens}; give more.")
+            raise QwenMLXError(
+                f"No JSON that satisfies the schema fits into max_tokens, {max_tokens}; give more, or a simpler schema."
+            )
 
 
 class Matcher:
