@@ -111,7 +111,7 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
 
 
 @given(schema=schemas(), seed=st.integers(0, 99), temperature=st.sampled_from([0, 1.0, 3.0]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_an_answer_parses_and_satisfies_its_schema(small, schema, seed, temperature):
     chunks = list(
         stream_generate(*small, "hello", schema=schema, seed=seed, temperature=temperature, max_tokens=200, top_k=0)
@@ -213,7 +213,7 @@ def test_other_kinds(small, kind, pattern):
 
 
 @given(st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_an_answer_is_one_of_any_choices(small, choices):
     text = generate(*small, "hello", schema=constraint(small[1], choices=choices), temperature=1.0, max_tokens=50)
     assert text in choices
@@ -248,7 +248,7 @@ def test_calls_of_tools_are_ones_that_run(small, most):
     tools = tools_by_name([TOOL, clock])
     made = tool_call_constraint(small[1], [TOOL, clock], most)
     calls = []
-    for seed in range(4):
+    for seed in range(2):
         text = generate(*small, "hello", schema=made, seed=seed, temperature=1.0, max_tokens=400)
         calls.append(parse_tool_calls(text, tools))
         assert text.startswith("<tool_call>")
@@ -329,7 +329,7 @@ NESTED = {
 def test_json_that_max_tokens_ends_is_complete_and_says_so(small, schema, draft):
     """A random model does not end strings by itself."""
     ended = set()
-    for seed, most in enumerate((60, 61, 75, 90, 130)):
+    for seed, most in enumerate((60, 75, 110)):
         settings = {"max_tokens": most, "seed": seed, "temperature": 1.0, "draft_model": draft}
         chunks = list(stream_generate(*small, "hello", schema=schema, **settings))
         jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), schema)
@@ -340,14 +340,14 @@ def test_json_that_max_tokens_ends_is_complete_and_says_so(small, schema, draft)
         assert "length" in ended
 
 
-@given(schema=schemas(), seed=st.integers(0, 99), most=st.integers(1, 60))
-@settings(max_examples=40, deadline=None)
+@given(schema=schemas(), seed=st.integers(0, 99), most=st.integers(1, 40))
+@settings(max_examples=25, deadline=None)
 def test_json_of_any_length_is_complete_or_refused(small, schema, seed, most):
     try:
         text = generate(*small, "hello", schema=schema, seed=seed, temperature=1.0, max_tokens=most)
     except QwenMLXError as error:
         assert f"fits into max_tokens, {most}; give more" in str(error)  # noqa: PT017
-        assert most < 60
+        constraint(small[1], json_schema=schema).check_fits(200)
     else:
         jsonschema.validate(json.loads(text), schema)
 
