@@ -18,7 +18,7 @@ from .taps import Run
 
 Sink = Callable[[str, mx.array], None]  # called with key and array, in the order of computation
 
-# Where each tap is read, all in one place. A layer's modules: (tap of the input, tap of the output), None not reported.
+# The places where taps are read. A layer's modules: (tap of the input, tap of the output), None not reported.
 LAYER_MODULES = {
     "input_layernorm": (None, "input_norm"),
     "self_attn.q_proj": (None, "q"),

@@ -52,7 +52,7 @@ def test_every_file_is_in_a_room():
 
 
 def too_high(path: Path) -> list[str]:
-    """What a file imports of rooms above its own; of the doors too, which nothing may import."""
+    """A file's imports from rooms above its own, and from the doors, which nothing may import."""
     room = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if room == "__init__":
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def greedy(model: Qwen2, prompt: Sequence[int], count: int) -> tuple[int, ...]:
     tokens = mx.array([prompt], mx.int32)
     for _ in range(count):
         tokens = ops.best_token(fused(tokens, cache, 1)[:, -1])[:, None]
-        ids.append(int(tokens.item()))
+        ids += cast("list[int]", tokens[:, 0].tolist())
     return tuple(ids)
 
 

@@ -81,7 +81,7 @@ assert list(_ATTRIBUTE_VALUES) == list(ATTRIBUTES)
 
 @functools.cache
 def folder() -> Path:
-    """Where compiled objects go: METAL_EMULATOR_CACHE, kept, or a temporary folder that ends with this process."""
+    """The folder of compiled objects: METAL_EMULATOR_CACHE, or a temporary one that ends with this process."""
     if cache := os.environ.get("METAL_EMULATOR_CACHE"):
         Path(cache).mkdir(parents=True, exist_ok=True)
         return Path(cache)

@@ -43,7 +43,7 @@ def run(code: str, **variables: str) -> str:
 
 
 def bound_to(folder: Path, **variables: str) -> tuple[str, str]:
-    """What preload() reports, and the file of which the dynamic linker gave MLX `cblas_sgemm`, in its own words."""
+    """preload()'s report, and the file that gave MLX `cblas_sgemm`, in the dynamic linker's own words."""
     report = run(PRODUCTS, LD_DEBUG="bindings", LD_DEBUG_OUTPUT=str(folder / "ld"), **variables)
     lines = "\n".join(file.read_text(errors="replace") for file in folder.glob("ld.*")).splitlines()
     found = {line.split(" to ")[1].split(" ")[0] for line in lines if "libmlx.so" in line and "`cblas_sgemm'" in line}

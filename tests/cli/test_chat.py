@@ -538,7 +538,7 @@ class Window:
         os.write(self.master, text.encode())
 
     def until(self, words: str, seconds: float = 60) -> str:
-        """What appears, up to `words`."""
+        """The output up to `words`."""
         end = time.monotonic() + seconds
         while words not in self.seen and time.monotonic() < end:
             if select.select([self.master], [], [], 0.1)[0]:
@@ -639,7 +639,7 @@ def test_the_terminal_is_left_as_it_was(path: Path, tmp_path: Path, answering: b
 
 
 def screen(written: str) -> list[str]:
-    """What a terminal shows, as lines with something in them."""
+    """The lines that a terminal shows, without empty ones."""
     rows, row, column = [""], 0, 0
     for match in re.finditer(r"\x1b\[\??([\d;]*)([A-Za-z])|\r|\n|[^\x1b\r\n]+", written):
         text = match[0]

@@ -334,7 +334,7 @@ def test_a_folder_that_mlx_lm_converted_loads(tmp_path: Path):
         convert(tmp_path / "packed", tmp_path / "out")
 
 
-# What a converter that gets it wrong would have written. Every matrix that could be square is.
+# The files that a converter with a mistake would have written. Every matrix that could be square is.
 SQUARE = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
 
 
@@ -350,7 +350,7 @@ def _each(weights: dict, part: str, change) -> None:
 
 
 def _unpermute_llama(rows: mx.array, heads: int = 4) -> mx.array:
-    """What is undone for llama, whose converter pairs rows i and i + head_dim / 2 of each head as neighbours."""
+    """The order that is undone for llama, whose converter makes rows i and i + head_dim / 2 of a head neighbours."""
     return rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 

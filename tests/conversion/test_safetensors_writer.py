@@ -81,7 +81,7 @@ def test_offsets_are_aligned_to_eight_bytes(tmp_path: Path):
 
 
 def test_a_file_cut_short_is_noticed_by_the_reader(tmp_path: Path):
-    """What keeps half-written folders from loading, should one ever escape."""
+    """This keeps half-written folders from loading, should one ever escape."""
     with ShardedWriter(tmp_path, [TensorSpec("t", "F32", (64,))], 1000) as writer:
         writer.write("t", np.ones(64, np.float32))
     path = tmp_path / "model.safetensors"

@@ -1,4 +1,4 @@
-"""What a launch means: arrays, sizes, attributes, simd operations, rounding, atomics."""
+"""The meaning of a launch: arrays, sizes, attributes, simd operations, rounding, atomics."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_gated_delta_s_three_kernels_agree_bit_for_bit_as_mlx_lm_says():
 
 
 def test_a_race_in_a_published_kernel_is_told():
-    """Where a mask hides a token all 32 lanes store the same zero: harmless on today's GPUs, and a race."""
+    """All 32 lanes store the same zero where a mask hides a token: harmless on today's GPUs, and a race."""
     mask = mx.array([[True, False, True]])
     with emulate():
         kernel = module("gated_delta")._gated_delta_kernel_masked

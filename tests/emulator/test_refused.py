@@ -1,4 +1,6 @@
-"""What would hang, kill or mislead: kernels that do not end, end Python, or take too much; calls that Metal refuses."""
+"""Refusals: kernels that do not end, end Python, or take too much, and calls that Metal refuses, instead of a hang or a
+wrong result.
+"""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_a_seed_repeats_a_batch(small):
 
 
 def test_rows_that_have_ended_leave_the_batch(small, monkeypatch):
-    """What is computed: no row goes on for long after its end, and seats do not stay empty while prompts wait."""
+    """No row is computed for long after its end, and no seat stays empty while prompts wait."""
     model, tokenizer = small
     sizes = []
     update = BatchKVCache.update
@@ -275,7 +275,7 @@ def test_one_damaged_row_is_an_error_not_an_answer(small, monkeypatch):
 
 
 def test_real_model_rows_equal_prompts_alone(real_gguf: Path):
-    """Of very different length, in float32: greedy tokens of the batch are those of each prompt alone."""
+    """Prompts of very different length, in float32, get the greedy tokens that each gets alone."""
     model, tokenizer = load(real_gguf, dtype="float32")
     source = Path(__file__).read_text(encoding="utf-8")[:600]
     prompts = ["Hi", f"{source}\nWhat does this test?", "Reverse a list in Python."]

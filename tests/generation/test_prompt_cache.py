@@ -92,7 +92,7 @@ def test_same_answers_and_only_what_is_new_is_computed(small, computed: list[int
 
 
 def test_the_penalty_sees_what_is_reused(small):
-    """Where it did not, these answers would differ."""
+    """These answers would differ if it did not."""
     prompt = random_ids(np.random.default_rng(1), 60)
     with_penalty, _ = answer(small, prompt, repetition_penalty=3.0)
     cache = PromptCache(small[0])

@@ -100,7 +100,7 @@ class Source:
         return needs
 
     def of(self, name: str) -> set[str]:
-        """What a name of this file needs."""
+        """The needs of a name of this file."""
         if name not in self._needs:
             self._needs[name] = set()  # for a function that calls itself
             needs = self.of_nodes(self.nodes.get(name, []))
@@ -111,7 +111,7 @@ class Source:
 
     @functools.cached_property
     def on_import(self) -> set[str]:
-        """What importing this file needs: eager imports, and what runs outside functions."""
+        """The needs of importing this file: its eager imports, and the code outside of functions."""
         needs = self.of_nodes(self.at_import) & {"torch"}
         for name in self.imports.values():
             needs |= of_import(name)
@@ -126,14 +126,14 @@ def source(path: Path) -> Source:
 
 @functools.cache
 def of_absolute(name: str) -> set[str]:
-    """What something of another file needs."""
+    """The needs of a name of another file."""
     module, _, last = name.rpartition(".")
     path = file_of(module) if module else None
     return of_name(name) | (source(path).of(last) if path and not of_name(module) else set())
 
 
 def of_import(name: str) -> set[str]:
-    """What an import needs at once: a peer itself, or a module of this repository that imports one."""
+    """The needs of an import itself: a peer, or a module of this repository that imports one."""
     if name.startswith("reference.lazy"):
         return set()
     own = [path for module in (name, name.rpartition(".")[0]) if module and (path := file_of(module))]
@@ -159,11 +159,11 @@ def _importing(path: Path) -> set[str]:
 
 
 def of_file(path: Path) -> set[str]:
-    """What importing a test file needs."""
+    """The needs of importing a test file."""
     return _importing(path)
 
 
 def of_test(path: Path, function: str) -> set[str]:
-    """What a test function needs: its names and fixtures, and those of its file; tests/emulator needs the emulator."""
+    """The needs of a test function: its names and fixtures, its file's, and the emulator in tests/emulator."""
     file, own = source(path), {"emulator"} if path.parent == ROOT / "tests" / "emulator" else set()
     return own | file.of(function) | file.of("pytestmark") | of_file(path)

@@ -13,7 +13,7 @@ import pytest
 
 from qwen_mlx import ops
 
-# What the header that MLX puts before a custom kernel declares, as far as kernels use it; the header itself comes only
+# The declarations that kernels use from the header that MLX puts before a custom kernel; the header itself comes only
 # with MLX's CUDA wheels.
 PREAMBLE = """
 #include <cuda_fp16.h>

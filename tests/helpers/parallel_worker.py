@@ -1,4 +1,4 @@
-"""What every rank runs in tests/test_parallel.py: loads models and writes down what it computed.
+"""The script that every rank runs in tests/parallel/test_parallel.py: it loads models and writes down what it computed.
 
 python -m tests.helpers.parallel_worker JOBS.json FOLDER: FOLDER/RANK.json gets the results of each job.
 """
@@ -57,7 +57,7 @@ def run(job: dict, group: mx.distributed.Group | None) -> dict:
 
 
 def step_error(model: Qwen2) -> float:
-    """How far the fused step's logits are from the plain equations', relative to the largest."""
+    """The distance of the fused step's logits from the plain equations', relative to the largest."""
     from reference.emulator import emulate
 
     plain, fused, worst = model.make_cache(), model.make_cache(), 0.0

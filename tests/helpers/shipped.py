@@ -46,7 +46,7 @@ def names() -> list[str]:
 
 @functools.cache
 def texts() -> list[str]:
-    """What the emulator ran for each call."""
+    """The launches that the emulator ran for each call."""
     ran: list[str] = []
     before, standin.on_text = standin.on_text, lambda source: ran.append(source.text)
     try:

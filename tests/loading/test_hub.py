@@ -641,7 +641,7 @@ def test_a_folder_half_fetched_is_finished_online_and_refused_offline(user: User
 
 @pytest.mark.parametrize("missing", ["generation_config.json", "tokenizer.json"])
 def test_a_repository_without_some_files(user: User, server: Server, missing: str) -> None:
-    """What it never had is no reason to fetch again, and offline it runs if it can."""
+    """A file that it never had is no reason to fetch again, and offline it runs if it can."""
     server.repos[FOLDER_REPO] = {name: data for name, data in FOLDER.items() if name != missing}
     folder = user.fetches(FOLDER_REPO)
     server.requests.clear()

@@ -54,7 +54,7 @@ def test_tables_equal_transformers_to_float32_rounding_up_to_131072(config: Mode
     exact = np.array(positions, np.float64)[:, None] * frequencies.astype(np.float64)
     exact_tables = rotary.attention_factor * np.stack([np.cos(exact), np.sin(exact)], 1)
     np.testing.assert_allclose(ours, exact_tables, rtol=0, atol=2.0**-23)
-    # What this would see: no scaling, and a factor that is 1 % off.
+    # This would see a missing scaling, and a factor that is 1 % off.
     for wrong in (replace(config, rope_scaling=None), config.with_yarn(1.01 * factor)):
         table = np.array(ops.rope(ones, rotary_of(wrong).table(131072, 1))).reshape(2, -1)
         assert (np.abs(table - expected_tables[-1]) > 20 * rotary.attention_factor * slack[-1]).any()

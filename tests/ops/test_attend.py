@@ -38,7 +38,7 @@ def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, fille
     q = (2 * mx.random.normal((1, heads, 1, head_dim), key=keys[0])).astype(dtype)
     kv = mx.random.normal((1, 2 * kv_heads, room, head_dim), key=keys[1]).astype(dtype)
     recent = mx.random.normal((1, 2 * kv_heads, 16, head_dim), key=keys[2]).astype(dtype)
-    # What is not filled yet must not count, whatever it holds.
+    # Slots that are not filled yet must not count, whatever they hold.
     kv = mx.where((mx.arange(room) >= filled)[:, None], mx.array(1e4, dtype), kv)
     recent = mx.where((mx.arange(16) > position - filled)[:, None], mx.array(1e4, dtype), recent)
     scale = head_dim**-0.5

@@ -40,7 +40,7 @@ def test_silu_of_nan_is_nan():
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-3, 1e18, 1e38, np.nan])
 def test_rms_norm(value: float):
-    """Of zeros it is zero; of 1e38 the square overflows and both give zero; a NaN stays one."""
+    """Zeros give zero; the square of 1e38 overflows and both give zero; a NaN stays one."""
     mine, theirs = both([[value] * 64])
     weight = np.linspace(0.5, 1.5, 64, dtype=np.float32)
     out = np.array(ops.rms_norm(mine, mx.array(weight), 1e-6))

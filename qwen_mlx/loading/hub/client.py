@@ -93,7 +93,7 @@ def fetch(repo: str, stages: list[list[str]], needed: int) -> Path:
             raise full_disk(error, cache, needed) or QwenMLXError(
                 f"{repo}: the download from the Hugging Face Hub failed ({first_line(error)}); run again to go on."
             ) from None
-        # Where the Hub stops answering, some versions hand back what they have.
+        # Some versions hand back what they have when the Hub stops answering.
         if lost := [file for file in files if not (folder / file).is_file()]:
             raise QwenMLXError(f"{repo}: the Hub did not give {lost[0]}; run again to go on.")
     return folder
