@@ -67,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
             models.append(model)
             check_windows(model, arguments.context, arguments.stride, str(path))
-    ids = tokenizer.encode(text)
-    if tokenizer.bos_token_id is not None:
-        ids.insert(0, tokenizer.bos_token_id)
+    ids = tokenizer.with_prefix(tokenizer.encode(text))
     with ProgressLine("Reading the text") as line:
         evaluation = evaluate(
             models[0],

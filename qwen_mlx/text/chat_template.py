@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
+from .messages import Accepted, Message, normalized
 
 if TYPE_CHECKING:
     import jinja2
@@ -17,13 +19,19 @@ GUARD = "\ufdd0"  # breaks up the names of control tokens in a user's text
 MARK = "\ufdd1"  # encloses the number of a message whose ids are known
 
 
-def render(source: str, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str:
+def render(source: str, messages: Any, /, **variables: Any) -> str:
     """The conversation as the template `source` writes it. Raises QwenMLXError if it refuses the messages."""
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise QwenMLXError(f"A message is {message!r}, expected a dict with 'role' and 'content'.")
-        if not isinstance(message.get("content"), str | list | None):
-            raise QwenMLXError(f"The content of a message is {message['content']!r}, expected a string.")
+    return render_normalized(source, normalized_for(source, messages, **variables), **variables)
+
+
+def normalized_for(source: str, messages: Any, /, **variables: Any) -> list[Message]:
+    """The messages in the form that the template `source` takes; see messages.normalized."""
+    tokens = tuple(sorted((name, value) for name, value in variables.items() if isinstance(value, str)))
+    return normalized(messages, _accepted(source, tokens))
+
+
+def render_normalized(source: str, messages: list[Message], /, **variables: Any) -> str:
+    """render() of messages that have the template's form already."""
     import jinja2
 
     try:
@@ -31,24 +39,72 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], /, **variables: A
     except jinja2.TemplateError as error:
         raise QwenMLXError(f"The chat template cannot be used: {error}.") from None
     except Exception as error:  # it can raise anything
-        raise QwenMLXError(
-            f"The chat template fails on these messages ({error!r}); is every 'content' a string?"
-        ) from None
+        raise QwenMLXError(f"The chat template fails on these messages ({error!r}).") from None
 
 
-def guarded(value: Any, starts: Collection[str]) -> Any:
-    """`value` with each of `starts`, a control token's first two characters, broken up by GUARD in all its strings."""
+@functools.lru_cache(maxsize=4)
+def _accepted(source: str, tokens: tuple[tuple[str, str], ...]) -> Accepted:
+    """The forms that a template takes, with the names of special tokens that it may write."""
+    return Accepted(lambda messages: render_normalized(source, messages, **dict(tokens)), "developer" in source)
+
+
+def guarded_conversation(
+    source: str,
+    messages: Any,
+    variables: Mapping[str, Any],
+    tokens: Mapping[str, str],
+    control: Collection[str],
+    others: Collection[str] = (),
+) -> tuple[list[Message], dict[str, Any]]:
+    """The messages in the template's form and all variables, with GUARD inside every name of a `control` token that
+    messages and `variables` bring along; `tokens`, the names of special tokens, stay, and so do those of `others`, the
+    added tokens that are not control tokens. Without the guards the template's text is what it is from unguarded
+    messages.
+
+    A template that compares or splits a content with a control token, as those of thinking models may, gets that token
+    unguarded. Raises QwenMLXError if a guard changes the text.
+    """
+    form = normalized_for(source, messages, **{**tokens, **variables})
+    plain = guarded((form, dict(variables)), ())
+    expected = render_normalized(source, plain[0], **{**tokens, **plain[1]})
+    for compared in (frozenset[str](), _compared(source)):
+        kept = {*others, *(name for name in control if name in compared)}
+        safe = guarded((form, dict(variables)), {name[:2] for name in control}, kept)
+        given = {**tokens, **safe[1]}
+        if safe == plain or render_normalized(source, safe[0], **given).replace(GUARD, "") == expected:
+            return safe[0], given
+    text = json.dumps(plain, ensure_ascii=False, default=str)
+    names = ", ".join(name for name in control if name in text) or "the beginning of a control token"
+    raise QwenMLXError(f"The chat template writes another text where a message holds {names}; leave it out.")
+
+
+def _compared(source: str) -> frozenset[str]:
+    """Texts that a template compares with, searches or splits by."""
+    from jinja2 import nodes
+
+    outer = _compiled(source).environment.parse(source).find_all((nodes.Compare, nodes.Call, nodes.Filter))
+    return frozenset(
+        const.value for node in outer for const in node.find_all(nodes.Const) if isinstance(const.value, str)
+    )
+
+
+def guarded(value: Any, starts: Collection[str], kept: Collection[str] = ()) -> Any:
+    """`value` with each of `starts`, a control token's first two characters, broken up by GUARD in all its strings,
+    except in the names `kept`. Not whole names: a template may change letters, or put two strings together."""
     if isinstance(value, str):
         value = value.replace(GUARD, "").replace(MARK, "")
         for start in starts:
             value = value.replace(start, start[0] + GUARD + start[1:])
-            if value.endswith(start[0]):  # a template may put two strings together
+            if value.endswith(start[0]):
                 value += GUARD
+        for name in kept:
+            if name[:2] in starts:
+                value = value.replace(name[0] + GUARD + name[1:], name)
         return value
     if isinstance(value, Mapping):
-        return {guarded(key, starts): guarded(item, starts) for key, item in value.items()}
+        return {guarded(key, starts, kept): guarded(item, starts, kept) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [guarded(item, starts) for item in value]
+        return [guarded(item, starts, kept) for item in value]
     return value
 
 
@@ -75,23 +131,45 @@ def _compiled(source: str) -> jinja2.Template:
     import datetime
 
     import jinja2
+    import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["*", "**"])
 
         def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-            if not all(isinstance(x, int | float) and abs(x) < 1e6 for x in (left, right)) or operator == "**":
+            numbers = all(isinstance(x, int | float) and abs(x) < 1e6 for x in (left, right))
+            text, times = (left, right) if isinstance(left, str) else (right, left)
+            repeated = isinstance(text, str) and isinstance(times, int) and len(text) * times <= 100_000
+            if operator == "**" or not (numbers or repeated):
                 raise jinja2.exceptions.SecurityError(f"{operator} of {type(left).__name__} is not allowed")
             return super().call_binop(context, operator, left, right)
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what a trainer learns; the text is the same without it."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2 declares a set)
+
+        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
 
     def raise_exception(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        # The guard stays one character: an escape of it would be read as text.
+        return re.sub(r"(?<!\\)((?:\\\\)*)\\ufdd0", rf"\g<1>{GUARD}", text) if ensure_ascii else text
 
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     sandbox.filters["tojson"] = tojson
     sandbox.globals.update(
         raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form)

@@ -7,9 +7,9 @@ cannot open a turn.
 from __future__ import annotations
 
 import codecs
-import functools
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,33 @@ from typing import Any
 from ..errors import GGUFError, QwenMLXError
 from ..gguf.reader import GGUFFile
 from . import chat_template
-from .chat_template import GUARD, MARK, guarded
-from .files import read_json, read_text
-
-# Qwen2's rule (transformers' Qwen2Converter): contractions in any case, digits one by one, newlines with punctuation.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from .chat_template import GUARD, MARK
+from .files import read_json
+from .special_tokens import (
+    END_TOKENS,
+    FIM_END_TOKENS,
+    GGUF_TOKENS,
+    chat_templates,
+    end_ids,
+    named_tokens,
+    post_processor,
+    tokens_around,
 )
-SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen")  # tokenizer.ggml.pre of the files that use it
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type; the rest pads the vocabulary
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+from .thoughts import Thoughts, think_marks
+from .vocabulary import byte_level, byte_level_bytes, from_vocab_and_merges, sentencepiece, sentencepiece_bytes
+
+SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2")  # tokenizer.ggml.pre of the files with Qwen2's rule
+OLD_SPLIT_NAMES = (None, "", "default", "gpt-2")  # of files from before there was a name for it
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type; the rest is padding
 
 
 class Tokenizer:
     """Text to token ids and back.
 
     names: every token's name by id, "" for ids that only pad. special: name -> id of every token that is not ordinary
-    text. eos_token_ids: the tokens that end a generation. bos_token_id: put before raw text if the file asks for it.
+    text. eos_token_ids: the tokens that end a generation. prefix_ids, suffix_ids: what stands around a text that is no
+    conversation, if the file asks for it. special_tokens: the names of tokens with a role, such as {"bos_token": ...},
+    for the chat template. chat_templates: by name, the main one "default".
     """
 
     def __init__(
@@ -43,21 +53,37 @@ class Tokenizer:
         special: Mapping[str, int],
         control: Iterable[str],
         eos_token_ids: Iterable[int],
-        chat_template: str | None,
-        bos_token_id: int | None = None,
+        chat_templates: Mapping[str, str],
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        prefix_ids: Sequence[int] = (),
+        suffix_ids: Sequence[int] = (),
+        is_sentencepiece: bool = False,
     ):
         self._bpe = bpe
         self.names = names
         self.special = dict(special)
         self._special_ids = frozenset(self.special.values())
-        self._control_ids = frozenset(self.special[name] for name in control)
+        self._control = tuple(control)
+        self._control_ids = frozenset(self.special[name] for name in self._control)
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.bos_token_id = bos_token_id
-        self.chat_template = chat_template
-        # A user's text is guarded where a control token could begin: at its first two characters.
-        self._starts = {name[:2] for name in control}
+        self.prefix_ids, self.suffix_ids = tuple(prefix_ids), tuple(suffix_ids)
+        self.chat_templates = dict(chat_templates)
+        if odd := next((name for name in self.chat_templates if not re.fullmatch(r"[\w-]+", name)), None):
+            raise QwenMLXError(f"A chat template's name is {odd!r}, expected letters, digits, - and _.")
+        self.special_tokens = dict(special_tokens or {})
+        self.think_marks = think_marks(self.special, self.chat_templates.values())
+        # A mark of a thought is shown, whether or not its file calls it a control token.
+        self._hidden_ids = self._control_ids - {self.special.get(mark) for mark in self.think_marks or ()}
+        self.is_sentencepiece = is_sentencepiece
+        self._bytes_of_name = sentencepiece_bytes if is_sentencepiece else byte_level_bytes
         longest_first = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
         self._split = re.compile(f"((?:{longest_first})(?!{GUARD}))" if longest_first else "(?!)")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The main chat template, if there is one."""
+        return self.chat_templates.get("default")
 
     @property
     def vocab_size(self) -> int:
@@ -68,22 +94,30 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From a GGUF's `tokenizer.*` metadata. Raises GGUFError naming the field that is missing or wrong."""
 
-        def get(key: str, kind: type, items: type = object) -> Any:
+        def get(key: str, kind: type, items: type | tuple[type, ...] = object) -> Any:
             value = metadata.get(f"tokenizer.{key}")
             if value is None:
                 raise GGUFError(f"metadata field 'tokenizer.{key}' is missing; convert the model again.")
             entries = value if isinstance(value, list) else []
             if not isinstance(value, kind) or not all(isinstance(item, items) for item in entries):
-                of = "" if items is object else f" of {items.__name__}"
+                of = f" of {items.__name__}" if isinstance(items, type) and items is not object else ""
                 raise GGUFError(
                     f"metadata field 'tokenizer.{key}' is not a {kind.__name__}{of}; convert the model again."
                 )
             return value
 
-        if get("ggml.model", str) != "gpt2" or get("ggml.pre", str) not in SPLIT_NAMES:
+        kind = get("ggml.model", str)
+        pre = metadata.get("tokenizer.ggml.pre")
+        known = pre in SPLIT_NAMES or pre in OLD_SPLIT_NAMES
+        if kind not in ("gpt2", "llama") or (kind == "gpt2" and not known):
             raise GGUFError(
-                f"the tokenizer is {metadata['tokenizer.ggml.model']!r} with the split rule "
-                f"{metadata.get('tokenizer.ggml.pre')!r}, expected 'gpt2' with one of {', '.join(SPLIT_NAMES)}."
+                f"the tokenizer is {kind!r} with the split rule {pre!r}, expected 'gpt2' with one of "
+                f"{', '.join(SPLIT_NAMES)}, or 'llama'; convert the model again with a newer llama.cpp."
+            )
+        if kind == "gpt2" and pre not in SPLIT_NAMES:
+            warnings.warn(
+                f"The file's 'tokenizer.ggml.pre' is {pre!r}, as in old conversions; Qwen2's split rule is used.",
+                stacklevel=2,
             )
         names, kinds = get("ggml.tokens", list, str), get("ggml.token_type", list, int)
         if len(kinds) != len(names):
@@ -99,38 +133,65 @@ class Tokenizer:
                 )
             return i
 
-        eos = {i for i in (token("eos"), token("eot")) if i is not None}
+        special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}
+        eos = {i for i in map(token, ("eos", "eot", "eom")) if i is not None}
+        eos |= end_ids(special, {kind: token(kind) for kind in FIM_END_TOKENS})
         if not eos:
             raise GGUFError("metadata field 'tokenizer.ggml.eos_token_id' is missing; convert the model again.")
-        ids = {name: i for i, name in enumerate(names) if kinds[i] == NORMAL}
-        special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}
+        ordinary = (NORMAL, UNKNOWN, BYTE) if kind == "llama" else (NORMAL,)
+        ids = {name: i for i, name in enumerate(names) if kinds[i] in ordinary}
+        if kind == "llama":
+            scores = get("ggml.scores", list, (int, float))
+            if len(scores) != len(names):
+                raise GGUFError(
+                    f"'tokenizer.ggml.scores' has {len(scores)} entries, expected {len(names)}, one a token."
+                )
+            unknown = next((name for i, name in enumerate(names) if kinds[i] == UNKNOWN), None)
+            bpe = sentencepiece(ids, scores, unknown, metadata.get("tokenizer.ggml.add_space_prefix", True) is True)
+        else:
+            bpe = byte_level(ids, get("ggml.merges", list, str))
+        # An id of no token, as old conversions have it for what a model lacks, names none.
+        named = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in GGUF_TOKENS.items()}
+        around = [
+            [i] if metadata.get(f"tokenizer.ggml.add_{key}_token", default) and (i := token(key)) is not None else []
+            for key, default in (("bos", kind == "llama"), ("eos", False))
+        ]
+        own = {key.rpartition(".")[2]: key for key in metadata if key.startswith("tokenizer.chat_template.")}
+        own |= {"default": "tokenizer.chat_template"} if metadata.get("tokenizer.chat_template") is not None else {}
         return cls(
-            _bpe(ids, get("ggml.merges", list, str)),
-            [name if kind in (NORMAL, CONTROL, USER_DEFINED) else "" for name, kind in zip(names, kinds)],
+            bpe,
+            [name if kind in (*ordinary, CONTROL, USER_DEFINED) else "" for name, kind in zip(names, kinds)],
             special,
             [name for name, i in special.items() if kinds[i] == CONTROL],
-            eos | {special[name] for name in END_TOKENS if name in special},
-            None if metadata.get("tokenizer.chat_template") is None else get("chat_template", str),
-            token("bos") if metadata.get("tokenizer.ggml.add_bos_token") else None,
+            eos,
+            {name: get(key.removeprefix("tokenizer."), str) for name, key in own.items()},
+            special_tokens={n: names[i] for n, i in named.items() if isinstance(i, int) and 0 <= i < len(names)},
+            prefix_ids=around[0],
+            suffix_ids=around[1],
+            is_sentencepiece=kind == "llama",
         )
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """From tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json, as transformers
-        writes them. Raises QwenMLXError naming the file that is missing or wrong.
+        """From tokenizer.json (or vocab.json and merges.txt), tokenizer_config.json, special_tokens_map.json, the chat
+        templates' files and generation_config.json, as transformers writes them. Raises QwenMLXError naming the file
+        that is missing or wrong.
         """
         from tokenizers import Tokenizer as Library
 
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise QwenMLXError(
-                f"{folder}: tokenizer.json is missing; save the tokenizer with transformers' fast tokenizer."
-            )
-        data = read_json(path)
         settings, generation, config = (
             read_json(folder / name) if (folder / name).exists() else {}
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         )
+        path = folder / "tokenizer.json"
+        if path.exists():
+            data = read_json(path)
+        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            data = from_vocab_and_merges(folder, settings)
+        else:
+            raise QwenMLXError(
+                f"{folder}: tokenizer.json is missing; save the tokenizer with transformers' fast tokenizer."
+            )
         try:
             added = data.pop("added_tokens") or []
             special = {token["content"]: token["id"] for token in added if token["content"]}
@@ -141,14 +202,16 @@ class Tokenizer:
             names = [""] * (1 + max(ids.values()))
             for name, i in ids.items():
                 names[i] = name
+            named = named_tokens(folder, settings)
+            before, after = tokens_around(data, settings, named, special)
+            if not all(type(i) is int and 0 <= i < len(names) for i in (*before, *after)):
+                raise ValueError(f"its post-processor adds {before + after}")
+        except QwenMLXError:
+            raise
         except Exception as error:  # the library raises bare Exception for a file that is not a tokenizer
             raise QwenMLXError(f"{path}: not a byte-level BPE tokenizer ({error!r}); save it again.") from None
 
-        def named(key: str) -> str | None:
-            value = settings.get(key)
-            return value.get("content") if isinstance(value, dict) else value
-
-        eos = {special[name] for name in (*END_TOKENS, named("eos_token")) if name in special}
+        eos = end_ids(special) | {special[name] for name in (named.get("eos_token"),) if name in special}
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
             values = value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(i) is int and 0 <= i < len(names) for i in values):
@@ -158,13 +221,18 @@ class Tokenizer:
             raise QwenMLXError(
                 f"{folder}: no end token in generation_config.json, config.json or tokenizer_config.json."
             )
-        template = settings.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            template = read_text(str(folder / "chat_template.jinja"))
-        elif isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        bos = special.get(named("bos_token") or "") if settings.get("add_bos_token") else None
-        return cls(bpe, names, special, control, eos, template, bos)
+        return cls(
+            bpe,
+            names,
+            special,
+            control,
+            eos,
+            chat_templates(folder, settings),
+            special_tokens=named,
+            prefix_ids=before,
+            suffix_ids=after,
+            is_sentencepiece=bool(data["model"].get("byte_fallback")),
+        )
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
@@ -215,16 +283,27 @@ class Tokenizer:
     def _bytes(self, i: int, skip_special: bool) -> bytes:
         if i < 0:
             raise QwenMLXError(f"Token id {i} is negative, expected 0 to {len(self.names) - 1}.")
-        if i >= len(self.names) or (skip_special and i in self._control_ids):
+        if i >= len(self.names) or (skip_special and i in self._hidden_ids):
             return b""  # the embedding has rows beyond the vocabulary, as padding
-        name, table = self.names[i], _byte_of_letter()
-        if i in self._special_ids or not table.keys() >= set(name):
-            return name.encode()  # a token that is not in the byte alphabet stands for itself
-        return bytes(table[letter] for letter in name)
+        name = self.names[i]
+        return name.encode() if i in self._special_ids else self._bytes_of_name(name)
 
-    def detokenizer(self) -> StreamingDetokenizer:
-        """A new StreamingDetokenizer."""
-        return StreamingDetokenizer(self)
+    def with_prefix(self, ids: list[int]) -> list[int]:
+        """`ids` after prefix_ids, which are put before them once."""
+        n = len(self.prefix_ids)
+        return ids if tuple(ids[:n]) == self.prefix_ids else [*self.prefix_ids, *ids]
+
+    def detokenizer(self, skip_special: bool = True) -> StreamingDetokenizer:
+        """A new StreamingDetokenizer, which leaves control tokens out unless skip_special is False."""
+        return StreamingDetokenizer(self, skip_special)
+
+    def thoughts(self, prompt: Sequence[int]) -> Thoughts | None:
+        """What tells thoughts from the answer in the text that follows `prompt`, whose end may have opened a thought;
+        None if the model does not think."""
+        if self.think_marks is None:
+            return None
+        end = self.decode(prompt[-32:], skip_special=False).rstrip()
+        return Thoughts(self.think_marks, opened=end.endswith(self.think_marks[0]))
 
     def render_chat(
         self,
@@ -236,13 +315,18 @@ class Tokenizer:
         """The conversation as the model's chat template writes it. Raises QwenMLXError if there is no template, or it
         refuses the messages.
         """
-        if not self.chat_template:
-            raise QwenMLXError("The model has no chat template; give the prompt as it is (--raw, or raw=True).")
-        if self.bos_token_id is not None:
-            variables = {"bos_token": self.names[self.bos_token_id]} | variables
-        return chat_template.render(
-            self.chat_template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
-        )
+        variables = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        return chat_template.render(self._template(tools), messages, **{**self.special_tokens, **variables})
+
+    def _template(self, tools: Any) -> str:
+        """The chat template for a conversation, with tools the one that is named for them. Raises QwenMLXError if there
+        is none."""
+        template = self.chat_templates.get("tool_use" if tools is not None else "default") or self.chat_template
+        if template:
+            return template
+        if self.chat_templates:
+            raise QwenMLXError(f"None of the model's chat templates, {', '.join(self.chat_templates)}, is its default.")
+        raise QwenMLXError("The model has no chat template; give the prompt as it is (--raw, or raw=True).")
 
     def apply_chat_template(
         self,
@@ -256,48 +340,63 @@ class Tokenizer:
         A message may have "ids", the tokens that its content was generated as. They are kept, so that a prompt cache
         that holds them is of use, unless the template changes a content (as DeepSeek-R1's drops thoughts).
         """
-        safe, tools, variables = (guarded(value, self._starts) for value in (messages, tools, variables))
-        text = self.render_chat(safe, tools, add_generation_prompt, **variables)
+        source = self._template(tools)
+        variables = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        others = [name for name, i in self.special.items() if i not in self._control_ids]
+        safe, given = chat_template.guarded_conversation(
+            source, messages, variables, self.special_tokens, self._control, others
+        )
+        text = chat_template.render_normalized(source, safe, **given)
         pieces = [text]
-        generated = {f"{MARK}{i}{MARK}": i for i, message in enumerate(messages) if message.get("ids") is not None}
+        generated = {f"{MARK}{i}{MARK}": i for i, message in enumerate(safe) if "ids" in message}
         if generated:
             marked = list(safe)
             for mark, i in generated.items():
                 marked[i] = {**safe[i], "content": mark}
-            marked_text = self.render_chat(marked, tools, add_generation_prompt, **variables)
+            marked_text = chat_template.render_normalized(source, marked, **given)
             split = re.split(f"({MARK}\\d+{MARK})", marked_text)
             if "".join(safe[generated[piece]]["content"] if piece in generated else piece for piece in split) == text:
                 pieces = split
         ids: list[int] = []
         for piece in pieces:
             if piece in generated:
-                ids += messages[generated[piece]]["ids"]
+                ids += safe[generated[piece]]["ids"]
             else:
                 ids += self._encode_special(piece, left_out=GUARD)
         return ids
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for transformers and mlx-lm."""
+        """Writes tokenizer.json, tokenizer_config.json and the chat templates for transformers and mlx-lm."""
         data = json.loads(self._bpe.to_str())
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         data["added_tokens"] = [
             {"id": i, "content": name, **flags, "special": i in self._control_ids} for name, i in self.special.items()
         ]
+        if self.prefix_ids or self.suffix_ids:
+            around = [{self.names[i]: i for i in ids} for ids in (self.prefix_ids, self.suffix_ids)]
+            data["post_processor"] = post_processor(*around)
         (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
         eos = [name for name in END_TOKENS if self.special.get(name) in self.eos_token_ids]
         eos += [self.names[i] for i in sorted(self.eos_token_ids) if self.names[i] not in eos]
-        settings = {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "add_bos_token": self.bos_token_id is not None,
-            "bos_token": None if self.bos_token_id is None else self.names[self.bos_token_id],
+        settings: dict[str, Any] = {
+            # The class of Qwen2 has a split rule of its own.
+            "tokenizer_class": "PreTrainedTokenizerFast" if self.is_sentencepiece else "Qwen2Tokenizer",
+            "add_bos_token": bool(self.prefix_ids),
+            "add_eos_token": bool(self.suffix_ids),
+            "bos_token": None,
             "eos_token": eos[0],
-            "pad_token": eos[-1],
+            "pad_token": eos[1] if len(eos) > 1 else eos[0],
             "unk_token": None,
             "clean_up_tokenization_spaces": False,
+            **self.special_tokens,
         }
-        if self.chat_template:
-            settings["chat_template"] = self.chat_template
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        if self.chat_templates:
+            texts = [{"name": name, "template": text} for name, text in self.chat_templates.items()]
+            settings["chat_template"] = texts if len(texts) > 1 else texts[0]["template"]
+        for name, text in self.chat_templates.items():
+            path = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -305,13 +404,13 @@ class Tokenizer:
 class StreamingDetokenizer:
     """Turns ids into text as they come: `add` returns what is complete, `finish` the rest. Constant work per token."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
         """The text that `token` completes, perhaps none: never half a character."""
-        return self._decoder.decode(self._tokenizer._bytes(token, skip_special=True))
+        return self._decoder.decode(self._tokenizer._bytes(token, self._skip_special))
 
     def finish(self) -> str:
         """Returns what is left: U+FFFD for a character that was never completed."""
@@ -328,39 +427,3 @@ def check_vocabulary(model: Sequence[str], other: Sequence[str], name: str, what
             f"{name} has another vocabulary than the model: its token {same} is {theirs}, expected {ours}; take a "
             f"{what} of the same family, such as a smaller Qwen2.5."
         )
-
-
-def _bpe(ids: dict[str, int], merges: list[str]) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    for merge, (first, second) in zip(merges, pairs):
-        # The library panics, which no `except Exception` sees, for a result that is not a token.
-        if not second or " " in second or first + second not in ids:
-            raise GGUFError(
-                f"'tokenizer.ggml.merges' holds {merge!r}, which makes no token of the vocabulary; "
-                "convert the model again."
-            )
-    try:
-        library = Tokenizer(models.BPE(ids, pairs))
-    except Exception as error:  # the library raises bare Exception
-        raise GGUFError(
-            f"'tokenizer.ggml.merges' does not fit the tokens ({error}); convert the model again."
-        ) from None
-    library.normalizer = normalizers.NFC()
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    library.decoder = decoders.ByteLevel()
-    return library
-
-
-@functools.cache
-def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's printable letter for each byte: itself where printable, else the next free one from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

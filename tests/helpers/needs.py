@@ -17,6 +17,7 @@ NEEDS = {
         "transformers",
         "mlx_lm",
         "accelerate",
+        "sentencepiece",  # comes with mlx-lm
         "safetensors.torch",
         "reference.lazy",
     ),

@@ -209,7 +209,7 @@ def test_a_message_cannot_open_a_turn(ours):
 
 
 def test_end_tokens(ours):
-    assert ours.eos_token_ids == {151645, 151643}
+    assert ours.eos_token_ids == {151643, 151645, 151662, 151663, 151664}  # as llama.cpp lists for this file
     assert ours.decode([151644, 9707, 151645]) == "Hello"
     assert ours.decode([151657, 9707]) == "<tool_call>Hello"
 
@@ -263,8 +263,10 @@ def metadata(tmp_path: Path, **changes: object) -> dict[str, object]:
         ({"ggml__token_type": [1]}, "token_type"),
         ({"ggml__merges": ["x y z"]}, "merges"),
         ({"ggml__merges": ["h nosuchtoken"]}, "merges"),
-        ({"ggml__model": "llama"}, "'llama'"),
-        ({"ggml__pre": "gpt-2"}, "'gpt-2'"),
+        ({"ggml__model": "bert"}, "'bert'"),
+        ({"ggml__model": "llama"}, "scores"),
+        ({"ggml__model": "llama", "ggml__scores": [0.0]}, "scores"),
+        ({"ggml__pre": "qwen35"}, "'qwen35'"),
         ({"ggml__eos_token_id": 10**9}, "eos_token_id' is"),
         ({"ggml__eos_token_id": "x"}, "eos_token_id' is"),
     ],

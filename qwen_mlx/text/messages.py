@@ -1,0 +1,182 @@
+"""Messages as OpenAI's API delivers them, in the form that a chat template takes.
+
+Templates differ in what they take: text parts, the absence of a content, the arguments of a tool call as text or as an
+object. A template tells by rendering small conversations, as llama.cpp asks its templates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import QwenMLXError
+
+ROLES = ("system", "user", "assistant", "tool")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one that templates read
+Message = dict[str, Any]
+Render = Callable[[list[Message]], str]
+
+
+class Accepted:
+    """The forms of a message that a template takes, each found when it is first asked for."""
+
+    def __init__(self, render: Render, names_developer: bool):
+        self._render, self._names_developer = render, names_developer
+
+    def rendered(self, messages: list[Message]) -> str | None:
+        """The text of `messages`, None if the template refuses them."""
+        try:
+            return self._render(messages)
+        except Exception:  # it can raise anything
+            return None
+
+    @functools.cached_property
+    def parts(self) -> bool:
+        """True if a list of one text part is written as its text."""
+        parts = [{"type": "text", "text": "a text"}]
+        text, listed = (self.rendered([{"role": "user", "content": form}]) for form in ("a text", parts))
+        return text is not None and text == listed
+
+    @functools.cached_property
+    def developer(self) -> bool:
+        """True if the template names the role `developer` and writes what it says."""
+        messages = [{"role": "developer", "content": "probed text"}, {"role": "user", "content": "a text"}]
+        return self._names_developer and "probed text" in (self.rendered(messages) or "")
+
+    def _call(self, arguments: Any, content: Message) -> str:
+        """A call between a question and the call's result."""
+        function = {"name": "probed_function", "arguments": arguments}
+        call = {"id": "call00000", "type": "function", "function": function}
+        answer = {"role": "assistant", "tool_calls": [call], **content}
+        result = {"role": "tool", "content": "a result", "tool_call_id": "call00000", "name": "probed_function"}
+        return self.rendered([{"role": "user", "content": "a text"}, answer, result]) or ""
+
+    @functools.cached_property
+    def no_content(self) -> Message:
+        """What an answer that only calls tools has for a content: nothing, None or an empty text."""
+        forms: tuple[Message, ...] = ({}, {"content": None}, {"content": ""})
+        written = (form for form in forms if self._writes_calls(form))
+        return next(written, next((form for form in forms if self._call({}, form)), {"content": ""}))
+
+    def _writes_calls(self, content: Message) -> bool:
+        return any("key" in self._call(arguments, content) for arguments in ({"key": 1}, '{"key": 1}'))
+
+    @functools.cached_property
+    def calls(self) -> bool:
+        """True if a call is written."""
+        return self._writes_calls(self.no_content)
+
+    @functools.cached_property
+    def text_arguments(self) -> bool:
+        """True if arguments that are JSON text are written as they are."""
+        return '{"key":1}' in self._call('{"key":1}', self.no_content)
+
+    @functools.cached_property
+    def object_arguments(self) -> bool:
+        """True if arguments that are an object are written, and not as Python writes a dict."""
+        text = self._call({"key": 1}, self.no_content)
+        return "key" in text and "{'key'" not in text
+
+    def drops(self, messages: list[Message], i: int) -> bool:
+        """True if the template writes the same without message `i`."""
+        text = self.rendered(messages)
+        return text is not None and text == self.rendered(messages[:i] + messages[i + 1 :])
+
+
+def normalized(messages: Any, accepted: Accepted) -> list[Message]:
+    """The messages in the form that the template takes.
+
+    Keys whose value is None are left out, as transformers does; `developer` is `system` for a template that does not
+    name it; text parts are joined and a call's arguments become an object, or the other way round, unless the template
+    takes them as they are. Warns of what the template leaves out: tool calls, or another role than those of ROLES.
+    Raises QwenMLXError for what is no message, or holds other parts than text.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise QwenMLXError(f"The messages are {type(messages).__name__}, expected a list of dicts.")
+    plain = [_normalized(message, accepted) for message in messages]
+    for i, message in enumerate(plain):
+        if message["role"] not in ROLES and accepted.drops(plain, i):
+            warnings.warn(f"The model's chat template leaves out the role {message['role']!r}.", stacklevel=2)
+    return plain
+
+
+def _normalized(message: Any, accepted: Accepted) -> Message:
+    if dataclasses.is_dataclass(message) and not isinstance(message, type):
+        message = dataclasses.asdict(message)
+    elif callable(dump := getattr(message, "model_dump", None)):  # an object of OpenAI's library
+        message = dump()
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise QwenMLXError(f"A message is {_short(message)}, expected a dict with 'role' and 'content'.")
+    plain = {key: value for key, value in message.items() if value is not None}
+    if plain["role"] == "developer" and not accepted.developer:
+        plain["role"] = "system"
+    reasoning = next((plain[name] for name in REASONING_FIELDS if name in plain), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    if "content" in plain:
+        plain["content"] = _content(plain["content"], accepted)
+    elif plain["role"] != "assistant":
+        raise QwenMLXError(f"The message of the role {plain['role']!r} has no content, expected a string.")
+    else:
+        plain |= accepted.no_content if plain.get("tool_calls") else {"content": ""}
+    if plain.get("tool_calls"):
+        if not accepted.calls:
+            warnings.warn("The model's chat template leaves out tool calls.", stacklevel=2)
+        plain["tool_calls"] = [_call(call, accepted) for call in _list(plain["tool_calls"])]
+    return plain
+
+
+def _content(content: Any, accepted: Accepted) -> str | list[Any]:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise QwenMLXError(f"The content of a message is {_short(content)}, expected a string or a list of text parts.")
+    wrong = next((part for part in content if not _is_text(part)), None)
+    if wrong is not None:
+        kind = wrong.get("type", wrong) if isinstance(wrong, Mapping) else wrong
+        raise QwenMLXError(
+            f"A part of a message is {_short(kind)}, expected {{'type': 'text', 'text': ...}}; this is a model of text."
+        )
+    return [dict(part) for part in content] if accepted.parts else "".join(part["text"] for part in content)
+
+
+def _is_text(part: Any) -> bool:
+    """True for a part of chat.completions or of responses that is text."""
+    kinds = ("text", "input_text", "output_text")
+    return isinstance(part, Mapping) and part.get("type", "text") in kinds and isinstance(part.get("text"), str)
+
+
+def _call(call: Any, accepted: Accepted) -> Message:
+    """A tool call whose arguments are as the template takes them."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise QwenMLXError(
+            f"A tool call is {_short(call)}, expected {{'function': {{'name': ..., 'arguments': ...}}}}."
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and not accepted.text_arguments and accepted.object_arguments:
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (RecursionError, ValueError):
+            raise QwenMLXError(
+                f"The arguments of the tool call {function['name']!r} are {_short(arguments)}, expected a JSON object."
+            ) from None
+    elif isinstance(arguments, Mapping) and not accepted.object_arguments and accepted.text_arguments:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    changed = dict(function) if arguments is None else {**function, "arguments": arguments}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+def _list(value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise QwenMLXError(f"The tool calls of a message are {_short(value)}, expected a list.")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,415 @@
+"""Tokens with a role: what ends a text, what stands around it, what a template can name; and the guard of messages."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_mlx import GGUFError, QwenMLXError
+from qwen_mlx.generation.text import encode_prompt
+from qwen_mlx.text.chat_template import GUARD, guarded, guarded_conversation, render, render_normalized
+from qwen_mlx.text.special_tokens import end_ids
+from qwen_mlx.text.tokenizer import Tokenizer
+from tests.helpers.byte_folder import CONTROL, USER_DEFINED, special_ids, write_byte_folder
+
+BOS, EOS, IM_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|im_end|>"
+IDS = special_ids()
+STARTS = {name[:2] for name in CONTROL}
+PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
+CALLS = "{%% for m in messages %%}{%% for c in m.tool_calls %%}{{ %s }}{%% endfor %%}{%% endfor %%}"
+HI = [{"role": "user", "content": "Hi"}]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+MINIMAL = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "<|endoftext|>", IM_END],
+    "tokenizer.ggml.token_type": [1, 1, 1, 3, 3],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.eos_token_id": 4,
+    "tokenizer.ggml.bos_token_id": 3,
+}
+
+
+def folder(path: Path, **changes: Any) -> Tokenizer:
+    return Tokenizer.from_folder(write_byte_folder(path, **changes))
+
+
+def template_processing(*before: str, after: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A post-processor as tokenizer.json writes it."""
+    around = [[{"SpecialToken": {"id": name, "type_id": 0}} for name in names] for names in (before, after)]
+    tokens = {name: {"id": name, "ids": [IDS[name]], "tokens": [name]} for name in (*before, *after)}
+    single = [*around[0], {"Sequence": {"id": "A", "type_id": 0}}, *around[1]]
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": tokens}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ eos_token }}", IM_END),
+        ("{{ bos_token + pad_token }}", f"{BOS}<|endoftext|>"),
+        ("{{ unk_token }}", "<|endoftext|>"),
+        ("{{ sep_token is defined }}", "False"),
+        ("{{ image_token }}", "<s>"),
+    ],
+)
+def test_a_template_can_name_every_special_token(tmp_path: Path, template: str, expected: str):
+    tokenizer = folder(tmp_path, chat_template=template, extra_special_tokens={"image_token": "<s>"})
+    assert tokenizer.render_chat(HI) == expected
+
+
+def test_special_tokens_map_names_tokens_too(tmp_path: Path):
+    write_byte_folder(tmp_path, chat_template="{{ bos_token }}{{ sep_token }}", bos_token=None)
+    names = {"bos_token": {"content": "<s>", "lstrip": False}, "sep_token": "</s>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    assert Tokenizer.from_folder(tmp_path).render_chat(HI) == "<s></s>"
+
+
+@pytest.mark.parametrize("add", [True, False, None])
+def test_bos_of_a_template_is_in_every_chat_once(tmp_path: Path, add: bool | None):
+    changes = {} if add is None else {"add_bos_token": add}
+    tokenizer = folder(tmp_path, chat_template="{{ bos_token }}" + PLAIN, **changes)
+    assert tokenizer.apply_chat_template(HI) == [IDS[BOS], *tokenizer.encode("Hi")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "after"),
+    [
+        ({}, [], []),
+        ({"post_processor": template_processing(BOS)}, [BOS], []),
+        ({"post_processor": template_processing(after=("<|endoftext|>",))}, [], ["<|endoftext|>"]),
+        ({"post_processor": template_processing(BOS), "add_bos_token": False}, [BOS], []),
+        ({"post_processor": template_processing(BOS), "add_bos_token": True}, [BOS], []),
+        ({"post_processor": {"type": "Sequence", "processors": [template_processing(BOS, "<s>")]}}, [BOS, "<s>"], []),
+        ({"post_processor": BYTE_LEVEL}, [], []),
+    ],
+)
+def test_what_stands_around_a_text_is_read_as_transformers_reads_it(tmp_path: Path, changes, before, after):
+    from transformers import AutoTokenizer
+
+    tokenizer, text = folder(tmp_path, **changes), "Hi you"
+    expected = [*(IDS[name] for name in before), *tokenizer.encode(text), *(IDS[name] for name in after)]
+    assert [*tokenizer.prefix_ids, *tokenizer.encode(text), *tokenizer.suffix_ids] == expected
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == expected
+    assert encode_prompt(tokenizer, text, raw=True) == expected[: len(expected) - len(after)]
+    assert encode_prompt(tokenizer, "".join(before) + text, raw=True) == expected[: len(expected) - len(after)]
+
+
+@pytest.mark.parametrize(("end", "after"), [(False, []), (True, [IM_END])])
+def test_a_config_that_asks_for_bos_is_obeyed_and_saved(tmp_path: Path, end: bool, after: list[str]):
+    from transformers import AutoTokenizer
+
+    tokenizer = folder(tmp_path / "a", add_bos_token=True, add_eos_token=end)
+    assert encode_prompt(tokenizer, "Hi", raw=True) == [IDS[BOS], *tokenizer.encode("Hi")]
+    tokenizer.save(tmp_path / "a")
+    expected = [IDS[BOS], *tokenizer.encode("Hi"), *(IDS[name] for name in after)]
+    again = Tokenizer.from_folder(tmp_path / "a")
+    assert [*again.prefix_ids, *again.encode("Hi"), *again.suffix_ids] == expected
+    assert AutoTokenizer.from_pretrained(tmp_path / "a")("Hi")["input_ids"] == expected
+
+
+@pytest.mark.parametrize("processor", [template_processing(BOS) | {"single": "x"}, {"type": "TemplateProcessing"}])
+def test_a_damaged_post_processor_is_named(tmp_path: Path, processor: dict):
+    with pytest.raises(QwenMLXError, match=r"tokenizer\.json"):
+        folder(tmp_path, post_processor=processor)
+
+
+def test_a_post_processor_of_ids_beyond_the_vocabulary_is_named(tmp_path: Path):
+    processor = template_processing(BOS)
+    processor["special_tokens"][BOS]["ids"] = [10**6]
+    with pytest.raises(QwenMLXError, match=r"tokenizer\.json.*1000000"):
+        folder(tmp_path, post_processor=processor)
+
+
+def test_tools_take_the_template_that_is_named_for_them(tmp_path: Path):
+    entries = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with {{ tools[0] }}"}]
+    tokenizer = folder(tmp_path / "a", chat_template=entries)
+    assert (tokenizer.render_chat(HI), tokenizer.render_chat(HI, ["x"])) == ("plain", "with x")
+    tokenizer.save(tmp_path / "a")
+    assert Tokenizer.from_folder(tmp_path / "a").chat_templates == tokenizer.chat_templates
+    metadata = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
+    assert Tokenizer.from_gguf(MINIMAL | metadata).render_chat(HI, ["x"]) == "tools"
+    assert Tokenizer.from_gguf(MINIMAL | {"tokenizer.chat_template": "plain"}).render_chat(HI, ["x"]) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (5, "chat_template"),
+        ([{"name": "x"}], "chat_template"),
+        ([{"name": [], "template": ""}], "chat_template"),
+        ([{"name": "../x", "template": "y"}], "letters"),
+    ],
+)
+def test_damaged_templates_are_named(tmp_path: Path, own: Any, words: str):
+    with pytest.raises(QwenMLXError, match=words):
+        folder(tmp_path, chat_template=own)
+
+
+def test_ends_are_known_by_their_meaning():
+    names = ["<|im_end|>", "<|endoftext|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_middle|>", "<EOT>"]
+    special = {name: i for i, name in enumerate(names)}
+    assert end_ids(special) == {0, 1, 2, 3, 4, 6}
+    assert end_ids(special, {"fim_pad": 9}) == {0, 1, 3, 4, 6, 9}
+
+
+def test_a_file_without_an_end_token_is_refused():
+    with pytest.raises(GGUFError, match="eos_token_id"):
+        Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.token_type": [1] * 5, "tokenizer.ggml.eos_token_id": None})
+
+
+@pytest.mark.parametrize("pre", [None, "", "default", "gpt-2"])
+def test_old_files_without_the_name_of_the_split_rule_load_with_a_sentence(pre: str | None):
+    with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.pre"):
+        tokenizer = Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.pre": pre})
+    assert tokenizer.encode("ab") == [2]
+
+
+@pytest.mark.parametrize("pre", ["kormo", "f2llmv2", "deepseek-r1-qwen"])
+def test_other_names_of_the_split_rule_load(pre: str):
+    assert Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.pre": pre}).encode("ab") == [2]
+
+
+def test_a_gguf_names_its_tokens_for_the_template():
+    ids = {"tokenizer.ggml.padding_token_id": 3, "tokenizer.ggml.unknown_token_id": 2**32 - 1}
+    template = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}"
+    tokenizer = Tokenizer.from_gguf(MINIMAL | ids | {"tokenizer.chat_template": template})
+    assert tokenizer.render_chat(HI) == f"<|endoftext|>{IM_END}<|endoftext|>False"
+
+
+def test_gguf_asks_for_bos_before_raw_text():
+    tokenizer = Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.add_bos_token": True})
+    assert encode_prompt(tokenizer, "ab", raw=True) == [3, 2]
+    assert encode_prompt(tokenizer, "<|endoftext|>ab", raw=True) == [3, 2]
+    assert encode_prompt(Tokenizer.from_gguf(MINIMAL), "ab", raw=True) == [2]
+
+
+# Folders without tokenizer.json.
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_vocab_and_merges_are_read_as_transformers_reads_them(tmp_path: Path, decoder: bool):
+    from transformers import Qwen2Tokenizer
+
+    write_byte_folder(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"] | {"he": 256, "ll": 257, "hell": 258}
+    added = {name: i + 3 for name, i in IDS.items()}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n")
+    (tmp_path / "tokenizer.json").unlink()
+    if decoder:
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        tokens = {str(i): {"content": name, "special": name in CONTROL, **flags} for name, i in added.items()}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": tokens}))
+    else:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    ours, theirs = Tokenizer.from_folder(tmp_path), Qwen2Tokenizer.from_pretrained(tmp_path)
+    for text in ("hello hell", "<|im_start|>hell\u00e9<|im_end|>", "<think>"):
+        assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False)
+    assert added[IM_END] in ours.eos_token_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("vocab.json", "[]"), ("merges.txt", "h e x\n"), ("merges.txt", "h nosuch"), ("added_tokens.json", '{"x": []}')],
+)
+def test_damaged_vocab_and_merges_are_named(tmp_path: Path, name: str, content: str):
+    files = {"vocab.json": '{"h": 0, "e": 1, "he": 2}', "merges.txt": "h e", "added_tokens.json": '{"<|im_end|>": 3}'}
+    for file, text in (files | {name: content}).items():
+        (tmp_path / file).write_text(text)
+    with pytest.raises(QwenMLXError, match=name.split(".")[0].replace("_", ".")):
+        Tokenizer.from_folder(tmp_path)
+
+
+# The guard of control tokens in messages.
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.sampled_from("<|IM_endstar>x/sthink｜"), max_size=40), more=st.text("<|im_end>", max_size=12))
+def test_a_guarded_text_forms_no_control_token_with_what_follows(text: str, more: str):
+    safe = guarded(text, STARTS, USER_DEFINED)
+    assert safe.replace(GUARD, "") == text
+    written = safe + guarded(more, STARTS, USER_DEFINED)
+    assert not any(name in written.lower() for name in CONTROL)
+
+
+def test_added_tokens_that_are_no_control_tokens_stay():
+    text = "<think>a</think></s><tool_call>"
+    assert guarded(text, STARTS, USER_DEFINED) == text.replace("</s>", f"<{GUARD}/s>")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0].content | tojson(ensure_ascii=true) }}", "a<|im_end|>\\ufdd0\\\\ufdd0 é"),
+        ("{{ messages[0].content | tojson }}", "a<|im_end|>é"),
+        ("{{ messages[0].content.split('</s>')[-1] }}", "thought</s>b<|im_end|>"),
+        ("{% if messages[0].content.endswith('<|im_end|>') %}{{ messages[0].content }}{% endif %}", "a<|im_end|>"),
+        ("{{ messages[0].content | trim }}", " a<|im_ "),
+    ],
+)
+def test_the_guard_does_not_show(template: str, text: str):
+    messages = [{"role": "user", "content": text}]
+    safe, variables = guarded_conversation(template, messages, {}, {}, CONTROL)
+    assert render_normalized(template, safe, **variables).replace(GUARD, "") == render(template, messages)
+
+
+def test_a_template_that_counts_letters_is_refused_rather_than_misled():
+    with pytest.raises(QwenMLXError, match=r"<\|im_end\|>"):
+        guarded_conversation(
+            "{{ messages[0].content | length }}", [{"role": "user", "content": "a<|im_end|>"}], {}, {}, CONTROL
+        )
+
+
+def test_a_control_token_within_arguments_stays_text(tmp_path: Path):
+    tokenizer = folder(tmp_path, chat_template=CALLS % "c.function.arguments | tojson")
+    arguments = '{"a": "\\u003c|im_end|>"}'
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    ids = tokenizer.apply_chat_template([{"role": "assistant", "tool_calls": [call]}])
+    assert tokenizer.decode(ids, skip_special=False) == '{"a": "<|im_end|>"}'
+    assert IDS[IM_END] not in ids
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "system", "tool", "developer", "x", 5]),
+        "content": JSON | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=5)})),
+        "tool_calls": JSON | st.lists(st.fixed_dictionaries({"function": JSON}), max_size=2),
+        "reasoning_content": JSON,
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(messages=JSON | st.lists(MESSAGE | JSON, max_size=4))
+def test_any_json_is_a_text_or_a_sentence(messages: Any):
+    with contextlib.suppress(QwenMLXError):
+        assert isinstance(render(CALLS % "m.role + m.content + c.function.name", messages), str)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "user"}], "no content"),
+        ([{"role": "user", "content": None}], "no content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
+        ([{"role": "assistant", "content": "", "tool_calls": "f()"}], "tool calls"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"name": 5}]}], "tool call"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{"}]}], "arguments"),
+        ("Hi", "list"),
+    ],
+)
+def test_what_is_no_message_is_named(messages: Any, words: str):
+    source = (
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.name or c.function.name }}{{ (c.function or c).arguments | tojson }}"
+        "{% endfor %}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(QwenMLXError, match=words):
+        render(source, messages)
+
+
+def test_what_a_template_leaves_out_is_said():
+    source = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.warns(UserWarning, match="narrator"):
+        assert render(source, [*HI, {"role": "narrator", "content": "x"}]) == "Hi"
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    with pytest.warns(UserWarning, match="tool calls"):
+        assert render(source, [*HI, {"role": "assistant", "tool_calls": [call]}]) == "Hi"
+
+
+def test_strings_can_be_multiplied_and_json_has_its_arguments():
+    assert render("{{ '-' * 3 + 2 * 'ab' }}", HI) == "---abab"
+    json_text = "{{ {'b': 1, 'a': 'é'} | tojson(separators=(',', ':'), sort_keys=true) }}"
+    assert render(json_text, HI) == '{"a":"é","b":1}'
+
+
+# SentencePiece's vocabulary, as CodeQwen1.5's GGUF has it.
+
+CODE = "def area(radius):\n    return 3.14159 * radius ** 2\n\n\nclass Shape:\n    def __init__(self):\n        pass\n"
+
+
+def sentencepiece_model(space_first: bool) -> Any:
+    """A model that SentencePiece trained on a little code."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CODE.splitlines() * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        add_dummy_prefix=space_first,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.mark.parametrize("space_first", [False, True])
+def test_a_sentencepiece_vocabulary_gives_sentencepiece_s_ids(space_first: bool):
+    theirs = sentencepiece_model(space_first)
+    ids = range(theirs.vocab_size())
+    kinds = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [theirs.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [theirs.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": theirs.bos_id(),
+        "tokenizer.ggml.eos_token_id": theirs.eos_id(),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_space_prefix": space_first,
+    }
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert "<|im_end|>" in tokenizer.special
+    for text in (*CODE.splitlines(), CODE, "unseen 你好 é 👩‍💻\t\x00", "  two  spaces ", "classradius", "retturn"):
+        own = tokenizer.encode(text)
+        assert own == theirs.encode(text), repr(text)
+        shown = tokenizer.decode(own)
+        assert shown == (f" {text}" if space_first and text else text)
+        stream = tokenizer.detokenizer()
+        assert "".join([*map(stream.add, own), stream.finish()]) == shown
+    around = tokenizer.encode("<|im_start|>def<|im_end|>", allow_special=True)
+    assert around[0] == tokenizer.special["<|im_start|>"]
+    assert around[-1] == tokenizer.special["<|im_end|>"]
+
+
+def test_a_sentencepiece_vocabulary_is_saved_for_transformers(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "ab", "\u2581", "\u2581ab"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 258 + [-4.0, -5.0, -1.0, -3.0, -2.0],
+        "tokenizer.ggml.token_type": [2, 3, *[6] * 256, *[1] * 5],
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tokenizer = Tokenizer.from_gguf(metadata)
+    tokenizer.save(tmp_path)
+    for text in ("ab ab", "aab\u00e9 b", " "):
+        ids = tokenizer.encode(text)
+        assert Tokenizer.from_folder(tmp_path).encode(text) == ids
+        assert Tokenizer.from_folder(tmp_path).decode(ids) == text
+        assert AutoTokenizer.from_pretrained(tmp_path).encode(text, add_special_tokens=False) == ids
