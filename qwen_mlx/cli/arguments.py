@@ -47,7 +47,12 @@ def model_parser(command: str, description: str, max_tokens: int) -> Parser:
     p.add_argument(
         "--max-tokens", "-n", type=int, default=max_tokens, metavar="N", help="tokens at most (default %(default)s)"
     )
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (can be repeated)")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text or token (can be repeated)"
+    )
+    p.add_argument("--hide-reasoning", action="store_true", help="do not show what a model thinks before it answers")
+    p.add_argument("--reasoning-budget", type=int, metavar="N", help="end a thought after N tokens")
+    p.add_argument("--special", action="store_true", help="show control tokens in the text")
     p.add_argument("--seed", type=int, metavar="N", help="make sampling repeatable on one backend")
     sampling = p.add_argument_group("sampling (default: what the model's file or family says)")
     for (option, (kind, placeholder, text)), name in zip(SAMPLING.items(), SETTINGS):
@@ -133,7 +138,8 @@ def open_model(
     logprobs = getattr(arguments, "logprobs", None)
     # A bias may name a token that the vocabulary lacks, which is known later.
     limits = arguments.max_tokens, arguments.min_tokens
-    GenerationSettings(SamplingSettings().override(**sampling), *limits, logprobs=logprobs)
+    budget = arguments.reasoning_budget
+    GenerationSettings(SamplingSettings().override(**sampling), *limits, logprobs=logprobs, reasoning_budget=budget)
     cache_kind = {"bits": arguments.kv_bits, "max_size": arguments.max_kv_size}
     caches = make_caches(1, 128, **cache_kind)  # refuses an impossible kind
     if cache_file is not None and any(cache_kind.values()):
@@ -171,6 +177,7 @@ def open_model(
     elif cache_file is not None or any(cache_kind.values()):
         cache = PromptCache(model, functools.partial(model.make_cache, **cache_kind))
     settings = {name: getattr(arguments, name) for name in ("max_tokens", "stop", "seed", "system", "min_tokens")}
+    settings |= {"skip_special_tokens": not arguments.special, "reasoning_budget": arguments.reasoning_budget}
     settings |= {"draft_model": draft, "num_draft_tokens": arguments.num_draft_tokens, "logprobs": logprobs}
     return model, tokenizer, settings | sampling | {"prompt_cache": cache}
 

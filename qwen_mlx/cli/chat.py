@@ -74,6 +74,7 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     interactive = on_first(lambda: sys.stdin.isatty() and sys.stdout.isatty())
     window: Pipe | Terminal = Terminal() if interactive and (group is None or group.rank() == 0) else Pipe()
     window.interactive = interactive
+    window.hides_reasoning = arguments.hide_reasoning
     chat = Chat(
         model,
         tokenizer,
@@ -144,7 +145,7 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
             for event in stream:
                 progress.clear()
                 if isinstance(event, GenerationChunk):
-                    written += event.text
+                    written += event.answer if window.hides_reasoning else event.text
                     call = written.find(OPEN) if hidden else -1
                     end = len(written) - (0 if event.finish_reason else overlap(written, hidden))
                     end = end if call < 0 else call
@@ -169,10 +170,12 @@ def summary(chat: Chat) -> str:
     reading, writing = sum(one.prompt_seconds for one in turn), sum(one.generation_seconds for one in turn)
     share = sum(one.communication_seconds for one in turn) / (reading + writing)
     shared = "" if alone() else f", {share:.0%} of the time in communication"
+    repeated = turn[-1].repeated_tokens
+    loop = f"; the text repeats itself every {repeated} tokens, /undo takes it back" if repeated else ""
     return (
         f"{turn[0].reused_tokens} tokens reused, {sum(one.prompt_tokens for one in turn)} read, "
         f"{sum(one.generated_tokens for one in turn)} written, "
-        f"{sum(one.generated_tokens - 1 for one in turn) / writing if writing else 0:.1f} tok/s{shared}"
+        f"{sum(one.generated_tokens - 1 for one in turn) / writing if writing else 0:.1f} tok/s{shared}{loop}"
     )
 
 

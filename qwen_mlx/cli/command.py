@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -68,6 +69,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the rest of the process)
+    warnings.showwarning = _show_warning
     sentence = None
     try:
         try:
@@ -134,6 +136,12 @@ def kernel_failure(text: str) -> str | None:
         f"{what} does not run on this GPU ({said}); set QWEN_MLX_KERNELS={switch} to compute that in plain MLX, and "
         "please report it with the file that qwen-mlx selftest writes."
     )
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line on standard error, without the line of code that gave it."""
+    if sys.stderr is not None:
+        print(printable(f"warning: {message}", sys.stderr), file=sys.stderr)
 
 
 class ProgressLine:

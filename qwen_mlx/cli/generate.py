@@ -74,7 +74,8 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
                 chunks = fim.stream(model, tokenizer, hole, asked, arguments.model)
             for chunk in chunks:
                 stats = chunk.stats
-                print(printable(chunk.text, sys.stdout), end="", flush=True)
+                text = chunk.answer if arguments.hide_reasoning else chunk.text
+                print(printable(text, sys.stdout), end="", flush=True)
                 if chunk.logprob is not None:
                     token_lines.append(_describe_token(tokenizer, chunk))
         except KeyboardInterrupt:
@@ -119,7 +120,9 @@ def describe_cost(stats: GenerationStats, drafted: bool) -> str:
     if not stats.generated_tokens:
         return "interrupted before the first token"
     reused = f" ({stats.reused_tokens} more from the cache)" if stats.reused_tokens else ""
-    draft = shared = ""
+    draft = shared = repeated = ""
+    if stats.repeated_tokens:
+        repeated = f"; the text repeats itself every {stats.repeated_tokens} tokens: try --repetition-penalty or --temp"
     if drafted:
         off = f", off for {stats.paused_tokens}" if stats.paused_tokens else ""
         accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance_rate:.0%})"
@@ -130,5 +133,5 @@ def describe_cost(stats: GenerationStats, drafted: bool) -> str:
     return (
         f"prompt: {stats.prompt_tokens} tokens{reused}, {stats.prompt_per_second:.1f} tok/s; "
         f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; {draft}{shared}"
-        f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}"
+        f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}{repeated}"
     )

@@ -25,6 +25,7 @@ class Pipe:
     """Each line of standard input is a message; text goes out as it is made, nothing else does."""
 
     interactive = False
+    hides_reasoning = False
 
     def __init__(self) -> None:
         self._within_line = False
@@ -76,6 +77,7 @@ class Terminal:
     """prompt_toolkit reads (a paste of several lines is one message), rich shows Markdown while it comes."""
 
     interactive = True
+    hides_reasoning = False
 
     def __init__(self) -> None:
         from prompt_toolkit import PromptSession

@@ -70,6 +70,8 @@ def batch_generate(
     max_tokens: int | Sequence[int] = 512,
     min_tokens: int = 0,
     stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    skip_special_tokens: bool = True,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,

@@ -92,6 +92,9 @@ class Chat:
         max_tokens: int = 512,
         min_tokens: int = 0,
         stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        reasoning_budget: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -256,19 +259,21 @@ class Chat:
         previous = None
         for rounds in range(self.max_tool_rounds + 1):
             answer: dict[str, Any] = {"role": "assistant", "content": "", "ids": []}
+            spoken = ""  # without thoughts, in which a call is not meant
             try:
                 with contextlib.closing(self._generate()) as chunks:
                     for chunk in chunks:
                         self.turn[rounds:] = [chunk.stats]
                         answer["content"] += chunk.text
-                        answer["ids"] += [] if chunk.token in self.tokenizer.eos_token_ids else [chunk.token]
+                        spoken += chunk.answer
+                        answer["ids"] += [] if chunk.token in self.settings.eos_token_ids else [chunk.token]
                         yield chunk
             finally:
                 if len(self.turn) > rounds:
                     self.messages.append(self._as_written(answer))
                 elif rounds == 0:
                     self.messages.pop()
-            calls = parse_tool_calls(answer["content"], self.tools) if self.tools else []
+            calls = parse_tool_calls(spoken, self.tools) if self.tools else []
             if not calls:
                 return
             refused = None

@@ -38,7 +38,8 @@ class GenerationStats:
     Each prompt's first token belongs to the prompt, whose tokens were computed (prompt_tokens) or already in a prompt
     cache (reused_tokens). A draft proposed drafted_tokens, of which the model accepted accepted_tokens; while it was
     slower than plain decoding, paused_tokens came without it. With several ranks, communication_seconds of the time
-    went into communication and waiting for each other.
+    went into communication and waiting for each other. repeated_tokens: where max_tokens ended a text that repeats
+    itself, the length of what it repeats.
     """
 
     prompt_tokens: int = 0
@@ -51,6 +52,7 @@ class GenerationStats:
     paused_tokens: int = 0
     communication_seconds: float = 0.0
     prompts: int = 1
+    repeated_tokens: int = 0
 
     @property
     def prompt_per_second(self) -> float:

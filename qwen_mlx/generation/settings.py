@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
@@ -57,12 +58,19 @@ class GenerationSettings:
     num_draft_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     constraint: Constraint | None = None
+    stop_token_ids: Sequence[int] = ()
+    skip_special_tokens: bool = True
+    reasoning_budget: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise QwenMLXError(f"stop is {self.stop!r}, expected a list of strings that are not empty.")
         object.__setattr__(self, "stop", tuple(stop))
+        ids = self.stop_token_ids
+        if isinstance(ids, str) or not all(isinstance(i, numbers.Integral) and i >= 0 for i in ids):
+            raise QwenMLXError(f"stop_token_ids is {ids!r}, expected a list of token ids.")
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))
         if self.draft_model is not None and self.num_draft_tokens is None:
             object.__setattr__(self, "num_draft_tokens", self.draft_model.num_draft_tokens)
         for name, low, high, expected in (
@@ -71,6 +79,7 @@ class GenerationSettings:
             ("prefill_step_size", 1, math.inf, "1 or more"),
             ("seed", 0, 2**64 - 1, "an integer from 0 to 2^64 - 1"),
             ("logprobs", 0, 100, "0 to 100"),
+            ("reasoning_budget", 0, math.inf, "0 or more"),
             ("num_draft_tokens", 1, MAX_DRAFT_TOKENS, f"1 to {MAX_DRAFT_TOKENS}"),
         ):
             value = getattr(self, name)
@@ -78,6 +87,8 @@ class GenerationSettings:
                 object.__setattr__(self, name, check_integer(name, value, low, high, expected))
         if self.draft_model is None and self.num_draft_tokens is not None:
             raise QwenMLXError("num_draft_tokens is given without a draft; give a draft too.")
+        if self.constraint is not None and self.reasoning_budget is not None:
+            raise QwenMLXError("reasoning_budget does not go with structured output, which has no thoughts.")
         if self.constraint is not None and self.min_tokens:
             raise QwenMLXError("min_tokens does not go with structured output, which ends where it is complete.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 from ..errors import QwenMLXError
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
+from ..text.thoughts import Thoughts
 from ..text.tokenizer import Tokenizer
 from .drafts import check_cache, make_draft
-from .engine import GenerationStats, Progress, generate_tokens, plain_steps
+from .engine import GenerationStats, Progress, Token, generate_tokens, plain_steps
 from .prompt_cache import PromptCache
 from .sampling import SAMPLING_ARGUMENTS
 from .settings import Draft, GenerationSettings, refuses_unknown
@@ -33,7 +34,8 @@ class GenerationChunk:
 
     finish_reason is "stop" (an end token or a stop string), "length" (max_tokens or the context's end) or None while
     the text goes on. With logprobs: ln p of the token by the model's own logits, before penalties and temperature, and
-    the likeliest tokens' (id, ln p).
+    the likeliest tokens' (id, ln p). reasoning, answer: of a model that thinks before it answers, what became complete
+    of the thought and of the answer, without the marks between them, which text has; of other models answer is text.
     """
 
     text: str
@@ -42,11 +44,14 @@ class GenerationChunk:
     stats: GenerationStats = field(repr=False)
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    reasoning: str = ""
+    answer: str = ""
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = None, raw: bool = False) -> list[int]:
     """Token ids of a prompt: a string is a user's message for the model's chat template, or with `raw` is taken as it
-    is (control tokens included); a list of messages ({"role", "content"}) goes through the template; ids stay ids.
+    is (control tokens included) after what the model's file puts before a text, such as a BOS; a list of messages
+    ({"role", "content"}) goes through the template; ids stay ids.
 
     Raises QwenMLXError for an empty prompt, or for `system` where no template is used.
     """
@@ -58,7 +63,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = Non
     if not isinstance(prompt, str) and len(numbers) == len(prompt):
         ids, templated = numbers, False
     elif isinstance(prompt, str) and raw:
-        ids, templated = tokenizer.encode(prompt, allow_special=True), False
+        ids, templated = tokenizer.with_prefix(tokenizer.encode(prompt, allow_special=True)), False
     else:
         if isinstance(prompt, str) and not prompt:
             raise QwenMLXError("The prompt is empty; give at least one character.")
@@ -84,6 +89,9 @@ def stream_generate(
     max_tokens: int = 512,
     min_tokens: int = 0,
     stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    skip_special_tokens: bool = True,
+    reasoning_budget: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -108,11 +116,13 @@ def stream_generate(
 ) -> Generator[GenerationChunk, None, None]:
     """Generates text and yields it as it becomes complete: never half a character, never part of a stop string.
 
-    prompt, system, raw: see encode_prompt. stop: strings that end the text and are left out of it. Sampling arguments
-    that are None keep the model's own defaults (`model.generation_defaults`); temperature 0 is greedy; for the others
-    see SamplingSettings. min_tokens: no end token before so many. logprobs: 0 to 100, chunks then carry the token's
-    ln p and so many of the likeliest. prefill_step_size: tokens of the prompt read in one pass; None chooses by the
-    device. progress: called with (prompt tokens done, prompt tokens in all).
+    prompt, system, raw: see encode_prompt. stop: strings that end the text and are left out of it, also the name of a
+    control token; stop_token_ids: tokens that end it beside the model's own. skip_special_tokens: leave control tokens
+    out of the text. reasoning_budget: tokens of a thought at most, after which the closing mark is written for the
+    model. Sampling arguments that are None keep the model's own defaults (`model.generation_defaults`);
+    temperature 0 is greedy; for the others see SamplingSettings. min_tokens: no end token before so many. logprobs: 0
+    to 100, chunks then carry the token's ln p and so many of the likeliest. prefill_step_size: tokens of the prompt
+    read in one pass; None chooses by the device. progress: called with (prompt tokens done, prompt tokens in all).
     schema: a JSON schema (a mapping, JSON text, a class of pydantic's, True for any JSON) that the text satisfies, or a
     Constraint that structured.constraint made of a regular expression, choices or a grammar. JSON is
     complete even where max_tokens ends it, as finish_reason says.
@@ -142,6 +152,9 @@ def generate(
     max_tokens: int = 512,
     min_tokens: int = 0,
     stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    skip_special_tokens: bool = True,
+    reasoning_budget: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -185,7 +198,13 @@ def settings_of(model: Qwen2, tokenizer: Tokenizer, arguments: Mapping[str, Any]
     schema = arguments.get("schema")
     if schema is not None:
         given["constraint"] = schema if isinstance(schema, Constraint) else constraint(tokenizer, json_schema=schema)
-    return GenerationSettings(sampling, eos_token_ids=tuple(sorted(tokenizer.eos_token_ids)), **given)
+    settings = GenerationSettings(sampling, **given)
+    named = {tokenizer.special[text] for text in settings.stop if text in tokenizer.special}
+    ends = tokenizer.eos_token_ids | set(settings.stop_token_ids) | named
+    bad = next((token for token in settings.stop_token_ids if token >= size), None)
+    if bad is not None:
+        raise QwenMLXError(f"stop_token_ids names token {bad}, expected 0 to {size - 1}.")
+    return replace(settings, eos_token_ids=tuple(sorted(ends)))
 
 
 def check_caches(model: Qwen2, settings: GenerationSettings, cache: Any, prompt_cache: Any) -> None:
@@ -223,6 +242,8 @@ def stream(
     progress: Progress | None = None,
 ) -> Generator[GenerationChunk, None, None]:
     """stream_generate with its settings made and its prompt encoded."""
+    if settings.reasoning_budget is not None and cache is not None:
+        raise QwenMLXError("reasoning_budget does not go with cache; give a prompt_cache.")
     limit = min(settings.max_tokens, room_after(model, ids, cache[0].offset if cache else 0))
     settings = replace(settings, max_tokens=limit, min_tokens=min(settings.min_tokens, limit))
     if settings.constraint is not None:
@@ -239,17 +260,36 @@ def _stream(
     prompt_cache: PromptCache | None,
     progress: Progress | None,
 ) -> Generator[GenerationChunk, None, None]:
-    cached, text_ids = 0, list(ids)
-    if prompt_cache is not None:
-        cached = prompt_cache.keep(ids)
-        cache = prompt_cache.layers
-    stats = GenerationStats(prompt_tokens=len(ids) - cached, reused_tokens=cached)
-    policy = plain_steps
-    if settings.draft_model is not None:
-        policy = functools.partial(drafted_steps, draft=settings.draft_model, ids=list(ids), stats=stats)
-    tokens = generate_tokens(
-        model, ids[cached:], settings, cache=cache, cached_ids=ids[:cached], policy=policy, progress=progress
-    )
+    thoughts = tokenizer.thoughts(ids)
+    budget = settings.reasoning_budget if thoughts is not None else None
+    if budget is not None and prompt_cache is None:
+        prompt_cache = PromptCache(model)
+    stats, text_ids = GenerationStats(), list(ids)
+
+    def begin() -> Generator[Token, None, None]:
+        """The tokens that follow text_ids."""
+        nonlocal cache
+        cached, done = 0, stats.generated_tokens
+        if prompt_cache is not None:
+            if done and cache is not None:
+                prompt_cache.record(text_ids, cache)
+            cached = prompt_cache.keep(text_ids)
+            cache = prompt_cache.layers
+        if not done:
+            stats.prompt_tokens, stats.reused_tokens = len(ids) - cached, cached
+        policy = plain_steps
+        if settings.draft_model is not None:
+            policy = functools.partial(drafted_steps, draft=settings.draft_model, ids=list(text_ids), stats=stats)
+        rest = replace(settings, max_tokens=settings.max_tokens - done, min_tokens=max(0, settings.min_tokens - done))
+        return generate_tokens(
+            model, text_ids[cached:], rest, cache=cache, cached_ids=text_ids[:cached], policy=policy, progress=progress
+        )
+
+    if budget is None or thoughts is None or tokenizer.think_marks is None:
+        tokens = begin()
+    else:
+        closing = tokenizer.encode(f"\n{tokenizer.think_marks[1]}\n\n", allow_special=True)
+        tokens = _within_budget(begin, thoughts, budget, closing)
     text_stream = TextStream(tokenizer, settings)
     start = time.perf_counter()
     try:
@@ -269,19 +309,52 @@ def _stream(
                     )
                 text_ids.append(token.id)
                 text, finish_reason = text_stream.add(token.id, token.closing)
-                yield GenerationChunk(text, token.id, finish_reason, stats, token.logprob, token.top_logprobs)
-                if finish_reason is not None:
+                ended = finish_reason is not None
+                reasoning, answer = ("", text) if thoughts is None else thoughts.add(text, ended)
+                if finish_reason == "length":
+                    stats.repeated_tokens = repeated_tokens(text_ids[len(ids) :])
+                yield GenerationChunk(
+                    text, token.id, finish_reason, stats, token.logprob, token.top_logprobs, reasoning, answer
+                )
+                if ended:
                     return
     finally:
         if prompt_cache is not None and cache is not None:
             prompt_cache.record(text_ids, cache)
 
 
+def _within_budget(
+    begin: Callable[[], Generator[Token, None, None]], thoughts: Thoughts, budget: int, closing: Sequence[int]
+) -> Generator[Token, None, None]:
+    """The tokens of begin(); if the text is still a thought after `budget` of them, those of its closing mark, and then
+    the tokens of another begin(). Who takes a token tells `thoughts` its text before it takes the next one."""
+    if budget or not thoughts.thinking:
+        with contextlib.closing(begin()) as tokens:
+            for count, token in enumerate(tokens, 1):
+                yield token
+                if count >= budget and thoughts.thinking:
+                    break
+            else:
+                return
+    yield from map(Token, closing)
+    yield from begin()
+
+
+def repeated_tokens(ids: Sequence[int]) -> int:
+    """The length, at most 1,024, of the run of tokens that the end of `ids` repeats, four times at least and over 64
+    tokens; 0 if there is none."""
+    for length in range(1, min(1024, len(ids) // 4) + 1):
+        span = max(4 * length, 64)
+        if span <= len(ids) and list(ids[-span + length :]) == list(ids[-span:-length]):
+            return length
+    return 0
+
+
 class TextStream:
     """Turns tokens into text as it becomes complete: never half a character or part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, settings: GenerationSettings) -> None:
-        self._eos_ids, self._detokenizer = settings.eos_token_ids, tokenizer.detokenizer()
+        self._eos_ids, self._detokenizer = settings.eos_token_ids, tokenizer.detokenizer(settings.skip_special_tokens)
         self._stop, self._left = settings.stop, settings.max_tokens
         self._pending = ""  # text that may be the beginning of a stop string
 
