@@ -2,56 +2,157 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import QwenMLXError
 from ..generation.sampling import SamplingSettings
 from ..gguf.reader import GGUFFile
+from ..text.chat_template import render
 from ..text.files import read_json
+from ..text.thoughts import THINK_MARKS
 
 # Qwen's settings for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value of
 # the sizes from 3B on and of Qwen's own documentation), for files without settings of their own.
 INSTRUCT_SETTINGS = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, source="Qwen2.5-Instruct's published settings")
+# Qwen's settings for QwQ-32B (its generation_config.json), which repeats itself without end if it is greedy.
+QWQ_SETTINGS = SamplingSettings(0.6, 40, 0.95, source="QwQ-32B's published settings")
 # DeepSeek's settings for DeepSeek-R1 and its distillations (README of DeepSeek-R1, usage recommendations).
 R1_SETTINGS = SamplingSettings(0.6, top_p=0.95, source="DeepSeek-R1's published settings")
 GREEDY_SETTINGS = SamplingSettings(source="greedy: no settings in the file and not an instruction-tuned model")
 
+# What a model is called, and its family's settings; the first that fits counts. Words are joined by "-".
+FAMILIES = (
+    (r"qwq-32b-preview|qwq.*preview", INSTRUCT_SETTINGS),
+    (r"qwq", QWQ_SETTINGS),
+    (
+        r"deepseek-r1|r1-distill|deepscaler|deepcoder|openreasoning|openmath-nemotron|acereason|skywork-or1|light-r1|"
+        r"vibethinker|openthinker|open-r1|deephermes|reasoning|thinking",
+        R1_SETTINGS,
+    ),
+    (r"sky-t1|\bs1(\.1)?\b|s1k|marco-o1|bespoke-stratos|smallthinker", INSTRUCT_SETTINGS),
+    (r"instruct|\bchat\b|dolphin|hermes|magnum|tower-plus|athene", INSTRUCT_SETTINGS),
+)
+# GGUF's names of settings (llama.cpp's LLM_KV_GENERAL_SAMPLING_*).
+GGUF_NAMES = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+}
+GGUF_PREFIX = "general.sampling."
+# Settings of generation_config.json, those of transformers.
+FOLDER_NAMES = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
+# Transformers' settings that would change what is generated, with the values that switch them off.
+UNSUPPORTED = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "diversity_penalty": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "guidance_scale": (1,),
+    "bad_words_ids": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "forced_bos_token_id": (),
+    "sequence_bias": (),
+    "dola_layers": (),
+    "top_h": (1,),
+}
+
 
 def gguf_defaults(file: GGUFFile) -> SamplingSettings:
-    """The file's `general.sampling.*`, else the family's for an instruction-tuned model, else greedy."""
-    keys = {
-        "temp": "temperature",
-        "top_k": "top_k",
-        "top_p": "top_p",
-        "min_p": "min_p",
-        "penalty_repeat": "repetition_penalty",
-    }
-    own = {ours: file.metadata.get(f"general.sampling.{key}") for key, ours in keys.items()}
-    own = {name: value for name, value in own.items() if value is not None}
+    """The file's `general.sampling.*`, else the settings of the family that its metadata or its name tells, else
+    greedy. Warns of a setting that is not supported."""
+    metadata = file.metadata
+    stored = {key[len(GGUF_PREFIX) :]: value for key, value in metadata.items() if key.startswith(GGUF_PREFIX)}
+    own = {GGUF_NAMES[key]: value for key, value in stored.items() if key in GGUF_NAMES}
+    ignored = sorted(stored.keys() - GGUF_NAMES.keys())
+    if ignored:
+        warnings.warn(f"{file.path.name}: the sampling settings {', '.join(ignored)} are ignored.", stacklevel=2)
     if own:
         return _settings(own, f"general.sampling of {file.path.name}", file.path)
-    finetune = f"{file.metadata.get('general.finetune', '')} {file.metadata.get('general.name', '')} {file.path.name}"
-    if "deepseek-r1" in finetune.lower().replace(" ", "-"):
-        return R1_SETTINGS
-    return INSTRUCT_SETTINGS if "instruct" in finetune.lower() else GREEDY_SETTINGS
+    return family_settings([*_described(metadata), file.path.stem], str(metadata.get("tokenizer.chat_template", "")))
+
+
+def _described(metadata: Mapping[str, Any]) -> Iterable[str]:
+    """What a GGUF says of itself, and then of the models it was made from."""
+    yield f"{metadata.get('general.basename', '')} {metadata.get('general.finetune', '')}"
+    yield str(metadata.get("general.name", ""))
+    count = metadata.get("general.base_model.count", 0)
+    for i in range(min(count, 8) if isinstance(count, int) else 0):
+        yield str(metadata.get(f"general.base_model.{i}.name", ""))
+
+
+def family_settings(names: Iterable[str], template: str = "") -> SamplingSettings:
+    """The settings of the family that the first of `names` belongs to which belongs to any; of a model that nothing
+    names but whose chat template opens a thought, DeepSeek-R1's; else greedy."""
+    for name in names:
+        joined = re.sub(r"[\s_/]+", "-", name.lower())
+        for pattern, settings in FAMILIES:
+            if re.search(pattern, joined):
+                return settings
+    if template and _opens_thought(template):
+        return replace(R1_SETTINGS, source="DeepSeek-R1's published settings, as the chat template opens a thought")
+    return GREEDY_SETTINGS
+
+
+def _opens_thought(template: str) -> bool:
+    """True if a chat template ends the prompt within a thought."""
+    try:
+        prompt = render(template, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    except QwenMLXError:
+        return False
+    return prompt.rstrip().endswith(tuple(opening for opening, _ in THINK_MARKS))
 
 
 def folder_defaults(folder: Path) -> SamplingSettings:
-    """The settings of generation_config.json, else greedy."""
+    """The settings of generation_config.json as transformers means them, else those of the family that config.json or
+    the folder's name tells. Warns of a setting that is not supported."""
     path = folder / "generation_config.json"
-    if not path.exists():
-        return GREEDY_SETTINGS
-    raw = read_json(path)
-    own = {
-        name: raw[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if raw.get(name)
+    raw = read_json(path) if path.exists() else {}
+    own = {name: raw[name] for name in FOLDER_NAMES if raw.get(name) is not None}
+    ignored = [name for name, off in UNSUPPORTED.items() if raw.get(name) not in (None, *off)]
+    if ignored:
+        warnings.warn(f"{path}: the settings {', '.join(ignored)} are ignored.", stacklevel=2)
+    if raw.get("do_sample"):
+        # Transformers' own defaults, for what the file leaves out.
+        return _settings({"temperature": 1.0, "top_k": 50} | own, path.name, path)
+    penalties: dict[str, Any] = {
+        name: own[name] for name in ("repetition_penalty", "no_repeat_ngram_size") if name in own
     }
-    if not raw.get("do_sample", False):
-        own = {name: value for name, value in own.items() if name == "repetition_penalty"}
-    return _settings(own, path.name, path)
+    if "do_sample" not in raw and not penalties:
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        settings = family_settings([str(config.get("_name_or_path", "")), *map(str, folder.absolute().parts[-4:])])
+        if settings is not GREEDY_SETTINGS:
+            return settings
+    return _settings(penalties, path.name, path) if path.exists() else GREEDY_SETTINGS
 
 
 def _settings(values: dict[str, Any], source: str, path: Path) -> SamplingSettings:
+    """The settings of a file, in which a whole number may be written as a float."""
+    whole = ("top_k", "no_repeat_ngram_size")
+    values = {
+        name: int(value) if name in whole and isinstance(value, float) and value.is_integer() else value
+        for name, value in values.items()
+    }
     try:
         return SamplingSettings(**values, source=source)
     except QwenMLXError as error:
