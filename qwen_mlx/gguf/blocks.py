@@ -85,6 +85,9 @@ _TABLE = (
     BlockType("NVFP4", 40, 64, 36, "4 groups of 16: UE4M3 scale, E2M1[q]"),
 )
 BLOCK_TYPES: dict[int, BlockType] = {block.type_id: block for block in _TABLE}
+# Types that ggml once had; the numbers stay unused.
+REMOVED_TYPES = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
+REMOVED_TYPES |= {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 

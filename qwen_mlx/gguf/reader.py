@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import GGUFError
-from .blocks import BLOCK_TYPES, BlockType
+from .blocks import BLOCK_TYPES, REMOVED_TYPES, BlockType
 
 MAX_DIMS = 4
 MAX_ARRAY_DEPTH = 4
@@ -174,6 +174,11 @@ class _Header:
         for name, dims, type_id, relative in self._directory:
             where = f"{self.path}: tensor {name!r}"
             block = BLOCK_TYPES.get(type_id)
+            if type_id in REMOVED_TYPES:
+                raise GGUFError(
+                    f"{where} has the type {REMOVED_TYPES[type_id]}, which llama.cpp no longer has; take the model's "
+                    "Q4_0 or another type."
+                )
             if block is None:
                 raise GGUFError(f"{where} has type id {type_id}, which is unknown; known are {sorted(BLOCK_TYPES)}.")
             if not 1 <= len(dims) <= MAX_DIMS or 0 in dims:

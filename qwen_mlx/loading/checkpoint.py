@@ -27,6 +27,7 @@ from ..model.config import ModelConfig
 from ..parallel.shards import ALL, Cut
 from ..text.files import read_json
 from ..text.tokenizer import Tokenizer
+from .not_models import refuse_gguf, refuse_path
 from .safetensors_files import DTYPES, FLOATS, StoredTensor, read_tensors, safetensors_files
 from .sampling_defaults import folder_defaults, gguf_defaults
 
@@ -216,6 +217,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises GGUFError for a GGUF, QwenMLXError for a folder, naming the file, the field or tensor, what it is and what
     was expected.
     """
+    refuse_path(path)
     return _open_folder(path) if path.is_dir() else _open_gguf(path)
 
 
@@ -225,6 +227,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
+    refuse_gguf(file)
     config = ModelConfig.from_gguf(file)
     tensors = _gguf_tensors(file, config)
     factors = _rope_factors(file, config)

@@ -20,8 +20,8 @@ def resolve(name: str | os.PathLike[str] | None = None) -> Path:
     """The local path of a model, fetched first if need be.
 
     name: a .gguf file or a folder (what exists as a path is taken as one); a hub id "org/repo", "org/repo:quant" or
-    "org/repo:file.gguf", in any case; None, for the default model. Returns the .gguf file (the first part, if split) or
-    the folder. What is cached in full is used as it is, without any network.
+    "org/repo:file.gguf", in any case, or its address, see hub_id; None, for the default model. Returns the .gguf file
+    (the first part, if split) or the folder. What is cached in full is used as it is, without any network.
     Raises QwenMLXError if there is no such thing, it cannot be fetched, its digest is wrong, or the disk is full.
     """
     if name is None:
@@ -34,14 +34,40 @@ def resolve(name: str | os.PathLike[str] | None = None) -> Path:
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return Path(path)
-    hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?::([^:]+))?", text)
-    if isinstance(name, str) and hub_id and not hub_id[1].lower().endswith((".gguf", ".safetensors")):
-        if text.lower() == DEFAULT.name.lower():
+    meant = hub_id(text) if isinstance(name, str) else None
+    if meant is not None:
+        repo, choice = meant
+        if f"{repo}:{choice}".lower() == DEFAULT.name.lower():
             return default_model()
-        return _from_hub(hub_id[1], hub_id[2])
+        return _from_hub(repo, choice)
     raise QwenMLXError(
         f"{text}: no such file or folder{_nearest(path)}; it is not a hub id (org/repo or org/repo:q4_k_m) either."
     )
+
+
+def hub_id(text: str) -> tuple[str, str | None] | None:
+    """The repository of the Hub that a name means, and the choice in it.
+
+    text: "org/repo" or "org/repo:q4_k_m", alone or after "hf.co/", "hf://" or "https://huggingface.co/", or the address
+    of a page or file of a repository. Returns None for another name. Raises QwenMLXError for an address of another
+    site, of another revision than main, or of a page that is no model's.
+    """
+    site = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://", text)
+    if site is None and re.match(r"[a-z]+://", text):
+        raise QwenMLXError(f"{text}: only models of huggingface.co are fetched; download the file and give its path.")
+    path = re.split("[?#]", text[site.end() :])[0].strip("/") if site else text
+    meant = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?::([^:]+))?", path)
+    if meant and not meant[1].lower().endswith((".gguf", ".safetensors")):
+        return meant[1], meant[2]
+    if site is None:
+        return None
+    page = re.fullmatch(r"([^/]+/[^/]+)(?:/(?:resolve|blob|raw|tree)/([^/]+))?(?:/(.+))?", path)
+    file = page[3] or "" if page else ""
+    if page is None or page[1].startswith(("datasets/", "spaces/")) or (file and not page[2] and ".gguf" not in file):
+        raise QwenMLXError(f"{text}: is no model's address; give org/repo, org/repo:q4_k_m or a .gguf file's address.")
+    if page[2] not in (None, "main"):
+        raise QwenMLXError(f"{text}: names the revision {page[2]}; only main is fetched: give {page[1]}.")
+    return page[1], file if file.lower().endswith(".gguf") else None
 
 
 def _nearest(path: str) -> str:
@@ -141,6 +167,8 @@ def _gguf_models(repo: str, files: Iterable[str]) -> dict[str, list[str]]:
     models: dict[str, list[str]] = {}
     for stem, names in _complete(files, ".gguf").items():
         last = stem.rsplit("/", 1)[-1]
+        if re.search(r"^mmproj|(^|[-_.])(mmproj|imatrix)([-_.]|$)", last.lower()):
+            continue  # belongs to a model, and is none
         short = last[len(base) :].lstrip("-._") if last.lower().startswith(base) else ""
         models[short if short and short not in models else stem] = names
     return models
@@ -165,7 +193,8 @@ def _is_usable_folder(files: Iterable[str]) -> bool:
     files = set(files)
     parts = {name for name in files if re.search(r"-\d{5}-of-\d{5}\.safetensors$", name)}
     weights = _complete(files, ".safetensors")
-    return bool(weights) and {"config.json", "tokenizer.json"} <= files and parts <= set().union(*weights.values())
+    tokenizer = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
+    return bool(weights) and "config.json" in files and tokenizer and parts <= set().union(*weights.values())
 
 
 @dataclass(frozen=True)

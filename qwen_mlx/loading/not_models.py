@@ -1,0 +1,77 @@
+"""Files and folders that belong to a model but are none: what each is, and what to do with it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import GGUFError, QwenMLXError
+from ..gguf.reader import GGUFFile
+from ..text.files import read_json
+
+PIECE = re.compile(r"(.*\.gguf)[.-](part-?\d+(of\d+)?|part-?[a-z]+|split-?[a-z]+|\d+|[a-z]{2})", re.IGNORECASE)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# GGUF's general.type: what such a file holds, and what to do.
+KINDS = {
+    "adapter": "a LoRA adapter, which changes another model: merge it into its base with llama.cpp's llama-export-lora",
+    "imatrix": "an importance matrix, which guides a quantization: give the model that was quantized with it",
+    "mmproj": "the image encoder of a model that sees: give the language model's own file",
+    "vocab": "a vocabulary without weights: give a file of the whole model",
+}
+
+
+def refuse_path(path: Path) -> None:
+    """Raises QwenMLXError for a file that is a piece of a model or another program's, or a folder that holds an adapter
+    or other formats alone."""
+    if path.is_dir():
+        _refuse_folder(path)
+        return
+    piece = PIECE.fullmatch(path.name)
+    if piece:
+        raise QwenMLXError(
+            f"{path}: is a piece of {piece[1]}; join all pieces in the order of their names (cat PIECE1 PIECE2 ... > "
+            f"{piece[1]}) and give that file."
+        )
+    if path.suffix.lower() in PICKLES:
+        raise QwenMLXError(
+            f"{path}: is a pickle of PyTorch's, which can hold programs; give safetensors or a .gguf file."
+        )
+    if path.name.endswith(".safetensors.index.json") or path.suffix.lower() == ".safetensors":
+        raise QwenMLXError(f"{path}: is a part of a folder's model; give the folder, {path.absolute().parent}.")
+
+
+def _refuse_folder(folder: Path) -> None:
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if "adapter_config.json" in names and "config.json" not in names:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        raise QwenMLXError(
+            f"{folder}: holds a LoRA adapter{of}, which changes another model; merge it into its base (peft's "
+            "merge_and_unload, mlx_lm.fuse) and give the merged folder."
+        )
+    if "config.json" in names or "model_index.json" in names:
+        weights = [name for name in names if name.endswith(".safetensors")]
+        others = sorted(name for name in names if Path(name).suffix.lower() in (*PICKLES, ".onnx", ".h5", ".msgpack"))
+        if others and not weights:
+            raise QwenMLXError(f"{folder}: holds {others[0]} and no safetensors; download the model's safetensors.")
+        return
+    files = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if files:
+        raise QwenMLXError(f"{folder}: has no config.json; give one of its files, such as {folder / files[0]}.")
+
+
+def refuse_gguf(file: GGUFFile) -> None:
+    """Raises GGUFError for a GGUF of another kind than a model's, by its metadata, or by its tensors in old files."""
+    metadata = file.metadata
+    kind: Any = metadata.get("general.type")
+    if metadata.get("general.architecture") == "clip":
+        kind = "mmproj"
+    elif any(name.endswith((".lora_a", ".lora_b")) for name in file.tensors):
+        kind = "adapter"
+    elif any(name.endswith((".in_sum2", ".counts")) for name in file.tensors):
+        kind = "imatrix"
+    elif not file.tensors and "tokenizer.ggml.tokens" in metadata:
+        kind = "vocab"
+    if isinstance(kind, str) and kind in KINDS:
+        raise GGUFError(f"{file.path}: holds {KINDS[kind]}.")

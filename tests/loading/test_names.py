@@ -1,0 +1,178 @@
+"""Names of models as people copy them, and files that belong to a model but are none."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_mlx import GGUFError, QwenMLXError
+from qwen_mlx.gguf.reader import GGUFFile
+from qwen_mlx.loading.checkpoint import open_checkpoint
+from qwen_mlx.loading.hub.names import _gguf_models, hub_id
+from tests.helpers.gguf_bytes import build, field, tensor, text
+
+REPO = "Qwen/Qwen2.5-7B-Instruct-GGUF"
+FILE = "qwen2.5-7b-instruct-q4_k_m.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        (REPO, (REPO, None)),
+        (f"{REPO}:Q4_K_M", (REPO, "Q4_K_M")),
+        (f"{REPO}:{FILE}", (REPO, FILE)),
+        (f"{REPO}/{FILE}", None),
+        (f"hf.co/{REPO}/sub/{FILE}", (REPO, f"sub/{FILE}")),
+        (f"hf.co/{REPO}:Q4_K_M", (REPO, "Q4_K_M")),
+        (f"hf.co/{REPO}", (REPO, None)),
+        (f"huggingface.co/{REPO}", (REPO, None)),
+        (f"hf://{REPO}/{FILE}", (REPO, FILE)),
+        (f"https://huggingface.co/{REPO}", (REPO, None)),
+        (f"https://huggingface.co/{REPO}/", (REPO, None)),
+        (f"http://www.huggingface.co/{REPO}?show_file_info={FILE}", (REPO, None)),
+        (f"https://hf.co/{REPO}:q8_0", (REPO, "q8_0")),
+        (f"https://huggingface.co/{REPO}/tree/main", (REPO, None)),
+        (f"https://huggingface.co/{REPO}/tree/main/sub", (REPO, None)),
+        (f"https://huggingface.co/{REPO}/blob/main/{FILE}", (REPO, FILE)),
+        (f"https://huggingface.co/{REPO}/resolve/main/{FILE}?download=true", (REPO, FILE)),
+        (f"https://huggingface.co/{REPO}/resolve/main/model-00001-of-00002.safetensors", (REPO, None)),
+        ("model.gguf", None),
+        ("folder", None),
+        ("folder/model.gguf", None),
+        ("./folder/model", None),
+        ("/absolute/path", None),
+        ("~/models/x", None),
+        ("a/b/c", None),
+        ("", None),
+    ],
+)
+def test_a_name_of_the_hub(name: str, meant):
+    assert hub_id(name) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("https://ollama.com/library/qwen2.5", "huggingface.co"),
+        ("ftp://huggingface.co/a/b", "huggingface.co"),
+        (f"https://huggingface.co/{REPO}/tree/v2", "revision v2"),
+        (f"https://huggingface.co/{REPO}/discussions/3", "no model's address"),
+        ("https://huggingface.co/datasets/a/b", "no model's address"),
+    ],
+)
+def test_an_address_that_is_no_model_says_so(name: str, words: str):
+    with pytest.raises(QwenMLXError, match=words):
+        hub_id(name)
+
+
+@given(st.text(st.sampled_from("ab/:.?#-_~\\ hfco") | st.characters(), max_size=30))
+def test_any_text_is_a_name_or_a_sentence(name: str):
+    try:
+        meant = hub_id(name)
+    except QwenMLXError:
+        return
+    assert meant is None or meant[0].count("/") == 1
+
+
+def test_files_beside_a_model_are_not_chosen():
+    files = [
+        FILE,
+        "mmproj-F16.gguf",
+        "Qwen2.5-7B-Instruct-imatrix.gguf",
+        "imatrix.gguf",
+        "Qwen2.5-7B-Instruct-mmproj-f16.gguf",
+    ]
+    assert list(_gguf_models(REPO, files)) == ["q4_k_m"]
+
+
+def write(path: Path, fields: dict[str, str], tensors: dict[str, int] | None = None) -> Path:
+    """A GGUF of text fields, and of tensors of 32 x 32 with type ids."""
+    entries = [tensor(name, [32, 32], kind, 4096 * i) for i, (name, kind) in enumerate((tensors or {}).items())]
+    values = [field(name, 8, text(value)) for name, value in fields.items()]
+    path.write_bytes(build(values, entries, bytes(4096 * len(entries))))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "words"),
+    [
+        ({"general.type": "adapter", "general.architecture": "qwen2"}, {}, "LoRA adapter.*merge"),
+        ({"general.architecture": "qwen2"}, {"blk.0.attn_q.weight.lora_a": 0}, "LoRA adapter"),
+        ({"general.type": "imatrix"}, {}, "importance matrix"),
+        ({"general.architecture": "x"}, {"blk.0.attn_q.weight.in_sum2": 0}, "importance matrix"),
+        ({"general.type": "mmproj", "general.architecture": "clip"}, {}, "image encoder"),
+        ({"general.architecture": "clip"}, {}, "image encoder"),
+        ({"general.type": "vocab", "general.architecture": "qwen2"}, {}, "vocabulary without weights"),
+        ({"general.type": "model", "general.architecture": "llama"}, {}, "'llama'"),
+        ({"general.architecture": "qwen2"}, {"blk.0.attn_q.weight": 31}, "Q4_0_4_4.*no longer"),
+        ({"general.architecture": "qwen2"}, {"blk.0.attn_q.weight": 38}, "IQ4_NL_8_8"),
+    ],
+)
+def test_a_gguf_of_another_kind_says_what_it_is(tmp_path: Path, fields, tensors, words: str):
+    with pytest.raises(GGUFError, match=words):
+        open_checkpoint(write(tmp_path / "m.gguf", fields, tensors))
+
+
+def test_the_vocabulary_of_llama_cpp_is_known_by_having_no_tensors(tmp_path: Path):
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "qwen2")
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(GGUFError, match="vocabulary without weights"):
+        open_checkpoint(tmp_path / "v.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("m.gguf.part1of2", r"piece of m\.gguf.*cat"),
+        ("m.gguf-split-a", r"piece of m\.gguf"),
+        ("m.gguf.001", r"piece of m\.gguf"),
+        ("pytorch_model.bin", "PyTorch"),
+        ("model.safetensors", "give the folder"),
+        ("model.safetensors.index.json", "give the folder"),
+    ],
+)
+def test_a_file_that_is_no_model_says_what_it_is(tmp_path: Path, name: str, words: str):
+    (tmp_path / name).write_bytes(b"GGUF" + struct.pack("<I", 3))
+    with pytest.raises(QwenMLXError, match=words):
+        open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen2.5-7B"}},
+            r"LoRA adapter of Qwen/Qwen2\.5-7B.*merge",
+        ),
+        ({"adapter_config.json": {}}, "LoRA adapter, which"),
+        ({"config.json": {}, "pytorch_model.bin": {}}, r"pytorch_model\.bin and no safetensors"),
+        ({"config.json": {}, "model.onnx": {}}, r"model\.onnx and no safetensors"),
+        ({"q4.gguf": {}}, r"q4\.gguf"),
+    ],
+)
+def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path, files, words: str):
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(QwenMLXError, match=words):
+        open_checkpoint(tmp_path)
+
+
+def test_a_gguf_is_still_read(tmp_path: Path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert GGUFFile(tmp_path / "m.gguf").tensors["blk.0.attn_q.weight"].shape == (4, 32)
