@@ -79,7 +79,7 @@ def fill_prompt(
     check_fills(tokenizer)
     pairs = _check_texts(prefix, suffix, files, repository, path)
     prefix_id, suffix_id, middle_id = (tokenizer.special[name] for name in (PREFIX, SUFFIX, MIDDLE))
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = list(tokenizer.prefix_ids)
     heading: list[int] = []
     if pairs or repository is not None or path is not None:
         start += _section(tokenizer, REPOSITORY, f"{UNNAMED_REPOSITORY if repository is None else repository}\n")

@@ -275,8 +275,8 @@ def _stream(
                 prompt_cache.record(text_ids, cache)
             cached = prompt_cache.keep(text_ids)
             cache = prompt_cache.layers
-        if not done:
-            stats.prompt_tokens, stats.reused_tokens = len(ids) - cached, cached
+        if not stats.prompt_tokens:
+            stats.prompt_tokens, stats.reused_tokens = len(text_ids) - cached, cached
         policy = plain_steps
         if settings.draft_model is not None:
             policy = functools.partial(drafted_steps, draft=settings.draft_model, ids=list(text_ids), stats=stats)
