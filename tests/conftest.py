@@ -11,8 +11,10 @@ from __future__ import annotations
 import collections
 import importlib
 import importlib.abc
+import importlib.util
 import os
 import platform
+import shutil
 import signal
 import sys
 import sysconfig
@@ -31,8 +33,8 @@ from qwen_mlx.backend import mx
 from tests.helpers import needs
 
 pytest.register_assert_rewrite("tests.helpers.packed_models", "tests.helpers.blocks", "tests.helpers.nvrtc")
-FAST = "not (slow or torch or emulator or real or nvrtc or heavy)"
-MARKS = {"slow", "torch", "emulator", "real", "nvrtc", "linux", "gpu", "heavy"}
+FAST = "not (slow or torch or emulator or real or nvrtc or heavy or browser)"
+MARKS = {"slow", "torch", "emulator", "real", "nvrtc", "linux", "gpu", "heavy", "browser"}
 TIERS = pytest.StashKey[collections.Counter[str]]()
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it runs in the background
@@ -94,6 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             group = "real_hf" if "real_hf" in item.fixturenames else str(item.path.relative_to(needs.ROOT))
             item.add_marker(pytest.mark.xdist_group(group))
     unable = {"linux", "nvrtc"} if sys.platform != "linux" else set()
+    unable |= set() if can_browse() else {"browser"}
     unable |= set() if mx.metal.is_available() or mx.cuda.is_available() else {"gpu"}
     if not config.getoption("fast") and (reason := emulator_unavailable()):
         unable.add("emulator")
@@ -109,6 +112,12 @@ def emulator_unavailable() -> str | None:
     from reference.emulator import unavailable
 
     return None if os.environ.get("CI") and sys.platform == "linux" else unavailable()
+
+
+def can_browse() -> bool:
+    """True where a Chromium is installed that playwright can drive."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return importlib.util.find_spec("playwright") is not None and any(map(shutil.which, names))
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

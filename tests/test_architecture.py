@@ -13,8 +13,8 @@ OTHERS = [PACKAGE.parent / name for name in ("reference", "tests", "benchmarks")
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a room may import the rooms before it, for types too, and none after it.
 ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "loading"]
-ROOMS += ["conversion", "cli"]
-DOORS = ["generate", "chat", "convert", "evaluate", "selftest"]
+ROOMS += ["conversion", "server", "cli"]
+DOORS = ["generate", "chat", "convert", "evaluate", "selftest", "serve"]
 
 
 def is_module(name: str) -> bool:

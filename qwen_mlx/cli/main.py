@@ -15,6 +15,7 @@ from .command import Parser, run
 COMMANDS = {
     "generate": "generate text from a prompt",
     "chat": "talk to a model in the terminal, or through a pipe",
+    "serve": "answer editors and other programs over HTTP",
     "convert": "convert a GGUF or safetensors model to an MLX model folder",
     "evaluate": "measure a model's perplexity, and what quantizing cost",
     "selftest": "compare every kernel on this machine's GPU with float64",

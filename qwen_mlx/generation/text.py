@@ -358,6 +358,10 @@ class TextStream:
         self._stop, self._left = settings.stop, settings.max_tokens
         self._pending = ""  # text that may be the beginning of a stop string
 
+    def end_now(self) -> None:
+        """Makes the next token the last one, as max_tokens would."""
+        self._left = min(self._left, 1)
+
     def add(self, token: int, closing: bool = False) -> tuple[str, str | None]:
         """Newly complete text (maybe empty), and why it ends here: "stop", "length", or None where it goes on. closing:
         as Token's; an end token then is max_tokens' end."""

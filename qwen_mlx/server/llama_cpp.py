@@ -1,0 +1,257 @@
+"""llama.cpp's routes: /infill, /completion, /props, /tokenize, /detokenize. Source: llama.cpp's tools/server/README.md,
+and the requests of llama.vim (autoload/llama.vim), llama.vscode (src/llama-server.ts) and Continue (core/llm/llms)."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from .. import __version__
+from ..errors import QwenMLXError
+from ..generation.fill import MIDDLE, FillStop, fill_ends, fill_prompt
+from ..generation.text import GenerationChunk
+from ..generation.tools import OPEN
+from .body import Body, short
+from .errors import RequestError
+from .sampling_fields import MOST_STOPS, defaults, generation_settings, sampling_arguments
+from .service import Service, Task
+from .usage import Usage
+
+MOST_FILES = 256
+
+
+class NativeRequest:
+    """A request to /infill or /completion, its task, and its answer in llama.cpp's shape, at once or as events of a
+    stream. Raises RequestError for a body that is not served."""
+
+    def __init__(self, service: Service, body: Body, *, infill: bool) -> None:
+        self.service, self.path = service, "/infill" if infill else "/completion"
+        self.stream, self._truncated = body.boolean("stream"), False
+        service.check_model(body)
+        limits = [body.integer(name, -2) for name in ("n_predict", "max_tokens")]
+        limit = next((value for value in limits if value is not None), -1)
+        arguments = {"max_tokens": 10**9 if limit < 0 else max(1, limit)} | sampling_arguments(body)
+        arguments["stop"] = body.strings("stop", MOST_STOPS)
+        if infill and arguments["temperature"] is None:
+            arguments["temperature"] = 0.0  # a fill is the likeliest text unless a temperature is asked for
+        if body.boolean("ignore_eos"):
+            arguments["min_tokens"] = arguments["max_tokens"]
+        self._fields = _response_fields(body)
+        use_cache = body.boolean("cache_prompt", True)
+        prompt_ms, predict_ms = (body.number(name, 0, 1e9) for name in ("t_max_prompt_ms", "t_max_predict_ms"))
+        n_indent = body.integer("n_indent", 0, 1000, 0) or 0
+        for name, nothing in (("id_slot", -1), ("n_keep", 0), ("n_probs", 0), ("n_cmpl", 1), ("n_discard", 0)):
+            body.only(name, nothing)
+        for name in ("return_tokens", "return_progress", "timings_per_token", "post_sampling_probs"):
+            body.only(name, False)
+        body.only("grammar", "")
+        body.only("json_schema", {})
+        body.only("lora", [])
+        make = self._infill if infill else self._completion
+        texts = make(body)
+        body.done()
+        settings = generation_settings(service, arguments)
+        if infill:
+            settings = replace(settings, eos_token_ids=self._ends())
+        # A limit without bound takes what the prompt leaves; else the context is cut so that the answer has room.
+        ids = self._ids(texts, settings.max_tokens) if infill else texts
+        task = Task(
+            ids,
+            settings,
+            read_only=limit == 0,
+            use_cache=use_cache,
+            fill_stop=FillStop(indent=n_indent) if n_indent else None,
+            prompt_seconds=prompt_ms / 1000 if prompt_ms else None,
+            predict_seconds=predict_ms / 1000 if predict_ms else None,
+        )
+        self.tasks = [service.prepare(task)]
+        self.usage, self._text, self._token, self._reason = Usage(), "", -1, "none"
+
+    def _infill(self, body: Body) -> Any:
+        prefix, suffix = (body.string(f"input_{name}", "") or "" for name in ("prefix", "suffix"))
+        files = []
+        for one in body.objects("input_extra", []):
+            text, name = one.string("text"), one.string("filename", "filename") or "filename"
+            if text is None:
+                one.refuse("text", "is missing, expected a string")
+            one.take("time")  # when the editor saw the text: llama.vim sends it, nobody reads it
+            one.done()
+            files.append((name, text))
+        return prefix, suffix, files[-MOST_FILES:], body.string("prompt", "") or ""
+
+    def _completion(self, body: Body) -> list[int]:
+        prompt = body.take("prompt")
+        if isinstance(prompt, str) and prompt:
+            self.service.check_length(prompt)
+            return self.service.tokenizer.encode(prompt, allow_special=True)
+        if not isinstance(prompt, list) or not prompt or not all(type(token) is int for token in prompt):
+            body.refuse("prompt", f"is {short(prompt)}, expected a string or a list of token ids, not empty")
+        return prompt
+
+    def _ends(self) -> tuple[int, ...]:
+        try:
+            return fill_ends(self.service.tokenizer)
+        except QwenMLXError as error:
+            raise RequestError(501, str(error)) from None
+
+    def _ids(self, texts: Any, max_tokens: int) -> list[int]:
+        prefix, suffix, files, prompt = texts
+        tokenizer, context = self.service.tokenizer, self.service.model.config.context_length
+        after = tokenizer.encode(prompt)
+        most = context - min(max_tokens, context // 2) - len(after)
+        try:
+            ids = fill_prompt(tokenizer, prefix, suffix, files=files, max_prompt_tokens=most)
+            if sum(map(len, (prefix, suffix, *(text for _, text in files)))) > self.service.most_characters:
+                self._truncated = True
+            elif len(ids) > most // 3:  # less is never cut
+                self._truncated = ids != fill_prompt(
+                    tokenizer, prefix, suffix, files=files, max_prompt_tokens=sys.maxsize
+                )
+        except QwenMLXError as error:
+            raise RequestError(400, str(error)) from None
+        return ids + after
+
+    def add(self, index: int, chunk: GenerationChunk) -> None:
+        """Notes a token."""
+        self.usage.add(index, chunk)
+        self._text += chunk.text
+        self._token = chunk.token
+        if chunk.finish_reason == "length":
+            self._reason = "limit"
+        elif chunk.finish_reason == "stop":
+            self._reason = "eos" if chunk.token in self.tasks[0].settings.eos_token_ids else "word"
+
+    def response(self) -> dict[str, Any]:
+        """The body once the answer has ended."""
+        return _chosen(self._final(self._text), self._fields)
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The events before the first token: none."""
+        return []
+
+    def events(self, index: int, chunk: GenerationChunk) -> list[dict[str, Any]]:
+        """The events of a token."""
+        self.add(index, chunk)
+        events = []
+        if chunk.text:
+            stats = chunk.stats
+            event = {"index": 0, "content": chunk.text, "stop": False, "id_slot": -1}
+            read = stats.prompt_tokens + stats.reused_tokens
+            events.append(event | {"tokens_predicted": stats.generated_tokens, "tokens_evaluated": read})
+        if chunk.finish_reason is not None:
+            events.append(_chosen(self._final(""), self._fields))
+        return events
+
+    def closing(self) -> list[dict[str, Any]]:
+        """The events after the last token: none."""
+        return []
+
+    def _final(self, text: str) -> dict[str, Any]:
+        task, stats = self.tasks[0], self.usage.stats[0]
+        return {
+            "index": 0,
+            "content": text,
+            "stop": True,
+            "id_slot": -1,
+            "model": self.service.name,
+            "tokens_predicted": stats.generated_tokens,
+            "tokens_evaluated": len(task.ids),
+            "tokens_cached": stats.reused_tokens,
+            "generation_settings": defaults(task.settings.sampling) | {"n_predict": task.settings.max_tokens},
+            "has_new_line": "\n" in self._text,
+            "truncated": self._truncated,
+            "stop_type": self._reason,
+            "stopping_word": "",
+            "timings": _timings(stats.prompt_tokens, stats.prompt_seconds, "prompt")
+            | {"cache_n": stats.reused_tokens}
+            | _timings(stats.generated_tokens, stats.generation_seconds, "predicted"),
+        }
+
+
+def _timings(count: int, seconds: float, name: str) -> dict[str, Any]:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": 1000 * seconds,
+        f"{name}_per_token_ms": 1000 * seconds / count if count else 0.0,
+        f"{name}_per_second": count / seconds if seconds else 0.0,
+    }
+
+
+def _response_fields(body: Body) -> list[str] | None:
+    value = body.take("response_fields")
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) > 100 or not all(isinstance(name, str) for name in value):
+        body.refuse("response_fields", f"is {short(value)}, expected a list of names, as 'timings/prompt_n'")
+    return value
+
+
+def _chosen(full: dict[str, Any], fields: list[str] | None) -> dict[str, Any]:
+    """The fields that a client asks for: `a/b` takes b of a, and names it b."""
+    if not fields:
+        return full
+    chosen: dict[str, Any] = {}
+    for path in fields:
+        value: Any = full
+        for name in path.split("/"):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            chosen[path.rpartition("/")[2] if "/" in path else path] = value
+    return chosen
+
+
+def props(service: Service) -> dict[str, Any]:
+    """The body of GET /props."""
+    tokenizer, config = service.tokenizer, service.model.config
+    template = tokenizer.chat_template or ""
+    end = min(tokenizer.eos_token_ids)
+    return {
+        "default_generation_settings": {
+            "params": defaults(service.model.generation_defaults),
+            "n_ctx": config.context_length,
+        },
+        "total_slots": service.scheduler.slots,
+        "model_alias": service.name,
+        "chat_template": template,
+        "chat_template_caps": {"supports_tools": OPEN in template},
+        "modalities": {"vision": False, "audio": False},
+        "bos_token": "" if tokenizer.bos_token_id is None else tokenizer.names[tokenizer.bos_token_id],
+        "eos_token": tokenizer.names[end],
+        "fills": MIDDLE in tokenizer.special,
+        "build_info": f"qwen_mlx {__version__}",
+    }
+
+
+def tokenize(service: Service, body: Body) -> dict[str, Any]:
+    """The answer to POST /tokenize."""
+    text = body.take("content")
+    if not isinstance(text, str):
+        body.refuse("content", f"is {short(text)}, expected a string")
+    add_special, parse_special = body.boolean("add_special"), body.boolean("parse_special", True)
+    with_pieces = body.boolean("with_pieces")
+    body.done()
+    tokenizer = service.tokenizer
+    ids = tokenizer.encode(text, allow_special=parse_special)
+    if add_special and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    if not with_pieces:
+        return {"tokens": ids}
+    return {"tokens": [{"id": i, "piece": _piece(tokenizer._bytes(i, skip_special=False))} for i in ids]}
+
+
+def _piece(raw: bytes) -> str | list[int]:
+    """A token's text, or its bytes where they are no text."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
+
+
+def detokenize(service: Service, body: Body) -> dict[str, Any]:
+    """The answer to POST /detokenize."""
+    ids = body.take("tokens")
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        body.refuse("tokens", f"is {short(ids)}, expected a list of token ids")
+    body.done()
+    return {"content": service.tokenizer.decode(ids, skip_special=False)}
