@@ -35,7 +35,7 @@ def page(browser, small):
     with serving(small) as service:
         page = browser.new_page()
         errors = []
-        page.on("pageerror", errors.append)
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(service.url)
         yield page
