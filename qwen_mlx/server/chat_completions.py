@@ -15,6 +15,7 @@ from .body import Body, short
 from .errors import RequestError
 from .sampling_fields import MOST_STOPS, generation_settings, sampling_arguments, seeds
 from .service import Service, Task
+from .structured_fields import forced_call, form_of
 from .tool_text import ToolText
 from .usage import Usage, fingerprint, token_entry, whole_usage
 
@@ -55,8 +56,10 @@ class ChatRequest:
             body.refuse("messages", "is empty, expected at least one message")
         service.check_length(*(message["content"] for message in messages))
         self._tools = _tools(body)
-        _tool_choice(body, self._tools)
-        _response_format(body)
+        forced, form = forced_call(service, body, self._tools), form_of(service, body)
+        if form is not None and self._tools:
+            body.refuse("tools", "are given with a form for the answer; set tool_choice to 'none', or leave one out")
+        self._parallel = body.boolean("parallel_tool_calls", True)
         arguments = _limits(body) | sampling_arguments(body)
         arguments["stop"] = body.strings("stop", MOST_STOPS)
         arguments["logprobs"] = _logprobs(body)
@@ -66,7 +69,7 @@ class ChatRequest:
         prompt_ms, predict_ms = (body.number(name, 0, 1e9) for name in ("t_max_prompt_ms", "t_max_predict_ms"))
         _identifiers(body)
         body.done()
-        settings = generation_settings(service, arguments)
+        settings = replace(generation_settings(service, arguments), constraint=forced or form)
         ids = _render(service, messages, self._tools)
         tasks = [
             Task(
@@ -102,7 +105,7 @@ class ChatRequest:
             text = choice.tool_text.add(text)
             if chunk.finish_reason is not None:
                 rest, calls = choice.tool_text.finish()
-                text += rest
+                text, calls = text + rest, calls if self._parallel else calls[:1]
         choice.text += text
         choice.calls += calls
         choice.logprobs += logprobs
@@ -223,36 +226,14 @@ def _tools(body: Body) -> dict[str, Tool]:
         if not isinstance(function, dict):
             one.refuse("function", "is missing, expected a name and parameters")
         one.done()
-        # `strict` asks for constrained output, which tool_choice "required" gives.
-        if function.get("strict"):
-            one.refuse("function.strict", "is true, which this server does not do; leave it out")
+        # `strict` needs nothing more: a call that does not fit its parameters is text.
         sources.append({key: value for key, value in function.items() if key != "strict"})
     body.only("functions")
     body.only("function_call")
-    body.only("parallel_tool_calls", True)
     try:
         return tools_by_name(sources)
     except QwenMLXError as error:
         raise RequestError(400, str(error), "tools") from None
-
-
-def _tool_choice(body: Body, tools: dict[str, Tool]) -> None:
-    """Takes tool_choice; "none" forgets the tools."""
-    choice = body.take("tool_choice")
-    if choice == "none":
-        tools.clear()
-    elif choice not in (None, "auto"):
-        body.refuse("tool_choice", f"is {short(choice)}, which this server does not do; give 'auto' or 'none'")
-
-
-def _response_format(body: Body) -> None:
-    response_format = body.object("response_format")
-    if response_format is None:
-        return
-    kind = response_format.choice("type", "text", "json_object", "json_schema")
-    if kind != "text":
-        response_format.refuse("type", f"is {short(kind)}, which this server does not do; ask for text")
-    response_format.done()
 
 
 def _limits(body: Body) -> dict[str, Any]:

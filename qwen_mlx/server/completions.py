@@ -14,6 +14,7 @@ from .body import Body, short
 from .errors import RequestError
 from .sampling_fields import MOST_STOPS, generation_settings, sampling_arguments, seeds
 from .service import Service, Task
+from .structured_fields import form_of
 from .usage import Usage, fingerprint, token_name, whole_usage
 
 MOST_PROMPTS, MOST_CHOICES = 64, 16
@@ -59,10 +60,11 @@ class CompletionRequest:
         body.only("best_of", n)
         for name in ("user", "safety_identifier"):
             body.string(name)
+        form = form_of(service, body)
         body.done()
         if arguments["logprobs"] is not None and echo:
             body.refuse("echo", "is true with logprobs, and those of a prompt are not computed; leave one out")
-        settings = generation_settings(service, arguments)
+        settings = replace(generation_settings(service, arguments), constraint=form)
         self.tasks: list[Task] = []
         self.choices: list[Choice] = []
         for prompt in prompts:

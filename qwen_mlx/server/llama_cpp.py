@@ -16,6 +16,7 @@ from .body import Body, short
 from .errors import RequestError
 from .sampling_fields import MOST_STOPS, defaults, generation_settings, sampling_arguments
 from .service import Service, Task
+from .structured_fields import form_of
 from .usage import Usage
 
 MOST_FILES = 256
@@ -46,12 +47,12 @@ class NativeRequest:
         for name in ("return_tokens", "return_progress", "timings_per_token", "post_sampling_probs"):
             body.only(name, False)
         body.only("grammar", "")
-        body.only("json_schema", {})
+        form = form_of(service, body)
         body.only("lora", [])
         make = self._infill if infill else self._completion
         texts = make(body)
         body.done()
-        settings = generation_settings(service, arguments)
+        settings = replace(generation_settings(service, arguments), constraint=form)
         if infill:
             settings = replace(settings, eos_token_ids=self._ends())
         # A limit without bound takes what the prompt leaves; else the context is cut so that the answer has room.
@@ -237,7 +238,7 @@ def tokenize(service: Service, body: Body) -> dict[str, Any]:
         ids = [tokenizer.bos_token_id, *ids]
     if not with_pieces:
         return {"tokens": ids}
-    return {"tokens": [{"id": i, "piece": _piece(tokenizer._bytes(i, skip_special=False))} for i in ids]}
+    return {"tokens": [{"id": i, "piece": _piece(tokenizer.token_bytes(i))} for i in ids]}
 
 
 def _piece(raw: bytes) -> str | list[int]:

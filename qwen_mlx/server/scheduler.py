@@ -18,7 +18,7 @@ from ..errors import QwenMLXError
 from ..generation.engine import GenerationStats, Prompts, Rows, Token, default_prefill_step_size
 from ..generation.fill import FillStop
 from ..generation.settings import GenerationSettings
-from ..generation.text import GenerationChunk, TextStream
+from ..generation.text import CANNOT_GO_ON, GenerationChunk, TextStream
 from ..model.batch_cache import select
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
@@ -253,6 +253,9 @@ class Scheduler:
         stream, stats = job.stream, job.stats
         if stream is None:
             raise ValueError("The job has not begun.")
+        if token.error is not None:
+            self._post(job, QwenMLXError(CANNOT_GO_ON.format(token.error)))
+            return True
         stats.generated_tokens += 1
         stats.generation_seconds = now - job.began
         job.answer.append(token.id)
@@ -260,7 +263,7 @@ class Scheduler:
         late |= job.new_line and job.predict_seconds is not None and now - job.began > job.predict_seconds
         if late:
             stream.end_now()
-        text, reason = stream.add(token.id)
+        text, reason = stream.add(token.id, token.closing)
         if job.fill_stop is not None:
             text, ended = job.fill_stop.add(text, last=reason is not None)
             reason = "stop" if ended else reason

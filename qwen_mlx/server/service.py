@@ -75,6 +75,8 @@ class Service:
         except QwenMLXError as error:
             raise RequestError(400, str(error), None, "context_length_exceeded") from None
         limit = min(task.settings.max_tokens, room)
+        if task.settings.constraint is not None:
+            task.settings.constraint.check_fits(limit)
         settings = replace(task.settings, max_tokens=limit, min_tokens=min(task.settings.min_tokens, limit))
         return replace(task, settings=settings)
 

@@ -58,7 +58,7 @@ def token_entry(tokenizer: Tokenizer, chunk: GenerationChunk) -> dict[str, Any]:
     """A token with its log-probability and those of the likeliest."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        raw = tokenizer._bytes(token, skip_special=False)
+        raw = tokenizer.token_bytes(token)
         return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
     own = entry(chunk.token, chunk.logprob or 0.0)

@@ -105,6 +105,28 @@ def test_leaving_the_sdk_s_stream_ends_the_answer(service, openai):
     assert service.scheduler.metrics.cancelled == before + 1
 
 
+def test_the_sdk_parses_into_pydantic(openai):
+    from typing import Literal
+
+    import pydantic
+    from openai import pydantic_function_tool
+
+    class Answer(pydantic.BaseModel):
+        word: Literal["he", "hello"]
+        sure: bool
+
+    arguments = {"model": "small", "messages": MESSAGES, "temperature": 1.5, "seed": 4, "max_tokens": 80}
+    answer = openai.chat.completions.parse(**arguments, response_format=Answer)
+    assert isinstance(answer.choices[0].message.parsed, Answer)
+    with openai.chat.completions.stream(**arguments, response_format=Answer) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == answer.choices[0].message.parsed
+    called = openai.chat.completions.parse(
+        **arguments | {"max_tokens": 200}, tools=[pydantic_function_tool(Answer)], tool_choice="required"
+    )
+    assert isinstance(called.choices[0].message.tool_calls[0].function.parsed_arguments, Answer)
+
+
 def vim(prefix: str, middle: str, suffix: str, extra: list[dict]) -> dict:
     """The body of llama#fim."""
     fields = ["content", "truncated", "tokens_cached"]

@@ -99,7 +99,17 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = dict.fromkeys(
         ),
         *("tool_choice", "response_format", "suffix", "echo", "best_of", "prompt", "input_prefix", "input_suffix"),
         *("n_predict", "n_indent", "t_max_prompt_ms", "cache_prompt", "response_fields", "mirostat", "id_slot", "x"),
-        *("content", "tokens", "with_pieces", "add_special", "ignore_eos", "xtc_probability", "no_repeat_ngram_size"),
+        *(
+            "content",
+            "tokens",
+            "with_pieces",
+            "add_special",
+            "ignore_eos",
+            "structured_outputs",
+            "json_schema",
+            "xtc_probability",
+            "no_repeat_ngram_size",
+        ),
     ],
     VALUES,
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 import socket
 
 import httpx
+import jsonschema
 import pytest
 
 from qwen_mlx import load, stream_generate
@@ -127,6 +129,86 @@ def test_suffix_and_infill_equal_the_library(small, client):
     assert files["content"] == "".join(c.text for c in theirs)
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["he", "ll"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+FORMS = {
+    "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}},
+    "json_schema": SCHEMA,
+    "structured_outputs": {"json": SCHEMA},
+}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": SCHEMA, "strict": True}}
+OTHER = {"type": "function", "function": {"name": "sub", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("path", "stream"), [(CHAT, False), (CHAT, True), (PLAIN, False), ("/completion", True)])
+def test_answers_have_the_form_that_is_asked_for(client, form, path, stream):
+    asked = hello() if path == CHAT else {"prompt": "hello"}
+    asked |= {form: FORMS[form], "temperature": 1.5, "seed": 3, "max_tokens": 60, "stream": stream}
+    response = client.post(path, json=asked).raise_for_status()
+    if path == CHAT and stream:
+        text = "".join(piece["choices"][0]["delta"].get("content") or "" for piece in events(response))
+    elif stream:
+        text = "".join(piece["content"] for piece in events(response))
+    else:
+        choice = response.json()["choices"][0]
+        text = choice["message"]["content"] if path == CHAT else choice["text"]
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_other_forms(client):
+    def text(**form) -> str:
+        body = client.post(CHAT, json=hello(max_tokens=40) | {"temperature": 1.5, "seed": 1} | form).raise_for_status()
+        return body.json()["choices"][0]["message"]["content"]
+
+    assert isinstance(json.loads(text(response_format={"type": "json_object"})), dict)
+    assert re.fullmatch("[ab]{3}x", text(structured_outputs={"regex": "[ab]{3}x"}))
+    assert text(structured_outputs={"choice": ["yes", "no"]}) in ("yes", "no")
+    assert text(response_format={"type": "text"})
+
+
+def test_rows_of_other_forms_do_not_meet(client):
+    """Answers with forms beside others without: each is what it is alone."""
+    cases = [hello() | {"max_tokens": 30, "temperature": 1, "seed": i} for i in range(8)]
+    cases = [case | ({"json_schema": SCHEMA} if i % 2 else {}) for i, case in enumerate(cases)]
+
+    def send(case: dict) -> str:
+        return client.post(CHAT, json=case).json()["choices"][0]["message"]["content"]
+
+    alone = list(map(send, cases))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(send, cases)) == alone
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}], ids=str)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_call_can_be_forced(client, choice, stream):
+    tools = [TOOL] if choice == "required" else [OTHER, TOOL]
+    asked = hello() | {"tools": tools, "tool_choice": choice, "temperature": 1.5, "seed": 2, "max_tokens": 200}
+    response = client.post(CHAT, json=asked | {"stream": stream}).raise_for_status()
+    if stream:
+        choices = [piece["choices"][0] for piece in events(response)]
+        (call,) = [call for c in choices for call in c["delta"].get("tool_calls", [])]
+        reason = choices[-1]["finish_reason"]
+        assert not any(c["delta"].get("content") for c in choices)
+    else:
+        (only,) = response.json()["choices"]
+        (call,), reason = only["message"]["tool_calls"], only["finish_reason"]
+    assert reason == "tool_calls"
+    assert call["function"]["name"] == "add"
+    jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
+
+
+def test_tools_that_must_not_be_called_are_not_named(client):
+    asked = hello(tools=[TOOL], tool_choice="none")
+    mine, plain = (client.post(CHAT, json=body).json()["usage"]["prompt_tokens"] for body in (asked, hello()))
+    assert mine == plain
+
+
 def test_the_second_keystroke_computes_what_is_new(client):
     asked = {"input_prefix": "hello\n" * 40, "input_suffix": "he\n" * 20, "n_predict": 4}
     first = client.post(INFILL, json=asked | {"prompt": "he"}).json()
@@ -171,6 +253,20 @@ REFUSED = [
     (CHAT, hello(samplers=["magic"]), "samplers"),
     (CHAT, hello(tools=[{"type": "function"}]), "tools[0].function"),
     (CHAT, hello(tools=[{"type": "function", "function": {"parameters": {}}}]), "tools"),
+    (CHAT, hello(tools=[TOOL], tool_choice={"function": {"name": "nothing"}}), "tool_choice"),
+    (CHAT, hello(tool_choice="required"), "tool_choice"),
+    (CHAT, hello(tools=[TOOL], response_format={"type": "json_object"}), "tools"),
+    (CHAT, hello(response_format={"type": "yaml"}), "response_format.type"),
+    (CHAT, hello(response_format={"type": "json_schema"}), "response_format.json_schema"),
+    (CHAT, hello(response_format={"type": "json_schema", "json_schema": {"schema": 3}}), "response_format"),
+    (CHAT, hello(json_schema={"type": "nonsense"}), "json_schema"),
+    (CHAT, hello(json_schema={"allOf": [{"const": 1}, {"const": 2}]}), "json_schema"),
+    (CHAT, hello(json_schema={}, response_format={"type": "json_object"}), None),
+    (CHAT, hello(json_schema={"type": "array", "minItems": 900}), None),
+    (CHAT, hello(structured_outputs={"regex": "("}), "structured_outputs"),
+    (CHAT, hello(structured_outputs={"regex": "a" * 300_000}), "structured_outputs"),
+    (CHAT, hello(structured_outputs={"yaml": "a"}), "structured_outputs.yaml"),
+    (CHAT, hello(grammar="root ::= x"), "grammar"),
     (CHAT, hello(audio={"voice": "x"}), "audio"),
     (CHAT, hello(reasoning_effort="high"), "reasoning_effort"),
     (CHAT, hello(messages=[{"role": "user", "content": "hello" * 600}]), None),
