@@ -31,7 +31,7 @@ def check_contents(wheel: Path) -> None:
     sources = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "qwen_mlx").rglob("*")
-        if path.suffix in (".py", ".metal", ".h") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".metal", ".h", ".html") and "__pycache__" not in path.parts
     }
     assert sources <= inside, f"missing: {sorted(sources - inside)}"
     others = {name for name in inside - sources if ".dist-info/" not in name}
