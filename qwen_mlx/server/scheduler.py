@@ -173,12 +173,15 @@ class Scheduler:
 
     def _admit(self) -> list[Job]:
         """Takes jobs that wait, in order, while there are slots; one that follows another waits for its prompt."""
-        free = self.slots - len(self._reading) - len(self._running)
-        ready = [job for job in self._waiting if job.cancelled or job.after is None or job.after.started]
-        for job in ready[: max(free, 0)]:
+        for job in [job for job in self._waiting if job.cancelled]:
             self._waiting.remove(job)
-        self._waiting = deque(job for job in self._waiting if not job.cancelled)
-        return ready[: max(free, 0)]
+            job.started = True
+            self._count(job)
+        free = max(0, self.slots - len(self._reading) - len(self._running))
+        ready = [job for job in self._waiting if job.after is None or job.after.started][:free]
+        for job in ready:
+            self._waiting.remove(job)
+        return ready
 
     def _begin(self, job: Job) -> None:
         cached = self.cache.longest(job.ids) if job.use_cache else None

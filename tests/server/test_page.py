@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.browser]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory):
-    return load(save_fim_folder(tmp_path_factory.mktemp("page") / "m", seed=3, max_position_embeddings=2048))
+    return load(save_fim_folder(tmp_path_factory.mktemp("page") / "m", seed=3, max_position_embeddings=256))
 
 
 @pytest.fixture(scope="module")
