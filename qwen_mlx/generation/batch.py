@@ -11,7 +11,7 @@ from ..errors import QwenMLXError, check_integer
 from ..model import display
 from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
-from .engine import GenerationStats, Progress, Rows, Token
+from .engine import NOT_FINITE, GenerationStats, Progress, Rows, Token
 from .settings import GenerationSettings, refuses_unknown
 from .text import CANNOT_GO_ON, Prompt, TextStream, encode_prompt, room_after, settings_of
 
@@ -49,6 +49,8 @@ class _Row:
         return 0 if self.result.finish_reason else self.settings.max_tokens - len(self.result.token_ids)
 
     def add(self, token: Token) -> None:
+        if token.id < 0:
+            raise QwenMLXError(NOT_FINITE)
         if token.error is not None:
             raise QwenMLXError(CANNOT_GO_ON.format(token.error))
         text, self.result.finish_reason = self.stream.add(token.id, token.closing)

@@ -341,7 +341,7 @@ class Rows:
     def step(self, ahead: bool = True) -> list[Token]:
         """The next token of each row. With `ahead`, the step after it is launched before this one is waited for.
 
-        Raises QwenMLXError if a logit is not finite.
+        The id is -1 where one of the row's logits is not finite: that row alone is to be given up.
         """
         state = self.state
         if not self._ahead:
@@ -440,8 +440,6 @@ class Rows:
 
     @staticmethod
     def _tokens(ids: list[int], logits: mx.array | None, settings: Sequence[GenerationSettings]) -> list[Token]:
-        if min(ids) < 0:
-            raise QwenMLXError(NOT_FINITE)
         tokens = [Token(token) for token in ids]
         for n in {one.logprobs for one in settings}:
             if n is None or logits is None:
@@ -483,6 +481,8 @@ def generate_tokens(
     try:
         rows.add([prompt_ids], [settings], cache, cached_ids, progress)
         for token in policy(rows):
+            if token.id < 0:
+                raise QwenMLXError(NOT_FINITE)
             yielded += 1
             yield token
     finally:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ..backend import mx
 from ..errors import QwenMLXError
-from ..generation.engine import GenerationStats, Prompts, Rows, Token, default_prefill_step_size
+from ..generation.engine import NOT_FINITE, GenerationStats, Prompts, Rows, Token, default_prefill_step_size
 from ..generation.fill import FillStop
 from ..generation.settings import GenerationSettings
 from ..generation.text import CANNOT_GO_ON, GenerationChunk, TextStream
@@ -62,6 +62,7 @@ class Job:
     new_line: bool = False
     started: bool = False  # its prompt is read, or it ended before
     followed: bool = False  # others wait for its prompt
+    failed: bool = False
 
 
 @dataclass
@@ -256,8 +257,10 @@ class Scheduler:
         stream, stats = job.stream, job.stats
         if stream is None:
             raise ValueError("The job has not begun.")
-        if token.error is not None:
-            self._post(job, QwenMLXError(CANNOT_GO_ON.format(token.error)))
+        if token.id < 0 or token.error is not None:
+            sentence = NOT_FINITE if token.id < 0 else CANNOT_GO_ON.format(token.error)
+            self._post(job, QwenMLXError(sentence))
+            job.failed = True
             return True
         stats.generated_tokens += 1
         stats.generation_seconds = now - job.began
@@ -281,7 +284,7 @@ class Scheduler:
             return
         for i in numbers:
             job = self._running[i]
-            if job.use_cache and self.cache.max_bytes:  # a row is copied
+            if job.use_cache and self.cache.max_bytes and not job.failed:  # it copies the row
                 self.cache.add(job.ids + job.answer, self._row(rows, i))
             self.metrics.generation_seconds += job.stats.generation_seconds
             self._count(job)
@@ -295,8 +298,12 @@ class Scheduler:
         return cache if len(self._running) == 1 else select(cache, [number])
 
     def _count(self, job: Job) -> None:
-        self.metrics.cancelled += job.cancelled
-        self.metrics.finished += not job.cancelled
+        if job.failed:
+            self.metrics.failed += 1
+        elif job.cancelled:
+            self.metrics.cancelled += 1
+        else:
+            self.metrics.finished += 1
 
     def _fail(self, error: Exception) -> None:
         """Answers every job that has begun with an error, and where the server goes down those that wait too."""

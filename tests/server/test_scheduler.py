@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from qwen_mlx import QwenMLXError, load, stream_generate
+from qwen_mlx.backend import mx
 from qwen_mlx.generation.engine import Rows
 from qwen_mlx.generation.fill import FillStop
 from qwen_mlx.generation.text import settings_of
+from qwen_mlx.model.fused import FusedModel
 from qwen_mlx.server.scheduler import Job, QueueFull, Scheduler
 from reference.small_models import IM_END, TOKENS, RandomModel, write_gguf
 
@@ -267,6 +269,29 @@ def test_an_error_of_the_model_ends_its_rows_and_not_the_server(small, monkeypat
         assert seen(await result(other)) == seen(list(stream_generate(*small, [1, 2], temperature=0, max_tokens=20)))
 
     run(scheduler, body)
+
+
+def test_logits_that_are_not_finite_end_their_row_alone(small, monkeypatch):
+    """The fused model's logits of the first row are spoilt, as an overflow of float16 does it."""
+    scheduler = Scheduler(*small)
+    call = FusedModel.__call__
+
+    def spoilt(self, ids, cache, logits_to_keep=1):
+        logits = call(self, ids, cache, logits_to_keep)
+        return mx.where(mx.arange(2)[:, None, None] == 0, mx.nan, logits) if ids.shape == (2, 1) else logits
+
+    async def body() -> None:
+        jobs = [job(small, [i, 2], {"temperature": 0, "max_tokens": 60, "logprobs": 1, **GOES_ON}) for i in (1, 3)]
+        for one in jobs:
+            scheduler.submit([one])
+            await one.events.get()
+        monkeypatch.setattr(FusedModel, "__call__", spoilt)
+        with pytest.raises(QwenMLXError, match="not finite"):
+            await result(jobs[0])
+        assert len(await result(jobs[1])) == 59
+
+    run(scheduler, body)
+    assert scheduler.metrics.failed == 1
 
 
 def test_stopping_answers_everyone(small):
