@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,22 +9,22 @@ from typing import Any
 
 from ..errors import QwenMLXError
 from ..generation.text import GenerationChunk
-from ..generation.tools import Tool, tools_by_name
-from .body import Body, short
+from ..generation.tools import Tool
+from .body import Body
 from .errors import RequestError
+from .messages import read_message, tools_of
 from .sampling_fields import MOST_STOPS, generation_settings, sampling_arguments, seeds
 from .service import Service, Task
 from .structured_fields import forced_call, form_of
 from .tool_text import ToolText
 from .usage import Usage, fingerprint, token_entry, whole_usage
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_CHOICES = 16
 
 
 @dataclass
 class Choice:
-    """One answer so far."""
+    """An answer so far, or a part of it."""
 
     text: str = ""
     tool_text: ToolText | None = None
@@ -51,11 +50,11 @@ class ChatRequest:
             if not self.stream:
                 body.refuse("stream_options", "is given without stream")
         service.check_model(body)
-        messages = [_message(one) for one in body.objects("messages")]
+        messages = [read_message(one) for one in body.objects("messages")]
         if not messages:
             body.refuse("messages", "is empty, expected at least one message")
         service.check_length(*(message["content"] for message in messages))
-        self._tools = _tools(body)
+        self._tools = tools_of(body)
         forced, form = forced_call(service, body, self._tools), form_of(service, body)
         if form is not None and self._tools:
             body.refuse("tools", "are given with a form for the answer; set tool_choice to 'none', or leave one out")
@@ -92,26 +91,24 @@ class ChatRequest:
             "system_fingerprint": fingerprint(),
         }
 
-    def add(self, index: int, chunk: GenerationChunk) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
-        """Notes a token. Returns the text to show, the log-probabilities of its tokens, and, at the end, the calls."""
-        choice = self.choices[index]
+    def add(self, index: int, chunk: GenerationChunk) -> Choice:
+        """Notes a token, and returns what it adds to its choice."""
+        choice, new = self.choices[index], Choice(text=chunk.text)
         self.usage.add(index, chunk)
-        text = chunk.text
-        calls: list[dict[str, Any]] = []
-        logprobs: list[dict[str, Any]] = []
         if chunk.logprob is not None and chunk.token not in self.tasks[index].settings.eos_token_ids:
-            logprobs = [token_entry(self.service.tokenizer, chunk)]
+            new.logprobs = [token_entry(self.service.tokenizer, chunk)]
         if choice.tool_text is not None:
-            text = choice.tool_text.add(text)
+            new.text = choice.tool_text.add(chunk.text)
             if chunk.finish_reason is not None:
                 rest, calls = choice.tool_text.finish()
-                text, calls = text + rest, calls if self._parallel else calls[:1]
-        choice.text += text
-        choice.calls += calls
-        choice.logprobs += logprobs
+                new.text, new.calls = new.text + rest, calls if self._parallel else calls[:1]
         if chunk.finish_reason is not None:
-            choice.finish_reason = "tool_calls" if calls else chunk.finish_reason
-        return text, logprobs, calls
+            new.finish_reason = "tool_calls" if new.calls else chunk.finish_reason
+        choice.text += new.text
+        choice.calls += new.calls
+        choice.logprobs += new.logprobs
+        choice.finish_reason = new.finish_reason
+        return new
 
     def response(self) -> dict[str, Any]:
         """The body once all choices have ended."""
@@ -133,14 +130,13 @@ class ChatRequest:
 
     def events(self, index: int, chunk: GenerationChunk) -> list[dict[str, Any]]:
         """The events of a token."""
-        text, logprobs, calls = self.add(index, chunk)
-        events = []
-        if text or logprobs:
-            events.append(self._event(index, {"content": text}, logprobs))
-        for number, call in enumerate(calls):
+        new, events = self.add(index, chunk), []
+        if new.text or new.logprobs:
+            events.append(self._event(index, {"content": new.text}, new.logprobs))
+        for number, call in enumerate(new.calls):
             events.append(self._event(index, {"tool_calls": [{"index": number, **call}]}))
-        if chunk.finish_reason is not None:
-            events.append(self._event(index, {}, reason=self.choices[index].finish_reason))
+        if new.finish_reason is not None:
+            events.append(self._event(index, {}, reason=new.finish_reason))
         return events
 
     def closing(self) -> list[dict[str, Any]]:
@@ -158,82 +154,6 @@ class ChatRequest:
             choice["logprobs"] = {"content": logprobs, "refusal": None}
         event = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         return event | ({"usage": None} if self._include_usage else {})
-
-
-def _message(body: Body) -> dict[str, Any]:
-    """A message as the chat template takes it: text parts joined, a developer's as a system's, arguments of calls as
-    objects."""
-    role = body.choice("role", *ROLES)
-    if role is None:
-        body.refuse("role", f"is missing, expected one of {', '.join(ROLES)}")
-    content = body.take("content")
-    if isinstance(content, list):
-        content = "".join(_part(body, part, i) for i, part in enumerate(content))
-    elif content is not None and not isinstance(content, str):
-        body.refuse("content", f"is {short(content)}, expected a string or a list of text parts")
-    message: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content or ""}
-    calls = body.objects("tool_calls", []) if role == "assistant" else []
-    if calls:
-        message["tool_calls"] = [_call(call) for call in calls]
-    if content is None and not calls:
-        body.refuse("content", "is missing, expected a string")
-    if role == "tool":
-        body.string("tool_call_id")
-    if role == "assistant":
-        reasoning = body.string("reasoning_content")
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        body.only("refusal", "")
-        body.only("audio")
-        body.only("function_call")
-        body.only("annotations", [])
-    body.only("name", "")
-    body.done()
-    return message
-
-
-def _part(body: Body, part: Any, index: int) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        body.refuse(f"content[{index}]", f"is {short(part)}, expected a text part: the model reads text alone")
-    return str(part["text"])
-
-
-def _call(body: Body) -> dict[str, Any]:
-    body.string("id")
-    body.choice("type", "function")
-    function = body.object("function")
-    if function is None:
-        body.refuse("function", "is missing")
-    name, arguments = function.string("name"), function.take("arguments", "{}")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (RecursionError, ValueError):
-            function.refuse("arguments", "is not JSON")
-    if not name or not isinstance(arguments, dict):
-        function.refuse("arguments" if name else "name", "is not an object" if name else "is missing")
-    function.done()
-    body.take("index")  # streams number the calls
-    body.done()
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _tools(body: Body) -> dict[str, Tool]:
-    sources = []
-    for one in body.objects("tools", []):
-        one.choice("type", "function", default="function")
-        function = one.take("function")
-        if not isinstance(function, dict):
-            one.refuse("function", "is missing, expected a name and parameters")
-        one.done()
-        # `strict` needs nothing more: a call that does not fit its parameters is text.
-        sources.append({key: value for key, value in function.items() if key != "strict"})
-    body.only("functions")
-    body.only("function_call")
-    try:
-        return tools_by_name(sources)
-    except QwenMLXError as error:
-        raise RequestError(400, str(error), "tools") from None
 
 
 def _limits(body: Body) -> dict[str, Any]:
