@@ -18,6 +18,8 @@ from reference.small_models import IM_END
 from tests.helpers.fim_model import FIM_IDS, save_fim_folder
 from tests.helpers.running_server import serving, wait_for
 
+pytestmark = pytest.mark.heavy  # together they take many seconds
+
 NO_END = {str(i): -100 for i in (IM_END, IM_END - 2, *FIM_IDS.values())}
 CHAT, PLAIN, INFILL = "/v1/chat/completions", "/v1/completions", "/infill"
 

@@ -63,6 +63,7 @@ def seen(chunks: list[Any]) -> tuple[list[int], str, str | None]:
     return [c.token for c in chunks], "".join(c.text for c in chunks), chunks[-1].finish_reason
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [{"slots": 3, "prefill_step_size": 32}, {"slots": 8, "cache_bytes": 0}], ids=str)
 def test_jobs_get_what_they_get_alone(small, options):
     """Forty jobs whose prompts share beginnings, some of whose clients go away."""
