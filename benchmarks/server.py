@@ -38,10 +38,12 @@ def serving(loaded: Any, slots: int) -> Iterator[httpx.Client]:
         server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=3600) as client:
-            yield client
-        server.should_exit = True
-        thread.join()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=3600) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def stream(client: httpx.Client, ids: list[int], tokens: int) -> float:
@@ -49,6 +51,7 @@ def stream(client: httpx.Client, ids: list[int], tokens: int) -> float:
     body = {"prompt": ids, "max_tokens": tokens, "min_tokens": tokens, "temperature": 0, "stream": True, "logprobs": 0}
     times = []
     with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
         for line in response.iter_lines():
             if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["logprobs"]["tokens"]:
                 times.append(time.perf_counter())
@@ -99,7 +102,7 @@ def main() -> None:
     loaded = load(arguments.model) if arguments.model else load()
     base = loaded[1].encode(TEXT)
     prompts = [[*base, *loaded[1].encode(f"# {i}\n")] for i in range(arguments.streams)]
-    print(describe())
+    print(describe(), flush=True)
     with serving(loaded, arguments.streams) as client:
         one_stream(loaded, client, prompts[0], 4)
         for name, measure in (
