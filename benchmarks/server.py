@@ -33,7 +33,8 @@ TEXT = "def reverse(text):\n    return text[::-1]\n\n\ndef count(text, letter):\
 @contextlib.contextmanager
 def serving(loaded: Any, slots: int) -> Iterator[httpx.Client]:
     """A server in a thread, and a client of it."""
-    service = Service(*loaded, Scheduler(*loaded, slots=slots), "model", 3600)
+    model, tokenizer = loaded
+    service = Service(model, tokenizer, Scheduler(model, tokenizer, slots=slots), "model", 3600)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

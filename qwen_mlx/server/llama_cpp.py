@@ -217,7 +217,7 @@ def props(service: Service) -> dict[str, Any]:
         "chat_template": template,
         "chat_template_caps": {"supports_tools": OPEN in template},
         "modalities": {"vision": False, "audio": False},
-        "bos_token": "" if tokenizer.bos_token_id is None else tokenizer.names[tokenizer.bos_token_id],
+        "bos_token": tokenizer.special_tokens.get("bos_token", ""),
         "eos_token": tokenizer.names[end],
         "fills": MIDDLE in tokenizer.special,
         "build_info": f"qwen_mlx {__version__}",
@@ -234,8 +234,8 @@ def tokenize(service: Service, body: Body) -> dict[str, Any]:
     body.done()
     tokenizer = service.tokenizer
     ids = tokenizer.encode(text, allow_special=parse_special)
-    if add_special and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
+    if add_special:
+        ids = tokenizer.with_prefix(ids)
     if not with_pieces:
         return {"tokens": ids}
     return {"tokens": [{"id": i, "piece": _piece(tokenizer.token_bytes(i))} for i in ids]}
