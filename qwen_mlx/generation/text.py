@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ class GenerationChunk:
     finish_reason is "stop" (an end token or a stop string), "length" (max_tokens or the context's end) or None while
     the text goes on. With logprobs: ln p of the token by the model's own logits, before penalties and temperature, and
     the likeliest tokens' (id, ln p). reasoning, answer: of a model that thinks before it answers, what became complete
-    of the thought and of the answer, without the marks between them, which text has; of other models answer is text.
+    of the thought and of the answer (spoken), without the marks between them, which text has; of other models answer is
+    text.
     """
 
     text: str
@@ -45,7 +46,11 @@ class GenerationChunk:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     reasoning: str = ""
-    answer: str = ""
+    spoken: InitVar[str | None] = None
+    answer: str = field(init=False, default="")
+
+    def __post_init__(self, spoken: str | None) -> None:
+        object.__setattr__(self, "answer", self.text if spoken is None else spoken)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = None, raw: bool = False) -> list[int]:

@@ -135,9 +135,9 @@ def _content(content: Any, accepted: Accepted) -> str | list[Any]:
         return content
     if not isinstance(content, list | tuple):
         raise QwenMLXError(f"The content of a message is {_short(content)}, expected a string or a list of text parts.")
-    wrong = next((part for part in content if not _is_text(part)), None)
-    if wrong is not None:
-        kind = wrong.get("type", wrong) if isinstance(wrong, Mapping) else wrong
+    wrong = [part for part in content if not _is_text(part)]
+    if wrong:
+        kind = wrong[0].get("type", wrong[0]) if isinstance(wrong[0], Mapping) else wrong[0]
         raise QwenMLXError(
             f"A part of a message is {_short(kind)}, expected {{'type': 'text', 'text': ...}}; this is a model of text."
         )

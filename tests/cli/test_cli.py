@@ -294,6 +294,13 @@ def set_field(name: str, value: object):
     return edit
 
 
+def without_end(writer, tensors):
+    """No token is said to end a text, and none has a name that means it."""
+    remove_field("tokenizer.ggml.eos_token_id")(writer, tensors)
+    kinds = writer.kv_data[0]["tokenizer.ggml.token_type"]
+    kinds.value = [1] * len(kinds.value)
+
+
 DAMAGED = {
     "tensor missing": (drop("blk.1.attn_q.bias"), "'blk.1.attn_q.bias'", "missing"),
     "embedding missing": (drop("token_embd.weight"), "'token_embd.weight'", "missing"),
@@ -310,7 +317,7 @@ DAMAGED = {
     "kv heads 3": (set_field("qwen2.attention.head_count_kv", 3), "num_key_value_heads"),
     "tokens missing": (remove_field("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens", "missing"),
     "other split rule": (set_field("tokenizer.ggml.pre", "llama-bpe"), "llama-bpe", "qwen2"),
-    "end token missing": (remove_field("tokenizer.ggml.eos_token_id"), "eos_token_id", "missing"),
+    "end token missing": (without_end, "eos_token_id", "missing"),
     "template missing": (remove_field("tokenizer.chat_template"), "chat template", "--raw"),
 }
 

@@ -55,10 +55,11 @@ def test_a_gguf_without_settings_has_its_familys(file: Any, expected: Any):
 
 
 def test_a_template_that_opens_a_thought_is_never_greedy():
-    file, prompt = gguf(), "{{ messages[0].content }}{% if add_generation_prompt %}<|im_start|>assistant\n%s{% endif %}"
-    file.metadata["tokenizer.chat_template"] = prompt % "<think>\n"
+    file, start = gguf(), "{{ messages[0].content }}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    file.metadata["tokenizer.chat_template"] = f"{start}<think>\n{{% endif %}}"
     assert (gguf_defaults(file).temperature, gguf_defaults(file).top_p) == (0.6, 0.95)
-    for other in (prompt % "<think>\n\n</think>\n\n", prompt % "" + "{% if '<think>' in x %}{% endif %}", "{% for %}"):
+    closed = f"{start}<think>\n\n</think>\n\n{{% endif %}}"
+    for other in (closed, start + "{% endif %}{% if '<think>' in x %}{% endif %}", "{% for %}"):
         file.metadata["tokenizer.chat_template"] = other
         assert gguf_defaults(file) == GREEDY_SETTINGS
 
