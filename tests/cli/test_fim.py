@@ -75,6 +75,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], words: 
     assert words in str(caught.value)
 
 
+@pytest.mark.heavy
 def test_only_the_fill_goes_to_standard_output(folder: Path):
     """No newline is added, so that an editor can insert what it gets."""
     command = [*COMMAND, "--model", str(folder), "--fim-file", "-"]
@@ -84,6 +85,7 @@ def test_only_the_fill_goes_to_standard_output(folder: Path):
     assert b"generation: 12 tokens" in done.stderr
 
 
+@pytest.mark.heavy
 def test_a_model_that_cannot_fill_is_refused_by_name(tmp_path: Path):
     path = write_gguf(tmp_path / "plain.gguf", RandomModel())
     command = [*COMMAND, "--model", str(path), "--fim-file", "-"]

@@ -44,6 +44,7 @@ def test_each_option_asks_for_its_form(tmp_path: Path):
         read("--json-object", "--min-tokens", "3")
 
 
+@pytest.mark.heavy
 def test_the_text_satisfies_the_schema(command: list[str], tmp_path: Path):
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     options = ["--json-schema", str(tmp_path / "schema.json"), "--seed", "1"]
@@ -51,6 +52,7 @@ def test_the_text_satisfies_the_schema(command: list[str], tmp_path: Path):
     jsonschema.validate(json.loads(done.stdout), SCHEMA)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -69,6 +71,7 @@ def test_mistakes_are_one_sentence(command: list[str], tmp_path: Path, options: 
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.heavy
 def test_a_form_does_not_go_with_a_fill(command: list[str], tmp_path: Path):
     (tmp_path / "f").write_text("<|cursor|>")
     done = subprocess.run(

@@ -242,6 +242,7 @@ def clock(seconds: int) -> str:
     return str(seconds)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("most", [1, 3])
 def test_calls_of_tools_are_ones_that_run(small, most):
     """A random model calls tools in their own form, with arguments that their schemas allow."""
@@ -445,6 +446,7 @@ def test_the_tokenizer_is_not_kept(tmp_path: Path):
     assert gone() is None
 
 
+@pytest.mark.heavy
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path: Path):
     path = write_gguf(tmp_path / "m.gguf", RandomModel())
     code = f"""
