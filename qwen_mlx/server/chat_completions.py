@@ -27,6 +27,7 @@ class Choice:
     """An answer so far, or a part of it."""
 
     text: str = ""
+    reasoning: str = ""
     tool_text: ToolText | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
@@ -93,18 +94,19 @@ class ChatRequest:
 
     def add(self, index: int, chunk: GenerationChunk) -> Choice:
         """Notes a token, and returns what it adds to its choice."""
-        choice, new = self.choices[index], Choice(text=chunk.text)
+        choice, new = self.choices[index], Choice(text=chunk.answer, reasoning=chunk.reasoning)
         self.usage.add(index, chunk)
         if chunk.logprob is not None and chunk.token not in self.tasks[index].settings.eos_token_ids:
             new.logprobs = [token_entry(self.service.tokenizer, chunk)]
         if choice.tool_text is not None:
-            new.text = choice.tool_text.add(chunk.text)
+            new.text = choice.tool_text.add(chunk.answer)
             if chunk.finish_reason is not None:
                 rest, calls = choice.tool_text.finish()
                 new.text, new.calls = new.text + rest, calls if self._parallel else calls[:1]
         if chunk.finish_reason is not None:
             new.finish_reason = "tool_calls" if new.calls else chunk.finish_reason
         choice.text += new.text
+        choice.reasoning += new.reasoning
         choice.calls += new.calls
         choice.logprobs += new.logprobs
         choice.finish_reason = new.finish_reason
@@ -115,6 +117,8 @@ class ChatRequest:
         choices = []
         for index, choice in enumerate(self.choices):
             message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.reasoning:
+                message["reasoning_content"] = choice.reasoning
             if choice.calls:
                 message |= {"content": choice.text or None, "tool_calls": choice.calls}
             entry = {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": None}
@@ -131,6 +135,8 @@ class ChatRequest:
     def events(self, index: int, chunk: GenerationChunk) -> list[dict[str, Any]]:
         """The events of a token."""
         new, events = self.add(index, chunk), []
+        if new.reasoning:
+            events.append(self._event(index, {"reasoning_content": new.reasoning}))
         if new.text or new.logprobs:
             events.append(self._event(index, {"content": new.text}, new.logprobs))
         for number, call in enumerate(new.calls):

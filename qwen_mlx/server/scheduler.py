@@ -22,6 +22,7 @@ from ..generation.text import CANNOT_GO_ON, GenerationChunk, TextStream
 from ..model.batch_cache import select
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
+from ..text.thoughts import Thoughts
 from ..text.tokenizer import Tokenizer
 from .prefix_cache import PrefixCache
 
@@ -57,6 +58,7 @@ class Job:
     # Kept by the scheduler.
     prompts: Prompts | None = None
     stream: TextStream | None = None
+    thoughts: Thoughts | None = None
     answer: list[int] = field(default_factory=list)
     began: float = 0.0  # when reading began, and later when the first token came
     new_line: bool = False
@@ -191,6 +193,8 @@ class Scheduler:
         job.stats.prompt_tokens, job.stats.reused_tokens = len(job.ids) - count, count
         job.prompts = Prompts(self.model, [job.ids[count:]], [job.settings], cached, job.ids[:count])
         job.stream = TextStream(self.tokenizer, job.settings)
+        if job.settings.constraint is None:  # an answer that has a form has no thought before it
+            job.thoughts = self.tokenizer.thoughts(job.ids)
         self.metrics.reused_tokens += count
         self._reading.append(job)
 
@@ -274,7 +278,9 @@ class Scheduler:
             text, ended = job.fill_stop.add(text, last=reason is not None)
             reason = "stop" if ended else reason
         job.new_line |= "\n" in text
-        self._post(job, GenerationChunk(text, token.id, reason, stats, token.logprob, token.top_logprobs))
+        thought, answer = ("", text) if job.thoughts is None else job.thoughts.add(text, reason is not None)
+        chunk = GenerationChunk(text, token.id, reason, stats, token.logprob, token.top_logprobs, thought, answer)
+        self._post(job, chunk)
         self.metrics.generated_tokens += 1
         return reason is not None
 

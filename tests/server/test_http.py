@@ -14,6 +14,7 @@ import pytest
 from qwen_mlx import load, stream_generate
 from qwen_mlx.generation.fill import stream_fill
 from qwen_mlx.server.limits import Limits
+from qwen_mlx.text.thoughts import Thoughts
 from reference.small_models import IM_END
 from tests.helpers.fim_model import FIM_IDS, save_fim_folder
 from tests.helpers.running_server import serving, wait_for
@@ -129,6 +130,26 @@ def test_suffix_and_infill_equal_the_library(small, client):
     files = client.post(INFILL, json=asked | {"input_extra": [{"text": "he", "filename": "a.py"}]}).json()
     theirs = stream_fill(*small, "hello ", " hell", files=[("a.py", "he")], max_tokens=12)
     assert files["content"] == "".join(c.text for c in theirs)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_thought_is_told_from_the_answer(small, monkeypatch, stream):
+    """As of a model whose template has opened a thought, which a mark in its text ends."""
+    whole = "".join(c.text for c in stream_generate(*small, "hello", temperature=0, max_tokens=40))
+    mark = whole[12:15]
+    thought, _, answer = whole.partition(mark)
+    monkeypatch.setattr(small[1], "thoughts", lambda ids: Thoughts(("<think>", mark), True))
+    with serving(small) as service, httpx.Client(base_url=service.url, timeout=60) as client:
+        response = client.post(CHAT, json=hello(stream=stream) | {"max_tokens": 40}).raise_for_status()
+    if stream:
+        deltas = [piece["choices"][0]["delta"] for piece in events(response)]
+        found = ["".join(delta.get(name) or "" for delta in deltas) for name in ("reasoning_content", "content")]
+    else:
+        message = response.json()["choices"][0]["message"]
+        found = [message["reasoning_content"], message["content"]]
+    assert found == [thought.strip(), answer.lstrip()]
+    assert thought.strip()
+    assert answer.strip()
 
 
 SCHEMA = {

@@ -96,12 +96,25 @@ def test_tab_completes_and_escape_leaves(page, small):
     page.keyboard.press("Tab")
     page.wait_for_function("() => !$('fill-status').textContent.startsWith('Completing')")
     proposed = page.evaluate("proposed")
+    assert page.locator("#ghost").text_content() == before + proposed + after
     assert proposed
     page.keyboard.press("Tab")
     assert page.evaluate("code.value") == before + proposed + after
     page.keyboard.press("Escape")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") != "code"
+
+
+def test_a_cursor_that_moves_drops_the_proposal_and_a_blank_line_is_indented_once(page):
+    page.locator("#tab-edit").click()
+    page.evaluate("code.value = 'hello\\n    \\nhell'; code.focus(); code.setSelectionRange(10, 10)")
+    with page.expect_request("**/infill") as request:
+        page.keyboard.press("Tab")
+    assert (request.value.post_data_json["input_prefix"], request.value.post_data_json["prompt"]) == ("hello\n", "")
+    page.wait_for_function("() => !$('fill-status').textContent.startsWith('Completing')")
+    assert not page.evaluate("proposed.startsWith('    ')")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("() => proposed === '' && !$('editor').classList.contains('proposing')")
 
 
 def test_errors_of_the_server_are_shown(browser, small):
