@@ -172,6 +172,8 @@ def _write_metadata(folder: Path, source: Checkpoint, forms: dict[Parameter, For
     if source.tokenizer_files:
         for file in source.tokenizer_files:
             shutil.copyfile(file, folder / file.name)
+        if len(source.tokenizer.chat_templates) > 1:
+            source.tokenizer.save_chat_templates(folder)
     else:
         source.tokenizer.save(folder)
 

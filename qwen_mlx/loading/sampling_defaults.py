@@ -12,7 +12,6 @@ from typing import Any
 from ..errors import QwenMLXError
 from ..generation.sampling import SamplingSettings
 from ..gguf.reader import GGUFFile
-from ..text.chat_template import render
 from ..text.files import read_json
 from ..text.thoughts import THINK_MARKS
 
@@ -109,18 +108,16 @@ def family_settings(names: Iterable[str], template: str = "") -> SamplingSetting
         for pattern, settings in FAMILIES:
             if re.search(pattern, joined):
                 return settings
-    if template and _opens_thought(template):
+    if _opens_thought(template):
         return replace(R1_SETTINGS, source="DeepSeek-R1's published settings, as the chat template opens a thought")
     return GREEDY_SETTINGS
 
 
 def _opens_thought(template: str) -> bool:
-    """True if a chat template ends the prompt within a thought."""
-    try:
-        prompt = render(template, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
-    except QwenMLXError:
-        return False
-    return prompt.rstrip().endswith(tuple(opening for opening, _ in THINK_MARKS))
+    """True if a chat template's generation prompt has a thought's opening mark and not the closing one. The template is
+    not run: opening a file runs nothing of it."""
+    prompt = template.rpartition("add_generation_prompt")[2].partition("endif")[0]
+    return any(opening in prompt and closing not in prompt for opening, closing in THINK_MARKS)
 
 
 def folder_defaults(folder: Path) -> SamplingSettings:

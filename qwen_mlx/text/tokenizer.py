@@ -393,12 +393,16 @@ class Tokenizer:
         if self.chat_templates:
             texts = [{"name": name, "template": text} for name, text in self.chat_templates.items()]
             settings["chat_template"] = texts if len(texts) > 1 else texts[0]["template"]
+        self.save_chat_templates(folder)
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def save_chat_templates(self, folder: Path) -> None:
+        """Writes chat_template.jinja and additional_chat_templates/NAME.jinja."""
         for name, text in self.chat_templates.items():
             path = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 class StreamingDetokenizer:

@@ -728,6 +728,16 @@ def test_a_range_beyond_float32_is_no_damage(tmp_path: Path):
         convert(path, tmp_path / "out", quantize=4)
 
 
+def test_named_templates_are_kept(tmp_path: Path):
+    folder = save_folder(tmp_path / "in", RandomModel())
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    (folder / "chat_template.jinja").write_text("plain")
+    convert(folder, tmp_path / "out")
+    templates = Tokenizer.from_folder(tmp_path / "out").chat_templates
+    assert templates == {"default": "plain", "tool_use": "with tools"}
+
+
 def test_a_template_is_copied_and_never_run_by_the_converter(tmp_path: Path):
     trap = tmp_path / "trap"
     code = f"cycler.__init__.__globals__.os.system('touch {trap}')"
