@@ -7,6 +7,7 @@ two chunks every running row gets a token, so that a long prompt delays others b
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -25,6 +26,8 @@ from ..model.qwen2 import Qwen2
 from ..text.thoughts import Thoughts
 from ..text.tokenizer import Tokenizer
 from .prefix_cache import PrefixCache
+
+LOGGER = logging.getLogger("qwen_mlx.server")
 
 
 class QueueFull(Exception):
@@ -167,6 +170,8 @@ class Scheduler:
                 self._read(rows)
                 self._step(rows)
             except Exception as error:  # one for all rows, which share the computation
+                if not isinstance(error, QwenMLXError):
+                    LOGGER.exception("The model's thread made a mistake; all answers under way end.")
                 rows.close()
                 self._fail(error)
             self._flush()
@@ -184,6 +189,7 @@ class Scheduler:
         ready = [job for job in self._waiting if job.after is None or job.after.started][:free]
         for job in ready:
             self._waiting.remove(job)
+        self._reading += ready
         return ready
 
     def _begin(self, job: Job) -> None:
@@ -196,7 +202,6 @@ class Scheduler:
         if job.settings.constraint is None:  # an answer that has a form has no thought before it
             job.thoughts = self.tokenizer.thoughts(job.ids)
         self.metrics.reused_tokens += count
-        self._reading.append(job)
 
     def _drop(self, rows: Rows) -> None:
         """Lets go of jobs whose clients have gone."""
@@ -227,10 +232,10 @@ class Scheduler:
         self._reading.rotate(-1)
         if logits is None:
             return
-        self._reading.remove(job)
         if job.followed and job.use_cache:
             self.cache.add(job.ids, job.prompts.state.cache)  # type: ignore[union-attr]
         rows.join(job.prompts, logits)  # type: ignore[arg-type]
+        self._reading.remove(job)
         job.prompts, job.started = None, True
         self._running.append(job)
         now = time.monotonic()

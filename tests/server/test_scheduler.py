@@ -16,6 +16,7 @@ from qwen_mlx.generation.engine import Rows
 from qwen_mlx.generation.fill import FillStop
 from qwen_mlx.generation.text import settings_of
 from qwen_mlx.model.fused import FusedModel
+from qwen_mlx.server.prefix_cache import PrefixCache
 from qwen_mlx.server.scheduler import Job, QueueFull, Scheduler
 from reference.small_models import IM_END, TOKENS, RandomModel, write_gguf
 
@@ -246,6 +247,29 @@ def test_a_fill_ends_at_a_line_of_less_indentation(small):
         chunks = await result(one)
         assert chunks[-1].finish_reason == "stop"
         assert "\n" + TOKENS[70] not in "".join(c.text for c in chunks)
+
+    run(scheduler, body)
+
+
+@pytest.mark.parametrize("what", ["longest", "add"])
+def test_an_error_at_any_point_reaches_its_client(small, monkeypatch, what):
+    """A cache that breaks stands for a lack of memory; nobody waits for ever, and the next request is served."""
+    scheduler = Scheduler(*small)
+    works = getattr(PrefixCache, what)
+
+    def broken(self, *arguments):
+        monkeypatch.setattr(PrefixCache, what, works)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(PrefixCache, what, broken)
+
+    async def body() -> None:
+        first, second = (job(small, list(range(40)), {"temperature": 0}) for _ in range(2))
+        second.after = first
+        scheduler.submit([first, second])
+        with pytest.raises(RuntimeError):
+            await result(first)
+        assert len(await result(second)) > 0
 
     run(scheduler, body)
 
