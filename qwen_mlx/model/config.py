@@ -1,5 +1,5 @@
-"""The shape of a Qwen2 model, read from GGUF metadata or from a Hugging Face config.json, validated, with no defaults
-for what a file must say."""
+"""The shape of a Qwen2 model, read from GGUF metadata or from a Hugging Face config.json, and validated. A GGUF must
+say everything; what a config.json leaves out is what transformers takes for it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "max_position_embeddings"),
 )
+# transformers' values for what config.json leaves out (Qwen2Config).
+HF_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
 MAX_LAYERS = 1000  # the largest Qwen2 has 80
 TRAINED_CONTEXT = 32768  # tokens: what Qwen2.5 was trained on, and its documentation's original_max_position_embeddings
 DOCUMENTED_YARN = 4  # Qwen's documentation: 131,072 tokens
@@ -63,8 +76,10 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope_scaling: RopeScaling | None = None
     mlp_bias: bool = False
+    o_proj_bias: bool = False
     sliding_window: int | None = None  # tokens, for the layers from max_window_layers on
     max_window_layers: int = 0
+    is_causal: bool = True  # False: each token sees all others, in some embedding models
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -77,7 +92,7 @@ class ModelConfig:
             raise QwenMLXError(f"sliding_window is {self.sliding_window!r}, expected a positive integer.")
         if not isinstance(self.max_window_layers, int):
             raise QwenMLXError(f"max_window_layers is {self.max_window_layers!r}, expected an integer.")
-        for name in ("tie_word_embeddings", "mlp_bias"):
+        for name in ("tie_word_embeddings", "mlp_bias", "o_proj_bias", "is_causal"):
             if not isinstance(getattr(self, name), bool):
                 raise QwenMLXError(f"{name} is {getattr(self, name)!r}, expected true or false.")
         for name in ("rms_norm_eps", "rope_theta"):
@@ -150,6 +165,8 @@ class ModelConfig:
                 shapes[f"{layer}.self_attn.{name}.weight"] = (size, hidden)
                 shapes[f"{layer}.self_attn.{name}.bias"] = (size,)
             shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, q)
+            if self.o_proj_bias:
+                shapes[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
             shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
             for name, size, width in (("gate_proj", mlp, hidden), ("up_proj", mlp, hidden), ("down_proj", hidden, mlp)):
                 shapes[f"{layer}.mlp.{name}.weight"] = (size, width)
@@ -164,8 +181,11 @@ class ModelConfig:
         """The same as a Hugging Face config.json of a Qwen2ForCausalLM."""
         config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(self)}
         config["use_sliding_window"] = self.sliding_window is not None
-        if not self.mlp_bias:
-            del config["mlp_bias"]
+        for name in ("mlp_bias", "o_proj_bias"):
+            if not config[name]:
+                del config[name]
+        if self.is_causal:
+            del config["is_causal"]
         scaling = {key: value for key, value in (config.pop("rope_scaling") or {}).items() if value is not None}
         if scaling:
             config["rope_scaling"] = {"rope_type": scaling.pop("type"), **scaling}
@@ -250,7 +270,8 @@ class ModelConfig:
                 max_position_embeddings=context_length,
                 tie_word_embeddings="output.weight" not in file.tensors,
                 rope_scaling=scaling,
-                mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+                mlp_bias=any(f"blk.0.ffn_{name}.bias" in file.tensors for name in ("gate", "up", "down")),
+                o_proj_bias="blk.0.attn_output.bias" in file.tensors,
             )
         except GGUFError:
             raise
@@ -272,9 +293,7 @@ class ModelConfig:
 
         def get(key: str, default: Any = None) -> Any:
             value = raw.get(key, default)
-            if value is None:
-                raise QwenMLXError(f"{path}: {key!r} is missing; this is not a complete Qwen2 configuration.")
-            return value
+            return HF_DEFAULTS[key] if value is None else value
 
         if raw.get("model_type") != "qwen2":
             raise QwenMLXError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2'.")
@@ -285,11 +304,11 @@ class ModelConfig:
             raise QwenMLXError(f"{path}: the rope parameters are {rope!r}, expected an object.")
         if not isinstance(raw.get("use_sliding_window", False), bool):
             raise QwenMLXError(f"{path}: use_sliding_window is {raw['use_sliding_window']!r}, expected true or false.")
-        rope_theta = rope.get("rope_theta", raw.get("rope_theta"))
-        if rope_theta is None:
-            raise QwenMLXError(f"{path}: 'rope_theta' is missing; this is not a complete Qwen2 configuration.")
+        rope_theta = rope.get("rope_theta", get("rope_theta"))
         try:
             sizes = {name: get(name) for name in SIZES if name != "head_dim"}
+            if raw.get("num_key_value_heads", HF_DEFAULTS) is None:
+                sizes["num_key_value_heads"] = sizes["num_attention_heads"]
             config = cls(
                 **sizes,
                 head_dim=raw.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
@@ -298,14 +317,22 @@ class ModelConfig:
                 tie_word_embeddings=get("tie_word_embeddings"),
                 rope_scaling=_rope_scaling(rope, sizes["max_position_embeddings"], path),
                 mlp_bias=raw.get("mlp_bias", False),
+                o_proj_bias=raw.get("o_proj_bias", False),
                 sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window") else None,
                 max_window_layers=raw.get("max_window_layers", 28),  # transformers' default
+                is_causal=raw.get("is_causal", not _is_gte(raw)),
             )
             _check_layer_types(raw.get("layer_types"), config)
             return config
         except (QwenMLXError, TypeError, ZeroDivisionError, OverflowError) as error:
             message = str(error)
             raise QwenMLXError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def _is_gte(raw: Mapping[str, Any]) -> bool:
+    """True for gte-Qwen2, whose own code (modeling_qwen.py) attends in both directions unless told otherwise."""
+    classes = raw.get("auto_map")
+    return isinstance(classes, dict) and str(classes.get("AutoModel")).endswith("modeling_qwen.Qwen2Model")
 
 
 def _rope_scaling(rope: Mapping[str, Any], context_length: int, path: Path) -> RopeScaling | None:

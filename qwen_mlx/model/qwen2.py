@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5 in MLX (Qwen2.5 technical report, arXiv:2412.15115).
 
 Notable features:
-- grouped-query attention, with biases on q, k and v and none on o
+- grouped-query attention, with biases on q, k and v, and on o only where a file carries them
 - rotary positions on halves: element i turns with i + head_dim / 2
 - RMSNorm before attention and before the MLP, one more before the head
 - SwiGLU; its projections have biases only where a file carries them
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, self.n_heads * self.head_dim, bias=True)
         self.k_proj = Linear(config.hidden_size, self.n_kv_heads * self.head_dim, bias=True)
         self.v_proj = Linear(config.hidden_size, self.n_kv_heads * self.head_dim, bias=True)
-        self.o_proj = Linear(self.n_heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj = Linear(self.n_heads * self.head_dim, config.hidden_size, bias=config.o_proj_bias)
 
     def __call__(self, x: mx.array, rotation: mx.array, cache: KVCache, mask: Mask) -> mx.array:
         def heads(y: mx.array) -> mx.array:
@@ -101,7 +101,7 @@ class Qwen2Model(nn.Module):
             for i in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = rotary
+        self.rotary, self.is_causal = rotary, config.is_causal
 
     def __call__(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:
         rotation, masks = self.positions(input_ids.shape[1], cache)
@@ -113,7 +113,9 @@ class Qwen2Model(nn.Module):
     def positions(self, length: int, cache: Sequence[KVCache]) -> tuple[mx.array, dict[int | None, Mask]]:
         """The rotary table of the next `length` positions, and the mask of each kind of layer by its window."""
         windows = {layer.self_attn.sliding_window for layer in self.layers}
-        masks = {window: cache[0].mask(length, window) for window in windows}
+        masks: dict[int | None, Mask] = dict.fromkeys(windows)
+        if self.is_causal:
+            masks = {window: cache[0].mask(length, window) for window in windows}
         return self.rotary.table(cache[0].positions, length), masks
 
 
