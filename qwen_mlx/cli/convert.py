@@ -16,7 +16,7 @@ from .command import Parser, program, stop
 if TYPE_CHECKING:
     from ..conversion.convert import Progress
     from ..conversion.quantize import Form, Stored
-    from ..loading.checkpoint import Parameter
+    from ..loading.parameters import Parameter
 
 FLOATS = ("bfloat16", "float16", "float32")
 

@@ -29,7 +29,9 @@ from ..gguf.blocks import threads
 from ..gguf.names import ROPE_FACTORS
 from ..gguf.packing import DENSE
 from ..loading import hub
-from ..loading.checkpoint import Checkpoint, Parameter, open_checkpoint
+from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..loading.hub.client import say
+from ..loading.parameters import PackedParameter, Parameter
 from .folder import replaced_folder, target_folder
 from .quantize import Form, Options, Stored, choose_form, count_bad, in_order, pieces, store
 from .write import ShardedWriter
@@ -52,8 +54,8 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> list[Stored]:
-    """Converts a GGUF (or a folder of dense safetensors, or a hub id) to an MLX model folder; returns how each tensor
-    is stored and its error, which the folder's conversion.json lists too.
+    """Converts a GGUF (or a folder of safetensors, dense or packed by another library, or a hub id) to an MLX model
+    folder; returns how each tensor is stored and its error, which the folder's conversion.json lists too.
 
     dtype: of dense tensors, "bfloat16", "float16" or "float32" (which is exact). scales: of packed tensors; "auto" is
     the narrowest that is exact: float16 for the legacy types, float32 for K-quants. requantize: bits for the quantized
@@ -69,6 +71,8 @@ def convert(
     checkpoint = _open(path)
     if any(target in file.resolve().parents for file in checkpoint.files):  # a part of a split file may be a link
         raise QwenMLXError(f"{target}: holds a part of the model to convert; give another folder for the output.")
+    for note in checkpoint.notes:
+        say(note)
     forms = {tensor: choose_form(tensor, options) for tensor in checkpoint.parameters.values()}
     specs = [spec for tensor, form in forms.items() for spec in form.specs(tensor)]
     _keep_freed_memory()
@@ -111,7 +115,8 @@ def check(source: str | os.PathLike[str], progress: Progress | None = None) -> l
 def _open(path: Path) -> Checkpoint:
     """A checkpoint that an MLX model folder can express, and that is not one already."""
     checkpoint = open_checkpoint(path)
-    if path.is_dir() and any(tensor.packings for tensor in checkpoint.parameters.values()):
+    checkpoint.require_language_head()
+    if any(isinstance(tensor, PackedParameter) for tensor in checkpoint.parameters.values()):
         raise QwenMLXError(f"{path}: is quantized for MLX already; convert the original instead.")
     if checkpoint.rope_factors is not None:
         raise GGUFError(

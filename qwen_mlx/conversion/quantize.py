@@ -15,7 +15,7 @@ from ..errors import QwenMLXError
 from ..gguf.blocks import CHUNK_WEIGHTS, threads
 from ..gguf.packing import DENSE, Packing
 from ..gguf.unpack import pack, unpack
-from ..loading.checkpoint import Parameter
+from ..loading.parameters import Parameter
 from ..loading.safetensors_files import DTYPES
 from .write import ShardedWriter, TensorSpec
 
@@ -95,7 +95,7 @@ def choose_form(tensor: Parameter, options: Options) -> Form:
             dtype = tensor.scale_dtype()
             tensor.release()
         return Form(own, dtype, from_source=True)
-    quantized = not tensor.stored_dtype and tensor.type_name != "F64"
+    quantized = not tensor.stored_dtype and tensor.type_name not in ("F64", "float64")
     bits = options.quantize or (options.requantize if quantized else None)
     if bits and divided:
         dtype = options.dtype if options.scales == "auto" else options.scales

@@ -28,7 +28,9 @@ from ..parallel import group as parallel
 from ..parallel.shards import Shard
 from ..text.tokenizer import Tokenizer, check_vocabulary
 from . import hub, kernels, memory
-from .checkpoint import Parameter, open_checkpoint
+from .checkpoint import open_checkpoint
+from .hub.client import say
+from .parameters import Parameter
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input share a buffer
@@ -59,7 +61,7 @@ def load(
         parallel.connect(group)
     path = hub.resolve(model)
     on_gpu = mx.default_device() != mx.cpu
-    target = _dtype(dtype) if dtype is not None else (mx.bfloat16 if on_gpu else mx.float32)
+    target = target_dtype(dtype)
     packed = on_gpu if quantized is None else quantized
     if target == mx.float32:
         exact_float32()
@@ -72,7 +74,10 @@ def load(
         ) from error
 
 
-def _dtype(dtype: str | mx.Dtype) -> mx.Dtype:
+def target_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+    """The dtype of activations and dense weights; None: the device's. Raises QwenMLXError for another one."""
+    if dtype is None:
+        return mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     mlx_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(mlx_dtype, mx.Dtype) or mlx_dtype not in DTYPES.values():
         raise QwenMLXError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
@@ -88,6 +93,10 @@ def _load(
     group: mx.distributed.Group | None,
 ) -> tuple[Qwen2, Tokenizer]:
     checkpoint = open_checkpoint(path)
+    checkpoint.require_language_head()
+    if group is None or group.rank() == 0:
+        for note in checkpoint.notes:
+            say(note)
     config = checkpoint.config if yarn is None else checkpoint.config.with_yarn(yarn)
     parameters, local, shard = checkpoint.parameters, config, None
     if group is not None and group.size() > 1:
@@ -106,7 +115,7 @@ def _load(
 
 
 def fill(
-    model: Qwen2,
+    model: nn.Module,
     parameters: Mapping[str, Parameter],
     *,
     dtype: mx.Dtype,
@@ -220,7 +229,7 @@ def _as_mlx(array: np.ndarray) -> mx.array:
     return mx.array(array).view(mx.bfloat16) if array.dtype == np.uint16 else mx.array(array)
 
 
-def _set_rows(model: Qwen2, run: list[Parameter], matrix: Matrix, dtype: mx.Dtype) -> None:
+def _set_rows(model: nn.Module, run: list[Parameter], matrix: Matrix, dtype: mx.Dtype) -> None:
     """Gives the modules of a run their rows of its matrix, as views; packed modules replace the model's dense ones."""
     start = 0
     for parameter in run:

@@ -20,9 +20,11 @@ from ..errors import QwenMLXError
 from ..gguf.reader import release_pages
 from ..text.files import read_json
 
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "U32": "uint32", "U8": "uint8"}
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "U32": "uint32", "U8": "uint8"}
+DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "I8": "int8", "I32": "int32", "I64": "int64"}
 FLOATS = ("F32", "F16", "BF16")
-_NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U32": "<u4", "U8": "u1"}
+_NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "U32": "<u4", "U8": "u1"}
+_NUMPY |= {"F8_E4M3": "u1", "F8_E8M0": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class StoredTensor:
 
     @property
     def array(self) -> np.ndarray:
-        """The elements in `shape`; bfloat16 as uint16."""
+        """The elements in `shape`; bfloat16 as uint16, floats of 8 bits as uint8."""
         return self.data.view(_NUMPY[self.dtype]).reshape(self.shape)
 
 
@@ -67,18 +69,13 @@ def safetensors_files(folder: Path) -> list[Path]:
 def read_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     """The tensors of a folder's files by name.
 
-    Raises QwenMLXError for a file that is not safetensors, a dtype that no weights have, and a name in two files.
+    Raises QwenMLXError for a file that is not safetensors, and a name in two files.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in _tensors_of(file).items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue
-            codes = {"U32": ".weight", "U8": ".scales"}.get(tensor.dtype)  # of what MLX has packed
-            if tensor.dtype not in FLOATS and not (codes and name.endswith(codes)):
-                raise QwenMLXError(
-                    f"{file}: tensor {name!r} has dtype {tensor.dtype}, expected BF16, F16 or F32; save the model so."
-                )
             if name in tensors:
                 raise QwenMLXError(
                     f"{file.parent}: tensor {name!r} is in {tensors[name].file.name} and in {file.name}; remove the "

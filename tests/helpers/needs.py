@@ -18,6 +18,8 @@ NEEDS = {
         "mlx_lm",
         "accelerate",
         "sentencepiece",  # comes with mlx-lm
+        "bitsandbytes",
+        "compressed_tensors",
         "safetensors.torch",
         "reference.lazy",
     ),

@@ -1,0 +1,89 @@
+"""Folders whose matrices another library packed: AWQ, GPTQ, compressed-tensors, bitsandbytes, FP8.
+
+config.json's `quantization_config` names the method. Integers with 16-bit scales become MLX's affine quantization, the
+same numbers bit for bit, where a group of theirs is a whole number of MLX's; everything else becomes dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import QwenMLXError
+from ...text.files import read_json
+from . import awq, bitsandbytes, compressed_tensors, fp8, gptq
+from .tensors import Tensors
+from .weights import ForeignParameter, IntegerWeights, TableWeights
+
+__all__ = ["ForeignParameter", "Method", "Tensors", "find_method"]
+
+_METHODS = {
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "compressed-tensors": compressed_tensors,
+    "fbgemm_fp8": fp8,
+    "fp8": fp8,
+    "gptq": gptq,
+    "modelopt": fp8,
+}
+# Of a module's activations, which stay as they are here.
+_ACTIVATIONS = (
+    *("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "output_scale", "activation_scale"),
+    *("q_scale", "k_scale", "v_scale"),
+)
+_Read = Callable[[str, tuple[int, ...], Tensors, dict[str, Any]], "IntegerWeights | TableWeights | None"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A folder's packing. settings: its `quantization_config`."""
+
+    name: str
+    settings: dict[str, Any]
+    read: _Read
+
+    def parameter(self, name: str, shape: tuple[int, ...], tensors: Tensors) -> ForeignParameter | None:
+        """The parameter `name` (Hugging Face's), taken out of `tensors`; None if it is not packed. Raises QwenMLXError
+        for a tensor that is missing or does not fit."""
+        if len(shape) != 2:
+            return None
+        weights = self.read(name.removesuffix(".weight"), shape, tensors, self.settings)
+        return None if weights is None else ForeignParameter.of(name, shape, weights)
+
+    def drop_activations(self, modules: list[str], tensors: Tensors) -> bool:
+        """Takes the scales of the modules' activations; True if there are some, or the configuration asks for them."""
+        names = [f"{module}.{kind}" for module in modules for kind in _ACTIVATIONS]
+        groups = self.settings.get("config_groups")
+        asked = [group for group in (groups.values() if isinstance(groups, dict) else ()) if isinstance(group, dict)]
+        said = any(group.get("input_activations") for group in asked) or "activation_scheme" in self.settings
+        return tensors.drop(*names) or said
+
+
+def find_method(folder: Path) -> Method | None:
+    """The method that packed a folder's matrices; None where none did, or MLX's own.
+
+    Raises QwenMLXError naming config.json, the method and those that are read, for another one.
+    """
+    where = folder / "config.json"
+    settings = read_json(where).get("quantization_config")
+    for name, other in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):  # of AutoGPTQ and AutoAWQ
+        if settings is None and (folder / name).is_file():
+            where = folder / name
+            settings = {"quant_method": other, **read_json(where)}
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise QwenMLXError(f"{where}: 'quantization_config' is {settings!r}, expected an object.")
+    if "quant_method" not in settings:
+        return None  # mlx-lm repeats its `quantization` there
+    name = settings["quant_method"]
+    method = _METHODS.get(name) if isinstance(name, str) else None
+    if method is None:
+        raise QwenMLXError(
+            f"{where}: quant_method is {name!r}, expected one of {', '.join(sorted(_METHODS))}; take the original "
+            "model or another packing of it."
+        )
+    method.check(settings, str(where))
+    return Method(str(name), settings, method.read)

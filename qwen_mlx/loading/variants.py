@@ -1,0 +1,166 @@
+"""What checkpoints hold beyond a plain Qwen2, or lack: fused projections, biases, heads, prefixes, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import QwenMLXError
+from ..gguf.blocks import BLOCK_TYPES
+from ..model.config import ModelConfig
+from ..parallel.shards import ALL
+from ..text.files import read_json
+from .packings import Tensors
+from .parameters import BlockParameter, Parameter
+from .safetensors_files import StoredTensor
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Heads of trainers (TRL's AutoModelForCausalLMWithValueHead, OpenRLHF, verl), which generation does not use.
+_VALUE_HEADS = ("v_head.", "value_head.", "critic_head.")
+
+
+def fused_part(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...], slice] | None:
+    """The fused parameter that holds the projection's `name` in some files, its shape, and the projection's rows."""
+    parent, module, kind = (".." + name).rsplit(".", 2)
+    for fused, modules in FUSED.items():
+        if module in modules:
+            names = [f"{parent[2:]}.{each}.{kind}" for each in modules]
+            if any(each not in shapes for each in names):
+                return None
+            rows = [shapes[each][0] for each in names]
+            start = sum(rows[: modules.index(module)])
+            own = slice(start, start + rows[modules.index(module)])
+            return f"{parent[2:]}.{fused}.{kind}", (sum(rows), *shapes[name][1:]), own
+    return None
+
+
+def part_of_fused(parameter: Parameter, name: str, rows: slice) -> Parameter:
+    """A projection's rows of a fused parameter."""
+    return replace(parameter.part(rows, ALL), name=name)
+
+
+def zeros(name: str, shape: tuple[int, ...]) -> Parameter:
+    """A bias that the file lacks."""
+    raw = np.zeros((1, 4 * shape[0]), np.uint8)
+    kind = BLOCK_TYPES[0]
+    return BlockParameter(name, name, shape, "float32", (), lambda: None, (raw,), shape[0], 1, ALL, kind)
+
+
+def is_missing_bias(name: str) -> bool:
+    """True for a bias of a projection, which is zero where a file has none."""
+    return name.endswith("_proj.bias")
+
+
+def with_plain_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors under the names of a Qwen2ForCausalLM: without the prefix of a wrapper ("language_model.",
+    "base_model.model."), and with "model." where the file is of the bare Qwen2Model."""
+    embedding = next((name for name in sorted(tensors) if name.endswith("embed_tokens.weight")), EMBEDDING)
+    if embedding.endswith(EMBEDDING):
+        prefix = embedding.removesuffix(EMBEDDING)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    bare = embedding.removesuffix("embed_tokens.weight")
+    parts = tuple(f"{bare}{part}" for part in ("embed_tokens.", "layers.", "norm."))
+    return {
+        f"model.{name.removeprefix(bare)}" if name.startswith(parts) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def is_bare(folder: Path, tensors: dict[str, StoredTensor]) -> bool:
+    """True for the files of a Qwen2Model, or of one with another head than a language model's."""
+    architectures = read_json(folder / "config.json").get("architectures")
+    return "embed_tokens.weight" in tensors or (bool(architectures) and architectures != ["Qwen2ForCausalLM"])
+
+
+def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tuple[ModelConfig, list[str], bool]:
+    """The configuration of the model that the tensors are, sentences about what differs from config.json, and True for
+    a model without a language head, which a `bare` one may lack.
+
+    Takes what no parameter stands for: a second copy of a shared matrix, value heads, biases that are zero.
+    Raises QwenMLXError for a head with a bias.
+    """
+    notes: list[str] = []
+    config = _with_rows(folder, config, tensors, notes)
+    if config.tie_word_embeddings and _has_own_head(tensors):
+        config = replace(config, tie_word_embeddings=False)
+        notes.append(
+            f"{folder}: config.json says tie_word_embeddings, but the checkpoint has an lm_head of its own; it is used"
+        )
+    headless = not config.tie_word_embeddings and bare and not any(name.startswith("lm_head.") for name in tensors)
+    if headless:
+        config = replace(config, tie_word_embeddings=True)  # no parameter of its own
+    heads = [name for name in tensors if name.startswith(_VALUE_HEADS)]
+    if heads:
+        tensors.drop(*heads)
+        notes.append(f"{folder}: the value head ({heads[0]}) is left out; it is of a trainer and not of the model")
+    present = [name for name in list(tensors) if name.endswith(".bias") and _is_used(name, tensors)]
+    if "lm_head.bias" in present:
+        raise QwenMLXError(
+            f"{folder}: tensor 'lm_head.bias' is not zero, and a Qwen2's head has no bias; take another checkpoint."
+        )
+    modules = {name.split(".")[-2]: name for name in present}
+    mlp = modules.keys() & {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
+    added = [modules[name] for name in sorted(mlp) if not config.mlp_bias]
+    added += [modules["o_proj"]] if "o_proj" in modules and not config.o_proj_bias else []
+    if added:
+        config = replace(
+            config, mlp_bias=config.mlp_bias or bool(mlp), o_proj_bias=config.o_proj_bias or "o_proj" in modules
+        )
+        notes.append(f"{folder}: the checkpoint has biases that a Qwen2 lacks, such as {added[0]!r}; they are added")
+    missing = missing_biases(config, tensors)
+    if missing:
+        notes.append(f"{folder}: {len(missing)} biases are missing, such as {missing[0]!r}; they are taken as zero")
+    return config, notes, headless
+
+
+def missing_biases(config: ModelConfig, names: Tensors | Iterable[str]) -> list[str]:
+    """The biases of the model that are not among `names`, alone or in a fused parameter."""
+    shapes, have = config.parameter_shapes(), set(names)
+
+    def is_there(name: str) -> bool:
+        fused = fused_part(name, shapes)
+        return name in have or (fused is not None and fused[0] in have)
+
+    return [name for name in shapes if is_missing_bias(name) and not is_there(name)]
+
+
+def _with_rows(folder: Path, config: ModelConfig, tensors: Tensors, notes: list[str]) -> ModelConfig:
+    """The configuration with as many tokens as the embedding has rows, where these are more."""
+    embedding = tensors.get(EMBEDDING)
+    rows = embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else 0
+    if rows <= config.vocab_size:
+        return config
+    notes.append(f"{folder}: config.json says vocab_size {config.vocab_size}, but the embedding has {rows} rows")
+    return replace(config, vocab_size=rows)
+
+
+def _has_own_head(tensors: Tensors) -> bool:
+    """True if the head differs from the embedding. A second copy of that matrix is taken: some writers store it."""
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    if head is None:
+        return any(f"lm_head.{end}" in tensors for end in ("qweight", "weight_packed"))
+    if embedding is None or head.dtype != embedding.dtype or head.shape != embedding.shape:
+        return True
+    step = 1 << 24
+    starts = range(0, len(head.data), step)
+    if all(np.array_equal(head.data[i : i + step], embedding.data[i : i + step]) for i in starts):
+        tensors.drop(*(name for name in list(tensors) if name.startswith("lm_head.")))
+        return False
+    return True
+
+
+def _is_used(name: str, tensors: Tensors) -> bool:
+    """True for a bias that is not zero; one that is zero and that no Qwen2 has is taken (GPTQ's tools write such)."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.dtype not in ("F16", "BF16", "F32", "F64"):
+        return True
+    bits = tensor.data.view({"F32": np.uint32, "F64": np.uint64}.get(tensor.dtype, np.uint16))
+    if (bits << bits.dtype.type(1)).any():
+        return True
+    if name.split(".")[-2] in ("o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "lm_head"):
+        tensors.drop(name)
+    return False
