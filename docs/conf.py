@@ -19,9 +19,9 @@ from qwen_mlx import __version__  # noqa: E402
 from qwen_mlx.gguf import blocks  # noqa: E402
 
 # From the bottom up, as in the map of CONTRIBUTING.md.
-ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "loading"]
-ROOMS += ["conversion", "server", "cli"]
-COMMANDS = ["generate", "chat", "convert", "evaluate", "selftest", "serve"]
+ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "encoding"]
+ROOMS += ["loading", "conversion", "server", "cli"]
+COMMANDS = ["generate", "chat", "convert", "evaluate", "embed", "score", "selftest", "serve"]
 
 project, author, release = "qwen_mlx", "the qwen_mlx authors", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]

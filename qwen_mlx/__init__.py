@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion.convert import convert
+    from .encoding.embed import embed
+    from .encoding.encoder import Encoder
+    from .encoding.score import score, step_scores
     from .errors import GGUFError, QwenMLXError
     from .generation.batch import BatchResult, batch_generate
     from .generation.chat import Chat
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from .generation.prompt_cache import PromptCache
     from .generation.sampling import SamplingSettings
     from .generation.text import GenerationChunk, generate, stream_generate
+    from .loading.encoder import load_encoder
     from .loading.load import load
     from .model.config import ModelConfig
     from .model.qwen2 import Qwen2
@@ -31,6 +35,7 @@ __version__ = "0.2.0.dev0"
 _MODULES = {
     "BatchResult": "generation.batch",
     "Chat": "generation.chat",
+    "Encoder": "encoding.encoder",
     "GGUFError": "errors",
     "GenerationChunk": "generation.text",
     "ModelConfig": "model.config",
@@ -41,9 +46,13 @@ _MODULES = {
     "Tokenizer": "text.tokenizer",
     "batch_generate": "generation.batch",
     "convert": "conversion.convert",
+    "embed": "encoding.embed",
     "fill": "generation.fill",
     "generate": "generation.text",
     "load": "loading.load",
+    "load_encoder": "loading.encoder",
+    "score": "encoding.score",
+    "step_scores": "encoding.score",
     "stream_fill": "generation.fill",
     "stream_generate": "generation.text",
 }
@@ -51,6 +60,7 @@ _MODULES = {
 __all__ = [
     "BatchResult",
     "Chat",
+    "Encoder",
     "GGUFError",
     "GenerationChunk",
     "ModelConfig",
@@ -61,9 +71,13 @@ __all__ = [
     "Tokenizer",
     "batch_generate",
     "convert",
+    "embed",
     "fill",
     "generate",
     "load",
+    "load_encoder",
+    "score",
+    "step_scores",
     "stream_fill",
     "stream_generate",
 ]

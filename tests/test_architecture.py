@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "qwen_mlx"
 OTHERS = [PACKAGE.parent / name for name in ("reference", "tests", "benchmarks")]
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a room may import the rooms before it, for types too, and none after it.
-ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "loading"]
-ROOMS += ["conversion", "server", "cli"]
-DOORS = ["generate", "chat", "convert", "evaluate", "selftest", "serve"]
+ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "encoding"]
+ROOMS += ["loading", "conversion", "server", "cli"]
+DOORS = ["generate", "chat", "convert", "evaluate", "embed", "score", "selftest", "serve"]
 
 
 def is_module(name: str) -> bool:

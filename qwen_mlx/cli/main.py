@@ -17,6 +17,8 @@ COMMANDS = {
     "chat": "talk to a model in the terminal, or through a pipe",
     "serve": "answer editors and other programs over HTTP",
     "convert": "convert a GGUF or safetensors model to an MLX model folder",
+    "embed": "turn texts into vectors with an embedding model",
+    "score": "score texts with a classifier, a reranker or a reward model",
     "evaluate": "measure a model's perplexity, and what quantizing cost",
     "selftest": "compare every kernel on this machine's GPU with float64",
 }

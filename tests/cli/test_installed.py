@@ -85,13 +85,15 @@ def test_a_command_s_help_names_it_as_it_was_started_and_imports_no_mlx(script: 
 MISTAKES = {
     "no command": ([], "no command is given; qwen-mlx --help lists them"),
     "wrong command": (["genrate"], "There is no command 'genrate': did you mean 'generate'?"),
-    "unlike any command": (["xyz"], "choose from chat, convert, evaluate, generate, selftest"),
+    "unlike any command": (["xyz"], "choose from chat, convert, embed, evaluate, generate, score, selftest"),
     "the old name of an option": (["--prompt", "x"], "see --help"),
     "wrong option": (["generate", "--promt-file", "x"], "--promt-file"),
     "no prompt": (["generate"], "no prompt: give --prompt"),
     "no model": (["generate", "--model", "/nonexistent.gguf", "--prompt", "x"], "/nonexistent.gguf"),
     "chat": (["chat", "--max-tool-rounds", "0"], "--max-tool-rounds is 0"),
     "convert": (["convert", "/nonexistent.gguf", "out"], "/nonexistent.gguf"),
+    "embed": (["embed", "--model", "x"], "there is no text"),
+    "score": (["score", "--model", "/nonexistent.gguf", "x"], "/nonexistent.gguf"),
     "evaluate": (["evaluate", "--text", "/nonexistent.txt"], "/nonexistent.txt"),
 }
 

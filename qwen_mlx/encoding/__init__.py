@@ -1,0 +1,1 @@
+"""Vectors and scores of texts: models with an embedding, a classification or a reward head."""

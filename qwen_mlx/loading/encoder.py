@@ -1,0 +1,198 @@
+"""load_encoder(): from a name to a model that makes vectors or scores of texts.
+
+Pooling, normalisation, prompts and the longest input are what sentence-transformers' files in the folder say.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..backend import mx, nn
+from ..encoding.encoder import Dense, Encode, Encoder, EncoderSettings
+from ..errors import QwenMLXError
+from ..model.layers import Linear
+from ..text.files import read_json, read_text
+from ..text.tokenizer import Tokenizer
+from . import hub
+from .checkpoint import Checkpoint, open_checkpoint
+from .folder import plain_parameters
+from .hub.client import say
+from .load import fill, target_dtype
+from .parameters import Parameter
+from .safetensors_files import read_tensors
+
+_ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh"}
+# sentence-transformers' names in 1_Pooling/config.json, before and since it names one of them.
+_POOLINGS = {
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_max_tokens": "max",
+    "lasttoken": "last",
+    "mean": "mean",
+    "cls": "first",
+    "max": "max",
+}
+
+
+def load_encoder(
+    model: str | os.PathLike[str], *, dtype: str | mx.Dtype | None = None, quantized: bool | None = None
+) -> Encoder:
+    """Loads an embedding model, a classifier, a reranker or a reward model of the Qwen2 architecture.
+
+    model, dtype, quantized: as for load(). A language model is one too: its last token's hidden state, normalised.
+    Raises QwenMLXError (GGUFError for a GGUF) naming the file, the field or tensor, its fault and what was expected.
+    """
+    path = hub.resolve(model)
+    target = target_dtype(dtype)
+    checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        say(note)
+    config = replace(checkpoint.config, tie_word_embeddings=True)  # the language head is left out
+    settings, dense, arrays = _sentence_transformers(path) if path.is_dir() else (EncoderSettings(), [], {})
+    settings = _with_labels(settings, path)
+    encode = _encode(path, checkpoint.tokenizer)
+    score = _score_layers(checkpoint, config.hidden_size)
+    encoder = Encoder(config, settings, checkpoint.tokenizer, encode, score, dense)
+    parameters = {n: p for n, p in checkpoint.parameters.items() if not n.startswith("lm_head.")}
+    packed = mx.default_device() != mx.cpu if quantized is None else quantized
+    fill(encoder, parameters | checkpoint.score | arrays, dtype=target, packed=packed)
+    encoder.eval()
+    return encoder
+
+
+def _score_layers(checkpoint: Checkpoint, hidden_size: int) -> list[nn.Module]:
+    """The layers of a classification or reward head: one projection, or several with a ReLU between.
+
+    Raises QwenMLXError for parameters that are not of such a head.
+    """
+    score = checkpoint.score
+    names = {name.rpartition(".")[0] for name in score}
+    expected = {"score"} if names == {"score"} else {f"score.{2 * i}" for i in range(len(names))}
+    layers: list[nn.Module] = []
+    width = hidden_size
+    for name in sorted(expected if names else ()):
+        weight, bias = score.get(f"{name}.weight"), score.get(f"{name}.bias")
+        sizes = None if weight is None else weight.shape
+        fits = sizes is not None and len(sizes) == 2 and sizes[1] == width
+        if sizes is None or not fits or (bias is not None and bias.shape != sizes[:1]):
+            raise QwenMLXError(
+                f"{checkpoint.path}: the head's {name!r} has shape {sizes}, expected (outputs, {width}) and a bias of "
+                "as many; download the folder again."
+            )
+        layers += [nn.ReLU()] if layers else []
+        layers.append(Linear(width, sizes[0], bias=bias is not None))
+        width = sizes[0]
+    return layers
+
+
+def _with_labels(settings: EncoderSettings, path: Path) -> EncoderSettings:
+    """The names of the scores, and the padding token, as config.json has them."""
+    config = read_json(path / "config.json") if path.is_dir() else {}
+    names, pad = config.get("id2label"), config.get("pad_token_id")
+    labels = tuple(str(name) for name in names.values()) if isinstance(names, dict) else ()
+    return replace(settings, labels=labels, pad_token_id=pad if isinstance(pad, int) else None)
+
+
+def _encode(path: Path, tokenizer: Tokenizer) -> Encode:
+    """Text to ids as transformers does it: control tokens by name, and what the tokenizer's post-processor adds."""
+    if not path.is_dir():
+        return lambda text, pair: tokenizer.encode(text + (pair or ""), allow_special=True)
+    from tokenizers import Tokenizer as Library
+
+    data = read_json(path / "tokenizer.json") | {"truncation": None, "padding": None}
+    library = Library.from_str(json.dumps(data))
+    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+    name = settings.get("eos_token")
+    name = name.get("content") if isinstance(name, Mapping) else name
+    end = tokenizer.special.get(name) if settings.get("add_eos_token") and isinstance(name, str) else None
+
+    def encode(text: str, pair: str | None) -> list[int]:
+        ids: list[int] = library.encode(text, pair).ids
+        return [*ids, end] if end is not None and ids[-1:] != [end] else ids
+
+    return encode
+
+
+def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], dict[str, Parameter]]:
+    """What modules.json and the files it names say: settings, projections of the vectors, and their parameters."""
+    settings = EncoderSettings(**_prompts(folder))
+    length = folder / "sentence_bert_config.json"
+    longest = read_json(length).get("max_seq_length") if length.exists() else None
+    settings = replace(settings, max_length=longest if isinstance(longest, int) and longest > 0 else None)
+    if not (folder / "modules.json").exists():
+        return settings, [], {}
+    dense: list[Dense] = []
+    arrays: dict[str, Parameter] = {}
+    settings = replace(settings, normalize=False)
+    for module in _modules(folder):
+        kind, where = module["type"].rpartition(".")[2], folder / module["path"]
+        if kind == "Pooling":
+            settings = replace(settings, pooling=_pooling(where / "config.json"))
+        elif kind == "Normalize":
+            settings = replace(settings, normalize=True)
+        elif kind == "Dense":
+            projection, own = _dense(where)
+            arrays |= own(f"dense.{len(dense)}")
+            dense.append(projection)
+        elif kind != "Transformer":
+            raise QwenMLXError(
+                f"{folder / 'modules.json'}: module {module['type']!r} is not known, expected Transformer, Pooling, "
+                "Dense or Normalize."
+            )
+    return settings, dense, arrays
+
+
+def _modules(folder: Path) -> list[dict[str, str]]:
+    path = folder / "modules.json"
+    try:
+        modules = json.loads(read_text(str(path)))
+    except ValueError as error:
+        raise QwenMLXError(f"{path}: not valid JSON ({error}); download it again.") from None
+    fits = isinstance(modules, list) and all(
+        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
+        for module in modules
+    )
+    if not fits:
+        raise QwenMLXError(f"{path}: holds {modules!r:.80}, expected a list of modules with 'type' and 'path'.")
+    return list(modules)
+
+
+def _prompts(folder: Path) -> dict[str, Any]:
+    path = folder / "config_sentence_transformers.json"
+    own = read_json(path) if path.exists() else {}
+    prompts = own.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise QwenMLXError(f"{path}: 'prompts' is {prompts!r:.80}, expected texts by name.")
+    return {"prompts": prompts, "default_prompt": own.get("default_prompt_name")}
+
+
+def _pooling(path: Path) -> str:
+    settings = read_json(path)
+    said = settings.get("pooling_mode")
+    modes = [said] if said else [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
+    known = [_POOLINGS[mode] for mode in modes if mode in _POOLINGS]
+    if len(modes) != 1 or not known:
+        raise QwenMLXError(f"{path}: pooling is {modes}, expected one of {', '.join(_POOLINGS)}.")
+    return known[0]
+
+
+def _dense(folder: Path) -> tuple[Dense, Any]:
+    """A projection, and the function that gives its parameters under a prefix."""
+    settings = read_json(folder / "config.json")
+    name = str(settings.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
+    sizes = settings.get("in_features"), settings.get("out_features")
+    if name not in _ACTIVATIONS or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise QwenMLXError(
+            f"{folder / 'config.json'}: the projection is {sizes} with {name!r}, expected sizes and Identity or Tanh."
+        )
+    width, size, bias = int(sizes[0] or 0), int(sizes[1] or 0), settings.get("bias", True) is True
+    shapes: dict[str, tuple[int, ...]] = {"linear.weight": (size, width)} | ({"linear.bias": (size,)} if bias else {})
+    tensors = read_tensors([folder / "model.safetensors"])
+    return Dense(width, size, bias, _ACTIVATIONS[name]), functools.partial(plain_parameters, folder, tensors, shapes)
