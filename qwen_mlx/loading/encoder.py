@@ -23,7 +23,7 @@ from . import hub
 from .checkpoint import Checkpoint, open_checkpoint
 from .folder import plain_parameters
 from .hub.client import say
-from .load import fill, target_dtype
+from .load import UNFORESEEN, fill, target_dtype
 from .parameters import Parameter
 from .safetensors_files import read_tensors
 
@@ -51,6 +51,16 @@ def load_encoder(
     """
     path = hub.resolve(model)
     target = target_dtype(dtype)
+    packed = mx.default_device() != mx.cpu if quantized is None else quantized
+    try:
+        return _load(path, target, packed)
+    except UNFORESEEN as error:
+        raise QwenMLXError(
+            f"{path}: cannot be loaded; a file of it is damaged or holds nonsense ({error!r})."
+        ) from error
+
+
+def _load(path: Path, dtype: mx.Dtype, packed: bool) -> Encoder:
     checkpoint = open_checkpoint(path)
     for note in checkpoint.notes:
         say(note)
@@ -61,8 +71,7 @@ def load_encoder(
     score = _score_layers(checkpoint, config.hidden_size)
     encoder = Encoder(config, settings, checkpoint.tokenizer, encode, score, dense)
     parameters = {n: p for n, p in checkpoint.parameters.items() if not n.startswith("lm_head.")}
-    packed = mx.default_device() != mx.cpu if quantized is None else quantized
-    fill(encoder, parameters | checkpoint.score | arrays, dtype=target, packed=packed)
+    fill(encoder, parameters | checkpoint.score | arrays, dtype=dtype, packed=packed)
     encoder.eval()
     return encoder
 

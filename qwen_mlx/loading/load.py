@@ -34,6 +34,8 @@ from .parameters import Parameter
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input share a buffer
+# What Python raises where a file holds nonsense that no check foresaw.
+UNFORESEEN = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError)
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
 
@@ -67,7 +69,7 @@ def load(
         exact_float32()
     try:
         return _load(path, target, packed, yarn, progress, group)
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, UnicodeDecodeError) as error:
+    except UNFORESEEN as error:
         # Anyone may have written the files, and no check foresaw this fault.
         raise QwenMLXError(
             f"{path}: cannot be loaded; a file of it is damaged or holds nonsense ({error!r})."
