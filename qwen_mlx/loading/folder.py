@@ -45,7 +45,8 @@ def folder_contents(folder: Path, config: ModelConfig, stored: dict[str, StoredT
     config, notes, headless = variants.fit(folder, config, tensors, variants.is_bare(folder, stored))
     shapes = config.parameter_shapes()
     missing = variants.missing_biases(config, tensors)
-    modules = {name.rpartition(".")[0] for name in tensors if name.split(".")[-2] in variants.FUSED}
+    modules = {name.rpartition(".")[0] for name in tensors}
+    modules = {module for module in modules if module.rpartition(".")[2] in variants.FUSED}
 
     def read(name: str, shape: tuple[int, ...]) -> Parameter:
         foreign = method.parameter(name, shape, tensors) if method else None

@@ -50,11 +50,6 @@ def zeros(name: str, shape: tuple[int, ...]) -> Parameter:
     return BlockParameter(name, name, shape, "float32", (), lambda: None, (raw,), shape[0], 1, ALL, kind)
 
 
-def is_missing_bias(name: str) -> bool:
-    """True for a bias of a projection, which is zero where a file has none."""
-    return name.endswith("_proj.bias")
-
-
 def with_plain_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors under the names of a Qwen2ForCausalLM: without the prefix of a wrapper ("language_model.",
     "base_model.model."), and with "model." where the file is of the bare Qwen2Model."""
@@ -118,14 +113,18 @@ def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tupl
 
 
 def missing_biases(config: ModelConfig, names: Tensors | Iterable[str]) -> list[str]:
-    """The biases of the model that are not among `names`, alone or in a fused parameter."""
+    """The biases of the model that are not among `names`, alone or in a fused parameter. Those of q, k and v count
+    where all are missing: a file that has some of them is damaged."""
     shapes, have = config.parameter_shapes(), set(names)
 
     def is_there(name: str) -> bool:
         fused = fused_part(name, shapes)
         return name in have or (fused is not None and fused[0] in have)
 
-    return [name for name in shapes if is_missing_bias(name) and not is_there(name)]
+    biases = [name for name in shapes if name.endswith("_proj.bias")]
+    own = [name for name in biases if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
+    some = any(map(is_there, own))
+    return [name for name in biases if not is_there(name) and not (some and name in own)]
 
 
 def _with_rows(folder: Path, config: ModelConfig, tensors: Tensors, notes: list[str]) -> ModelConfig:
@@ -143,14 +142,19 @@ def _has_own_head(tensors: Tensors) -> bool:
     head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
     if head is None:
         return any(f"lm_head.{end}" in tensors for end in ("qweight", "weight_packed"))
-    if embedding is None or head.dtype != embedding.dtype or head.shape != embedding.shape:
+    ends = [name.removeprefix("lm_head.") for name in tensors if name.startswith("lm_head.")]
+    pairs = [(tensors.get(f"lm_head.{end}"), tensors.get(f"model.embed_tokens.{end}")) for end in ends if end != "bias"]
+    if embedding is None or not all(_are_equal(*pair) for pair in pairs):
         return True
-    step = 1 << 24
-    starts = range(0, len(head.data), step)
-    if all(np.array_equal(head.data[i : i + step], embedding.data[i : i + step]) for i in starts):
-        tensors.drop(*(name for name in list(tensors) if name.startswith("lm_head.")))
+    tensors.drop(*(f"lm_head.{end}" for end in ends if end != "bias"))
+    return False
+
+
+def _are_equal(one: StoredTensor | None, other: StoredTensor | None) -> bool:
+    if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return True
+    step = 1 << 24
+    return all(np.array_equal(one.data[i : i + step], other.data[i : i + step]) for i in range(0, len(one.data), step))
 
 
 def _is_used(name: str, tensors: Tensors) -> bool:

@@ -177,6 +177,15 @@ def test_no_biases_at_all(tmp_path: Path, capsys):
     assert "9 biases are missing" in capsys.readouterr().err
 
 
+def test_a_file_that_has_some_of_its_biases_is_damaged(tmp_path: Path):
+    name = "model.layers.1.self_attn.k_proj.bias"
+    with pytest.raises(QwenMLXError, match=f"tensor '{name}' is missing"):
+        load(folder_of(tmp_path / "m", RandomModel(), lambda tensors: tensors.pop(name)))
+    gguf = write_gguf(tmp_path / "m.gguf", RandomModel(), edit=lambda _, tensors: tensors.pop("blk.1.attn_k.bias"))
+    with pytest.raises(QwenMLXError, match=r"tensor 'blk.1.attn_k.bias' missing"):
+        load(gguf)
+
+
 @pytest.mark.parametrize("what", ["fused", "no biases", "o_proj bias"])
 def test_gguf(tmp_path: Path, what: str, capsys):
     model = without_biases(RandomModel()) if what == "no biases" else RandomModel()
