@@ -67,7 +67,7 @@ def _load(path: Path, dtype: mx.Dtype, packed: bool) -> Encoder:
     config = replace(checkpoint.config, tie_word_embeddings=True)  # the language head is left out
     settings, dense, arrays = _sentence_transformers(path) if path.is_dir() else (EncoderSettings(), [], {})
     settings = _with_labels(settings, path)
-    encode = _encode(path, checkpoint.tokenizer)
+    encode = _encode(path, checkpoint.tokenizer, settings.max_length)
     score = _score_layers(checkpoint, config.hidden_size)
     encoder = Encoder(config, settings, checkpoint.tokenizer, encode, score, dense)
     parameters = {n: p for n, p in checkpoint.parameters.items() if not n.startswith("lm_head.")}
@@ -109,8 +109,9 @@ def _with_labels(settings: EncoderSettings, path: Path) -> EncoderSettings:
     return replace(settings, labels=labels, pad_token_id=pad if isinstance(pad, int) else None)
 
 
-def _encode(path: Path, tokenizer: Tokenizer) -> Encode:
-    """Text to ids as transformers does it: control tokens by name, and what the tokenizer's post-processor adds."""
+def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None) -> Encode:
+    """Text to ids as transformers does it: control tokens by name, and what the tokenizer's post-processor adds, for
+    which a text that is too long makes room."""
     if not path.is_dir():
         return lambda text, pair: tokenizer.encode(text + (pair or ""), allow_special=True)
     from tokenizers import Tokenizer as Library
@@ -122,6 +123,9 @@ def _encode(path: Path, tokenizer: Tokenizer) -> Encode:
     name = name.get("content") if isinstance(name, Mapping) else name
     end = tokenizer.special.get(name) if settings.get("add_eos_token") and isinstance(name, str) else None
 
+    if max_length is not None and max_length > (end is not None):
+        library.enable_truncation(max_length - (end is not None))
+
     def encode(text: str, pair: str | None) -> list[int]:
         ids: list[int] = library.encode(text, pair).ids
         return [*ids, end] if end is not None and ids[-1:] != [end] else ids
@@ -132,9 +136,7 @@ def _encode(path: Path, tokenizer: Tokenizer) -> Encode:
 def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], dict[str, Parameter]]:
     """What modules.json and the files it names say: settings, projections of the vectors, and their parameters."""
     settings = EncoderSettings(**_prompts(folder))
-    length = folder / "sentence_bert_config.json"
-    longest = read_json(length).get("max_seq_length") if length.exists() else None
-    settings = replace(settings, max_length=longest if isinstance(longest, int) and longest > 0 else None)
+    settings = replace(settings, max_length=_max_length(folder))
     if not (folder / "modules.json").exists():
         return settings, [], {}
     dense: list[Dense] = []
@@ -156,6 +158,15 @@ def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], 
                 "Dense or Normalize."
             )
     return settings, dense, arrays
+
+
+def _max_length(folder: Path) -> int | None:
+    """The longest input in tokens; transformers writes 1e30 where there is no limit."""
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        length = read_json(folder / name).get(key) if (folder / name).exists() else None
+        if isinstance(length, int) and 0 < length < 10**9:
+            return length
+    return None
 
 
 def _modules(folder: Path) -> list[dict[str, str]]:
@@ -185,10 +196,14 @@ def _prompts(folder: Path) -> dict[str, Any]:
 def _pooling(path: Path) -> str:
     settings = read_json(path)
     said = settings.get("pooling_mode")
-    modes = [said] if said else [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
+    modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
+    if said is not None:
+        modes = list(map(str, said)) if isinstance(said, list) else [str(said)]
     known = [_POOLINGS[mode] for mode in modes if mode in _POOLINGS]
     if len(modes) != 1 or not known:
         raise QwenMLXError(f"{path}: pooling is {modes}, expected one of {', '.join(_POOLINGS)}.")
+    if settings.get("include_prompt") is False and known[0] != "last":
+        raise QwenMLXError(f"{path}: include_prompt is false, expected true; prompts are always part of the text here.")
     return known[0]
 
 
@@ -197,6 +212,8 @@ def _dense(folder: Path) -> tuple[Dense, Any]:
     settings = read_json(folder / "config.json")
     name = str(settings.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
     sizes = settings.get("in_features"), settings.get("out_features")
+    if settings.get("use_residual"):
+        raise QwenMLXError(f"{folder / 'config.json'}: use_residual is true, expected false; it is not known here.")
     if name not in _ACTIVATIONS or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise QwenMLXError(
             f"{folder / 'config.json'}: the projection is {sizes} with {name!r}, expected sizes and Identity or Tanh."

@@ -13,26 +13,10 @@ from qwen_mlx.cli.embed import main as embed_command
 from qwen_mlx.cli.score import main as score_command
 from reference.lazy import torch, transformers
 from reference.small_models import END_OF_TEXT, IM_END, TOKENS, RandomModel, save_folder, to_hf, write_gguf
-from tests.helpers.foreign import Stored, write_safetensors
+from tests.helpers.encoders import TEXTS, classifier, encoder_folder
+from tests.helpers.foreign import write_safetensors
 
-TEXTS = ["hello", "a much longer text, of which the tokens are many", "x", "hello hello", "hellx"]
 ST = "sentence_transformers.models."
-
-
-def encoder_folder(path: Path, head: dict[str, np.ndarray] | None = None, bare: bool = True, **config) -> Path:
-    """A folder of a Qwen2Model, or of one with a head: no lm_head, and the names of the bare model."""
-    model = RandomModel(tie_word_embeddings=False)
-    save_folder(path, model)
-    tensors: dict[str, Stored] = {}
-    for name, array in model.state_dict().items():
-        if name != "lm_head.weight":
-            tensors[name.removeprefix("model.") if bare else name] = "F32", array
-    for name, array in (head or {}).items():
-        tensors[name] = "F32", array
-    write_safetensors(path / "model.safetensors", tensors)
-    settings = json.loads((path / "config.json").read_text()) | {"architectures": ["Qwen2Model"]} | config
-    (path / "config.json").write_text(json.dumps(settings))
-    return path
 
 
 def modules(path: Path, *kinds: str, **pooling: object) -> None:
@@ -149,6 +133,7 @@ def test_prompts_the_longest_input_and_the_end_token(tmp_path: Path):
     assert encoder.token_ids("hello")[-1] == IM_END
     assert encoder.token_ids(f"hello{TOKENS[IM_END]}").count(IM_END) == 1
     assert len(encoder.token_ids("x" * 100)) == 20
+    assert encoder.token_ids("x" * 100)[-1] == IM_END
     plain = embed(encoder, ["Query: hello"], prompt="document")
     np.testing.assert_array_equal(embed(encoder, ["hello"]), plain)
     np.testing.assert_array_equal(embed(encoder, ["lo"], prompt="Query: hel"), plain)
@@ -169,20 +154,6 @@ def test_a_language_model_embeds_too_as_a_folder_and_as_a_gguf(tmp_path: Path):
         theirs = to_hf(model).model(torch.tensor([ids_of(folder, "hello x")])).last_hidden_state[0, -1].numpy()
     for source in (folder, path):
         np.testing.assert_allclose(embed(load_encoder(source), ["hello x"])[0], unit(theirs), atol=2e-6)
-
-
-def classifier(path: Path, labels: int = 3, **config) -> Path:
-    head = np.random.default_rng(1).standard_normal((labels, 64)).astype(np.float32)
-    names = {str(i): f"label {i}" for i in range(labels)}
-    return encoder_folder(
-        path,
-        {"score.weight": head},
-        bare=False,
-        architectures=["Qwen2ForSequenceClassification"],
-        id2label=names,
-        label2id={name: int(i) for i, name in names.items()},
-        **config,
-    )
 
 
 @pytest.mark.parametrize("pad", [None, END_OF_TEXT])
@@ -288,6 +259,10 @@ DAMAGE = {
     "another pooling": (
         lambda f: modules(f, "Transformer", "Pooling", pooling_mode="attention"),
         r"pooling is \['attention'\], expected one of",
+    ),
+    "prompts left out": (
+        lambda f: modules(f, "Transformer", "Pooling", pooling_mode="mean", include_prompt=False),
+        r"include_prompt is false, expected true",
     ),
     "prompts": (
         lambda f: (f / "config_sentence_transformers.json").write_text('{"prompts": [1]}'),

@@ -20,6 +20,7 @@ NEEDS = {
         "sentencepiece",  # comes with mlx-lm
         "bitsandbytes",
         "compressed_tensors",
+        "sentence_transformers",
         "safetensors.torch",
         "reference.lazy",
     ),
