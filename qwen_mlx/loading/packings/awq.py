@@ -52,7 +52,7 @@ def read(module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[s
         return codes.reshape(len(words), -1)[:, start - 8 * first : stop - 8 * first].T
 
     def scales_and_zeros(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        return floats(scales)[:, start:stop].T, outputs(qzeros.array, start, stop).astype(np.float32)
+        return floats(scales, np.s_[:, start:stop]).T, outputs(qzeros.array, start, stop).astype(np.float32)
 
     def codes(start: int, stop: int) -> np.ndarray:
         return np.ascontiguousarray(outputs(qweight.array, start, stop))

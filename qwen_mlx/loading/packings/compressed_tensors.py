@@ -63,7 +63,8 @@ def _packed_integers(module: str, shape: tuple[int, ...], tensors: Tensors) -> I
     per_word = 32 // bits
 
     def scales_and_zeros(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        factors = np.broadcast_to(floats(scales).reshape(-1, n_groups), (rows, n_groups))[start:stop]
+        own = floats(scales, slice(start, stop) if scales.shape[:1] == (rows,) else ...)
+        factors = np.broadcast_to(own.reshape(-1, n_groups), (stop - start, n_groups))
         if zeros is None:
             return factors, np.full(factors.shape, 2.0 ** (bits - 1), np.float32)
         first = start // per_word
@@ -136,7 +137,7 @@ def _fp4(module: str, shape: tuple[int, ...], tensors: Tensors) -> TableWeights:
         whole = tensors.take(f"{module}.weight_global_scale", ("F32",), (1,), ())
 
     def values(start: int, stop: int) -> np.ndarray:
-        factors = E8M0[scales.array[start:stop]] if scales.dtype == "U8" else floats(scales)[start:stop]
+        factors = E8M0[scales.array[start:stop]] if scales.dtype == "U8" else floats(scales, np.s_[start:stop])
         if whole is not None:
             factors = factors / floats(whole).reshape(1, 1)
         groups: np.ndarray = E2M1[unpack_words(packed.array[start:stop], 4)].reshape(stop - start, -1, size)

@@ -43,11 +43,12 @@ def read(module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[s
     by_block = scales.shape == blocks and blocks != (1, 1)
 
     def values(start: int, stop: int) -> np.ndarray:
-        factors = floats(scales)
         if by_block:
-            factors = np.repeat(factors[np.arange(start, stop) // block[0]], block[1], axis=1)[:, :columns]
-        elif factors.size > 1:
-            factors = factors.reshape(-1, 1)[start:stop]
+            factors = np.repeat(floats(scales, np.arange(start, stop) // block[0]), block[1], axis=1)[:, :columns]
+        elif scales.shape[:1] == (rows,):
+            factors = floats(scales, slice(start, stop)).reshape(-1, 1)
+        else:
+            factors = floats(scales)
         with np.errstate(all="ignore"):
             product: np.ndarray = E4M3[weight.array[start:stop]] * factors
         return product

@@ -73,7 +73,7 @@ def read(module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[s
         first = start // per_word
         words = qzeros.array[:, first : -(-stop // per_word)].view(np.uint32) + ones
         zeros = unpack_words(words, bits)[:, start - first * per_word : stop - first * per_word]
-        return floats(scales)[:, start:stop].T, zeros.T.astype(np.float32)
+        return floats(scales, np.s_[:, start:stop]).T, zeros.T.astype(np.float32)
 
     kind = f"GPTQ, {bits} bits"
     stored = (qweight, scales, qzeros)

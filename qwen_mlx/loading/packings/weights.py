@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -167,15 +168,14 @@ class ForeignParameter(Parameter):
 # What the formats share
 
 
-def floats(tensor: StoredTensor) -> np.ndarray:
-    """The elements of a tensor of floats or bytes as float32, in its shape."""
-    array = tensor.array
-    if tensor.dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
+def floats(tensor: StoredTensor, at: Any = ...) -> np.ndarray:
+    """The elements `at` an index of a tensor of floats or bytes, as float32."""
+    array: np.ndarray = tensor.array[at]
     if tensor.dtype in ("F8_E4M3", "F8_E8M0"):
-        small: np.ndarray = (E4M3 if tensor.dtype == "F8_E4M3" else E8M0)[array]
-        return small
-    return array.astype(np.float32)
+        array = (E4M3 if tensor.dtype == "F8_E4M3" else E8M0)[array]
+    elif tensor.dtype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
 
 
 def has_exact_products(scales: StoredTensor) -> bool:
