@@ -137,6 +137,13 @@ def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], 
     """What modules.json and the files it names say: settings, projections of the vectors, and their parameters."""
     settings = EncoderSettings(**_prompts(folder))
     settings = replace(settings, max_length=_max_length(folder))
+    bert = folder / "sentence_bert_config.json"
+    modalities = read_json(bert).get("modality_config") if bert.exists() else None
+    if isinstance(modalities, dict) and "message" in modalities:
+        raise QwenMLXError(
+            f"{bert}: modality_config has 'message', expected 'text' alone: its texts go through a chat template, "
+            "which is not done here; pin modality_config to text and save it again."
+        )
     if not (folder / "modules.json").exists():
         return settings, [], {}
     dense: list[Dense] = []

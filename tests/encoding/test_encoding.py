@@ -264,6 +264,10 @@ DAMAGE = {
         lambda f: modules(f, "Transformer", "Pooling", pooling_mode="mean", include_prompt=False),
         r"include_prompt is false, expected true",
     ),
+    "messages": (
+        lambda f: (f / "sentence_bert_config.json").write_text('{"modality_config": {"text": {}, "message": {}}}'),
+        r"modality_config has 'message', expected 'text' alone",
+    ),
     "prompts": (
         lambda f: (f / "config_sentence_transformers.json").write_text('{"prompts": [1]}'),
         r"'prompts' is \[1\], expected texts by name",
