@@ -145,6 +145,8 @@ def test_conversion_keeps_what_is_exact(tmp_path: Path, kind: str):
 def test_activations_that_would_be_quantized_are_said(tmp_path: Path, capsys):
     settings = CT | {"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}
     folder, _ = packed_folder(tmp_path / "m", settings, foreign.int_quantized, input_scale=True)
+    one = np.ones(1, np.uint32)
+    damaged(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.k_scale": ("F32", one)}))
     load(folder)
     assert "only its weights are quantized" in capsys.readouterr().err
 

@@ -54,7 +54,8 @@ class Method:
 
     def drop_activations(self, modules: list[str], tensors: Tensors) -> bool:
         """Takes the scales of the modules' activations; True if there are some, or the configuration asks for them."""
-        names = [f"{module}.{kind}" for module in modules for kind in _ACTIVATIONS]
+        owners = {*modules, *(module.rpartition(".")[0] for module in modules)}  # a cache's scales are of self_attn
+        names = [f"{owner}.{kind}" for owner in sorted(owners) for kind in _ACTIVATIONS]
         groups = self.settings.get("config_groups")
         asked = [group for group in (groups.values() if isinstance(groups, dict) else ()) if isinstance(group, dict)]
         said = any(group.get("input_activations") for group in asked) or "activation_scheme" in self.settings
