@@ -8,9 +8,19 @@ import operator
 from collections.abc import Collection, Iterable
 from typing import Any
 
+LONGEST_SENTENCE = 2000  # characters: a file's words, which a sentence may quote, can be of any length
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """`text`, cut where it is longer than `length`, for a sentence that quotes it."""
+    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
+
 
 class QwenMLXError(ValueError):
     """A mistake in what the user gave. Command lines print its sentence on standard error and exit with 2."""
+
+    def __init__(self, sentence: object = "") -> None:
+        super().__init__(shortened(str(sentence), LONGEST_SENTENCE))
 
 
 class Stopped(BaseException):

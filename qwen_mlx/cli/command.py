@@ -70,6 +70,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the rest of the process)
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # where it is not UTF-8, ? stands for what it cannot say
     sentence = None
     try:
         try:
@@ -87,6 +90,10 @@ def run(main: Callable[[], Any]) -> NoReturn:
         code, sentence = 2, kernel_failure(str(error))
         if sentence is None:
             raise
+    except ImportError as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):  # NumPy's own answer to Ctrl-C
+            raise
+        code = 130
     except OSError as error:
         if error.filename is not None or error.errno not in CANNOT_WRITE:
             raise
