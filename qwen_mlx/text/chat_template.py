@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, shortened
 from .messages import Accepted, Message, normalized
 
 if TYPE_CHECKING:
-    import jinja2
+    from .sandbox import Sandbox
 
 # Noncharacters, which are removed from what users write.
 GUARD = "\ufdd0"  # breaks up the names of control tokens in a user's text
@@ -35,11 +34,11 @@ def render_normalized(source: str, messages: list[Message], /, **variables: Any)
     import jinja2
 
     try:
-        return _compiled(source).render(**variables, messages=messages, range=_bounded_range())
+        return _sandbox().render(_compiled(source), **variables, messages=messages)
     except jinja2.TemplateError as error:
-        raise QwenMLXError(f"The chat template cannot be used: {error}.") from None
+        raise QwenMLXError(f"The chat template cannot be used: {shortened(str(error))}.") from None
     except Exception as error:  # it can raise anything
-        raise QwenMLXError(f"The chat template fails on these messages ({error!r}).") from None
+        raise QwenMLXError(f"The chat template fails on these messages ({shortened(repr(error))}).") from None
 
 
 @functools.lru_cache(maxsize=4)
@@ -82,7 +81,7 @@ def _compared(source: str) -> frozenset[str]:
     """Texts that a template compares with, searches or splits by."""
     from jinja2 import nodes
 
-    outer = _compiled(source).environment.parse(source).find_all((nodes.Compare, nodes.Call, nodes.Filter))
+    outer = _sandbox().parse(source).find_all((nodes.Compare, nodes.Call, nodes.Filter))
     return frozenset(
         const.value for node in outer for const in node.find_all(nodes.Const) if isinstance(const.value, str)
     )
@@ -101,77 +100,23 @@ def guarded(value: Any, starts: Collection[str], kept: Collection[str] = ()) -> 
             if name[:2] in starts:
                 value = value.replace(name[0] + GUARD + name[1:], name)
         return value
-    if isinstance(value, Mapping):
-        return {guarded(key, starts, kept): guarded(item, starts, kept) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [guarded(item, starts, kept) for item in value]
+    try:
+        if isinstance(value, Mapping):
+            return {guarded(key, starts, kept): guarded(item, starts, kept) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [guarded(item, starts, kept) for item in value]
+    except RecursionError:
+        raise QwenMLXError("A message nests its lists or objects too deeply; make it flatter.") from None
     return value
 
 
-def _bounded_range() -> Callable[..., range]:
-    """Python's range for one rendering, which refuses endless loops."""
-    steps = 0
-
-    def bounded(*limits: int) -> range:
-        import jinja2
-
-        nonlocal steps
-        numbers = range(*limits)
-        steps += len(numbers)
-        if steps > 100_000:
-            raise jinja2.exceptions.SecurityError("loops of more than 100,000 steps are not allowed")
-        return numbers
-
-    return bounded
-
-
 @functools.lru_cache(maxsize=4)
-def _compiled(source: str) -> jinja2.Template:
-    """The template in a sandbox with the names that transformers gives it. Products are bounded."""
-    import datetime
+def _compiled(source: str) -> Any:
+    return _sandbox().template(source)
 
-    import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**"])
+@functools.cache
+def _sandbox() -> Sandbox:
+    from .sandbox import Sandbox
 
-        def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-            numbers = all(isinstance(x, int | float) and abs(x) < 1e6 for x in (left, right))
-            text, times = (left, right) if isinstance(left, str) else (right, left)
-            repeated = isinstance(text, str) and isinstance(times, int) and len(text) * times <= 100_000
-            if operator == "**" or not (numbers or repeated):
-                raise jinja2.exceptions.SecurityError(f"{operator} of {type(left).__name__} is not allowed")
-            return super().call_binop(context, operator, left, right)
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what a trainer learns; the text is the same without it."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares a set)
-
-        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        # The guard stays one character: an escape of it would be read as text.
-        return re.sub(r"(?<!\\)((?:\\\\)*)\\ufdd0", rf"\g<1>{GUARD}", text) if ensure_ascii else text
-
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-    sandbox.filters["tojson"] = tojson
-    sandbox.globals.update(
-        raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form)
-    )
-    return sandbox.from_string(source)
+    return Sandbox(GUARD)
