@@ -17,7 +17,7 @@ from ..errors import QwenMLXError, check_integer, refuse_unknown
 from ..model import display
 from ..model.qwen2 import Qwen2
 from ..parallel.control import on_first
-from ..text.files import atomic_write, read_text
+from ..text.files import LARGEST_JSON, atomic_write, read_text
 from ..text.tokenizer import Tokenizer
 from .engine import GenerationStats, Progress
 from .prompt_cache import PromptCache
@@ -33,7 +33,7 @@ def read_messages(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The messages of a file that `Chat.save` wrote, or of any JSON list of {"role", "content"}; an assistant's may
     have "ids". Raises QwenMLXError naming the message that is something else."""
     where = Path(path)
-    text = read_text(str(where))
+    text = read_text(str(where), largest=LARGEST_JSON)
     try:
         data = json.loads(text)
     except (RecursionError, ValueError) as error:
@@ -240,14 +240,14 @@ class Chat:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Takes the messages of a file that `save` wrote, or any JSON list of {"role", "content"}, in place of these.
 
-        Ids that are not what the tokenizer reads the content from are left out. Raises QwenMLXError, and changes
-        nothing, for a file that is something else."""
+        Ids that are not what the tokenizer reads the content from, or that hold a control token, are left out. Raises
+        QwenMLXError, and changes nothing, for a file that is something else."""
         messages = read_messages(path)
         self._end()
         vocabulary = range(min(self.tokenizer.vocab_size, self.model.config.vocab_size))
         for message in messages:
             ids = message.get("ids", [])
-            if any(i not in vocabulary for i in ids) or self.tokenizer.decode(ids) != message["content"]:
+            if any(i not in vocabulary for i in ids) or self.tokenizer.decode(ids, False) != message["content"]:
                 message.pop("ids", None)
         self.messages = messages
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from ..errors import QwenMLXError, Stopped
-from ..text.files import read_text
+from ..text.files import LARGEST_JSON, read_text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 UNTAGGED = f"a call must stand between {OPEN} and {CLOSE}"
@@ -35,6 +35,7 @@ JSON_TYPES: dict[Any, str] = {
     tuple: "array",
     dict: "object",
 }
+DEEPEST = 64  # levels of a schema: beyond, Python's own limit of calls would come
 SECTIONS = ("Args", "Returns", "Raises")
 
 
@@ -85,7 +86,23 @@ def tool(source: Callable[..., Any] | Mapping[str, Any] | Tool) -> Tool:
             f"The tool {inner['name']!r} has parameters {_short(parameters)}, expected a JSON schema of an object: "
             '{"type": "object", "properties": {...}, "required": [...]}.'
         )
+    if _is_deeper(inner, DEEPEST):
+        raise QwenMLXError(f"The tool {inner['name']!r} nests its schema more than {DEEPEST} deep; make it flatter.")
     return Tool({"type": "function", "function": dict(inner)})
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """True if a value holds values more than `depth` deep."""
+    level = [value]
+    for _ in range(depth):
+        level = [item for one in level if isinstance(one, Mapping | list) for item in _items(one)]
+        if not level:
+            return False
+    return True
+
+
+def _items(value: Mapping[str, Any] | list[Any]) -> Sequence[Any]:
+    return value if isinstance(value, list) else list(value.values())
 
 
 def _is_object_schema(schema: Any) -> bool:
@@ -97,6 +114,8 @@ def _is_object_schema(schema: Any) -> bool:
 
 def tools_by_name(sources: Sequence[Callable[..., Any] | Mapping[str, Any] | Tool]) -> dict[str, Tool]:
     """The tools under their names. Raises QwenMLXError if two have the same."""
+    if isinstance(sources, str | Mapping) or not isinstance(sources, Sequence):
+        raise QwenMLXError(f"The tools are {_short(sources)}, expected a list of functions or JSON schemas.")
     tools: dict[str, Tool] = {}
     for one in map(tool, sources):
         if one.name in tools:
@@ -111,7 +130,7 @@ def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
     where = Path(path)
     try:
         if where.suffix == ".json":
-            data = json.loads(read_text(str(where)))
+            data = json.loads(read_text(str(where), largest=LARGEST_JSON))
             sources = data if isinstance(data, list) else [data]
         elif where.suffix == ".py":
             names = runpy.run_path(str(where), run_name="__tools__")

@@ -366,3 +366,11 @@ def test_files(tmp_path: Path):
             load_tools(tmp_path / name)
         assert word in str(error.value), error.value
         assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_schema_that_nests_without_end():
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(900):
+        deep = {"type": "object", "properties": {"a": deep}}
+    with pytest.raises(QwenMLXError, match="nests its schema more than 64 deep"):
+        tool({"name": "f", "parameters": deep})
