@@ -100,6 +100,18 @@ def ranks() -> contextlib.AbstractContextManager[mx.distributed.Group | None]:
     return together()
 
 
+def check_length(arguments: argparse.Namespace, prompt: str) -> None:
+    """Raises QwenMLXError for a prompt of over a million characters that the model's context cannot hold: before the
+    weights are read."""
+    if len(prompt) < 1_000_000:
+        return
+    from ..loading.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(hub.resolve(arguments.model))
+    config = checkpoint.config if arguments.yarn is None else checkpoint.config.with_yarn(arguments.yarn)
+    checkpoint.tokenizer.check_length(prompt, config.context_length)
+
+
 def open_model(
     arguments: argparse.Namespace, group: mx.distributed.Group | None
 ) -> tuple[Qwen2, Tokenizer, dict[str, Any]]:
@@ -169,8 +181,6 @@ def open_model(
         print(f"backend: {backend.describe()}; BLAS: {blas.report()}", file=sys.stderr)
         print(f"products of float32 numbers: {backend.float32_products()}", file=sys.stderr)
         print(ops.explain(), file=sys.stderr)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of failing
     cache = None
     if saved:
         cache = PromptCache.load(cache_file, model)

@@ -12,7 +12,7 @@ from ..loading import hub
 from ..parallel.control import alone, launched, on_first
 from ..text.files import check_utf8, read_text
 from . import fim, structured
-from .arguments import model_parser, open_model, ranks
+from .arguments import check_length, model_parser, open_model, ranks
 from .command import ProgressLine, printable
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
         raise QwenMLXError("Structured output does not go with fill in the middle; leave one of them out.")
     if form is not None:
         structured.check(form)
+    check_length(arguments, prompt)
     model, tokenizer, settings = open_model(arguments, group)
     if form is not None:
         settings["schema"] = structured.compiled(tokenizer, form)

@@ -116,7 +116,7 @@ def batch_generate(
     for number, (prompt, limit) in enumerate(zip(prompts, limits)):
         try:
             own = replace(settings, max_tokens=limit, min_tokens=min_tokens)
-            ids = encode_prompt(tokenizer, prompt, system, raw)
+            ids = encode_prompt(tokenizer, prompt, system, raw, model.config.context_length)
             limit = min(own.max_tokens, room_after(model, ids))
             if own.constraint is not None:
                 own.constraint.check_fits(limit)

@@ -53,17 +53,26 @@ class GenerationChunk:
         object.__setattr__(self, "answer", self.text if spoken is None else spoken)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, system: str | None = None, raw: bool = False) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    system: str | None = None,
+    raw: bool = False,
+    context_length: int | None = None,
+) -> list[int]:
     """Token ids of a prompt: a string is a user's message for the model's chat template, or with `raw` is taken as it
     is (control tokens included) after what the model's file puts before a text, such as a BOS; a list of messages
     ({"role", "content"}) goes through the template; ids stay ids.
 
-    Raises QwenMLXError for an empty prompt, or for `system` where no template is used.
+    Raises QwenMLXError for an empty prompt, for `system` where no template is used, and, before it is read, for a text
+    that cannot fit into `context_length` tokens.
     """
     if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence | np.ndarray) or isinstance(prompt, bytes):
         raise QwenMLXError(
             f"The prompt is {type(prompt).__name__}, expected a string, a list of messages or a list of token ids."
         )
+    if isinstance(prompt, str) and context_length is not None:
+        tokenizer.check_length(prompt, context_length)
     numbers = [] if isinstance(prompt, str) else [int(item) for item in prompt if isinstance(item, int | np.integer)]
     if not isinstance(prompt, str) and len(numbers) == len(prompt):
         ids, templated = numbers, False
@@ -142,7 +151,7 @@ def stream_generate(
     if cache is not None and prompt_cache is not None:
         raise QwenMLXError("Both cache and prompt_cache are given; a prompt cache has its own.")
     check_caches(model, settings, cache, prompt_cache)
-    ids = encode_prompt(tokenizer, prompt, system, raw)
+    ids = encode_prompt(tokenizer, prompt, system, raw, model.config.context_length)
     return stream(model, tokenizer, ids, settings, cache=cache, prompt_cache=prompt_cache, progress=progress)
 
 

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import GGUFError, QwenMLXError
+from ..errors import GGUFError, QwenMLXError, shortened
 from ..gguf.reader import GGUFFile
 from . import chat_template
 from .chat_template import GUARD, MARK
 from .files import read_json
+from .limits import check_ids, check_length, check_parts, is_panic, pieces_for
 from .special_tokens import (
     END_TOKENS,
     FIM_END_TOKENS,
@@ -197,8 +198,10 @@ class Tokenizer:
             special = {token["content"]: token["id"] for token in added if token["content"]}
             control = [token["content"] for token in added if token["special"]]
             # Settings of a training run that some folders carry: obeyed, they would cut or pad every prompt.
+            check_parts(data)
             bpe = Library.from_str(json.dumps(data | {"added_tokens": [], "truncation": None, "padding": None}))
             ids = data["model"]["vocab"] | special
+            check_ids(ids)
             names = [""] * (1 + max(ids.values()))
             for name, i in ids.items():
                 names[i] = name
@@ -208,8 +211,12 @@ class Tokenizer:
                 raise ValueError(f"its post-processor adds {before + after}")
         except QwenMLXError:
             raise
-        except Exception as error:  # the library raises bare Exception for a file that is not a tokenizer
-            raise QwenMLXError(f"{path}: not a byte-level BPE tokenizer ({error!r}); save it again.") from None
+        except BaseException as error:  # the library raises bare Exception for a file that is not a tokenizer
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise QwenMLXError(
+                f"{path}: not a byte-level BPE tokenizer ({shortened(repr(error))}); save it again."
+            ) from None
 
         eos = end_ids(special) | {special[name] for name in (named.get("eos_token"),) if name in special}
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
@@ -250,6 +257,8 @@ class Tokenizer:
         """Token ids of `text` (NFC-normalised). The names of control and added tokens are ordinary text, unless
         `allow_special`, which is transformers' behaviour. Raises QwenMLXError for a lone surrogate.
         """
+        if not isinstance(text, str):
+            raise QwenMLXError(f"The text is {type(text).__name__}, expected a string.")
         return self._encode_special(text) if allow_special else self._encode_plain(text)
 
     def _encode_special(self, text: str, left_out: str = "") -> list[int]:
@@ -267,14 +276,28 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise QwenMLXError(f"The text holds a lone surrogate at {error.start}, which is not a character.") from None
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for piece in pieces_for(self._bpe, text):
+            try:
+                ids += self._bpe.encode(piece, add_special_tokens=False).ids
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+                raise QwenMLXError(f"The tokenizer cannot read the text ({shortened(str(error))}).") from None
         return ids
+
+    def check_length(self, text: str, context_length: int) -> None:
+        """Raises QwenMLXError for a text that cannot fit into so many tokens, without reading it."""
+        check_length(text, iter(self.names), context_length)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`; control tokens are left out unless skip_special is False. Bytes that are not UTF-8 become
         U+FFFD, ids beyond the vocabulary (padding rows of the embedding) nothing. Raises QwenMLXError if negative.
         """
-        return b"".join(self._bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
+        try:
+            return b"".join(self._bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
+        except TypeError:
+            raise QwenMLXError(f"Token ids are {shortened(repr(ids), 80)}, expected a list of integers.") from None
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes that a token stands for: of one that is not ordinary text, its name."""

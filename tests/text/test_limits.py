@@ -1,0 +1,133 @@
+"""Text that no model can hold, and tokenizer.json files that would take all memory or end the process."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.text.limits import LONGEST_PIECE, PIECE, pieces, splits_after_lines
+from qwen_mlx.text.tokenizer import Tokenizer
+from reference.small_models import RandomModel, save_folder, write_gguf
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.read(write_gguf(tmp_path_factory.mktemp("m") / "m.gguf", RandomModel()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_folder(tmp_path / "m", RandomModel())
+
+
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(plain: Tokenizer):
+    rng = random.Random(0)
+    words = [
+        "a",
+        "B's",
+        " c",
+        "\n",
+        "\r\n",
+        "\n\n ",
+        " \n x",
+        "12",
+        "é",
+        "e\u0301",
+        "日本",
+        "。",
+        "、",
+        " - ",
+        "\t",
+        "\u3000",
+        "'ll",
+    ]
+    text = "".join(rng.choice(words) for _ in range(PIECE))
+    split = list(pieces(text))
+    assert splits_after_lines(plain._bpe)
+    assert len(split) > 1
+    assert "".join(split) == text
+    assert plain.encode(text) == plain._bpe.encode(text, add_special_tokens=False).ids
+
+
+def test_every_border_is_one_of_the_rule(plain: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qwen_mlx.text.limits.PIECE", 1)
+    rng = random.Random(1)
+    for _ in range(300):
+        text = "".join(rng.choice("aZé字ʰ1½ \n\r\t.'。-(\u0301\u200b") for _ in range(40))
+        assert plain.encode(text) == plain._bpe.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+def test_a_word_beyond_any_model_is_refused(plain: Tokenizer):
+    with pytest.raises(QwenMLXError, match="a word of more than"):
+        plain.encode("x" * (2 * LONGEST_PIECE))
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_read(plain: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    longest = max(map(len, plain.names))
+    plain.check_length("x" * (100 * longest), 100)
+    with pytest.raises(QwenMLXError, match="cannot hold them"):
+        plain.check_length("x" * (100 * longest + 1), 100)
+
+
+class PanicException(BaseException):
+    """Named as the library's own."""
+
+
+def test_a_panic_of_the_library_is_a_sentence(plain: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    class Panics:
+        pre_tokenizer = None
+
+        def encode(self, *_: object, **__: object) -> None:
+            raise PanicException("retry-limit-in-match over")
+
+    monkeypatch.setattr(plain, "_bpe", Panics())
+    with pytest.raises(QwenMLXError, match="retry-limit"):
+        plain.encode("x")
+
+
+def spoil(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DOUBLING = {"type": "Replace", "pattern": {"Regex": "."}, "content": "xxxx"}
+BOMBS: dict[str, dict[str, Any]] = {
+    "doubling": {"normalizer": {"type": "Sequence", "normalizers": [DOUBLING] * 40}},
+    "a long prefix": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "precompiled": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "a fixed length of 0": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a list for a normalizer": {"normalizer": [1]},
+    "nested": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [DOUBLING] * 9}]}
+    },
+    "no model": {"model": None},
+    "another model": {"model": {"type": "Unigram", "vocab": []}},
+    "an id": {"added_tokens": [{"id": 250_000_000, "content": "<x>", "special": True}]},
+    "a negative id": {"added_tokens": [{"id": -1, "content": "<x>", "special": True}]},
+    "an id that is no number": {"added_tokens": [{"id": "1", "content": "<x>", "special": True}]},
+}
+
+
+@pytest.mark.parametrize("changes", BOMBS.values(), ids=BOMBS)
+def test_a_hostile_tokenizer_json(folder: Path, changes: dict[str, Any]):
+    spoil(folder / "tokenizer.json", **changes)
+    with pytest.raises(QwenMLXError, match=r"tokenizer\.json"):
+        Tokenizer.read(folder)
+
+
+@pytest.mark.parametrize("changes", [{"eos_token": ["a"]}, {"bos_token": 5, "add_bos_token": True}, {"pad_token": {}}])
+def test_names_of_tokens_that_are_no_names(folder: Path, changes: dict[str, Any]):
+    spoil(folder / "tokenizer_config.json", **changes)
+    assert Tokenizer.read(folder).eos_token_ids
+
+
+@pytest.mark.parametrize("template", [[1, 2], 7, [{"name": ["a"], "template": "x"}]])
+def test_a_template_that_is_no_text(folder: Path, template: Any):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    spoil(folder / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(QwenMLXError, match="chat_template"):
+        Tokenizer.read(folder)
