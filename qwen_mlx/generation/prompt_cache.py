@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,7 +22,7 @@ from ..errors import QwenMLXError
 from ..model.cache import KVCache
 from ..model.config import ModelConfig
 from ..model.qwen2 import Qwen2
-from ..text.files import atomic_write
+from ..text.files import atomic_write, clear_leftovers
 
 FORMAT, VERSION = "qwen_mlx prompt cache", "1"
 SAMPLES = 64  # elements of each parameter that the fingerprint sees
@@ -112,8 +112,14 @@ class PromptCache:
 
         Raises QwenMLXError for a file that is damaged or of another format, version, model or dtype, naming which.
         """
-        where, config, dtype = Path(path), model.config, _dtype(model)
-        tensors, metadata = read_header(where)
+        where = Path(path)
+        with _opened(where) as file:  # once: another process may replace the file meanwhile
+            return cls._load(where, file, model)
+
+    @classmethod
+    def _load(cls, where: Path, file: BinaryIO, model: Qwen2) -> PromptCache:
+        config, dtype = model.config, _dtype(model)
+        tensors, metadata = _header(where, file)
         if metadata["dtype"] != dtype:
             raise QwenMLXError(
                 f"{where}: a prompt cache in {_short(metadata['dtype'])}, expected {dtype}; load the model in that "
@@ -132,7 +138,12 @@ class PromptCache:
         bad = next((name for name in names if tensors.get(name) != expected), None)
         if bad:
             raise QwenMLXError(f"{where}: damaged; {bad!r} is {_short(tensors.get(bad))}, expected {expected}.")
-        arrays = cast("dict[str, mx.array]", mx.load(str(where), format="safetensors"))
+        file.seek(0)
+        try:
+            arrays = cast("dict[str, mx.array]", mx.load(file, format="safetensors"))
+            mx.eval(arrays)
+        except Exception as error:  # what MLX's own reader refuses, and a file that was cut meanwhile
+            raise QwenMLXError(f"{where}: damaged or not a prompt cache ({_short(error)}); delete the file.") from None
         if _checksum(arrays) != metadata["crc32"]:
             raise QwenMLXError(f"{where}: damaged; its bytes are not those that were written; delete the file.")
         cache = cls(model)
@@ -149,8 +160,24 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[str, list
     """Dtype and shape of each tensor of a prompt cache, and its metadata. Raises QwenMLXError for a file that cannot be
     one."""
     where = Path(path)
+    clear_leftovers(where.parent)
+    with _opened(where) as file:
+        return _header(where, file)
+
+
+def _opened(where: Path) -> BinaryIO:
+    if where.exists() and not where.is_file():  # a pipe would be waited for
+        raise QwenMLXError(f"{where}: cannot be read (it is not a regular file).")
     try:
-        with open(where, "rb"), safe_open(where, framework="np") as file:  # open() says why a file cannot be read
+        return open(where, "rb")
+    except (OSError, ValueError) as error:  # a zero byte in its name
+        raise QwenMLXError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+
+
+def _header(where: Path, opened: BinaryIO) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
+    """read_header of a file that is open."""
+    try:
+        with safe_open(f"/dev/fd/{opened.fileno()}", framework="np") as file:  # the same file, whatever its name is now
             metadata: dict[str, str] = file.metadata() or {}
             views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             tensors = {name: (view.get_dtype(), view.get_shape()) for name, view in views.items()}

@@ -392,3 +392,38 @@ def test_on_the_command_line(path: Path, tmp_path: Path):
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_file_that_is_replaced_while_it_is_read(small, saved: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "c"
+    file.write_bytes(saved)
+    read = mx.load
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        (tmp_path / "new").write_bytes(b"another process's")
+        (tmp_path / "new").replace(file)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(mx, "load", replaced)
+    assert len(PromptCache.load(file, small[0]).ids) > 1
+
+
+def test_a_name_that_is_not_utf_8(small, saved: bytes, tmp_path: Path):
+    file = tmp_path / os.fsdecode(b"\xff.cache")
+    file.write_bytes(saved)
+    assert len(PromptCache.load(file, small[0]).ids) > 1
+
+
+@pytest.mark.parametrize(
+    "shape", [["a", 2_500_000_000], [[1], 400_000_000], ["a", 10**12], [1.5], [-1], [2**64], None, {}, "12", [True]]
+)
+def test_a_shape_that_is_none(small, saved: bytes, tmp_path: Path, shape: Any):
+    refused(small, tmp_path / "c", with_header(saved, lambda header: header["ids"].update(shape=shape)), "damaged")
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"format": 1}, {"format": "\ud800"}, {"format": float("inf")}, [], 5, {"a": None}]
+)
+def test_metadata_that_is_none(small, saved: bytes, tmp_path: Path, metadata: Any):
+    data = with_header(saved, lambda header: header.update(__metadata__=metadata))
+    refused(small, tmp_path / "c", data, "not a prompt cache")
