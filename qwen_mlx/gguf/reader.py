@@ -28,6 +28,9 @@ from .blocks import BLOCK_TYPES, REMOVED_TYPES, BlockType
 MAX_DIMS = 4
 MAX_ARRAY_DEPTH = 4
 MAX_ARRAY_LENGTH = 1 << 24  # a hundred times the vocabulary: more is not a model
+MAX_ITEMS = 1 << 22  # of all arrays of a part: seven times what the largest vocabulary needs
+MAX_HEADER = 1 << 27  # bytes before the directory of tensors; a vocabulary of 150,000 tokens needs 6 MB
+MAX_ENTRIES = 1 << 16  # metadata fields; tensors
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -141,6 +144,7 @@ class _Header:
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.size, self.position = path, data, len(data), 4
+        self._items = 0  # of all arrays so far
         magic = data[:4]
         if magic != b"GGUF":
             hint = "; for safetensors give their folder" if path.suffix == ".safetensors" else ""
@@ -218,6 +222,8 @@ class _Header:
                 f"{self.path}: {field} needs {length} bytes at {self.position}, but the file ends at {self.size}: "
                 "it is truncated or damaged, download it again."
             )
+        if self.position + length > MAX_HEADER:
+            raise GGUFError(f"{self.path}: its header has more than {MAX_HEADER >> 20} MB; the file is damaged.")
         self.position += length
         return self.data[self.position - length : self.position]
 
@@ -227,6 +233,8 @@ class _Header:
     def _count(self, field: str, at_least: int) -> int:
         """A number of items of at least `at_least` bytes each, refused if the rest of the file cannot hold them."""
         count: int = self._scalar("Q", field)
+        if at_least > 8 and count > MAX_ENTRIES:
+            raise GGUFError(f"{self.path}: {field} is {count}, expected at most {MAX_ENTRIES}; the file is damaged.")
         if count * at_least > self.size - self.position:
             raise GGUFError(
                 f"{self.path}: {field} is {count}, more than the remaining {self.size - self.position} bytes hold: "
@@ -256,6 +264,9 @@ class _Header:
             raise GGUFError(
                 f"{self.path}: metadata field {field!r} has {length} items, expected at most {MAX_ARRAY_LENGTH}."
             )
+        self._items += length
+        if self._items > MAX_ITEMS:
+            raise GGUFError(f"{self.path}: its arrays have more than {MAX_ITEMS} items; the file is damaged.")
         self.position -= 8
         if kind in _SCALARS:
             size = struct.calcsize("<" + _SCALARS[kind])
@@ -277,6 +288,10 @@ class _Header:
                 position += 8 + length
                 if position > size:
                     raise struct.error
+                if position > MAX_HEADER:
+                    raise GGUFError(
+                        f"{self.path}: its header has more than {MAX_HEADER >> 20} MB; the file is damaged."
+                    )
                 strings.append(data[position - length : position].decode())
         except struct.error:
             raise GGUFError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -252,3 +253,21 @@ def test_real_file_agrees_with_gguf_py(real_gguf: Path):
     for name, value in theirs.fields.items():
         if not name.startswith("GGUF."):
             assert ours.metadata[name] == value.contents(), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts", "word"),
+    [
+        ([field(f"a{n}", 9, struct.pack("<IQ", 0, 1 << 21) + bytes(1 << 21)) for n in range(3)], {}, "items"),
+        ([field("a", 8, struct.pack("<Q", 1 << 28))], {}, "128 MB"),
+        ([], {"n_tensors": 1 << 20}, "tensor count is 1048576, expected at most"),
+        ([], {"n_fields": 1 << 20}, "metadata count is 1048576, expected at most"),
+        ([field("a", 9, struct.pack("<IQIQ", 9, 1 << 20, 0, 0))], {}, "length of 'a' is 1048576, expected at most"),
+    ],
+)
+def test_a_header_with_holes_costs_little(tmp_path: Path, fields: list[bytes], counts: dict[str, int], word: str):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(build(fields, **counts))
+    os.truncate(path, 1 << 32)  # a hole: nothing on the disk
+    with pytest.raises(GGUFError, match=word):
+        GGUFFile(path)
