@@ -23,7 +23,28 @@ except ImportError as error:
         "Linux (pip install '.[cpu]' in its folder), with none of them on macOS."
     ) from None
 
-__all__ = ["describe", "exact_float32", "float32_products", "in_gpu_memory", "mx", "named_arrays", "nn"]
+__all__ = [
+    "check_process",
+    "describe",
+    "exact_float32",
+    "float32_products",
+    "in_gpu_memory",
+    "mx",
+    "named_arrays",
+    "nn",
+]
+
+
+_PROCESS = os.getpid()
+
+
+def check_process() -> None:
+    """Raises QwenMLXError in a child that os.fork made: MLX's threads are not in it, and it would wait for ever."""
+    if os.getpid() != _PROCESS:
+        raise QwenMLXError(
+            "This process was forked from one that had loaded MLX, whose threads a fork leaves behind; start it with "
+            "multiprocessing.set_start_method('spawn'), or import qwen_mlx in the child only."
+        )
 
 
 def describe() -> str:

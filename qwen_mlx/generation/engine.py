@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from .. import ops
-from ..backend import mx
+from ..backend import check_process, mx
 from ..errors import QwenMLXError
 from ..model.batch_cache import BatchKVCache, Padding, join, select
 from ..model.cache import KVCache
@@ -286,6 +286,7 @@ class Rows:
     tokens that a draft proposed."""
 
     def __init__(self, model: Qwen2) -> None:
+        check_process()
         self.model, self.fused = model, FusedModel.of(model)
         self._state: State | None = None
         self._ahead = False  # the newest tokens are on their way, and `step` has not given them out
