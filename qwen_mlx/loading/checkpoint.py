@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import GGUFError, QwenMLXError
+from ..errors import GGUFError, QwenMLXError, shortened
 from ..generation.sampling import SamplingSettings
 from ..gguf import blocks
 from ..gguf.names import ROPE_FACTORS, to_gguf, to_hf
@@ -71,8 +71,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises GGUFError for a GGUF, QwenMLXError for a folder, naming the file, the field or tensor, what it is and what
     was expected.
     """
-    refuse_path(path)
-    return _open_folder(path) if path.is_dir() else _open_gguf(path)
+    try:
+        refuse_path(path)
+        return _open_folder(path) if path.is_dir() else _open_gguf(path)
+    except QwenMLXError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        # Anyone may have written the files, and no check foresaw this fault.
+        kind = QwenMLXError if path.is_dir() else GGUFError
+        raise kind(
+            f"{path}: cannot be read; a file of it is damaged or holds nonsense ({shortened(repr(error))})."
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import exact_float32, mx, nn
+from ..backend import check_process, exact_float32, mx, nn
 from ..errors import QwenMLXError
 from ..generation.drafts import ModelDraft
 from ..gguf.packing import DENSE, Packing
@@ -59,6 +59,7 @@ def load(
     runs the same program. The end of one rank ends all.
     Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its fault and what was expected.
     """
+    check_process()
     if group is not None:
         parallel.connect(group)
     path = hub.resolve(model)
@@ -68,12 +69,38 @@ def load(
     if target == mx.float32:
         exact_float32()
     try:
-        return _load(path, target, packed, yarn, progress, group)
+        return _load(path, target, packed, yarn, _outside(progress), group)
+    except QwenMLXError:
+        raise
+    except _Outside as error:
+        raise error.cause from None
     except UNFORESEEN as error:
         # Anyone may have written the files, and no check foresaw this fault.
         raise QwenMLXError(
             f"{path}: cannot be loaded; a file of it is damaged or holds nonsense ({error!r})."
         ) from error
+
+
+class _Outside(Exception):
+    """An error of the caller's own function, which says nothing about the files."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def _outside(progress: Progress | None) -> Progress | None:
+    """`progress`, whose errors are put into _Outside."""
+    if progress is None:
+        return None
+
+    def call(done: int, total: int) -> None:
+        try:
+            progress(done, total)
+        except Exception as error:
+            raise _Outside(error) from error
+
+    return call
 
 
 def target_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
@@ -106,7 +133,10 @@ def _load(
         parallel.check_same(group, path, {"dtype": str(dtype), "quantized": str(packed), "yarn": str(yarn)})
         parameters, local = checkpoint.parts(shard.cut), shard.local
     memory.prepare(sum(parameter.nbytes for parameter in parameters.values()))
-    model = Qwen2(local, checkpoint.rope_factors)
+    try:
+        model = Qwen2(local, checkpoint.rope_factors)
+    except ValueError as error:  # such as rotary frequencies beyond any number
+        raise QwenMLXError(f"{path}: its configuration cannot be computed: {error}") from None
     fill(model, parameters, dtype=dtype, packed=packed, progress=progress)
     if shard is not None and group is not None:
         parallel.share(model, shard, group)

@@ -12,13 +12,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import QwenMLXError
 from ..gguf.reader import release_pages
-from ..text.files import read_json
+from ..text.files import LARGEST_JSON, read_json
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "U32": "uint32", "U8": "uint8"}
 DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "I8": "int8", "I32": "int32", "I64": "int64"}
@@ -89,6 +90,9 @@ def _tensors_of(file: Path) -> dict[str, StoredTensor]:
     if file.exists() and not file.is_file():
         raise QwenMLXError(f"{file}: is not a regular file; download the folder again.")
     try:
+        with open(file, "rb") as opened:
+            if int.from_bytes(opened.read(8), "little") > LARGEST_JSON:
+                raise QwenMLXError(f"{file}: its header has more than {LARGEST_JSON >> 20} MB; download it again.")
         with safe_open(file, "numpy"):
             pass
         with open(file, "rb") as opened:
@@ -97,10 +101,23 @@ def _tensors_of(file: Path) -> dict[str, StoredTensor]:
         raise QwenMLXError(f"{file}: not a readable safetensors file ({error}); download it again.") from None
     start = 8 + int.from_bytes(mapping[:8], "little")
     tensors = {}
-    for name, entry in json.loads(mapping[8:start]).items():
+    for name, entry in _header(file, mapping[8:start]).items():
         if name != "__metadata__":
             first, last = entry["data_offsets"]
             data = np.frombuffer(mapping, np.uint8, last - first, start + first)
             release = functools.partial(release_pages, mapping, start + first, last - first)
             tensors[name] = StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), data, release)
     return tensors
+
+
+def _header(file: Path, text: bytes) -> dict[str, Any]:
+    """The header, which the library has validated but for names that stand in it twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) != len(pairs):
+            raise QwenMLXError(f"{file}: its header names a tensor twice; download it again.")
+        return names
+
+    header: dict[str, Any] = json.loads(text, object_pairs_hook=unique)
+    return header

