@@ -265,14 +265,14 @@ def test_calls_of_tools_are_ones_that_run(small, most):
 def test_a_turn_of_a_chat_can_be_made_to_begin_with_a_call(small, choice):
     model, tokenizer = small
     plain, names = tokenizer.chat_template, "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
-    tokenizer.chat_template = names + plain
+    tokenizer.chat_templates["default"] = names + plain
     try:
         chat = Chat(model, tokenizer, tools=[clock, TOOL], tool_choice=choice, max_tokens=200, seed=3, temperature=1.0)
         events = list(chat.send("hello"))
         with pytest.raises(QwenMLXError, match="There is no tool 'clok': did you mean 'clock'"):
             Chat(model, tokenizer, tools=[clock], tool_choice="clok")
     finally:
-        tokenizer.chat_template = plain
+        tokenizer.chat_templates["default"] = plain
     (result,) = (event for event in events if isinstance(event, ToolResult))
     assert result.call.error is None
     assert result.call.name in (["clock"] if choice == "clock" else ["clock", "weather"])
