@@ -295,7 +295,9 @@ def test_nothing_of_a_process_is_left(monkeypatch, tmp_path):
     child += "; file.write(f'{p.pid} {os.getpid()}'); file.close()"
     monkeypatch.setattr(session, "command", lambda: script(f"say(start=name); {child}; time.sleep(60)"))
     monkeypatch.setattr(session, "CASE_SECONDS", 1.0)
+    start = time.monotonic()
     session.hold(SPEC)
+    assert time.monotonic() - start < 40, "it was waited for, not ended"
     for pid in map(int, pids.read_text().split()):
         state = Path(f"/proc/{pid}/stat")
         assert not state.exists() or state.read_text().split()[2] == "Z"
