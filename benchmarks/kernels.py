@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--json", type=to_write, default=Path("benchmarks/results/kernels.json"))
     options = parser.parse_args(arguments)
-    if ops.executor() == "reference":
+    if ops.executor() in ("reference", "cpu"):
         print(
             "No kernel to time: this needs an Apple GPU, or an NVIDIA GPU with the extra cuda12 or cuda13, and "
             "QWEN_MLX_KERNELS other than off.",

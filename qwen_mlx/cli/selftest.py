@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..backend import exact_float32
 
     exact_float32()
-    if ops.executor() == "reference":
+    if ops.executor() in ("reference", "cpu"):
         reason = ops.explain().splitlines()[0].rpartition("(")[2].rstrip(")")
         raise QwenMLXError(
             f"No kernel to test: {reason}. Run it on a Mac with an Apple GPU, or on an NVIDIA GPU with the extra "

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import GGUFError
-from .packing import DENSE, Packing
+from .packing import BLOCK_SIZES, DENSE, Packing
 from .unpack import FORMATS, mxfp4_codes, pack
 
 CHUNK_WEIGHTS = 1 << 20  # weights a thread works on at once: with fewer, threads wait for each other between calls
@@ -46,7 +46,7 @@ class BlockType:
     @property
     def packings(self) -> tuple[Packing, ...]:
         """The packings that keep every value: the blocks themselves where kernels read them, then MLX's own."""
-        own = (Packing(self.name.lower()),) if self.name in ("Q4_K", "Q6_K") else ()
+        own = (Packing(self.name.lower()),) if self.name.lower() in BLOCK_SIZES else ()
         return own if self.packing == DENSE else (*own, self.packing)
 
 

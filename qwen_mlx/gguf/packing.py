@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# GGUF's blocks that are kept as they are in the file, and the weights of each. GPUs read Q4_K and Q6_K of them.
+BLOCK_SIZES = {"q4_0": 32, "q4_1": 32, "q5_0": 32, "q5_1": 32, "q8_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256}
+
 
 @dataclass(frozen=True)
 class Packing:
     """The packing of a matrix, compared by value.
 
     kind: "dense"; "affine" or "mxfp4", MLX's quantization modes, with codes of `bits` and a scale for each `group_size`
-    of them; "q4_k" or "q6_k", GGUF's blocks as they are in the file.
+    of them; one of BLOCK_SIZES, GGUF's blocks as they are in the file.
     """
 
     kind: str
@@ -20,12 +23,12 @@ class Packing:
     @property
     def block_size(self) -> int:
         """The columns that are stored together: a matrix can be cut between them only."""
-        return 256 if self.kind in ("q4_k", "q6_k") else self.group_size or 1
+        return BLOCK_SIZES.get(self.kind) or self.group_size or 1
 
     def __str__(self) -> str:
         if self.kind == "affine":
             return f"{self.bits} bits, group {self.group_size}"
-        return self.kind.upper() if self.kind in ("q4_k", "q6_k") else self.kind
+        return self.kind.upper() if self.kind in BLOCK_SIZES else self.kind
 
 
 DENSE = Packing("dense")

@@ -1,8 +1,9 @@
 """load(): from a name to (model, tokenizer). The dtype policy lives here and nowhere else.
 
 Policy: activations, norms and biases are float32 on the CPU (MLX's fast path there) and bfloat16 on a GPU; float16
-only when asked for, because Qwen2's activations overflow it. On a GPU the packed weights of a file stay packed: Q4_K
-and Q6_K byte for byte, others with scales as wide as exactness needs; on the CPU they become float32, once.
+only when asked for, because Qwen2's activations overflow it. The packed weights of a file stay packed: on a GPU Q4_K
+and Q6_K byte for byte, others with scales as wide as exactness needs; on a CPU eight of GGUF's types byte for byte, and
+weights of 16 bits stay as they are, too. On a CPU without numba all become float32, once.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .. import ops
 from ..backend import check_process, exact_float32, mx, nn
 from ..errors import QwenMLXError
 from ..generation.drafts import ModelDraft
-from ..gguf.packing import DENSE, Packing
-from ..model.layers import QuantizedEmbedding, QuantizedLinear, remember_joined, rows_of
+from ..gguf.packing import BLOCK_SIZES, DENSE, Packing
+from ..model.layers import QuantizedEmbedding, QuantizedLinear, remember_joined
 from ..model.qwen2 import Qwen2
 from ..ops import Matrix
 from ..parallel import group as parallel
@@ -29,6 +30,7 @@ from ..parallel.shards import Shard
 from ..text.tokenizer import Tokenizer, check_vocabulary
 from . import hub, kernels, memory
 from .checkpoint import open_checkpoint
+from .free_memory import require_memory
 from .hub.client import say
 from .parameters import Parameter
 
@@ -53,8 +55,9 @@ def load(
     model: a .gguf file (the first part, if split), a folder with config.json and safetensors, a hub id such as
     "Qwen/Qwen2.5-7B-Instruct-GGUF:q4_k_m", or None for the default, Qwen2.5-Coder-0.5B-Instruct Q4_K_M.
     dtype: of activations and dense weights, "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on GPU.
-    quantized: keep packed weights packed; None: on a GPU only. yarn: extends the context so many times, see
-    ModelConfig.with_yarn; None: as the file says. progress: called with (bytes done, bytes in all).
+    quantized: keep packed weights packed, on a CPU those of 16 bits as they are; None: on a GPU, and on a CPU with
+    numba; False: all in `dtype`. yarn: extends the context so many times, see ModelConfig.with_yarn; None: as the file
+    says. progress: called with (bytes done, bytes in all).
     group: of mx.distributed.init(); every rank calls this, reads its own part of the files (see shards.Shard) and then
     runs the same program. The end of one rank ends all.
     Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its fault and what was expected.
@@ -65,7 +68,7 @@ def load(
     path = hub.resolve(model)
     on_gpu = mx.default_device() != mx.cpu
     target = target_dtype(dtype)
-    packed = on_gpu if quantized is None else quantized
+    packed = on_gpu or ops.computes_on_cpu(target) if quantized is None else quantized
     if target == mx.float32:
         exact_float32()
     try:
@@ -133,6 +136,8 @@ def _load(
         parallel.check_same(group, path, {"dtype": str(dtype), "quantized": str(packed), "yarn": str(yarn)})
         parameters, local = checkpoint.parts(shard.cut), shard.local
     memory.prepare(sum(parameter.nbytes for parameter in parameters.values()))
+    if mx.default_device() == mx.cpu:
+        require_memory(_nbytes(parameters.values(), dtype, packed), path, packed)
     try:
         model = Qwen2(local, checkpoint.rope_factors)
     except ValueError as error:  # such as rotary frequencies beyond any number
@@ -161,22 +166,44 @@ def fill(
     groups = _groups(parameters.values())
     # Largest first: the moment of both a tensor and its temporary copy comes while the model is still small.
     groups.sort(key=lambda group: -sum(math.prod(parameter.shape) for parameter in group))
-    runs = [_runs(group, packed) for group in groups]
-    dense = [run for group in runs for run, packing in group if packing == DENSE]
-    buffers = _buffers([(_stacked_shape(run), mx.uint16 if _is_stored_as(run, dtype) else mx.float32) for run in dense])
+    kinds = ops.packing_kinds(dtype) if packed else frozenset()
+    runs = [_runs(group, kinds) for group in groups]
+    # A CPU's products read weights of 16 bits as they are.
+    narrow = packed and ops.computes_on_cpu(dtype)
+    dense = [(run, _dense_dtype(run, dtype, narrow)) for group in runs for run, packing in group if packing == DENSE]
+    packings = {packing for group in runs for _, packing in group}
+    compiled = ops.compile_ahead(packings, {d for run, d in dense if len(run[0].shape) == 2}, dtype)
+    buffers = _buffers([(_stacked_shape(r), mx.uint16 if _is_stored_as(r, d) else mx.float32) for r, d in dense])
     done, total = 0, sum(parameter.nbytes for parameter in parameters.values())
     for group, group_runs in zip(groups, runs):
         names = [parameter.name for parameter in group]
         if len(group[0].shape) == 1:
             _set(model, names[0], _read_dense(group, next(buffers), dtype))
         else:
-            matrices = [_read(run, packing, dtype, buffers) for run, packing in group_runs]
+            matrices = [_read(run, packing, dtype, buffers, narrow) for run, packing in group_runs]
             for (run, _), matrix in zip(group_runs, matrices):
                 _set_rows(model, run, matrix, dtype)
             remember_joined([_get(model, name.removesuffix(".weight")) for name in names], matrices)
         done += sum(parameter.nbytes for parameter in group)
         if progress:
             progress(done, total)
+    compiled()
+
+
+def _nbytes(parameters: Iterable[Parameter], dtype: mx.Dtype, packed: bool) -> int:
+    """Bytes of the model that fill makes, without what it needs for a moment."""
+    kinds = ops.packing_kinds(dtype) if packed else frozenset()
+    narrow = packed and ops.computes_on_cpu(dtype)
+    total = 0
+    for run, packing in (run for group in _groups(parameters) for run in _runs(group, kinds)):
+        count = math.prod(_stacked_shape(run))
+        if packing == DENSE:
+            total += count * _dense_dtype(run, dtype, narrow).size
+        elif packing.kind in BLOCK_SIZES:
+            total += sum(parameter.nbytes for parameter in run)
+        else:  # codes, and a scale and a bias in float32
+            total += count * packing.bits // 8 + count // packing.group_size * 8
+    return total
 
 
 def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
@@ -189,18 +216,25 @@ def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
     return list(groups.values())
 
 
-def _runs(group: list[Parameter], packed: bool) -> list[tuple[list[Parameter], Packing]]:
+def _runs(group: list[Parameter], kinds: frozenset[str]) -> list[tuple[list[Parameter], Packing]]:
     """Neighbours of one packing: each run becomes one matrix."""
 
     def packing_of(parameter: Parameter) -> Packing:
-        usable = [packing for packing in parameter.packings if packing.kind in ("affine", "q4_k", "q6_k")]
-        return usable[0] if packed and usable else DENSE
+        usable = [packing for packing in parameter.packings if packing.kind in kinds]
+        return usable[0] if usable else DENSE
 
     return [(list(run), packing) for packing, run in itertools.groupby(group, packing_of)]
 
 
 def _stacked_shape(run: list[Parameter]) -> tuple[int, ...]:
     return (sum(parameter.shape[0] for parameter in run), *run[0].shape[1:])
+
+
+def _dense_dtype(run: list[Parameter], dtype: mx.Dtype, narrow: bool) -> mx.Dtype:
+    """The dtype of a run that is not packed; `narrow`: matrices keep the file's, if it has 16 bits."""
+    stored = {DTYPES.get(parameter.stored_dtype) for parameter in run if len(parameter.shape) == 2}
+    own = stored.pop() if narrow and len(stored) == 1 else None
+    return dtype if own is None or own == mx.float32 else own
 
 
 def _is_stored_as(run: list[Parameter], dtype: mx.Dtype) -> bool:
@@ -222,13 +256,13 @@ def _buffers(shapes: list[tuple[tuple[int, ...], mx.Dtype]]) -> Iterator[mx.arra
             yield buffer
 
 
-def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iterator[mx.array]) -> Matrix:
+def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iterator[mx.array], narrow: bool) -> Matrix:
     """The matrix of a run's parameters, one above the other."""
     n_rows, n_columns = _stacked_shape(run)
     if packing == DENSE:
-        return Matrix(DENSE, n_rows, n_columns, (_read_dense(run, next(buffers), dtype),))
+        return Matrix(DENSE, n_rows, n_columns, (_read_dense(run, next(buffers), _dense_dtype(run, dtype, narrow)),))
     columns = list(zip(*(parameter.arrays(packing) for parameter in run)))
-    if packing.kind in ("q4_k", "q6_k"):
+    if packing.kind in BLOCK_SIZES:
         (blocks,) = columns
         matrix = ops.raw_matrix(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], packing.kind)
     else:
@@ -267,8 +301,8 @@ def _set_rows(model: nn.Module, run: list[Parameter], matrix: Matrix, dtype: mx.
     for parameter in run:
         path = parameter.name.removesuffix(".weight")
         old, stop = _get(model, path), start + parameter.shape[0]
-        part = rows_of(matrix, start, stop)
-        if matrix.packing == DENSE:
+        part = ops.rows_of(matrix, start, stop)
+        if matrix.packing == DENSE and (not isinstance(old, nn.Embedding) or part.arrays[0].dtype == dtype):
             old.weight = part.arrays[0]
         elif isinstance(old, nn.Embedding):
             _set(model, path, QuantizedEmbedding(part, dtype))

@@ -8,23 +8,23 @@ from collections.abc import Iterable, Sequence
 
 from .. import ops
 from ..backend import mx, nn
-from ..ops import DENSE, Matrix, Packing
+from ..gguf.packing import BLOCK_SIZES
+from ..ops import DENSE, TILE, Matrix, Packing
 
 # Names that a module gives to the arrays of its matrix, by the kind of its packing.
 ARRAYS = {
     "dense": ("weight",),
     "affine": ("weight", "scales", "biases"),
-    "q4_k": ("weight",),
+    **dict.fromkeys(BLOCK_SIZES, ("weight",)),
     "q6_k": ("weight", "high", "scales", "factors"),
 }
-TILE = 150_000_000  # elements of GGUF's blocks that are unpacked at a time
 
 
 class Linear(nn.Linear):
     """y = x W^T + b with W (out, in) dense."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = multiply(x, matrix_of(self))
+        y = ops.multiply(x, matrix_of(self))
         return y + self.bias if "bias" in self else y
 
 
@@ -49,7 +49,7 @@ class QuantizedLinear(nn.Module):
         return Matrix(self._packing, rows, columns, tuple(self[name] for name in ARRAYS[self._packing.kind]))
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = multiply(x, self.matrix)
+        y = ops.multiply(x, self.matrix)
         return y + self.bias if "bias" in self else y
 
     def _extra_repr(self) -> str:
@@ -58,7 +58,8 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """Rows of a packed (vocabulary, hidden) matrix in `dtype`; `as_linear` multiplies by it for a tied head."""
+    """Rows in `dtype` of a (vocabulary, hidden) matrix, packed or in another dtype; `as_linear` multiplies by it for a
+    tied head."""
 
     def __init__(self, matrix: Matrix, dtype: mx.Dtype):
         super().__init__(matrix)
@@ -68,7 +69,7 @@ class QuantizedEmbedding(QuantizedLinear):
         return ops.unpack(self.matrix, self.dtype, ids)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return multiply(x, self.matrix)
+        return ops.multiply(x, self.matrix)
 
 
 def matrix_of(module: nn.Module) -> Matrix:
@@ -79,29 +80,9 @@ def matrix_of(module: nn.Module) -> Matrix:
     return Matrix(DENSE, rows, columns, (module["weight"],))
 
 
-def multiply(x: mx.array, matrix: Matrix) -> mx.array:
-    """x W^T for x (..., columns), in x.dtype.
-
-    One vector is multiplied by GGUF's blocks as they are; more are multiplied by values unpacked, in tiles of rows.
-    """
-    packing, arrays = matrix.packing, matrix.arrays
-    if packing.kind == "dense":
-        return ops.matmul(x, arrays[0]) if x.dtype == arrays[0].dtype else x @ arrays[0].T
-    if packing.kind == "affine":
-        codes, scales, biases = arrays
-        y = mx.quantized_matmul(x, codes, scales, biases, group_size=packing.group_size, bits=packing.bits)
-        return y.astype(x.dtype)
-    # Without its kernel on a GPU, one vector is multiplied as several are: matvec's own fallback is exact and slow.
-    if x.size == matrix.columns and (ops.executor("matvec") != "reference" or mx.default_device() == mx.cpu):
-        return ops.matvec(x, matrix).reshape(*x.shape[:-1], matrix.rows)
-    rows = max(1, TILE // matrix.columns // 256) * 256  # an odd number makes cuBLAS slow
-    tiles = (rows_of(matrix, start, start + rows) for start in range(0, matrix.rows, rows))
-    return _side_by_side([x @ ops.unpack(tile, x.dtype).T for tile in tiles])
-
-
 def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
     """x by several matrices: the products side by side, (..., rows of all)."""
-    return _side_by_side([multiply(x, matrix) for matrix in matrices])
+    return _side_by_side([ops.multiply(x, matrix) for matrix in matrices])
 
 
 def temporary_bytes(x: mx.array, matrices: Iterable[Matrix]) -> int:
@@ -117,12 +98,6 @@ def temporary_bytes(x: mx.array, matrices: Iterable[Matrix]) -> int:
 
 def _side_by_side(arrays: list[mx.array]) -> mx.array:
     return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)
-
-
-def rows_of(matrix: Matrix, start: int, stop: int) -> Matrix:
-    """Rows start to stop of a matrix, as a view."""
-    stop = min(stop, matrix.rows)
-    return matrix._replace(rows=stop - start, arrays=tuple(array[start:stop] for array in matrix.arrays))
 
 
 class _Joined:
@@ -166,7 +141,7 @@ def set_rows(modules: Iterable[nn.Module], matrix: Matrix) -> None:
     start = 0
     for module in modules:
         rows = matrix_of(module).rows
-        part = rows_of(matrix, start, start + rows)
+        part = ops.rows_of(matrix, start, start + rows)
         for name, array in zip(ARRAYS[matrix.packing.kind], part.arrays, strict=True):
             module[name] = array
         start += rows

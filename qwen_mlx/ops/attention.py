@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ..backend import mx
+from . import cpu
+from .dispatch import on_cpu
 from .exponential import exp
 
 SCORES = 1 << 20  # scores at a time on the CPU, where they are written out: 4 MB, and no slower than all at once
@@ -15,6 +17,8 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     (B, 1, L, S), True where a key is seen. Returns (B, L, H, D) in q.dtype. Rounding: scores and softmax in float32.
     Source: Ainslie et al. 2023, arXiv:2305.13245.
     """
+    if q.size and on_cpu("attend", q.dtype) and q.shape[3] % 8 == 0:
+        return cpu.attention(q, keys, values, scale, mask)
     if mx.default_device() != mx.cpu:
         return _fused(q, keys, values, scale, mask)
     if q.dtype != mx.float32:  # MLX's own would round the scores there: Qwen2's reach 1285, where bfloat16's step is 8

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..backend import mx
-from .dispatch import MAX_ELEMENTS, Kernel, executor, require, require_float
+from . import cpu
+from .dispatch import MAX_ELEMENTS, Kernel, executor, on_gpu, require, require_float
 
 PARTS, THREADS = 128, 256  # threadgroups a row: one alone would read a whole vocabulary's logits
 
@@ -20,7 +21,9 @@ def best_token(logits: mx.array) -> mx.array:
     require(
         logits.ndim == 2 and logits.size > 0, lambda: f"logits has shape {logits.shape}, expected (B, V), not empty."
     )
-    if executor("best_token") == "reference" or logits.size > MAX_ELEMENTS:
+    if executor("best_token") == "cpu" and logits.dtype == mx.float32:
+        return cpu.best_token(logits)
+    if not on_gpu("best_token") or logits.size > MAX_ELEMENTS:
         return or_not_finite(logits, mx.argmax(logits, axis=-1))
     rows, count = logits.shape
     template = (("COUNT", count), ("PARTS", PARTS), ("THREADS", THREADS))

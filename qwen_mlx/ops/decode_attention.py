@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from ..backend import mx
+from . import cpu
 from .attention import attention
-from .dispatch import Kernel, executor, float_bits, require, require_float, require_like, require_position
+from .dispatch import (
+    Kernel,
+    executor,
+    float_bits,
+    on_cpu,
+    on_gpu,
+    require,
+    require_float,
+    require_like,
+    require_position,
+)
 
 # Tokens of room that one threadgroup a query head attends to. Beyond, each of several takes a part, for several heads
 # that share a key/value head.
@@ -67,7 +78,9 @@ def decode_attention(
     if first is not None:
         require_like("first", first, (rows,), mx.int32)
     kind = executor("attend")
-    if kind == "reference" or head_dim * q.dtype.size not in (16, 32, 64, 128, 256, 512):
+    if on_cpu("attend", q.dtype) and head_dim % 16 == 0:
+        return cpu.decode_attention(q, kv, recent_kv, position, scale, window, first)
+    if not on_gpu("attend") or head_dim * q.dtype.size not in (16, 32, 64, 128, 256, 512):
         return decode_attention_fallback(q, kv, recent_kv, position, scale, window, first)
     ragged = first is not None
     inputs = [array for array in (q, kv, recent_kv, position, first) if array is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import struct
@@ -31,7 +32,7 @@ R = TypeVar("R")
 
 _refused: dict[str, str] = {}  # what the trials of this process's models said: parts, and why not
 _proven: set[str] = set()
-_forced: str | None = None  # "metal", "cuda" or "reference": overrides the choice, for tests and comparisons
+_forced: str | None = None  # "metal", "cuda", "cpu" or "reference": overrides the choice, for tests and comparisons
 
 
 class _Gradients(threading.local):
@@ -44,12 +45,14 @@ _gradients = _Gradients()
 
 
 def executor(part: str = "") -> str:
-    """ "metal", "cuda" or "reference": what runs on the current default device, or what computes one of PARTS."""
+    """ "metal", "cuda", "cpu" or "reference": what runs on the default device, or what computes one of PARTS."""
     if _forced is not None:
         return _forced
     off = part in switched_off() if part else len(switched_off()) == len(PARTS)
-    if off or mx.default_device() == mx.cpu:
+    if off:
         return "reference"
+    if mx.default_device() == mx.cpu:
+        return "cpu" if have_numba() else "reference"
     if on_trial() and (refusal(part) if part else not _proven):
         return "reference"
     return device()
@@ -58,6 +61,22 @@ def executor(part: str = "") -> str:
 def device() -> str:
     """The kernels' language on a GPU of this machine, "metal" or "cuda"."""
     return _forced or ("metal" if mx.metal.is_available() else "cuda")
+
+
+def on_gpu(part: str) -> bool:
+    """True if a GPU's kernel computes one of PARTS."""
+    return executor(part) in ("metal", "cuda")
+
+
+def on_cpu(part: str, dtype: mx.Dtype) -> bool:
+    """True if the CPU's own functions compute one of PARTS: they take float32 and keep nothing for a gradient."""
+    return dtype == mx.float32 and not _gradients.wanted and executor(part) == "cpu"
+
+
+@functools.cache
+def have_numba() -> bool:
+    """True if numba is installed, which compiles the CPU's own functions. It is not imported here."""
+    return importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
@@ -134,10 +153,10 @@ def recording() -> bool:
 
 
 def compiled(function: Callable[..., R]) -> Callable[..., R]:
-    """mx.compile(function), whose graph is built once. Where an executor is forced, the function itself: a stand-in for
-    MLX's kernels has to be called each time."""
+    """mx.compile(function), whose graph is built once. On a CPU, whose functions compute at once, and where an executor
+    is forced, the function itself: a stand-in for MLX's kernels has to be called each time."""
     fast = mx.compile(function)
-    return lambda *arrays: (fast if _forced is None else function)(*arrays)
+    return lambda *arrays: (fast if _forced is None and on_gpu("step") else function)(*arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,10 +353,18 @@ def explain() -> str:
         why = "QWEN_MLX_KERNELS=off"
     elif mx.default_device() == mx.cpu:
         why = "the default device is the CPU"
+        if kind == "reference" and not have_numba():
+            why += "; with numba, which the extra 'cpu' brings, it would be several times as fast"
     elif kind == "reference":
         why = "no kernel has proved itself here"
     else:
         why = f"the default device is a GPU with {'Metal' if kind == 'metal' else 'CUDA'}"
+    if kind == "cpu":
+        from .cpu import threads  # which imports numba
+
+        count = threads.count()
+        on = f"{count} thread{'s' * (count > 1)}"
+        return f"float32 without gradients: compiled by numba, on {on} ({why})\nall else: plain MLX"
     what = {"metal": "Metal kernels", "cuda": "the Metal kernels compiled as CUDA", "reference": "plain MLX"}[kind]
     lines = [f"rms_norm, add_rms_norm, rope, qkv_rope, swiglu, swiglu_joined: {what} ({why})"]
     if kind != "reference":

@@ -10,13 +10,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..backend import mx
-from . import tunings
-from .dispatch import Kernel, executor, float_bits, require, require_float, require_like, require_position
+from . import cpu, tunings
+from .dispatch import (
+    Kernel,
+    executor,
+    float_bits,
+    on_cpu,
+    on_gpu,
+    require,
+    require_float,
+    require_like,
+    require_position,
+)
+from .matrix import BLOCKS, Matrix
 from .rms_norm import require_eps, rms_norm
 from .rope import qkv_rope
 from .swiglu import swiglu_joined_fallback
 from .tunings import Tuning
-from .unpack import BLOCKS, Matrix, array_names, reader, require_arrays, unpack_fallback
+from .unpack import array_names, reader, require_arrays, unpack_fallback
 
 Norm = tuple[mx.array, float]  # weight (columns,) and eps of an RMSNorm
 
@@ -61,6 +72,8 @@ def matvec(x: mx.array, matrix: Matrix, norm: Norm | None = None, residual: mx.a
     rows = matrix.rows
     if residual is not None:
         require_like("residual", residual.reshape(-1), (rows,), x.dtype)
+    if _on_cpu(x, [matrix]):
+        return cpu.matvec(x, matrix, norm, residual)
     if not _supports(x, matrix, norm):
         y = matvec_fallback(x, matrix, norm)
         return y if residual is None else y + residual.reshape(y.shape)
@@ -77,6 +90,8 @@ def matvec_swiglu(x: mx.array, matrix: Matrix, norm: Norm) -> mx.array:
     """
     _require_product(x, matrix, norm, required=True)
     require(matrix.rows % 2 == 0, lambda: f"matrix has {matrix.rows} rows, expected gate's and up's.")
+    if _on_cpu(x, [matrix]):
+        return cpu.matvec_swiglu(x, matrix, norm)
     if not _supports(x, matrix, norm):
         return swiglu_joined_fallback(matvec_fallback(x, matrix, norm))
     tuning = _tuning("matvec_swiglu", [matrix], x.dtype, True)
@@ -123,6 +138,8 @@ def matvec_qkv(
     )
     require_like("bias", bias, (rows,), x.dtype)
     require_position(position)
+    if _on_cpu(x, matrices):
+        return cpu.matvec_qkv(x, matrices, bias, norm, table, recent_kv, position, n_heads)
     shape = (1, n_heads, 1, head_dim)
     tuning = _tuning("matvec_qkv", matrices, x.dtype, True)
     if len(matrices) > 1 and tuning.split > 1:  # all units of a threadgroup must be of one matrix
@@ -172,9 +189,13 @@ def _require_product(x: mx.array, matrix: Matrix, norm: Norm | None, required: b
         require_eps(norm[1])
 
 
+def _on_cpu(x: mx.array, matrices: Sequence[Matrix]) -> bool:
+    return on_cpu("matvec", x.dtype) and all(map(cpu.supports, matrices))
+
+
 def _supports(x: mx.array, matrix: Matrix, norm: Norm | None) -> bool:
     return (
-        executor("matvec") != "reference"
+        on_gpu("matvec")
         and matrix.supported
         and (matrix.packing.kind != "dense" or matrix.arrays[0].dtype == x.dtype)
         and (norm is None or x.nbytes <= MAX_STAGED)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 
 from ..backend import mx
+from . import cpu
 from .dispatch import (
     MAX_ELEMENTS,
     Kernel,
     differentiable,
     executor,
     float_bits,
+    on_cpu,
+    on_gpu,
     pack_size,
     require,
     require_float,
@@ -34,7 +37,9 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     eq. 4. Raises ValueError if the shapes or dtypes do not agree, or eps is negative.
     """
     _require_norm(x, weight, eps)
-    if executor("rms_norm") == "reference" or not supports(x):
+    if x.size and on_cpu("rms_norm", x.dtype):
+        return cpu.rms_norm(x, weight, eps)
+    if not on_gpu("rms_norm") or not supports(x):
         return rms_norm_fallback(x, weight, eps)
     kernel, fallback = functools.partial(_launch, _RMS_NORM, eps), functools.partial(rms_norm_fallback, eps=eps)
     return differentiable(lambda *inputs: kernel(*inputs)[0], fallback, x, weight)
@@ -49,7 +54,9 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
     """
     _require_norm(x, weight, eps)
     require_like("residual", residual, x.shape, x.dtype)
-    if executor("rms_norm") == "reference" or not supports(x):
+    if x.size and on_cpu("rms_norm", x.dtype):
+        return cpu.add_rms_norm(x, residual, weight, eps)
+    if not on_gpu("rms_norm") or not supports(x):
         return add_rms_norm_fallback(x, residual, weight, eps)
     kernel, fallback = functools.partial(_launch, _ADD_RMS_NORM, eps), functools.partial(add_rms_norm_fallback, eps=eps)
     h, y = differentiable(kernel, fallback, x, residual, weight)

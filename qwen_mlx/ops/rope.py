@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backend import in_gpu_memory, mx
+from . import cpu
 from .dispatch import (
     MAX_ELEMENTS,
     Kernel,
     described,
     differentiable,
-    executor,
+    on_cpu,
+    on_gpu,
     pack_size,
     require,
     require_float,
@@ -238,6 +240,8 @@ def qkv_rope(
         kv = mx.concatenate([rotated[:, :, n_heads:], heads[:, :, n_heads + n_kv_heads :]], axis=2)
         return rotated[:, :, :n_heads], kv.reshape(batch, length, 2, n_kv_heads, head_dim)
 
+    if qkv.size and on_cpu("rope", qkv.dtype):
+        return cpu.qkv_rope(qkv, bias, table, n_heads, n_kv_heads)
     if not _on_kernel(qkv):
         return fallback(*arrays)
 
@@ -280,7 +284,7 @@ def _half(table: mx.array, x: mx.array) -> int:
 
 
 def _on_kernel(x: mx.array) -> bool:
-    return executor("rope") != "reference" and 0 < x.size <= MAX_ELEMENTS
+    return on_gpu("rope") and 0 < x.size <= MAX_ELEMENTS
 
 
 def _launch(

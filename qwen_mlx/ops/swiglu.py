@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..backend import mx
+from . import cpu
 from .dispatch import (
     MAX_ELEMENTS,
     Kernel,
     differentiable,
-    executor,
+    on_cpu,
+    on_gpu,
     pack_size,
     recording,
     require,
@@ -44,7 +46,9 @@ def swiglu(
     biases = [bias for bias in (gate_bias, up_bias) if bias is not None]
     for name, bias in zip(("gate_bias", "up_bias"), biases):
         require_like(name, bias, gate.shape[-1:], gate.dtype)
-    if executor("swiglu") == "reference" or gate.size > MAX_ELEMENTS:
+    if gate.size and not biases and on_cpu("swiglu", gate.dtype):
+        return cpu.swiglu(gate, up)
+    if not on_gpu("swiglu") or gate.size > MAX_ELEMENTS:
         return swiglu_fallback(gate, up, *biases)
     return differentiable(_launch, swiglu_fallback, gate, up, *biases)
 
@@ -60,7 +64,9 @@ def swiglu_joined(gate_up: mx.array, bias: mx.array | None = None) -> mx.array:
     if bias is not None:
         require_like("bias", bias, (width,), gate_up.dtype)
     arrays = (gate_up,) if bias is None else (gate_up, bias)
-    if executor("swiglu") == "reference" or gate_up.size > MAX_ELEMENTS:
+    if gate_up.size and bias is None and on_cpu("swiglu", gate_up.dtype):
+        return cpu.swiglu_joined(gate_up)
+    if not on_gpu("swiglu") or gate_up.size > MAX_ELEMENTS:
         return swiglu_joined_fallback(*arrays)
     return differentiable(_launch_joined, swiglu_joined_fallback, *arrays)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..backend import mx
-from .unpack import BLOCKS, Matrix
+from .matrix import BLOCKS, Matrix
 
 TILE_ROWS = 16
 # Bytes of threadgroup memory: what a CUDA kernel can declare, and Apple's limit.

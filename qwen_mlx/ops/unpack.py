@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from ..backend import mx
-from ..gguf.packing import Packing
-from .dispatch import Kernel, described, executor, require, threads
+from ..gguf.blocks import BLOCK_TYPES, dequantize
+from ..gguf.packing import BLOCK_SIZES, DENSE, Packing
+from . import cpu
+from .dispatch import Kernel, described, executor, on_gpu, require, threads
+from .matrix import BLOCKS, Matrix, template_names
 
-BLOCKS = ("q4_k", "q6_k")  # GGUF's own
+_TYPES = {kind.name.lower(): kind for kind in BLOCK_TYPES.values()}
+
 # The names that the kernels give a matrix's arrays; each packing's header in qwen_mlx/metal describes them.
 ARRAYS = {
     "dense": ("w",),
@@ -28,41 +32,8 @@ def array_names(kind: str, number: str = "") -> tuple[str, ...]:
 
 def reader(kind: str, number: str = "", tiled: bool = False) -> str:
     """The expression that makes a matrix's reader in a kernel, "affine<T, K, R, BITS, GROUP>(w, scales, biases)"."""
-    values = ["T", "K", *_values(kind, number, tiled)] if tiled else ["T", "K", "R", *_values(kind, number, tiled)]
+    values = ["T", "K", *(() if tiled else ("R",)), *template_names(kind, number, tiled)]
     return f"{kind}{'_tiles' * tiled}<{', '.join(values)}>({', '.join(array_names(kind, number))})"
-
-
-def _values(kind: str, number: str, tiled: bool) -> list[str]:
-    """The names of a reader's own template values: Matrix.template's keys."""
-    names = {"affine": ["GROUP"] if tiled else ["BITS", "GROUP"], "q6_k": ["ROWS"] * tiled}.get(kind, [])
-    return [f"{name}{number}" for name in names]
-
-
-class Matrix(NamedTuple):
-    """A matrix (rows, columns): how it is packed, and the arrays that hold it.
-
-    dense: (w,); affine: (codes, scales, biases) as mx.quantize makes them; q4_k: (blocks,), GGUF's bytes as uint32
-    (rows, columns / 256, 36); q6_k: (low, high, scales, d), the fields of GGUF's blocks each in an array of its own,
-    uint32 (rows, columns / 8), (rows, columns / 16) and (rows, columns / 64), float16 (rows, columns / 256).
-    """
-
-    packing: Packing
-    rows: int
-    columns: int
-    arrays: tuple[mx.array, ...]
-
-    def template(self, number: str = "", tiled: bool = False) -> dict[str, int]:
-        """The template values that a kernel's reader of this matrix needs."""
-        packing = self.packing
-        known = {"BITS": packing.bits, "GROUP": packing.group_size, "ROWS": self.rows}
-        return {name: known[name.rstrip("2")] for name in _values(packing.kind, number, tiled)}
-
-    @property
-    def supported(self) -> bool:
-        """True if the matrix-vector kernels read it."""
-        if self.packing.kind == "affine":
-            return self.packing.bits in (2, 3, 4, 5, 6, 8) and self.columns % 32 == 0
-        return self.columns % (256 if self.packing.kind in BLOCKS else 16) == 0
 
 
 def require_arrays(matrix: Matrix) -> None:
@@ -77,6 +48,8 @@ def require_arrays(matrix: Matrix) -> None:
         "q4_k": ((rows, columns // 256, 36),),
         "q6_k": tuple((rows, columns // share) for share in (8, 16, 64, 256)),
     }.get(packing.kind, ((rows, columns),))
+    if packing.kind in BLOCK_SIZES and packing.kind not in BLOCKS:
+        shapes = ((rows, columns // packing.block_size * _TYPES[packing.kind].type_size),)
     found = tuple(array.shape for array in arrays)
     require(found == shapes, lambda: f"matrix's arrays have shapes {found}, expected {shapes} for {packing}.")
 
@@ -100,7 +73,12 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
         lambda: f"ids {described(ids)}, expected integers, each below {matrix.rows}.",
     )
     kind = matrix.packing.kind
-    if executor("unpack") == "reference" or kind == "dense" or not matrix.supported:
+    if executor("unpack") == "cpu" and dtype == mx.float32 and kind != "dense" and cpu.supports(matrix):
+        try:  # a packed matrix has no gradient
+            return cpu.unpack(matrix, ids)
+        except ValueError:  # the ids have no values yet: within mx.compile, mx.vmap or mx.export_function
+            return cpu.unpack(matrix, None)[ids]
+    if not on_gpu("unpack") or kind == "dense" or not matrix.supported:
         return unpack_fallback(matrix, dtype, ids)
     rows, shape = (matrix.rows, (matrix.rows,)) if ids is None else (ids.size, ids.shape)
     packs = matrix.columns // 8
@@ -122,6 +100,9 @@ def unpack_fallback(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None
     if packing.kind == "affine":
         scales, biases = (array.astype(mx.float32) for array in arrays[1:])
         return mx.dequantize(arrays[0], scales, biases, packing.group_size, packing.bits).astype(dtype)
+    if packing.kind not in BLOCKS:
+        raw = np.asarray(arrays[0]).reshape(-1, arrays[0].shape[-1])
+        return mx.array(dequantize(raw, _TYPES[packing.kind])).reshape(shape).astype(dtype)
     return (_q4_k if packing.kind == "q4_k" else _q6_k)(*arrays).reshape(shape).astype(dtype)
 
 
@@ -151,13 +132,34 @@ def _q6_k(low: mx.array, high: mx.array, scales: mx.array, d: mx.array) -> mx.ar
     return scale[..., None] * codes.reshape(-1, 16, 16)
 
 
+def computes_on_cpu(dtype: mx.Dtype) -> bool:
+    """True if activations of `dtype` go through the CPU's own functions, which read matrices as they are stored."""
+    return dtype == mx.float32 and executor() == "cpu"
+
+
+def packing_kinds(dtype: mx.Dtype) -> frozenset[str]:
+    """The kinds of packed matrices that are multiplied as they are, by activations of `dtype`."""
+    return frozenset(("affine", *(BLOCK_SIZES if computes_on_cpu(dtype) else BLOCKS)))
+
+
 def raw_matrix(raw: np.ndarray, kind: str) -> Matrix:
-    """The matrix of a GGUF tensor's bytes, uint8 (rows, bytes of a row), packed as "q4_k" or "q6_k"."""
-    rows, size = raw.shape[0], {"q4_k": 144, "q6_k": 210}[kind]
-    columns = raw.shape[1] // size * 256
+    """The matrix of a GGUF tensor's bytes, uint8 (rows, bytes of a row), packed as `kind`, "q4_k" for example."""
+    rows, size = raw.shape[0], _TYPES[kind].type_size
+    columns = raw.shape[1] // size * BLOCK_SIZES[kind]
+    if kind not in BLOCKS:
+        return Matrix(Packing(kind), rows, columns, (mx.array(raw),))
     blocks = raw.reshape(rows, -1, size)
     if kind == "q4_k":
         return Matrix(Packing(kind), rows, columns, (mx.array(blocks.view(np.uint32)),))
     fields = ((0, 128, np.uint32), (128, 192, np.uint32), (192, 208, np.uint32), (208, 210, np.float16))
     parts = (np.ascontiguousarray(blocks[..., a:b]).view(dtype).reshape(rows, -1) for a, b, dtype in fields)
     return Matrix(Packing(kind), rows, columns, tuple(map(mx.array, parts)))
+
+
+def compile_ahead(packings: Iterable[Packing], dense: Iterable[mx.Dtype], dtype: mx.Dtype) -> Callable[[], None]:
+    """Starts to compile, in a thread, what a CPU needs for activations of `dtype`, matrices of these packings and dense
+    ones of these dtypes. Returns a function that waits for it. Nothing is done where something else computes."""
+    if not computes_on_cpu(dtype):
+        return lambda: None
+    kinds = [(packing, dtype) for packing in packings if packing != DENSE]
+    return cpu.compile_ahead([*kinds, *((DENSE, kind) for kind in dense)])

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from qwen_mlx import ops
+
 
 @pytest.fixture(params=["reference", pytest.param("emulated", marks=pytest.mark.emulator)])
 def executor(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once in plain MLX and once on the emulated kernels."""
     if request.param == "reference":
-        yield request.param
+        with ops.forced("reference"):
+            yield request.param
         return
     from reference.emulator import emulate
 

@@ -151,13 +151,28 @@ def test_odd_head_dim_has_no_frequencies():
         ops.Rotary.plain(7, 1e4)
 
 
-def test_the_cpu_runs_plain_mlx_and_says_so():
+def test_the_cpu_runs_plain_mlx_without_numba_and_says_so(monkeypatch):
+    monkeypatch.setattr(dispatch, "have_numba", lambda: False)
     assert ops.executor() == "reference"
-    assert "the default device is the CPU" in ops.explain()
+    assert "the default device is the CPU; with numba" in ops.explain()
     with ops.forced("cuda"):
         assert ops.executor() == "cuda"
         assert "compiled as CUDA (forced)" in ops.explain()
     assert ops.executor() == "reference"
+
+
+@pytest.mark.skipif(not dispatch.have_numba(), reason="needs numba")
+def test_the_cpu_runs_its_own_functions_and_says_so(monkeypatch):
+    assert ops.executor() == "cpu"
+    assert "compiled by numba, on" in ops.explain()
+    assert "the default device is the CPU" in ops.explain()
+    try:
+        monkeypatch.setenv("QWEN_MLX_KERNELS", "off")
+        dispatch.switched_off.cache_clear()
+        assert ops.executor() == "reference"
+    finally:
+        monkeypatch.undo()
+        dispatch.switched_off.cache_clear()
 
 
 def test_kernels_can_be_switched_off_all_or_one_by_one(monkeypatch):

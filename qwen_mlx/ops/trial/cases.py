@@ -21,11 +21,12 @@ from ..best_token import best_token, or_not_finite
 from ..decode_attention import SHORT, decode_attention
 from ..matmul import ON as MATMUL_ON
 from ..matmul import matmul
+from ..matrix import BLOCKS, Matrix
 from ..matvec import Norm, matvec, matvec_qkv, matvec_swiglu
 from ..rms_norm import add_rms_norm, rms_norm
 from ..rope import qkv_rope
 from ..swiglu import swiglu_joined
-from ..unpack import BLOCKS, Matrix, raw_matrix, unpack, unpack_fallback
+from ..unpack import raw_matrix, unpack, unpack_fallback
 
 MOST_ELEMENTS = 70_000_000  # of a matrix; more rows repeat what these show
 LIMIT = 2.0  # units in the last place of the largest element, on random data: the self-test's

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...backend import mx
 from .. import dispatch, tunings
-from ..unpack import Matrix
+from ..matrix import Matrix
 from .cases import Case, Data, Product, Spec, cases, fault, outputs, rows_tried
 
 MOST_KERNELS = 20  # that a trial compiles: another cut of the largest product only where they are fewer

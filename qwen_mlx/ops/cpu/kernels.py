@@ -1,0 +1,343 @@
+"""The compiled functions of one token's step and of a prompt's passes, on NumPy's float32 arrays.
+
+Loops over rows run on numba's threads. Sums are in float32, those of a norm in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numba.core.errors import NumbaError
+
+from ...errors import QwenMLXError
+from . import threads
+from .packings import group
+from .vectors import (
+    add_products,
+    exp16,
+    floats8,
+    floats16,
+    floats32,
+    fma,
+    largest16,
+    maximum16,
+    minus16,
+    plus16,
+    silu16,
+    store,
+    times16,
+    total,
+    values,
+    zeros8,
+    zeros16,
+)
+
+TILE = 1 << 16  # weights, 256 KiB, that a core's own cache holds
+QUERIES = 48  # tokens whose scores a thread computes at a time
+CHUNK = 256  # tokens of the cache that a thread attends to at a time
+
+# numba would look for more to run on threads: it compiles twice as long.
+_OTHERS = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
+_PRANGE_ALONE = {"prange": True, **dict.fromkeys(_OTHERS, False)}
+_uint, _f32 = np.uintp, np.float32
+
+
+_SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()
+_dispatchers: list[Any] = []
+
+
+def compilations() -> int:
+    """The number of functions that were compiled in this process, and not read from disk."""
+    return sum(sum(compiled.stats.cache_misses.values()) for compiled in _dispatchers)
+
+
+def _serial(function: Callable[..., Any]) -> Any:
+    """Compiles a function that others of this file call."""
+    return njit(error_model="numpy")(function)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., None]:
+    """Compiles a function on its first call, or reads it from numba's cache on disk where there is a place for one."""
+    options: dict[str, Any] = {"parallel": _PRANGE_ALONE, "error_model": "numpy"}
+    try:
+        compiled = njit(cache=True, **options)(function)
+        # numba looks at this file's date alone, which says nothing about the files that it imports.
+        compiled._cache._cache_file._source_stamp = _SOURCES
+    except RuntimeError:  # neither this folder nor the user's is writable
+        compiled = njit(**options)(function)
+
+    _dispatchers.append(compiled)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> None:
+        try:
+            threads.limit()
+            compiled(*arguments)
+        except (NumbaError, OSError, RuntimeError, ValueError) as error:
+            raise QwenMLXError(
+                f"numba cannot compile or run the CPU's {function.__name__} ({str(error).splitlines()[0]}); unset the "
+                "NUMBA_* variables, or switch these functions off with QWEN_MLX_KERNELS=off."
+            ) from error
+
+    return call
+
+
+@_compiled
+def multiply_one(matrix: Any, x: np.ndarray, sums: np.ndarray, out: np.ndarray) -> None:
+    """out (rows,) = W x for W (rows, columns), which is read as it lies; x: (columns,); sums: of each 32 of them."""
+    groups = _uint(sums.size)
+    for row in prange(out.size):
+        first, products, minima = _uint(row) * groups, zeros16(), _f32(0)
+        for g in range(groups):
+            codes, scale, minimum = group(matrix, first + g)
+            products = add_products(codes, scale, floats32(x, g * _uint(32)), products)
+            minima += minimum * sums[g]
+        out[row] = total(products) + minima
+
+
+@_serial
+def _products(
+    w: np.ndarray,
+    w_start: int,
+    w_stride: int,
+    n_rows: int,
+    x: np.ndarray,
+    x_start: int,
+    x_stride: int,
+    n_vectors: int,
+    columns: int,
+    out: np.ndarray,
+    out_start: int,
+    out_stride: int,
+) -> None:
+    """out (n_vectors, n_rows) = x w^T on flat arrays, rows of `columns` elements, a multiple of 8, at their strides.
+
+    Four rows of w are multiplied by three of x at a time, whose sums fit in registers; what is too much for the last of
+    them is computed twice.
+    """
+    for b0 in range(0, n_vectors, 3):
+        b1, b2 = min(b0 + 1, n_vectors - 1), min(b0 + 2, n_vectors - 1)
+        x0, x1, x2 = (_uint(x_start + b0 * x_stride), _uint(x_start + b1 * x_stride), _uint(x_start + b2 * x_stride))
+        o0, o1, o2 = out_start + b0 * out_stride, out_start + b1 * out_stride, out_start + b2 * out_stride
+        for r0 in range(0, n_rows, 4):
+            r1, r2, r3 = min(r0 + 1, n_rows - 1), min(r0 + 2, n_rows - 1), min(r0 + 3, n_rows - 1)
+            w0, w1 = _uint(w_start + r0 * w_stride), _uint(w_start + r1 * w_stride)
+            w2, w3 = _uint(w_start + r2 * w_stride), _uint(w_start + r3 * w_stride)
+            s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = s30 = s31 = s32 = zeros8()
+            for k in range(_uint(columns // 8)):
+                at = k * _uint(8)
+                v0, v1, v2 = floats8(x, x0 + at), floats8(x, x1 + at), floats8(x, x2 + at)
+                u = floats8(w, w0 + at)
+                s00, s01, s02 = fma(u, v0, s00), fma(u, v1, s01), fma(u, v2, s02)
+                u = floats8(w, w1 + at)
+                s10, s11, s12 = fma(u, v0, s10), fma(u, v1, s11), fma(u, v2, s12)
+                u = floats8(w, w2 + at)
+                s20, s21, s22 = fma(u, v0, s20), fma(u, v1, s21), fma(u, v2, s22)
+                u = floats8(w, w3 + at)
+                s30, s31, s32 = fma(u, v0, s30), fma(u, v1, s31), fma(u, v2, s32)
+            out[o0 + r0], out[o1 + r0], out[o2 + r0] = total(s00), total(s01), total(s02)
+            out[o0 + r1], out[o1 + r1], out[o2 + r1] = total(s10), total(s11), total(s12)
+            out[o0 + r2], out[o1 + r2], out[o2 + r2] = total(s20), total(s21), total(s22)
+            out[o0 + r3], out[o1 + r3], out[o2 + r3] = total(s30), total(s31), total(s32)
+
+
+@_compiled
+def multiply(w: np.ndarray, x: np.ndarray, columns: int, start: int, out: np.ndarray, width: int) -> None:
+    """Columns of out (B, width) from `start` on = x w^T for w (n, columns) and x (B, columns), flat.
+
+    A thread takes the rows of w that its core's cache holds.
+    """
+    n_rows, height = w.size // columns, max(4, min(64, TILE // columns // 4 * 4))
+    for t in prange(-(-n_rows // height)):
+        first = t * height
+        rows, vectors = min(height, n_rows - first), x.size // columns
+        _products(w, first * columns, columns, rows, x, 0, columns, vectors, columns, out, start + first, width)
+
+
+@_serial
+def _exponentials(scores: np.ndarray, start: int, count: int, scale: np.float32) -> tuple[np.float32, np.float32]:
+    """Makes `count` scores, a multiple of 16, e^(scale (score - the largest)). Returns the largest and the sum."""
+    largest, sums = floats16(scores, start), zeros16()
+    for t in range(start + 16, start + count, 16):
+        largest = maximum16(largest, floats16(scores, t))
+    most = largest16(largest)
+    for t in range(start, start + count, 16):
+        power = exp16(times16(scale, minus16(floats16(scores, t), most)))
+        store(scores, t, power)
+        sums = plus16(sums, power)
+    return most, total(sums)
+
+
+@_compiled
+def attention(
+    shape: tuple[int, int, int, int, int, int],
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    mask: np.ndarray,
+    masked: bool,
+    causal: bool,
+    scale: np.float32,
+    out: np.ndarray,
+) -> None:
+    """softmax(scale q k^T + mask) v of many tokens.
+
+    shape: (B, L, n_heads, n_kv_heads, head_dim, S), S a multiple of 16; q and out (B, L, n_heads, head_dim), keys
+    (B, n_kv_heads, S, head_dim), values (B, n_kv_heads, head_dim, S), flat; mask: uint8 (1 or B, L, tokens), 0 where a
+    key is not seen; of `causal` ones the last L of `tokens` belong to the queries. A thread takes QUERIES tokens of a
+    head.
+    """
+    n_rows, length, n_heads, n_kv_heads, head_dim, room = shape
+    n_blocks, tokens, stride = -(-length // QUERIES), mask.shape[2], n_heads * head_dim
+    for task in prange(n_rows * n_heads * n_blocks):
+        block, head, b = task % n_blocks, task // n_blocks % n_heads, task // (n_blocks * n_heads)
+        start = block * QUERIES
+        count = min(QUERIES, length - start)
+        seen = tokens - length + start + count if causal else tokens
+        at = (b * n_kv_heads + head // (n_heads // n_kv_heads)) * room * head_dim
+        first, padded = (b * length + start) * stride + head * head_dim, -(-seen // 16) * 16
+        scores = np.empty(QUERIES * room, np.float32)
+        _products(keys, at, head_dim, seen, q, first, stride, count, head_dim, scores, 0, room)
+        for i in range(count):
+            row, limit = i * room, seen - count + 1 + i if causal else seen
+            for t in range(limit, padded):
+                scores[row + t] = -np.inf
+            if masked:
+                for t in range(limit):
+                    if not mask[b % mask.shape[0], start + i, t]:
+                        scores[row + t] = -np.inf
+            _, whole = _exponentials(scores, row, padded, scale)
+            for t in range(row, row + padded, 16):
+                store(scores, t, times16(_f32(1) / whole, floats16(scores, t)))
+        _products(values, at, room, head_dim, scores, 0, room, count, padded, out, first, stride)
+
+
+@_compiled
+def unpack(matrix: Any, rows: np.ndarray, columns: int, out: np.ndarray) -> None:
+    """out (len(rows) columns,): the values of a packed matrix's rows."""
+    groups = _uint(columns // 32)
+    for i in prange(rows.size):
+        first, to = _uint(rows[i]) * groups, _uint(i) * groups
+        for g in range(groups):
+            codes, scale, minimum = group(matrix, first + g)
+            store(out, (to + g) * _uint(32), values(codes, scale, minimum))
+
+
+@_compiled
+def rms_norm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float, h: np.ndarray, y: np.ndarray) -> None:
+    """h = x + residual, y = h / rms(h) * weight, all (rows, D); without a residual (0 rows) h is not written."""
+    width, added = weight.size, residual.shape[0] > 0
+    for r in prange(x.shape[0]):
+        squares = 0.0
+        for i in range(width):
+            value = x[r, i]
+            if added:
+                value += residual[r, i]
+                h[r, i] = value
+            squares += np.float64(value * value)
+        scale = _f32(1 / math.sqrt(squares / width + eps))
+        for i in range(width):
+            y[r, i] = (h[r, i] if added else x[r, i]) * scale * weight[i]
+
+
+@_compiled
+def qkv_rope(
+    qkv: np.ndarray, bias: np.ndarray, table: np.ndarray, n_heads: int, n_rotated: int, q: np.ndarray, kv: np.ndarray
+) -> None:
+    """Splits qkv (tokens, heads D) + bias into q (tokens, n_heads D) and kv (tokens, the rest); the first n_rotated
+    heads are turned by the table (tokens of one row or of all, D / 2, 2)."""
+    half, n_angles = table.shape[1], table.shape[0]
+    width = n_heads * 2 * half
+    for t in prange(qkv.shape[0]):
+        for head in range(qkv.shape[1] // (2 * half)):
+            for i in range(half):
+                at = head * 2 * half + i
+                a, b = qkv[t, at] + bias[at], qkv[t, at + half] + bias[at + half]
+                if head < n_rotated:
+                    cos, sin = table[t % n_angles, i, 0], table[t % n_angles, i, 1]
+                    a, b = a * cos - b * sin, b * cos + a * sin
+                if head < n_heads:
+                    q[t, at], q[t, at + half] = a, b
+                else:
+                    kv[t, at - width], kv[t, at + half - width] = a, b
+
+
+@_compiled
+def swiglu(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
+    """out = silu(gate) up, all (rows, F)."""
+    width = out.shape[1]
+    for r in prange(out.shape[0]):
+        for i in range(0, width // 16 * 16, 16):
+            store(out[r], i, times16(silu16(floats16(gate[r], i)), floats16(up[r], i)))
+        for i in range(width // 16 * 16, width):
+            x = gate[r, i]
+            out[r, i] = x / (_f32(1) + math.exp(-x)) * up[r, i]
+
+
+@_compiled
+def decode_attention(
+    shape: tuple[int, int, int, int],
+    q: np.ndarray,
+    kv: np.ndarray,
+    recent: np.ndarray,
+    buffered: int,
+    tokens: int,
+    first: np.ndarray,
+    scale: np.float32,
+    parts: np.ndarray,
+    stats: np.ndarray,
+) -> None:
+    """softmax(scale q k^T) v of one token a row, in parts of CHUNK tokens: of `buffered` ones in kv and of those after
+    them in recent, from first[b] on up to `tokens`.
+
+    shape: (B, n_heads, n_kv_heads, head_dim), head_dim a multiple of 16; q, kv, recent: ops.decode_attention's, flat.
+    parts (B n_heads, chunks, head_dim), flat: sums of values by e^(score - largest); stats (B n_heads, chunks, 2): the
+    largest score, and the sum of the weights. A thread takes a chunk for all query heads that share its keys.
+    """
+    n_rows, n_heads, n_kv_heads, head_dim = shape
+    room = kv.size // (2 * n_rows * n_kv_heads * head_dim)
+    slots = recent.size // (2 * n_rows * n_kv_heads * head_dim)
+    ratio, n_chunks = n_heads // n_kv_heads, stats.shape[1]
+    for task in prange(n_rows * n_kv_heads * n_chunks):
+        which, chunk = task // n_chunks, task % n_chunks
+        b, head = which // n_kv_heads, which % n_kv_heads
+        start, stop = max(chunk * CHUNK, first[b]), min((chunk + 1) * CHUNK, tokens)
+        middle = min(max(buffered, start), stop)
+        old_keys, new_keys = (2 * b * n_kv_heads + head) * room, (2 * b * n_kv_heads + head) * slots - buffered
+        old_values, new_values = old_keys + n_kv_heads * room, new_keys + n_kv_heads * slots
+        weights = np.empty(CHUNK, np.float32)
+        for i in range(ratio):
+            row = b * n_heads + head * ratio + i
+            for t in range(start, stop):
+                sums = zeros16()
+                for d in range(0, head_dim, 16):
+                    if t < buffered:
+                        key = floats16(kv, (old_keys + t) * head_dim + d)
+                    else:
+                        key = floats16(recent, (new_keys + t) * head_dim + d)
+                    sums = fma(floats16(q, row * head_dim + d), key, sums)
+                weights[t - start] = total(sums)
+            count = max(16, -(-(stop - start) // 16) * 16)
+            for t in range(max(stop - start, 0), count):
+                weights[t] = -np.inf
+            if start < stop:
+                largest, whole = _exponentials(weights, 0, count, scale)
+            else:  # the row sees nothing of this chunk
+                largest, whole = _f32(-np.inf), _f32(0)
+            stats[row, chunk, 0], stats[row, chunk, 1] = largest * scale, whole
+            for d in range(0, head_dim, 16):
+                sums = zeros16()
+                for t in range(start, middle):
+                    sums = fma(weights[t - start], floats16(kv, (old_values + t) * head_dim + d), sums)
+                for t in range(middle, stop):
+                    sums = fma(weights[t - start], floats16(recent, (new_values + t) * head_dim + d), sums)
+                store(parts, (row * n_chunks + chunk) * head_dim + d, sums)

@@ -1,0 +1,78 @@
+"""Products with a matrix, dense or packed, and the values of its rows, on NumPy's arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...backend import mx
+from ..matrix import Matrix
+from . import kernels, packings
+from .arrays import as_bytes, floats
+
+UNPACKED = 1 << 20  # weights that are unpacked at a time: 4 MiB stay in the processor's cache until they are multiplied
+
+_BLOCKS: dict[str, Any] = {
+    "q4_0": packings.Q40,
+    "q4_1": packings.Q41,
+    "q5_0": packings.Q50,
+    "q5_1": packings.Q51,
+    "q8_0": packings.Q80,
+    "q4_k": packings.Q4K,
+    "q5_k": packings.Q5K,
+    "q6_k": packings.Q6K,
+}
+_AFFINE: dict[int, Any] = {
+    2: packings.Affine2,
+    3: packings.Affine3,
+    4: packings.Affine4,
+    5: packings.Affine5,
+    6: packings.Affine6,
+    8: packings.Affine8,
+}
+_HALVES: dict[mx.Dtype, Any] = {mx.float16: packings.Halves, mx.bfloat16: packings.BFloats}
+
+
+def supports(matrix: Matrix) -> bool:
+    """True if this matrix is multiplied here."""
+    packing, arrays = matrix.packing, matrix.arrays
+    if matrix.columns % 32:
+        return False
+    if packing.kind == "affine":
+        return packing.bits in _AFFINE and all(array.dtype == mx.float32 for array in arrays[1:])
+    return packing.kind in ("dense", *_BLOCKS)
+
+
+def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
+    """out (B, rows) = x W^T for x (B, columns)."""
+    packed, columns = _compiled_form(matrix), matrix.columns
+    if len(x) == 1:
+        kernels.multiply_one(packed, x[0], x.reshape(-1, 32).sum(axis=1), out[0])
+    elif isinstance(packed, packings.Floats):
+        kernels.multiply(packed.values, x.reshape(-1), columns, 0, out.reshape(-1), matrix.rows)
+    else:
+        step = max(1, UNPACKED // columns)
+        w = np.empty(min(step, matrix.rows) * columns, np.float32)
+        for start in range(0, matrix.rows, step):
+            rows = np.arange(start, min(start + step, matrix.rows))
+            kernels.unpack(packed, rows, columns, w)
+            kernels.multiply(w[: rows.size * columns], x.reshape(-1), columns, start, out.reshape(-1), matrix.rows)
+
+
+def unpack(matrix: Matrix, rows: np.ndarray, out: np.ndarray) -> None:
+    """out (len(rows), columns): the values of some rows of a packed matrix."""
+    kernels.unpack(_compiled_form(matrix), rows, matrix.columns, out.reshape(-1))
+
+
+def _compiled_form(matrix: Matrix) -> Any:
+    """The packing's type in packings.py, of the matrix's own memory."""
+    packing, arrays = matrix.packing, matrix.arrays
+    if packing.kind == "dense":
+        if arrays[0].dtype == mx.float32:
+            return packings.Floats(floats(arrays[0]).reshape(-1))
+        return _HALVES[arrays[0].dtype](as_bytes(arrays[0].view(mx.uint16)))
+    if packing.kind != "affine":
+        return _BLOCKS[packing.kind](*map(as_bytes, arrays))
+    scales, biases = (floats(array).reshape(-1) for array in arrays[1:])
+    return _AFFINE[packing.bits](as_bytes(arrays[0]), scales, biases, packing.group_size // 32)

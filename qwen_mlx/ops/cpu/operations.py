@@ -1,0 +1,199 @@
+"""The operations of ops on a CPU: as their namesakes there, which have checked the arguments, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...backend import mx
+from ..matrix import Matrix
+from . import kernels, matrices
+from .arrays import Output, floats
+
+supports = matrices.supports
+_NOTHING = np.empty((0, 0), np.float32)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """ops.rms_norm."""
+    out = Output(*x.shape)
+    _norm(floats(x), _NOTHING, weight, eps, _NOTHING, out.values)
+    return out.array()
+
+
+def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """ops.add_rms_norm."""
+    h, y = Output(*x.shape), Output(*x.shape)
+    _norm(floats(x), floats(residual), weight, eps, h.values, y.values)
+    return h.array(), y.array()
+
+
+def _norm(x: np.ndarray, residual: np.ndarray, weight: mx.array, eps: float, h: np.ndarray, y: np.ndarray) -> None:
+    width = x.shape[-1]
+    rows = (array.reshape(-1, width) if array.size else _NOTHING for array in (x, residual, h, y))
+    x, residual, h, y = rows
+    kernels.rms_norm(x, residual, floats(weight), eps, h, y)
+
+
+def qkv_rope(
+    qkv: mx.array, bias: mx.array | None, table: mx.array, n_heads: int, n_kv_heads: int
+) -> tuple[mx.array, mx.array]:
+    """ops.qkv_rope."""
+    batch, length, width = qkv.shape
+    head_dim = width // (n_heads + 2 * n_kv_heads)
+    q, kv = Output(batch, length, n_heads, head_dim), Output(batch, length, 2, n_kv_heads, head_dim)
+    _qkv_rope(floats(qkv).reshape(-1, width), bias, floats(table), n_heads + n_kv_heads, q.values, kv.values)
+    return q.array(), kv.array()
+
+
+def _qkv_rope(
+    qkv: np.ndarray, bias: mx.array | None, table: np.ndarray, n_rotated: int, q: np.ndarray, kv: np.ndarray
+) -> None:
+    half, n_tokens = table.shape[-2], len(qkv)
+    added = np.zeros(qkv.shape[1], np.float32) if bias is None else floats(bias)
+    q, kv = q.reshape(n_tokens, -1), kv.reshape(n_tokens, -1)
+    kernels.qkv_rope(qkv, added, table.reshape(-1, half, 2), q.shape[1] // (2 * half), n_rotated, q, kv)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """ops.swiglu without biases."""
+    out, width = Output(*gate.shape), gate.shape[-1]
+    kernels.swiglu(*(array.reshape(-1, width) for array in (floats(gate), floats(up), out.values)))
+    return out.array()
+
+
+def swiglu_joined(gate_up: mx.array) -> mx.array:
+    """ops.swiglu_joined without a bias."""
+    width = gate_up.shape[-1] // 2
+    both, out = floats(gate_up).reshape(-1, 2, width), Output(*gate_up.shape[:-1], width)
+    kernels.swiglu(both[:, 0], both[:, 1], out.values.reshape(-1, width))
+    return out.array()
+
+
+def multiply(x: mx.array, matrix: Matrix) -> mx.array:
+    """ops.multiply."""
+    out = Output(*x.shape[:-1], matrix.rows)
+    matrices.multiply(floats(x).reshape(-1, matrix.columns), matrix, out.values.reshape(-1, matrix.rows))
+    return out.array()
+
+
+def unpack(matrix: Matrix, ids: mx.array | None) -> mx.array:
+    """ops.unpack of a packed matrix."""
+    # An id may be -1, where a step is launched ahead on a logit that is not finite.
+    rows = np.arange(matrix.rows) if ids is None else np.asarray(ids).astype(np.int64) % matrix.rows
+    out = Output(*rows.shape, matrix.columns)
+    matrices.unpack(matrix, rows.reshape(-1), out.values.reshape(-1, matrix.columns))
+    return out.array()
+
+
+def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+    """ops.attention for a head_dim that 8 divides."""
+    batch, length, n_heads, head_dim = q.shape
+    n_kv_heads, tokens = keys.shape[1], keys.shape[2]
+    room = -(-tokens // 16) * 16
+    padded = np.zeros((2, batch, n_kv_heads, room * head_dim), np.float32)
+    padded[0].reshape(batch, n_kv_heads, room, head_dim)[:, :, :tokens] = np.asarray(keys)
+    padded[1].reshape(batch, n_kv_heads, head_dim, room)[..., :tokens] = np.asarray(values).swapaxes(2, 3)
+    masked = isinstance(mask, mx.array)
+    seen = np.empty((1, 0, tokens), np.uint8)
+    if masked:
+        seen = np.ascontiguousarray(np.asarray(mask), np.uint8).reshape(-1, length, tokens)
+    out = Output(*q.shape)
+    shape = (batch, length, n_heads, n_kv_heads, head_dim, room)
+    flat = (array.reshape(-1) for array in (floats(q), padded[0], padded[1]))
+    kernels.attention(shape, *flat, seen, masked, isinstance(mask, str), np.float32(scale), out.values.reshape(-1))
+    return out.array()
+
+
+def best_token(logits: mx.array) -> mx.array:
+    """ops.best_token."""
+    values = floats(logits)
+    finite = np.isfinite(values.sum(axis=-1))
+    return mx.array(np.where(finite, values.argmax(axis=-1), -1).astype(np.int32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One token
+
+
+def matvec(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None, residual: mx.array | None) -> mx.array:
+    """ops.matvec."""
+    out = _product(_normed(x, norm), matrix)
+    if residual is not None:
+        out += floats(residual).reshape(1, -1)
+    return mx.array(out[None])
+
+
+def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> mx.array:
+    """ops.matvec_swiglu."""
+    both = _product(_normed(x, norm), matrix).reshape(2, 1, -1)
+    out = np.empty((1, both.shape[2]), np.float32)
+    kernels.swiglu(both[0], both[1], out)
+    return mx.array(out[None])
+
+
+def matvec_qkv(
+    x: mx.array,
+    pieces: Sequence[Matrix],
+    bias: mx.array,
+    norm: tuple[mx.array, float],
+    table: mx.array,
+    recent_kv: mx.array,
+    position: mx.array,
+    n_heads: int,
+) -> tuple[mx.array, mx.array]:
+    """ops.matvec_qkv."""
+    vector = _normed(x, norm)
+    qkv = np.concatenate([_product(vector, matrix) for matrix in pieces], axis=1)
+    recent = np.array(recent_kv)  # a copy: the caller may go back to the old one
+    heads, head_dim = recent.shape[1], recent.shape[3]
+    q, kv = np.empty((1, n_heads, 1, head_dim), np.float32), np.empty((heads, head_dim), np.float32)
+    _qkv_rope(qkv, bias, floats(table), n_heads + heads // 2, q, kv)
+    newest, buffered = np.asarray(position)[:2]
+    recent[0, :, newest - buffered] = kv
+    return mx.array(q), mx.array(recent)
+
+
+def decode_attention(
+    q: mx.array,
+    kv: mx.array,
+    recent_kv: mx.array,
+    position: mx.array,
+    scale: float,
+    window: int | None,
+    first: mx.array | None,
+) -> mx.array:
+    """ops.decode_attention for a head_dim that 16 divides."""
+    newest, buffered = map(int, np.asarray(position)[:2])
+    starts = np.zeros(q.shape[0], np.int64) if first is None else np.asarray(first).astype(np.int64)
+    if window is not None:
+        starts = np.maximum(starts, newest + 1 - window)
+    n_rows, n_heads, _, head_dim = q.shape
+    n_chunks = -(-(newest + 1) // kernels.CHUNK)
+    parts = np.empty((n_rows * n_heads, n_chunks, head_dim), np.float32)
+    stats = np.empty((n_rows * n_heads, n_chunks, 2), np.float32)
+    arrays = (floats(array).reshape(-1) for array in (q, kv, recent_kv))
+    shape, tokens = (n_rows, n_heads, kv.shape[1] // 2, head_dim), newest + 1
+    kernels.decode_attention(shape, *arrays, buffered, tokens, starts, np.float32(scale), parts.reshape(-1), stats)
+    if n_chunks > 1:
+        shares = np.exp(stats[:, :, 0] - stats[:, :, 0].max(axis=1, keepdims=True))
+        parts *= shares[:, :, None]
+        stats[:, :, 1] *= shares
+    return mx.array((parts.sum(axis=1) / stats[:, :, 1].sum(axis=1, keepdims=True)).reshape(q.shape))
+
+
+def _normed(x: mx.array, norm: tuple[mx.array, float] | None) -> np.ndarray:
+    """x as one row, normalised where a norm is given."""
+    row = floats(x).reshape(1, -1)
+    if norm is None:
+        return row
+    out = np.empty_like(row)
+    _norm(row, _NOTHING, norm[0], norm[1], _NOTHING, out)
+    return out
+
+
+def _product(row: np.ndarray, matrix: Matrix) -> np.ndarray:
+    out = np.empty((1, matrix.rows), np.float32)
+    matrices.multiply(row, matrix, out)
+    return out

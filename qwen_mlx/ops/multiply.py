@@ -1,0 +1,39 @@
+"""Products of any matrix, dense or packed, with any number of vectors."""
+
+from __future__ import annotations
+
+from ..backend import mx
+from . import cpu
+from .dispatch import executor, on_cpu, on_gpu
+from .matmul import matmul
+from .matrix import Matrix, rows_of
+from .matvec import matvec
+from .unpack import unpack
+
+TILE = 150_000_000  # elements of GGUF's blocks that are unpacked at a time
+
+
+def multiply(x: mx.array, matrix: Matrix) -> mx.array:
+    """x W^T for x (..., columns), in x.dtype.
+
+    One vector is multiplied by GGUF's blocks as they are; more are multiplied by values unpacked, in tiles of rows.
+    Rounding: summed in float32, rounded once.
+    """
+    packing, arrays = matrix.packing, matrix.arrays
+    if x.size and on_cpu("matmul", x.dtype) and cpu.supports(matrix):
+        return cpu.multiply(x, matrix)
+    if packing.kind == "dense":
+        return matmul(x, arrays[0]) if x.dtype == arrays[0].dtype else x @ arrays[0].T
+    # MLX's own product of affine codes is slower on a CPU than unpacking them.
+    if packing.kind == "affine" and executor("unpack") != "cpu":
+        codes, scales, biases = arrays
+        y = mx.quantized_matmul(x, codes, scales, biases, group_size=packing.group_size, bits=packing.bits)
+        return y.astype(x.dtype)
+    # Without its kernel on a GPU, one vector is multiplied as several are: matvec's own fallback is exact and slow.
+    by_itself = on_gpu("matvec") or mx.default_device() == mx.cpu
+    if x.size == matrix.columns and packing.kind != "affine" and by_itself:
+        return matvec(x, matrix).reshape(*x.shape[:-1], matrix.rows)
+    rows = max(1, TILE // matrix.columns // 256) * 256  # an odd number makes cuBLAS slow
+    tiles = (rows_of(matrix, start, start + rows) for start in range(0, matrix.rows, rows))
+    products = [x @ unpack(tile, x.dtype).T for tile in tiles]
+    return products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)

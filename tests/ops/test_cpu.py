@@ -1,0 +1,250 @@
+"""The CPU's own functions against float64, and against plain MLX."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from qwen_mlx import ops
+from qwen_mlx.backend import mx
+from qwen_mlx.gguf.blocks import BLOCK_TYPES
+from qwen_mlx.gguf.packing import BLOCK_SIZES
+from qwen_mlx.ops import DENSE, Matrix, Packing
+from tests.helpers.blocks import SCALES, gguf_py, random_rows
+
+KINDS = {kind.name.lower(): kind for kind in BLOCK_TYPES.values()}
+AFFINE = [(bits, size) for bits in (2, 3, 4, 5, 6, 8) for size in (32, 64, 128)]
+EPS = 2.0**-24
+
+pytestmark = pytest.mark.skipif(not ops.dispatch.have_numba(), reason="needs numba")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu_without_gradients():
+    with ops.forced("cpu"), ops.no_grad():
+        yield
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def blocks(kind: str, rows: int, columns: int, halves: list[int] | None = None) -> tuple[Matrix, np.ndarray]:
+    """A matrix of random blocks and its values, float32."""
+    raw = random_rows(KINDS[kind], rows, columns // BLOCK_SIZES[kind], halves)
+    return ops.raw_matrix(raw, kind), gguf_py(raw, KINDS[kind]).reshape(rows, columns)
+
+
+def affine(bits: int, size: int, rows: int, columns: int) -> tuple[Matrix, np.ndarray]:
+    arrays = mx.quantize(mx.array(normal(rows, columns)), group_size=size, bits=bits)
+    values = np.array(mx.dequantize(*arrays, group_size=size, bits=bits))
+    return Matrix(Packing("affine", bits, size), rows, columns, tuple(arrays)), values
+
+
+def assert_product(y: mx.array, x: np.ndarray, w: np.ndarray) -> None:
+    """y = x w^T within the bound of a float32 sum in any order: n eps times the sum of the products' sizes."""
+    exact = x.astype(np.float64) @ w.T.astype(np.float64)
+    bound = w.shape[1] * EPS * (np.abs(x).astype(np.float64) @ np.abs(w).T.astype(np.float64))
+    assert y.dtype == mx.float32
+    assert np.all(np.abs(np.array(y, np.float64).reshape(exact.shape) - exact) <= bound + 1e-37)
+
+
+def assert_all_products(matrix: Matrix, values: np.ndarray) -> None:
+    for count in (1, 2, 3, 5):
+        x = normal(count, matrix.columns, seed=count)
+        assert_product(ops.multiply(mx.array(x), matrix), x, values)
+    unpacked = np.array(ops.unpack(matrix, mx.float32))
+    assert np.array_equal(unpacked, values)
+    ids = mx.array([[matrix.rows - 1, 0]])
+    assert np.array_equal(np.array(ops.unpack(matrix, mx.float32, ids)), values[[[-1, 0]]])
+
+
+@pytest.mark.parametrize("kind", BLOCK_SIZES)
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_blocks_are_multiplied_and_unpacked(kind: str, rows: int):
+    assert_all_products(*blocks(kind, rows, 512, [0x2419, 0x9C00, 0x1234]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, size in BLOCK_SIZES.items() if size == 32])
+def test_rows_of_an_odd_number_of_blocks(kind: str):
+    assert_all_products(*blocks(kind, 5, 7 * 32, [0x2419, 0x9C00]))
+
+
+@pytest.mark.parametrize("scales", ["zero", "subnormal", "largest", "negative"])
+@pytest.mark.parametrize("kind", BLOCK_SIZES)
+def test_extreme_scales(kind: str, scales: str):
+    assert_all_products(*blocks(kind, 3, 256, SCALES[scales]))
+
+
+@pytest.mark.parametrize("kind", ["q5_0", "q6_k"])
+def test_a_scale_that_is_not_finite_reaches_the_product(kind: str):
+    matrix, _ = blocks(kind, 3, 256, SCALES["nan"])
+    assert np.isnan(np.array(ops.multiply(mx.array(normal(1, 256)), matrix))).all()
+
+
+@pytest.mark.parametrize(("bits", "size"), AFFINE)
+def test_affine_codes_are_multiplied_and_unpacked(bits: int, size: int):
+    matrix, values = affine(bits, size, 9, 384)
+    x = normal(3, 384)
+    for count in (1, 3):
+        assert_product(ops.multiply(mx.array(x[:count]), matrix), x[:count], values)
+    np.testing.assert_allclose(np.array(ops.unpack(matrix, mx.float32)), values, rtol=3e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_dense_rows_are_multiplied(dtype: mx.Dtype):
+    w = mx.array(normal(70, 96)).astype(dtype)
+    x, values = normal(4, 96), np.array(w.astype(mx.float32))
+    for count in (1, 4):
+        assert_product(ops.multiply(mx.array(x[:count]), Matrix(DENSE, 70, 96, (w,))), x[:count], values)
+
+
+def test_a_matrix_larger_than_what_is_unpacked_at_a_time():
+    matrix, values = blocks("q8_0", 2100, 1024, [0x2419])
+    x = normal(2, 1024)
+    assert_product(ops.multiply(mx.array(x), matrix), x, values)
+
+
+def test_ids_beyond_the_rows_read_no_foreign_memory():
+    """A step that is launched ahead may be given -1, the sign of a logit that is not finite."""
+    matrix, values = blocks("q5_0", 4, 64, [0x2419])
+    out = np.array(ops.unpack(matrix, mx.float32, mx.array([-1, 2**30])))
+    assert np.array_equal(out[0], values[3])
+
+
+def test_a_step_equals_plain_mlx():
+    """Norm, products, positions, the cache's newest tokens and SwiGLU of one token."""
+    x, eps = mx.array(normal(1, 1, 256)), 1e-6
+    norm = (mx.array(normal(256, seed=1)), eps)
+    q, kv = blocks("q5_0", 4 * 32, 256, [0x2419])[0], blocks("q6_k", 4 * 32, 256, [0x2419])[0]
+    bias, recent = mx.array(normal(256, seed=2)), mx.array(normal(1, 4, 16, 32, seed=3))
+    table = ops.Rotary.plain(32, 1e4).table(40, 1)[0, 0]
+    position = mx.array([40, 37, 0, 0], mx.int32)
+
+    def results() -> list[mx.array]:
+        return [
+            *ops.matvec_qkv(x, [q, kv], bias, norm, table, recent, position, 4),
+            ops.matvec_swiglu(x, kv, norm),
+            ops.matvec(x, kv, norm, mx.array(normal(128, seed=4))),
+        ]
+
+    own = results()
+    with ops.forced("reference"):
+        plain = results()
+    for y, expected in zip(own, plain, strict=True):
+        assert y.shape == expected.shape
+        # Both add 256 products in float32, in another order; the largest sum says how large they are.
+        largest = float(mx.abs(expected).max())
+        np.testing.assert_allclose(np.array(y), np.array(expected), rtol=0, atol=4e-6 * largest)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 300, 700])
+@pytest.mark.parametrize("window", [None, 5, 290])
+@pytest.mark.parametrize("padding", [None, [0, 9]])
+def test_decode_attention_equals_plain_mlx(tokens: int, window: int | None, padding: list[int] | None):
+    rows, room = 1 if padding is None else 2, -(-tokens // 256) * 256
+    q, kv = mx.array(normal(rows, 6, 1, 48)), mx.array(normal(rows, 4, room, 48, seed=1))
+    recent = mx.array(normal(rows, 4, 16, 48, seed=2))
+    first = None if padding is None else mx.array([min(p, tokens) for p in padding], mx.int32)
+    arguments = (q, kv, recent, mx.array([tokens + 3, tokens], mx.int32), 48**-0.5, window, first)
+    own = ops.decode_attention(*arguments)
+    with ops.forced("reference"):
+        plain = ops.decode_attention(*arguments)
+    np.testing.assert_allclose(np.array(own), np.array(plain), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [1, 5, 60])
+@pytest.mark.parametrize("before", [0, 13])
+@pytest.mark.parametrize("mask", ["causal", None, "shared", "each row's"])
+def test_attention_equals_plain_mlx(length: int, before: int, mask: str | None):
+    q, kv = mx.array(normal(2, length, 6, 40)), mx.array(normal(2, 4, length + before, 40, seed=1))
+    visible: mx.array | str | None = mask
+    if mask in ("shared", "each row's"):
+        shape = (length, length + before) if mask == "shared" else (2, 1, length, length + before)
+        seen = np.random.default_rng(2).random(shape) < 0.5
+        seen[..., 0] = True
+        visible = mx.array(seen)
+    own = ops.attention(q, kv[:, :2], kv[:, 2:], 40**-0.5, visible)
+    with ops.forced("reference"):
+        plain = ops.attention(q, kv[:, :2], kv[:, 2:], 40**-0.5, visible)
+    np.testing.assert_allclose(np.array(own), np.array(plain), rtol=1e-5, atol=2e-6)
+
+
+def test_a_prompts_passes_equal_plain_mlx():
+    x, weight = mx.array(normal(2, 5, 128)), mx.array(normal(128, seed=1))
+    table = ops.Rotary.plain(16, 1e4).table(np.array([3, -2]), 5)
+
+    def results() -> list[mx.array]:
+        return [
+            ops.rms_norm(x, weight, 1e-6),
+            *ops.add_rms_norm(x, x * 0.5, weight, 1e-6),
+            *ops.qkv_rope(x, weight, table, 4, 2),
+            *ops.qkv_rope(x, None, table[:1], 4, 2),
+            ops.swiglu(x * 40, x),
+            ops.swiglu_joined(x),
+        ]
+
+    own = results()
+    with ops.forced("reference"):
+        plain = results()
+    for y, expected in zip(own, plain, strict=True):
+        assert y.shape == expected.shape
+        np.testing.assert_allclose(np.array(y), np.array(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_the_likeliest_token_and_what_is_not_finite():
+    logits = normal(3, 1000)
+    logits[1, 7] = np.inf
+    logits[2, 500] = logits[2, 501] = 9
+    assert ops.best_token(mx.array(logits)).tolist() == [int(logits[0].argmax()), -1, 500]
+
+
+def test_gradients_go_through_plain_mlx():
+    w = mx.array(normal(8, 32))
+    x = mx.array(normal(1, 32))
+    with ops.no_grad():
+        ops.dispatch._gradients.wanted = True  # as outside
+        gradient = mx.grad(lambda x: ops.multiply(x, Matrix(DENSE, 8, 32, (w,))).sum())(x)
+    np.testing.assert_allclose(np.array(gradient)[0], np.array(w).sum(axis=0), rtol=1e-5)
+
+
+SCRIPT = """
+import numpy as np
+from qwen_mlx import ops
+from qwen_mlx.backend import mx
+matrix, x = ops.raw_matrix(np.full((3, 22), 60, np.uint8), "q5_0"), mx.array(np.linspace(-1, 1, 32, dtype=np.float32))
+with ops.no_grad():
+    assert ops.executor() == "cpu"
+    own = ops.multiply(x[None], matrix)
+    with ops.forced("reference"):
+        plain = ops.multiply(x[None], matrix)
+print(mx.allclose(own, plain, rtol=1e-5).item())
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"NUMBA_NUM_THREADS": "1"},
+        {"OMP_NUM_THREADS": "1"},
+        {"NUMBA_THREADING_LAYER": "workqueue"},
+        {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""},
+        {"NUMBA_CACHE_DIR": "/dev/null/none"},
+    ],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_in_other_surroundings(environment: dict[str, str], tmp_path):
+    """One thread, numba's own threads, a processor without AVX2, no place for compiled code."""
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), **environment},
+    )
+    assert result.stdout == "True\n", result.stderr
