@@ -248,3 +248,31 @@ def test_in_other_surroundings(environment: dict[str, str], tmp_path):
         env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), **environment},
     )
     assert result.stdout == "True\n", result.stderr
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_every_float16_is_read_by_the_processor_s_instructions_and_without_them(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+):
+    import numba
+
+    from qwen_mlx.ops.cpu import vectors
+
+    if native and not vectors._KNOWS_HALVES:
+        pytest.skip("this processor has no such instructions")
+    monkeypatch.setattr(vectors, "_KNOWS_HALVES", native)
+
+    @numba.njit
+    def read(halves, one_by_one, together):
+        for i in range(0, len(one_by_one), 32):
+            vectors.store(together, np.uintp(i), vectors.halves32(halves, np.uintp(2 * i)))
+            for k in range(i, i + 32):
+                one_by_one[k] = vectors.half(halves, np.uintp(2 * k))
+
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    found = np.zeros((2, 1 << 16), np.float32)
+    read(halves.view(np.uint8), *found)
+    expected = halves.view(np.float16).astype(np.float32)
+    for each in found:
+        np.testing.assert_array_equal(each, expected)
+        np.testing.assert_array_equal(np.signbit(each), np.signbit(expected))

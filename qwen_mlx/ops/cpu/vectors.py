@@ -6,12 +6,14 @@ to recognise. Indexes count an array's elements; they are not checked, and memor
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import extending, types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.extending import register_model
 
@@ -35,7 +37,11 @@ _intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
 
 _U8X16, U8X32, I8X32 = Vector(types.uint8, 16), Vector(types.uint8, 32), Vector(types.int8, 32)
 F32X8, F32X16, F32X32 = (Vector(types.float32, lanes) for lanes in (8, 16, 32))
-_I1, _I8, _I32, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.FloatType()
+_I1, _I8, _I16, _I32, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+# Without its instructions for float16, LLVM would call a function that numba does not have.
+_KNOWS_HALVES = platform.machine() not in ("x86_64", "AMD64") or "+f16c" in (
+    get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+)
 _LOW, _HIGH = range(16), range(16, 32)
 
 
@@ -84,14 +90,36 @@ signed_bytes32 = _load(I8X32, ir.VectorType(_I8, 32))
 floats8 = _load(F32X8, ir.VectorType(_F32, 8))
 floats16 = _load(F32X16, ir.VectorType(_F32, 16))
 floats32 = _load(F32X32, ir.VectorType(_F32, 32))
-halves32 = _load(F32X32, ir.VectorType(ir.HalfType(), 32), lambda builder, v: builder.fpext(v, _vector(_F32)))
+halves32 = _load(F32X32, ir.VectorType(_I16, 32), lambda builder, v: _from_halves(builder, v))
 bfloats32 = _load(F32X32, ir.VectorType(ir.IntType(16), 32), lambda builder, v: _from_bfloats(builder, v))
 word = _load(types.uint32, _I32)
-half = _load(types.float32, ir.HalfType(), lambda builder, v: builder.fpext(v, _F32))
+half = _load(types.float32, _I16, lambda builder, v: _from_halves(builder, v))
 
 
 def _vector(element: ir.Type) -> ir.VectorType:
     return ir.VectorType(element, 32)
+
+
+def _from_halves(builder: Any, value: ir.Value) -> ir.Value:
+    """float32 of the bits of a float16, or of a vector of them."""
+    lanes = value.type.count if isinstance(value.type, ir.VectorType) else 1
+
+    def of(element: ir.Type) -> ir.Type:
+        return element if lanes == 1 else ir.VectorType(element, lanes)
+
+    def constant(number: float, element: ir.Type = _I32) -> ir.Constant:
+        return ir.Constant(of(element), number if lanes == 1 else [ir.Constant(element, number)] * lanes)
+
+    if _KNOWS_HALVES:
+        return builder.fpext(builder.bitcast(value, of(ir.HalfType())), of(_F32))
+    bits = builder.zext(value, of(_I32))
+    magnitude = builder.shl(builder.and_(bits, constant(0x7FFF)), constant(13))
+    # The exponent's bias is 127 instead of 15; numbers below 2^-14 are subnormal in both.
+    finite = builder.bitcast(builder.fmul(builder.bitcast(magnitude, of(_F32)), constant(2.0**112, _F32)), of(_I32))
+    special = builder.icmp_unsigned(">=", magnitude, constant(0x7C00 << 13))
+    magnitude = builder.select(special, builder.or_(magnitude, constant(0x7F800000)), finite)
+    sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
+    return builder.bitcast(builder.or_(magnitude, sign), of(_F32))
 
 
 def _from_bfloats(builder: Any, vector: ir.Value) -> ir.Value:
