@@ -176,8 +176,9 @@ def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    config = ModelConfig.from_folder(folder)
     files = safetensors_files(folder)
-    contents = folder_contents(folder, ModelConfig.from_folder(folder), read_tensors(files))
+    contents = folder_contents(folder, config, read_tensors(files))
     copies = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
     for file in copies:
         if not file.is_file():

@@ -40,7 +40,7 @@ F32X8, F32X16, F32X32 = (Vector(types.float32, lanes) for lanes in (8, 16, 32))
 _I1, _I8, _I16, _I32, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 # Without its instructions for float16, LLVM would call a function that numba does not have.
 _KNOWS_HALVES = platform.machine() not in ("x86_64", "AMD64") or "+f16c" in (
-    get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
 )
 _LOW, _HIGH = range(16), range(16, 32)
 
