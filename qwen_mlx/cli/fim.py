@@ -61,6 +61,8 @@ def read(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "--prompt-file": arguments.prompt_file,
         "--system": arguments.system,
         "--raw": arguments.raw or None,
+        "--special": arguments.special or None,
+        "--reasoning-budget": arguments.reasoning_budget,
         "--fim-cursor": arguments.fim_cursor if whole is None else None,
     }.items():
         if value is not None:
@@ -96,6 +98,7 @@ def stream(
 
     check_fills(tokenizer, f"--model {name}")
     given = {key: value for key, value in settings.items() if value is not None}  # no temperature: the fill is greedy
+    del given["skip_special_tokens"]  # a fill has none
     return stream_fill(model, tokenizer, **hole, **given)
 
 
