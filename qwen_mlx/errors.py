@@ -20,7 +20,8 @@ class QwenMLXError(ValueError):
     """A mistake in what the user gave. Command lines print its sentence on standard error and exit with 2."""
 
     def __init__(self, sentence: object = "") -> None:
-        super().__init__(shortened(str(sentence), LONGEST_SENTENCE))
+        text, most = str(sentence), LONGEST_SENTENCE // 2
+        super().__init__(text if len(text) <= 2 * most else f"{text[:most]} ... {text[-most:]}")
 
 
 class Stopped(BaseException):
