@@ -24,7 +24,8 @@ from .cache import RECENT, KVCache, recent_of
 from .layers import join_rows, matrix_of, multiply_all, temporary_bytes
 from .qwen2 import Qwen2, TransformerBlock
 
-PIECE = 128 << 20  # bytes of temporary arrays that a pass of several tokens makes before it is evaluated so far
+# A pass whose temporary arrays take SMALL bytes in all is evaluated at once, a larger one after each PIECE of bytes.
+SMALL, PIECE = 512 << 20, 128 << 20
 
 Attend = Callable[[int, mx.array, mx.array], mx.array]  # layer, q, kv -> attention (B, L, H, head_dim)
 Compiled = Callable[..., list[mx.array]]
@@ -128,7 +129,14 @@ class FusedModel:
                 keys, values = cache[i].update(kv)
                 return ops.attention(q, keys, values, self._head_dim**-0.5, masks[self._layers[i].window])
 
-            return self._forward(input_ids, rotation, attend, keep, _Pieces())
+            pieces = _Pieces() if self._temporary_bytes(input_ids.size) > SMALL else None
+            return self._forward(input_ids, rotation, attend, keep, pieces)
+
+    def _temporary_bytes(self, n_tokens: int) -> int:
+        dtype = self._layers[0].input_norm.dtype
+        return sum(
+            temporary_bytes(n_tokens, dtype, (*layer.qkv, *layer.gate_up, *layer.outputs)) for layer in self._layers
+        )
 
     def _forward(
         self, input_ids: mx.array, rotation: mx.array, attend: Attend, keep: int, pieces: _Pieces | None = None
@@ -143,11 +151,12 @@ class FusedModel:
             h, x = ops.add_rms_norm(out, h, layer.post_norm, self._eps)
             gate_up = multiply_all(x, layer.gate_up)
             if pieces is not None:
-                pieces.add(temporary_bytes(x, (*layer.qkv, layer.outputs[0], *layer.gate_up)), h, gate_up)
+                matrices = (*layer.qkv, layer.outputs[0], *layer.gate_up)
+                pieces.add(temporary_bytes(input_ids.size, x.dtype, matrices), h, gate_up)
             out = layer.down_proj(ops.swiglu_joined(gate_up, layer.gate_up_bias))
             del qkv, q, kv, gate_up  # an array lives as long as it has a name
             if pieces is not None:
-                pieces.add(temporary_bytes(x, layer.outputs[1:]), h, out)
+                pieces.add(temporary_bytes(input_ids.size, x.dtype, layer.outputs[1:]), h, out)
             if i == len(self._layers) - 1:
                 out, h = out[:, -keep:], h[:, -keep:]
             h, x = ops.add_rms_norm(out, h, next_norm, self._eps)

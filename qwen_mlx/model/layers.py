@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 
 from .. import ops
@@ -85,15 +84,15 @@ def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
     return _side_by_side([ops.multiply(x, matrix) for matrix in matrices])
 
 
-def temporary_bytes(x: mx.array, matrices: Iterable[Matrix]) -> int:
-    """Bytes of the arrays that `multiply` makes for vectors x (..., columns) and such matrices: the products, and the
-    values of blocks that are unpacked."""
+def temporary_bytes(n_vectors: int, dtype: mx.Dtype, matrices: Iterable[Matrix]) -> int:
+    """Bytes of the arrays that `multiply` makes for so many vectors and such matrices: the products, and the values of
+    blocks that are unpacked."""
     elements = 0
     for matrix in matrices:
-        elements += matrix.rows * math.prod(x.shape[:-1])
+        elements += matrix.rows * n_vectors
         if matrix.packing.kind not in ("dense", "affine"):
             elements += min(matrix.rows * matrix.columns, TILE)
-    return elements * x.dtype.size
+    return elements * dtype.size
 
 
 def _side_by_side(arrays: list[mx.array]) -> mx.array:
