@@ -16,7 +16,7 @@ from typing import Any
 from ...backend import mx
 from .. import dispatch, tunings
 from ..matrix import Matrix
-from .cases import Case, Data, Product, Spec, cases, fault, outputs, rows_tried
+from .cases import Case, Data, Product, Spec, cases, fault, rows_tried
 
 MOST_KERNELS = 20  # that a trial compiles: another cut of the largest product only where they are fewer
 LAUNCHES = {"best_token": 2, "attention on a long cache": 2}  # kernels of a case, where they are several
@@ -74,15 +74,18 @@ def first_line(text: str) -> str:
 
 
 def seconds(call: Callable[..., Sequence[mx.array]], inputs: Sequence[Any]) -> float:
-    """The time of a call among several that are queued together."""
-    outputs(call, inputs)
+    """The time of a call among several that are queued together, as a graph that is built once and has no gradient: a
+    decoding step does not wait for Python either."""
+    run = dispatch.compiled(lambda: list(call(*inputs)))
     size = sum(array.nbytes for x in inputs for array in _arrays(x))
     repeats = max(2, min(16, (256 << 20) // max(size, 1)))
     best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        mx.eval([list(call(*inputs)) for _ in range(repeats)])
-        best = min(best, time.perf_counter() - start)
+    with dispatch.no_grad():
+        mx.eval(run())
+        for _ in range(3):
+            start = time.perf_counter()
+            mx.eval([run() for _ in range(repeats)])
+            best = min(best, time.perf_counter() - start)
     return best / repeats
 
 
