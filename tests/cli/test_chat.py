@@ -78,15 +78,20 @@ QUESTIONS = (
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lengths of all calls of the model."""
+    """Lengths of all calls of the model, by steps of one token too."""
     lengths: list[int] = []
-    hidden = FusedModel.hidden
+    hidden, step = FusedModel.hidden, FusedModel._step
 
     def counting(self, input_ids, cache, keep=0):
         lengths.append(input_ids.shape[1])
         return hidden(self, input_ids, cache, keep)
 
+    def counting_step(self, input_ids, cache):
+        lengths.append(1)
+        return step(self, input_ids, cache)
+
     monkeypatch.setattr(FusedModel, "hidden", counting)
+    monkeypatch.setattr(FusedModel, "_step", counting_step)
     return lengths
 
 
@@ -501,7 +506,11 @@ MISTAKES = {
     "no such conversation": (["--load", "/nonexistent.json"], "", "/nonexistent.json: cannot be read"),
     "rounds": (["--max-tool-rounds", "0"], "", "--max-tool-rounds is 0"),
     "folder of the cache": (["--prompt-cache", "/nonexistent/c"], "", "its folder does not exist"),
-    "a cache that is none": (["--prompt-cache", "/dev/null"], "", "/dev/null: damaged or not a prompt cache"),
+    "a cache that is none": (
+        ["--prompt-cache", "/dev/null"],
+        "",
+        "/dev/null: cannot be read (it is not a",
+    ),
     "unknown command": ([], "/nope\n", "no command /nope"),
     "nothing to retry": ([], "/retry\n", "no message of yours"),
     "no file name": ([], "/save\n", "/save FILE"),

@@ -38,15 +38,20 @@ def small(path: Path):
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lengths of all calls of the model."""
+    """Lengths of all calls of the model, by steps of one token too."""
     lengths: list[int] = []
-    hidden = FusedModel.hidden
+    hidden, step = FusedModel.hidden, FusedModel._step
 
     def counting(self, input_ids, cache, keep=0):
         lengths.append(input_ids.shape[1])
         return hidden(self, input_ids, cache, keep)
 
+    def counting_step(self, input_ids, cache):
+        lengths.append(1)
+        return step(self, input_ids, cache)
+
     monkeypatch.setattr(FusedModel, "hidden", counting)
+    monkeypatch.setattr(FusedModel, "_step", counting_step)
     return lengths
 
 
@@ -108,17 +113,21 @@ def test_an_interrupt_anywhere_leaves_a_cache_that_serves(small, monkeypatch: py
     first, second = random_ids(rng, 10), random_ids(rng, 8)
     cache = PromptCache(small[0])
     answer(small, first, cache)
-    calls, update = 0, KVCache.update
+    calls, update, advance = 0, KVCache.update, KVCache.advance
 
-    def interrupting(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise KeyboardInterrupt
-        return update(*arguments)
+    def interrupting(change):
+        def call(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+            return change(*arguments)
+
+        return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(KVCache, "update", interrupting)
+        patch.setattr(KVCache, "update", interrupting(update))
+        patch.setattr(KVCache, "advance", interrupting(advance))
         with pytest.raises(KeyboardInterrupt):
             answer(small, first + second, cache, prefill_step_size=4)
     assert {layer.offset for layer in cache.layers} == {len(cache.ids)}
@@ -173,7 +182,7 @@ def test_fingerprint_tells_models_apart(small, path: Path, tmp_path: Path):
     others = [
         load(write_gguf(tmp_path / "seed.gguf", RandomModel(seed=1), T.Q8_0))[0],
         load(write_gguf(tmp_path / "theta.gguf", RandomModel(rope_theta=10000.0), T.Q8_0))[0],
-        load(path, quantized=True)[0],
+        load(path, quantized=False)[0],
         load(path, dtype="bfloat16")[0],
     ]
     assert len({fingerprint(other) for other in [model, *others]}) == 5

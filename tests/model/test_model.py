@@ -19,7 +19,7 @@ from qwen_mlx import QwenMLXError, load
 from qwen_mlx.backend import mx
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading.load import DTYPES
-from qwen_mlx.model.layers import QuantizedLinear
+from qwen_mlx.model.layers import QuantizedLinear, matrix_of
 from reference.small_models import hf_model, save_folder, write_gguf
 from tests.helpers.peers import IDS, distance, tolerance, torch_logits
 
@@ -54,15 +54,16 @@ def test_every_file_type_gives_the_logits_of_gguf_py_s_values(kind: T, packed: b
     path = write_gguf(tmp_path / "m.gguf", theirs, kind)
     model, _ = load(path, dtype="float32", quantized=packed)
     assert distance(model(mx.array(IDS)), torch_logits(theirs)) < tolerance(theirs)
-    names = {name for name, _ in tree_flatten(model.parameters())}
-    affine = kind not in (T.F16, T.BF16, T.Q4_K, T.Q6_K)
-    raw = kind in (T.Q4_K, T.Q6_K)
+    quantized = packed and kind not in (T.F16, T.BF16)
     modules = dict(model.named_modules())
     for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
-        assert (f"model.layers.0.{module}.biases" in names) == (packed and affine)
-        assert isinstance(modules[f"model.layers.0.{module}"], QuantizedLinear) == (packed and (affine or raw))
-    if packed and raw:
-        matrix = modules["model.layers.0.mlp.down_proj"].matrix
+        assert isinstance(modules[f"model.layers.0.{module}"], QuantizedLinear) == quantized
+    matrix = matrix_of(modules["model.layers.0.mlp.down_proj"])
+    # A CPU reads every block as it lies, a GPU only these two; the others become MLX's affine form there.
+    assert (matrix.packing.kind == "affine") == (
+        quantized and mx.default_device() != mx.cpu and kind not in (T.Q4_K, T.Q6_K)
+    )
+    if quantized and matrix.packing.kind != "affine":
         kept = sum(array.nbytes for array in matrix.arrays)
         assert kept == GGUFFile(path).tensors["blk.0.ffn_down.weight"].nbytes, "the file's bytes, and no more"
 
@@ -226,8 +227,9 @@ def test_dtype_of_every_tap(kind: T, packed: bool, dtype: str, tmp_path: Path, m
     seen += [("cache", array.dtype) for array in cache[0].state]
     assert len(seen) >= 15
     assert {found for _, found in seen} == {DTYPES[dtype]}, seen
+    stored = {mx.uint32, mx.uint8, *({T.F16: mx.float16, T.BF16: mx.bfloat16}.get(kind, mx.uint32),) * packed}
     for name, array in tree_flatten(model.parameters()):
-        assert array.dtype in (DTYPES[dtype], mx.uint32) or name.endswith((".scales", ".biases", ".factors")), name
+        assert array.dtype in {DTYPES[dtype], *stored} or name.endswith((".scales", ".biases", ".factors")), name
 
 
 @pytest.mark.parametrize("dtype", ["int4", "", 5, mx.int32])
@@ -237,6 +239,7 @@ def test_an_impossible_dtype_is_refused(dtype, tmp_path: Path):
 
 
 def test_default_dtype_is_float32_on_cpu(tmp_path: Path):
-    model, _ = load(write_gguf(tmp_path / "m.gguf", hf_model(), T.F16))
+    path = write_gguf(tmp_path / "m.gguf", hf_model(), T.F16)
     assert mx.default_device() == mx.cpu
-    assert {array.dtype for _, array in tree_flatten(model.parameters())} == {mx.float32}
+    assert load(path)[0](mx.array([[1, 2]])).dtype == mx.float32
+    assert {array.dtype for _, array in tree_flatten(load(path, quantized=False)[0].parameters())} == {mx.float32}
