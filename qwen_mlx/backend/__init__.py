@@ -65,7 +65,7 @@ def exact_float32() -> None:
 
 
 def float32_products() -> str:
-    """How a GPU multiplies float32 numbers in this process, in words."""
+    """The way in which a GPU multiplies float32 numbers in this process, in words."""
     if mx.default_device() == mx.cpu or os.environ.get("MLX_ENABLE_TF32", "1") == "0":
         return "float32"
     return "TF32 where the GPU has it (MLX_ENABLE_TF32=0 for float32)"

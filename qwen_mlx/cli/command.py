@@ -108,7 +108,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     sys.exit(code)
 
 
-# What MLX says where Metal's or CUDA's compiler, or a GPU, refuses a kernel.
+# MLX's words where Metal's or CUDA's compiler, or a GPU, refuses a kernel.
 KERNEL_FAILURES = (
     "[metal::Device] Unable to",
     "Thread group size",

@@ -111,7 +111,7 @@ def _results(part: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _models() -> dict[str, str]:
-    """What is said of each model: "right", its fault, or why it was not tried."""
+    """The words for each model: "right", its fault, or why it was not tried."""
     from .selftest_models import default_model_fault, default_model_path, small_model_fault
 
     def result(fault: Callable[[], str | None]) -> str:

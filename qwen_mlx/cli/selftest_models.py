@@ -70,7 +70,7 @@ def greedy(model: Qwen2, prompt: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def small_model_fault() -> str | None:
-    """What is wrong with the small model's tokens, None if nothing is."""
+    """The fault of the small model's tokens, None if nothing is."""
     return difference("the small model", greedy(small_model(), SMALL_PROMPT, len(SMALL_TOKENS)), SMALL_TOKENS)
 
 
@@ -80,7 +80,7 @@ def default_model_path() -> Path | None:
 
 
 def default_model_fault(path: Path) -> str | None:
-    """What is wrong with the default model's first tokens in float32, None if nothing is."""
+    """The fault of the default model's first tokens in float32, None if nothing is."""
     model, _ = load(path, dtype="float32")
     return difference("the default model", greedy(model, DEFAULT_PROMPT, len(DEFAULT_TOKENS)), DEFAULT_TOKENS)
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from ..text.tokenizer import Tokenizer
 
-# What ends a JSON value, or is a short one, the best first. Within a string only a quotation mark ends it, and a letter
-# is allowed nowhere else.
+# Texts that end a JSON value, or are a short one, the best first. Within a string only a quotation mark ends it, and a
+# letter is allowed nowhere else.
 SHORT = ("}", "]", '"', *"0123456789", "null", "true", "false", *"ntf-", "[", "{")
 QUOTE, LETTER = '"', "a"
 OTHERS = 8  # ids that are tried where none of SHORT is allowed

@@ -1,4 +1,4 @@
-"""What structured output can be asked for, in the form that llguidance compiles, and the bounds of that.
+"""The forms that structured output can be asked for, as llguidance compiles them, and their bounds.
 
 Source: llguidance's docs/syntax.md and docs/json_schema.md.
 """

@@ -23,7 +23,7 @@ def llguidance_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer, by the names of its TokenizerWrapper."""
+    """The part of a tokenizer that llguidance asks for, by the names of its TokenizerWrapper."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None

@@ -134,7 +134,7 @@ def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None) -> Encode:
 
 
 def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], dict[str, Parameter]]:
-    """What modules.json and the files it names say: settings, projections of the vectors, and their parameters."""
+    """The contents of modules.json and of the files it names: settings, projections, and their parameters."""
     settings = EncoderSettings(**_prompts(folder))
     settings = replace(settings, max_length=_max_length(folder))
     bert = folder / "sentence_bert_config.json"

@@ -36,7 +36,7 @@ def prove(model: Qwen2, again: bool = False) -> Verdict | None:
 
 
 def spec_of(model: Qwen2) -> Spec:
-    """What the kernels of a model depend on."""
+    """Everything that the kernels of a model depend on."""
     config, blocks = model.config, model.model.layers
     attention = blocks[0].self_attn  # a rank has some of the model's heads
     counts = collections.Counter(_products(model))
@@ -58,7 +58,7 @@ def spec_of(model: Qwen2) -> Spec:
 
 
 def _products(model: Qwen2) -> Iterator[tuple[str, tuple[MatrixSpec, ...]]]:
-    """What a token is multiplied with, as fused.py does it."""
+    """The products of a token, as fused.py forms them."""
     dtype = model.model.norm.weight.dtype
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp

@@ -36,7 +36,7 @@ from .parameters import Parameter
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input share a buffer
-# What Python raises where a file holds nonsense that no check foresaw.
+# Errors that Python raises where a file holds nonsense that no check foresaw.
 UNFORESEEN = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, UnicodeError)
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 

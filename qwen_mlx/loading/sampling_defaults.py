@@ -24,7 +24,7 @@ QWQ_SETTINGS = SamplingSettings(0.6, 40, 0.95, source="QwQ-32B's published setti
 R1_SETTINGS = SamplingSettings(0.6, top_p=0.95, source="DeepSeek-R1's published settings")
 GREEDY_SETTINGS = SamplingSettings(source="greedy: no settings in the file and not an instruction-tuned model")
 
-# What a model is called, and its family's settings; the first that fits counts. Words are joined by "-".
+# A model's name, and its family's settings; the first that fits counts. Words are joined by "-".
 FAMILIES = (
     (r"qwq-32b-preview|qwq.*preview", INSTRUCT_SETTINGS),
     (r"qwq", QWQ_SETTINGS),
@@ -92,7 +92,7 @@ def gguf_defaults(file: GGUFFile) -> SamplingSettings:
 
 
 def _described(metadata: Mapping[str, Any]) -> Iterable[str]:
-    """What a GGUF says of itself, and then of the models it was made from."""
+    """A GGUF's names for itself, and then for the models it was made from."""
     yield f"{metadata.get('general.basename', '')} {metadata.get('general.finetune', '')}"
     yield str(metadata.get("general.name", ""))
     count = metadata.get("general.base_model.count", 0)

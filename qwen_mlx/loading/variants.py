@@ -1,4 +1,4 @@
-"""What checkpoints hold beyond a plain Qwen2, or lack: fused projections, biases, heads, prefixes, rows."""
+"""Checkpoints that hold more than a plain Qwen2, or less: fused projections, biases, heads, prefixes, rows."""
 
 from __future__ import annotations
 

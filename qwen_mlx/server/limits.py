@@ -1,4 +1,4 @@
-"""What reaches the routes at all: hosts, origins, keys, and the size of bodies."""
+"""The limits before any route: hosts, origins, keys, and the size of bodies."""
 
 from __future__ import annotations
 

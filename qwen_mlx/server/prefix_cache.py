@@ -33,7 +33,7 @@ class PrefixCache:
         length = max(lengths, default=0)
         if length < SMALLEST:
             return None
-        # Of several the newest, so that the order of use stays meaningful.
+        # The newest of several, so that the order of use stays meaningful.
         entry = self._entries.pop(len(lengths) - 1 - lengths[::-1].index(length))
         self._entries.append(entry)
         return [_cache_of(array[:, :, :length]) for array in entry[1]]

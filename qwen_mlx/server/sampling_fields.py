@@ -64,7 +64,7 @@ def sampling_arguments(body: Body) -> dict[str, Any]:
 def _samplers(body: Body, given: dict[str, Any]) -> dict[str, Any]:
     """The settings that llama.cpp's list `samplers` changes: those that it does not name are off."""
     names = body.take("samplers")
-    # What llama.cpp has and this server has not: only the values that switch it off.
+    # Settings that llama.cpp has and this server has not: only the values that switch it off.
     repeat_last_n = body.integer("repeat_last_n", -1)
     if repeat_last_n not in (None, -1) and (given["repetition_penalty"] or 1) != 1:
         body.refuse("repeat_last_n", f"is {repeat_last_n}, but penalties look at the whole text here; leave it out")

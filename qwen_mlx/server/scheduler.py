@@ -111,7 +111,7 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What the event loop's thread calls
+    # Called by the event loop's thread
 
     def start(self) -> None:
         """Starts the thread. Call it from the event loop whose queues get the events."""

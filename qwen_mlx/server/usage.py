@@ -45,7 +45,7 @@ def whole_usage(usage: Usage, tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def fingerprint() -> str:
-    """What answers: this package and its version."""
+    """The name of what answers: this package and its version."""
     return f"qwen_mlx-{__version__}"
 
 

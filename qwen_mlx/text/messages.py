@@ -57,7 +57,7 @@ class Accepted:
 
     @functools.cached_property
     def no_content(self) -> Message:
-        """What an answer that only calls tools has for a content: nothing, None or an empty text."""
+        """The content of an answer that only calls tools: nothing, None or an empty text."""
         forms: tuple[Message, ...] = ({}, {"content": None}, {"content": ""})
         written = (form for form in forms if self._writes_calls(form))
         return next(written, next((form for form in forms if self._call({}, form)), {"content": ""}))

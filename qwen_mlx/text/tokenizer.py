@@ -321,7 +321,7 @@ class Tokenizer:
         return StreamingDetokenizer(self, skip_special)
 
     def thoughts(self, prompt: Sequence[int]) -> Thoughts | None:
-        """What tells thoughts from the answer in the text that follows `prompt`, whose end may have opened a thought;
+        """The reader that tells thoughts from the answer in the text after `prompt`, whose end may open a thought;
         None if the model does not think."""
         if self.think_marks is None:
             return None

@@ -47,7 +47,7 @@ def test_thought_and_answer_are_told_apart(small):
 @pytest.mark.parametrize("budget", [0, 1, 7])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_budget_ends_a_thought(small, budget: int, cached: bool):
-    """What follows the forced mark is what follows it in a prompt that ends so."""
+    """The tokens after the forced mark are those after a prompt that ends with it."""
     model, tokenizer = small
     plain = [chunk.token for chunk in greedy(small)]
     open_thought(small, "\u00a7\u00a7")

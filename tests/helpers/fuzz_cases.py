@@ -67,7 +67,7 @@ TEXTS = [
 
 
 class World:
-    """What cases start from, in a folder of its own."""
+    """The files that cases start from, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -53,7 +53,7 @@ DEFAULT: dict[str, Any] = {"size": len(CONTENT), "sha256": DIGEST, "part_size": 
 
 
 def digests(content: bytes) -> list[str]:
-    """Of each package's part."""
+    """The digest of each package's part."""
     return [hashlib.sha256(content[start : start + PART]).hexdigest() for start in range(0, len(content), PART)]
 
 

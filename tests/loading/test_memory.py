@@ -14,7 +14,7 @@ LIMIT = 10_000_000_000
 
 @pytest.fixture
 def wired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What MLX was told to keep wired, on a stand-in for a Mac."""
+    """The bytes that MLX was told to keep wired, on a stand-in for a Mac."""
     told: list[int] = []
     gpu = mx.Device(mx.gpu)
     monkeypatch.setattr(mx, "default_device", lambda: gpu)

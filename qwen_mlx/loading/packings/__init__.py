@@ -28,7 +28,7 @@ _METHODS = {
     "gptq": gptq,
     "modelopt": fp8,
 }
-# Of a module's activations, which stay as they are here.
+# A module's activations, which stay as they are here.
 _ACTIVATIONS = (
     *("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "output_scale", "activation_scale"),
     *("q_scale", "k_scale", "v_scale"),

@@ -165,7 +165,7 @@ class ForeignParameter(Parameter):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the formats share
+# Shared by the formats
 
 
 def floats(tensor: StoredTensor, at: Any = ...) -> np.ndarray:

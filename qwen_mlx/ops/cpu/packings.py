@@ -196,8 +196,8 @@ def _q8_0(matrix: Any, index: Any) -> Any:
 
 
 def _scale_and_minimum(blocks: Any, start: Any, which: Any) -> Any:
-    """Of group `which` of eight in a block of Q4_K or Q5_K: six bits each, of which the last four groups' highest two
-    are the first four's spare bits."""
+    """The scale and the minimum of group `which` of eight in a block of Q4_K or Q5_K: six bits each. The last four
+    groups' highest two bits are the first four's spare ones."""
     at = start + _uint(4) + (which & _uint(3))
     low, middle, high = blocks[at], blocks[at + _uint(4)], blocks[at + _uint(8)]
     if which < _uint(4):

@@ -73,7 +73,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Spec:
-    """What the kernels of a model depend on. windows: numbers of keys that its layers see, 0 for all."""
+    """Everything that the kernels of a model depend on. windows: numbers of keys that its layers see, 0 for all."""
 
     dtype: str
     eps: float
@@ -471,7 +471,7 @@ def outputs(call: Call, inputs: Sequence[Any]) -> list[mx.array]:
 
 
 def fault(case: Case, spec: Spec) -> str | None:
-    """What is wrong with a case's kernel on exact and then on random data, None if nothing is; MLX's own exceptions go
+    """The fault of a case's kernel on exact and then on random data, None if nothing is; MLX's own exceptions go
     through."""
     for exact in (True, False):
         inputs = case.make(Data(spec, exact, 11 + exact))

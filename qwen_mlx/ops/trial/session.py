@@ -183,7 +183,7 @@ def command() -> list[str]:
 
 @dataclass
 class Answers:
-    """What a process answers. lines: its own, None at the end; end: says how it ended."""
+    """A process's answers. lines: its own, None at the end; end: says how it ended."""
 
     lines: queue.Queue[bytes | None]
     end: Callable[[], str]

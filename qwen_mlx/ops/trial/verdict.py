@@ -23,7 +23,7 @@ LARGEST = 1 << 20  # bytes of a verdict's file
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a trial found. refused: parts of the model, each with the reason; choices: the cut of each product, see
+    """A trial's findings. refused: parts of the model, each with the reason; choices: the cut of each product, see
     tunings; speedup: of the kernels that a token takes against plain MLX, None where none was timed; times: the
     seconds of each case, of its kernel and of plain MLX; seconds: of the trial."""
 
@@ -75,7 +75,7 @@ def identity(spec: Spec) -> dict[str, Any]:
 
 
 def _digest() -> str:
-    """Of the kernels, and of what launches them."""
+    """The digest of the kernels, and of what launches them."""
     digest = hashlib.sha256()
     files = [*dispatch.SOURCES.rglob("*.h"), *dispatch.SOURCES.rglob("*.metal")]
     for path in sorted([*files, *Path(__file__).parents[1].rglob("*.py")]):
