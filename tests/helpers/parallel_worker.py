@@ -31,6 +31,7 @@ def peak() -> int:
 
 def run(job: dict, group: mx.distributed.Group | None) -> dict:
     """The results of one model: greedy ids, sampled ids, a batch's, and the bytes of this rank's parameters."""
+    ops.compile_ahead([], [mx.float32], mx.float32)()  # the compiler's memory is no model's
     before = peak()
     try:
         model, tokenizer = load(job["model"], quantized=job.get("quantized"), group=group)
