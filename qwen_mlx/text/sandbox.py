@@ -350,6 +350,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     guard: a character that tojson never escapes.
     """
 
+    #: The operators whose results can be much larger than what they are given.
     intercepted_binops = frozenset(["*", "**", "+", "-", "%"])
 
     def __init__(self, guard: str) -> None:
