@@ -37,6 +37,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_mock_imports = []
+viewcode_follow_imported_members = False  # or a module's page would link to the package that names it first
 suppress_warnings = ["ref.python"]
 
 
