@@ -6,15 +6,15 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...backend import mx
+from ...errors import QwenMLXError
+from ...text.files import atomic_write
 from .. import dispatch, tunings
 from .cases import Spec
 
@@ -126,13 +126,7 @@ def is_time(value: Any) -> bool:
 
 def write(path: Path, known: Mapping[str, Any], verdict: Verdict) -> None:
     """Keeps a verdict; where the folder cannot be written the next start asks again."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, QwenMLXError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with open(handle, "w") as file:
-                json.dump({"identity": known, "verdict": asdict(verdict)}, file, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with atomic_write(path) as file:
+            file.write_text(json.dumps({"identity": known, "verdict": asdict(verdict)}, indent=1))
