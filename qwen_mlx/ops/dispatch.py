@@ -80,21 +80,27 @@ def have_numba() -> bool:
 
 
 @functools.cache
-def switched_off() -> frozenset[str]:
-    """Parts that QWEN_MLX_KERNELS switches off: "off" all PARTS, "-step,-rope" these two; "on", "try" or unset none.
-
-    Raises QwenMLXError for anything else.
-    """
+def setting() -> tuple[str, frozenset[str]]:
+    """QWEN_MLX_KERNELS, read once: "on", "off", "try", or "" where it says none of these; and the parts that it
+    switches off, see switched_off."""
     value = os.environ.get("QWEN_MLX_KERNELS")
     if value in (None, "on", "off", "try"):
-        return frozenset(PARTS if value == "off" else ())
+        return value or "", frozenset(PARTS if value == "off" else ())
     names = value.split(",")
     if not all(name.startswith("-") and name[1:] in PARTS for name in names):
         choices = ", ".join(f"-{part}" for part in PARTS)
         raise QwenMLXError(
             f"QWEN_MLX_KERNELS is {value!r}, expected on, off, or some of {choices}, with commas between, or try."
         )
-    return frozenset(name[1:] for name in names)
+    return "", frozenset(name[1:] for name in names)
+
+
+def switched_off() -> frozenset[str]:
+    """Parts that QWEN_MLX_KERNELS switches off: "off" all PARTS, "-step,-rope" these two; "on", "try" or unset none.
+
+    Raises QwenMLXError for anything else.
+    """
+    return setting()[1]
 
 
 def on_trial() -> bool:
@@ -102,7 +108,7 @@ def on_trial() -> bool:
     it is "try". An executor that is forced, and the CPU, need no proof."""
     if _forced is not None or mx.default_device() == mx.cpu or len(switched_off()) == len(PARTS):
         return False
-    value = os.environ.get("QWEN_MLX_KERNELS")
+    value = setting()[0]
     return value == "try" or (value != "on" and mx.metal.is_available())
 
 

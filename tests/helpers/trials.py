@@ -115,7 +115,7 @@ def stand_in_gpu(part: str = "", fault: str = "", own_process: bool = False) -> 
             patch.setattr(session, "answers", lambda request: in_process(request, faulty))
         patch.delenv("QWEN_MLX_KERNELS", raising=False)
         patch.setattr(tunings, "_chosen", {})
-        dispatch.switched_off.cache_clear()
+        dispatch.setting.cache_clear()
         dispatch.forget()
         mx.disable_compile()
         try:
@@ -123,7 +123,7 @@ def stand_in_gpu(part: str = "", fault: str = "", own_process: bool = False) -> 
         finally:
             mx.enable_compile()
             dispatch.forget()
-            dispatch.switched_off.cache_clear()
+            dispatch.setting.cache_clear()
 
 
 @contextlib.contextmanager

@@ -168,11 +168,11 @@ def test_the_cpu_runs_its_own_functions_and_says_so(monkeypatch):
     assert "the default device is the CPU" in ops.explain()
     try:
         monkeypatch.setenv("QWEN_MLX_KERNELS", "off")
-        dispatch.switched_off.cache_clear()
+        dispatch.setting.cache_clear()
         assert ops.executor() == "reference"
     finally:
         monkeypatch.undo()
-        dispatch.switched_off.cache_clear()
+        dispatch.setting.cache_clear()
 
 
 def test_kernels_can_be_switched_off_all_or_one_by_one(monkeypatch):
@@ -181,7 +181,7 @@ def test_kernels_can_be_switched_off_all_or_one_by_one(monkeypatch):
 
     def running(value: str) -> set[str]:
         monkeypatch.setenv("QWEN_MLX_KERNELS", value)
-        dispatch.switched_off.cache_clear()
+        dispatch.setting.cache_clear()
         return {part for part in dispatch.PARTS if ops.executor(part) == "cuda"}
 
     try:
@@ -200,7 +200,7 @@ def test_kernels_can_be_switched_off_all_or_one_by_one(monkeypatch):
                 running(value)
     finally:
         monkeypatch.undo()
-        dispatch.switched_off.cache_clear()
+        dispatch.setting.cache_clear()
 
 
 def test_a_part_that_is_switched_off_launches_nothing(monkeypatch):

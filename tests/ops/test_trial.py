@@ -96,7 +96,7 @@ def test_a_text_is_that_of_plain_mlx_whatever_is_wrong(small_file, tmp_path, mon
     monkeypatch.setenv("QWEN_MLX_CACHE", str(tmp_path))
     with stand_in_gpu() as gpu:
         monkeypatch.setenv("QWEN_MLX_KERNELS", "off")
-        dispatch.switched_off.cache_clear()
+        dispatch.setting.cache_clear()
         plain, kernels_used = text_of(small_file, gpu.launched)
         assert not kernels_used
     assert capsys.readouterr().err == ""
@@ -127,9 +127,10 @@ def test_a_verdict_is_followed_without_a_word(small_file, tmp_path, monkeypatch,
         assert ops.executor("rope") == "reference"
         assert ops.executor("step") == "metal"
         monkeypatch.setenv("QWEN_MLX_KERNELS", "on")
+        dispatch.setting.cache_clear()
         assert ops.executor("rope") == "metal"
         monkeypatch.setenv("QWEN_MLX_KERNELS", "-step")
-        dispatch.switched_off.cache_clear()
+        dispatch.setting.cache_clear()
         assert (ops.executor("step"), ops.executor("rope"), ops.executor("swiglu")) == (
             "reference",
             "reference",
