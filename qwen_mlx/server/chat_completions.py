@@ -13,11 +13,11 @@ from ..generation.tools import Tool
 from .body import Body
 from .errors import RequestError
 from .messages import read_message, tools_of
-from .sampling_fields import MOST_STOPS, generation_settings, sampling_arguments, seeds
+from .sampling_fields import MOST_STOPS, UNLIMITED, generation_settings, sampling_arguments, seeds, time_limits
 from .service import Service, Task
 from .structured_fields import forced_call, form_of
 from .tool_text import ToolText
-from .usage import Usage, fingerprint, token_entry, whole_usage
+from .usage import Usage, fingerprint, token_entry, wants_usage, whole_usage
 
 MOST_CHOICES = 16
 
@@ -43,13 +43,7 @@ class ChatRequest:
     def __init__(self, service: Service, body: Body) -> None:
         self.service = service
         self.stream = body.boolean("stream")
-        options = body.object("stream_options")
-        self._include_usage = options is not None and options.boolean("include_usage")
-        if options is not None:
-            options.only("include_obfuscation", False)
-            options.done()
-            if not self.stream:
-                body.refuse("stream_options", "is given without stream")
+        self._include_usage = wants_usage(body, self.stream)
         service.check_model(body)
         messages = [read_message(one) for one in body.objects("messages")]
         if not messages:
@@ -66,20 +60,13 @@ class ChatRequest:
         n = body.integer("n", 1, MOST_CHOICES, 1) or 1
         read_only = body.integer("n_predict", 0, 0) == 0
         use_cache = body.boolean("cache_prompt", True)
-        prompt_ms, predict_ms = (body.number(name, 0, 1e9) for name in ("t_max_prompt_ms", "t_max_predict_ms"))
+        times = time_limits(body)
         _identifiers(body)
         body.done()
         settings = replace(generation_settings(service, arguments), constraint=forced or form)
         ids = _render(service, messages, self._tools)
         tasks = [
-            Task(
-                ids,
-                replace(settings, seed=seed),
-                read_only=read_only,
-                use_cache=use_cache,
-                prompt_seconds=prompt_ms / 1000 if prompt_ms else None,
-                predict_seconds=predict_ms / 1000 if predict_ms else None,
-            )
+            Task(ids, replace(settings, seed=seed), read_only=read_only, use_cache=use_cache, **times)
             for seed in seeds(settings.seed, n)
         ]
         self.tasks = [service.prepare(task) for task in tasks]
@@ -168,7 +155,7 @@ def _limits(body: Body) -> dict[str, Any]:
     given = next((limit for limit in limits if limit is not None), -1)
     if given == 0:
         body.refuse("max_completion_tokens" if limits[0] is not None else "max_tokens", "is 0, expected 1 or more")
-    return {"max_tokens": 10**9 if given == -1 else given}
+    return {"max_tokens": UNLIMITED if given == -1 else given}
 
 
 def _logprobs(body: Body) -> int | None:

@@ -12,10 +12,10 @@ from ..generation.fill import fill_ends, fill_prompt
 from ..generation.text import GenerationChunk
 from .body import Body, short
 from .errors import RequestError
-from .sampling_fields import MOST_STOPS, generation_settings, sampling_arguments, seeds
+from .sampling_fields import MOST_STOPS, UNLIMITED, generation_settings, sampling_arguments, seeds
 from .service import Service, Task
 from .structured_fields import form_of
-from .usage import Usage, fingerprint, token_name, whole_usage
+from .usage import Usage, fingerprint, token_name, wants_usage, whole_usage
 
 MOST_PROMPTS, MOST_CHOICES = 64, 16
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -41,19 +41,13 @@ class CompletionRequest:
     def __init__(self, service: Service, body: Body) -> None:
         self.service = service
         self.stream = body.boolean("stream")
-        options = body.object("stream_options")
-        self._include_usage = options is not None and options.boolean("include_usage")
-        if options is not None:
-            options.only("include_obfuscation", False)
-            options.done()
-            if not self.stream:
-                body.refuse("stream_options", "is given without stream")
+        self._include_usage = wants_usage(body, self.stream)
         service.check_model(body)
         prompts = _prompts(body)
         suffix = body.string("suffix")
         echo = body.boolean("echo")
         limit = body.integer("max_tokens", -1, default=DEFAULT_MAX_TOKENS)
-        arguments = {"max_tokens": 10**9 if limit == -1 else max(1, limit or 0)} | sampling_arguments(body)
+        arguments = {"max_tokens": UNLIMITED if limit == -1 else max(1, limit or 0)} | sampling_arguments(body)
         arguments["stop"] = body.strings("stop", MOST_STOPS)
         arguments["logprobs"] = _logprobs(body)
         n = body.integer("n", 1, MOST_CHOICES, 1) or 1

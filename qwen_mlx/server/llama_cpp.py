@@ -14,7 +14,7 @@ from ..generation.text import GenerationChunk
 from ..generation.tools import OPEN
 from .body import Body, short
 from .errors import RequestError
-from .sampling_fields import MOST_STOPS, defaults, generation_settings, sampling_arguments
+from .sampling_fields import MOST_STOPS, UNLIMITED, defaults, generation_settings, sampling_arguments, time_limits
 from .service import Service, Task
 from .structured_fields import form_of
 from .usage import Usage
@@ -32,7 +32,7 @@ class NativeRequest:
         service.check_model(body)
         limits = [body.integer(name, -2) for name in ("n_predict", "max_tokens")]
         limit = next((value for value in limits if value is not None), -1)
-        arguments = {"max_tokens": 10**9 if limit < 0 else max(1, limit)} | sampling_arguments(body)
+        arguments = {"max_tokens": UNLIMITED if limit < 0 else max(1, limit)} | sampling_arguments(body)
         arguments["stop"] = body.strings("stop", MOST_STOPS)
         if infill and arguments["temperature"] is None:
             arguments["temperature"] = 0.0  # a fill is the likeliest text unless a temperature is asked for
@@ -40,7 +40,7 @@ class NativeRequest:
             arguments["min_tokens"] = arguments["max_tokens"]
         self._fields = _response_fields(body)
         use_cache = body.boolean("cache_prompt", True)
-        prompt_ms, predict_ms = (body.number(name, 0, 1e9) for name in ("t_max_prompt_ms", "t_max_predict_ms"))
+        times = time_limits(body)
         n_indent = body.integer("n_indent", 0, 1000, 0) or 0
         for name, nothing in (("id_slot", -1), ("n_keep", 0), ("n_probs", 0), ("n_cmpl", 1), ("n_discard", 0)):
             body.only(name, nothing)
@@ -63,8 +63,7 @@ class NativeRequest:
             read_only=limit == 0,
             use_cache=use_cache,
             fill_stop=FillStop(indent=n_indent) if n_indent else None,
-            prompt_seconds=prompt_ms / 1000 if prompt_ms else None,
-            predict_seconds=predict_ms / 1000 if predict_ms else None,
+            **times,
         )
         self.tasks = [service.prepare(task)]
         self.usage, self._text, self._token, self._reason = Usage(), "", -1, "none"

@@ -14,6 +14,7 @@ from .errors import RequestError
 from .service import Service
 
 MOST_STOPS = 16
+UNLIMITED = 10**9  # tokens: all that the context has room for
 # llama.cpp's names of samplers, with the settings that switch each off.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
@@ -116,6 +117,13 @@ def generation_settings(service: Service, arguments: dict[str, Any]) -> Generati
         return settings_of(service.model, service.tokenizer, arguments)
     except QwenMLXError as error:
         raise RequestError(400, str(error)) from None
+
+
+def time_limits(body: Body) -> dict[str, Any]:
+    """Takes llama.cpp's limits in milliseconds, as a Task's in seconds; 0 is none."""
+    fields = {"prompt_seconds": "t_max_prompt_ms", "predict_seconds": "t_max_predict_ms"}
+    limits = {name: body.number(field, 0, 1e9) for name, field in fields.items()}
+    return {name: limit / 1000 if limit else None for name, limit in limits.items()}
 
 
 def seeds(seed: int | None, count: int) -> list[int]:

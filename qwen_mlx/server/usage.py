@@ -11,6 +11,7 @@ from .. import __version__
 from ..generation.engine import GenerationStats
 from ..generation.text import GenerationChunk
 from ..text.tokenizer import Tokenizer
+from .body import Body
 from .service import Task
 
 
@@ -29,6 +30,19 @@ class Usage:
     def generated(self) -> int:
         """Tokens of all answers."""
         return sum(stats.generated_tokens for stats in self.stats.values())
+
+
+def wants_usage(body: Body, stream: bool) -> bool:
+    """Takes stream_options: True if a stream ends with `usage`."""
+    options = body.object("stream_options")
+    if options is None:
+        return False
+    wanted = options.boolean("include_usage")
+    options.only("include_obfuscation", False)
+    options.done()
+    if not stream:
+        body.refuse("stream_options", "is given without stream")
+    return wanted
 
 
 def whole_usage(usage: Usage, tasks: Sequence[Task]) -> dict[str, Any]:
