@@ -75,6 +75,10 @@ class FusedModel:
         self._n_heads, self._n_kv_heads, self._head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
         self._head_module = body.embed_tokens if model.config.tie_word_embeddings else model.lm_head
         self._windows = {layer.window for layer in self._layers}
+        matrices = [m for layer in self._layers for m in (*layer.qkv, *layer.gate_up, *layer.outputs)]
+        dtype = self._layers[0].input_norm.dtype
+        self._unpacked_bytes = temporary_bytes(0, dtype, matrices)
+        self._token_bytes = temporary_bytes(1, dtype, matrices) - self._unpacked_bytes
         modules = [*body.modules(), *self._head_module.modules()]
         self._modules, self._sizes = modules, list(map(len, modules))
         items = [(module, name, value) for module in modules for name, value in module.items()]
@@ -129,14 +133,9 @@ class FusedModel:
                 keys, values = cache[i].update(kv)
                 return ops.attention(q, keys, values, self._head_dim**-0.5, masks[self._layers[i].window])
 
-            pieces = _Pieces() if self._temporary_bytes(input_ids.size) > SMALL else None
+            n_bytes = self._unpacked_bytes + self._token_bytes * input_ids.size
+            pieces = _Pieces() if n_bytes > SMALL else None
             return self._forward(input_ids, rotation, attend, keep, pieces)
-
-    def _temporary_bytes(self, n_tokens: int) -> int:
-        dtype = self._layers[0].input_norm.dtype
-        return sum(
-            temporary_bytes(n_tokens, dtype, (*layer.qkv, *layer.gate_up, *layer.outputs)) for layer in self._layers
-        )
 
     def _forward(
         self, input_ids: mx.array, rotation: mx.array, attend: Attend, keep: int, pieces: _Pieces | None = None
