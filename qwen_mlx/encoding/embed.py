@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,21 +32,18 @@ def embed(
     where `normalize` (Matryoshka representations). batch_size: texts computed together.
     Raises QwenMLXError for a wrong argument, an empty text and one beyond the model's context.
     """
-    settings = encoder.settings
+    settings = encoder.settings if pooling is None else replace(encoder.settings, pooling=pooling)
     if isinstance(texts, str):
         raise QwenMLXError("texts is one text, expected a list of them.")
     name = settings.default_prompt if prompt is None else prompt
     before = settings.prompts.get(name or "", name or "")
-    own = settings.pooling if pooling is None else pooling
-    if own not in _POOL:
-        raise QwenMLXError(f"pooling is {own!r}, expected one of {', '.join(_POOL)}.")
     unit = settings.normalize if normalize is None else normalize
     if dimensions is not None:
         size = encoder.dense[-1].linear.weight.shape[0] if encoder.dense else encoder.config.hidden_size
         check_integer("dimensions", dimensions, 1, size, f"1 to {size}")
     rows: dict[int, np.ndarray] = {}
     for numbers, hidden, lengths in batches(encoder, [before + text for text in texts], batch_size):
-        vectors = _POOL[own](hidden.astype(mx.float32), lengths)
+        vectors = _POOL[settings.pooling](hidden.astype(mx.float32), lengths)
         for projection in encoder.dense:
             vectors = projection(vectors.astype(projection.linear.weight.dtype)).astype(mx.float32)
         vectors = vectors[:, :dimensions]
@@ -82,19 +80,16 @@ def at(hidden: mx.array, positions: mx.array) -> mx.array:
     return mx.take_along_axis(hidden, positions[:, None, None], axis=1)[:, 0]
 
 
-def _mean(hidden: mx.array, lengths: mx.array) -> mx.array:
+def _padded_with(value: float, hidden: mx.array, lengths: mx.array) -> mx.array:
+    """Hidden states with `value` in place of those beyond each row's length."""
     within = mx.arange(hidden.shape[1])[None] < lengths[:, None]
-    return mx.where(within[..., None], hidden, 0).sum(axis=1) / lengths[:, None]
+    return mx.where(within[..., None], hidden, value)
 
 
-def _max(hidden: mx.array, lengths: mx.array) -> mx.array:
-    within = mx.arange(hidden.shape[1])[None] < lengths[:, None]
-    return mx.where(within[..., None], hidden, -mx.inf).max(axis=1)
-
-
+# By POOLINGS' names: vectors (B, hidden_size) of hidden states (B, L, hidden_size) and lengths (B,).
 _POOL = {
     "last": lambda hidden, lengths: at(hidden, lengths - 1),
-    "mean": _mean,
+    "mean": lambda hidden, lengths: _padded_with(0, hidden, lengths).sum(axis=1) / lengths[:, None],
     "first": lambda hidden, lengths: hidden[:, 0],
-    "max": _max,
+    "max": lambda hidden, lengths: _padded_with(-mx.inf, hidden, lengths).max(axis=1),
 }

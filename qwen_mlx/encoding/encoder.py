@@ -8,6 +8,7 @@ from typing import Any
 
 from ..backend import mx, nn
 from ..errors import QwenMLXError
+from ..model.cache import make_caches
 from ..model.config import ModelConfig
 from ..model.layers import Linear
 from ..model.qwen2 import Qwen2Model, rotary_of
@@ -80,8 +81,6 @@ class Encoder(nn.Module):
 
     def hidden(self, input_ids: mx.array) -> mx.array:
         """Normalised hidden states (B, L, hidden_size) of input_ids (B, L)."""
-        from ..model.cache import make_caches
-
         return self.model(input_ids, make_caches(self.config.num_hidden_layers, self.config.head_dim))
 
     def scores(self, hidden: mx.array) -> mx.array:
