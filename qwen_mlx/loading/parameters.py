@@ -152,8 +152,8 @@ class PackedParameter(Parameter):
             return small.reshape(len(codes), -1)[:, self.columns]
         values = unpack(codes, bits).reshape(*scales.shape, self.block_size).astype(np.float32)
         with np.errstate(all="ignore"):
-            values *= _float32(scales)[..., None]
-            values += _float32(biases[0])[..., None]
+            values *= as_float32(scales)[..., None]
+            values += as_float32(biases[0])[..., None]
         return values.reshape(len(codes), -1)[:, self.columns]
 
     def arrays(
@@ -172,6 +172,6 @@ def _columns(array: np.ndarray, columns: slice, width: int) -> np.ndarray:
     return array[:, columns.start * array.shape[1] // width : columns.stop * array.shape[1] // width]
 
 
-def _float32(array: np.ndarray) -> np.ndarray:
+def as_float32(array: np.ndarray) -> np.ndarray:
     """Stored floats as float32; uint16 is bfloat16."""
     return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array.astype(np.float32)

@@ -17,7 +17,7 @@ from ...gguf import blocks
 from ...gguf.packing import Packing
 from ...gguf.unpack import pack
 from ...parallel.shards import ALL
-from ..parameters import Parameter
+from ..parameters import Parameter, as_float32
 from ..safetensors_files import FLOATS, StoredTensor
 from ..small_floats import E4M3, E8M0
 
@@ -173,9 +173,7 @@ def floats(tensor: StoredTensor, at: Any = ...) -> np.ndarray:
     array: np.ndarray = tensor.array[at]
     if tensor.dtype in ("F8_E4M3", "F8_E8M0"):
         array = (E4M3 if tensor.dtype == "F8_E4M3" else E8M0)[array]
-    elif tensor.dtype == "BF16":
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32, copy=False)
+    return as_float32(array) if tensor.dtype == "BF16" else array.astype(np.float32, copy=False)
 
 
 def has_exact_products(scales: StoredTensor) -> bool:
