@@ -85,6 +85,7 @@ _TABLE = (
     BlockType("NVFP4", 40, 64, 36, "4 groups of 16: UE4M3 scale, E2M1[q]"),
 )
 BLOCK_TYPES: dict[int, BlockType] = {block.type_id: block for block in _TABLE}
+BY_KIND = {block.name.lower(): block for block in _TABLE}  # as Packing.kind names those that stay packed
 # Types that ggml once had; the numbers stay unused.
 REMOVED_TYPES = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
 REMOVED_TYPES |= {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}

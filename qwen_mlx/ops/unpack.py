@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ..backend import mx
-from ..gguf.blocks import BLOCK_TYPES, dequantize
+from ..gguf.blocks import BY_KIND, dequantize
 from ..gguf.packing import BLOCK_SIZES, DENSE, Packing
 from . import cpu
 from .dispatch import Kernel, described, executor, on_gpu, require, threads
 from .matrix import BLOCKS, Matrix, template_names
-
-_TYPES = {kind.name.lower(): kind for kind in BLOCK_TYPES.values()}
 
 # The names that the kernels give a matrix's arrays; each packing's header in qwen_mlx/metal describes them.
 ARRAYS = {
@@ -49,7 +47,7 @@ def require_arrays(matrix: Matrix) -> None:
         "q6_k": tuple((rows, columns // share) for share in (8, 16, 64, 256)),
     }.get(packing.kind, ((rows, columns),))
     if packing.kind in BLOCK_SIZES and packing.kind not in BLOCKS:
-        shapes = ((rows, columns // packing.block_size * _TYPES[packing.kind].type_size),)
+        shapes = ((rows, columns // packing.block_size * BY_KIND[packing.kind].type_size),)
     found = tuple(array.shape for array in arrays)
     require(found == shapes, lambda: f"matrix's arrays have shapes {found}, expected {shapes} for {packing}.")
 
@@ -102,7 +100,7 @@ def unpack_fallback(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None
         return mx.dequantize(arrays[0], scales, biases, packing.group_size, packing.bits).astype(dtype)
     if packing.kind not in BLOCKS:
         raw = np.asarray(arrays[0]).reshape(-1, arrays[0].shape[-1])
-        return mx.array(dequantize(raw, _TYPES[packing.kind])).reshape(shape).astype(dtype)
+        return mx.array(dequantize(raw, BY_KIND[packing.kind])).reshape(shape).astype(dtype)
     return (_q4_k if packing.kind == "q4_k" else _q6_k)(*arrays).reshape(shape).astype(dtype)
 
 
@@ -144,7 +142,7 @@ def packing_kinds(dtype: mx.Dtype) -> frozenset[str]:
 
 def raw_matrix(raw: np.ndarray, kind: str) -> Matrix:
     """The matrix of a GGUF tensor's bytes, uint8 (rows, bytes of a row), packed as `kind`, "q4_k" for example."""
-    rows, size = raw.shape[0], _TYPES[kind].type_size
+    rows, size = raw.shape[0], BY_KIND[kind].type_size
     columns = raw.shape[1] // size * BLOCK_SIZES[kind]
     if kind not in BLOCKS:
         return Matrix(Packing(kind), rows, columns, (mx.array(raw),))

@@ -11,12 +11,11 @@ import pytest
 
 from qwen_mlx import ops
 from qwen_mlx.backend import mx
-from qwen_mlx.gguf.blocks import BLOCK_TYPES
+from qwen_mlx.gguf.blocks import BY_KIND
 from qwen_mlx.gguf.packing import BLOCK_SIZES
 from qwen_mlx.ops import DENSE, Matrix, Packing
 from tests.helpers.blocks import SCALES, gguf_py, random_rows
 
-KINDS = {kind.name.lower(): kind for kind in BLOCK_TYPES.values()}
 AFFINE = [(bits, size) for bits in (2, 3, 4, 5, 6, 8) for size in (32, 64, 128)]
 EPS = 2.0**-24
 
@@ -35,8 +34,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def blocks(kind: str, rows: int, columns: int, halves: list[int] | None = None) -> tuple[Matrix, np.ndarray]:
     """A matrix of random blocks and its values, float32."""
-    raw = random_rows(KINDS[kind], rows, columns // BLOCK_SIZES[kind], halves)
-    return ops.raw_matrix(raw, kind), gguf_py(raw, KINDS[kind]).reshape(rows, columns)
+    raw = random_rows(BY_KIND[kind], rows, columns // BLOCK_SIZES[kind], halves)
+    return ops.raw_matrix(raw, kind), gguf_py(raw, BY_KIND[kind]).reshape(rows, columns)
 
 
 def affine(bits: int, size: int, rows: int, columns: int) -> tuple[Matrix, np.ndarray]:

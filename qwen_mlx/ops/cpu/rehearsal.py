@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ...backend import mx
-from ...gguf.blocks import BLOCK_TYPES
+from ...gguf.blocks import BY_KIND
 from ...gguf.packing import BLOCK_SIZES, Packing
 from ..matrix import Matrix
 from . import kernels, operations
@@ -17,7 +17,6 @@ from . import kernels, operations
 COLUMNS = 256  # a multiple of every block and group
 _OPERATIONS = Packing("none"), mx.float32  # stands for what reads no matrix
 _rehearsed: set[tuple[Packing, mx.Dtype]] = set()
-_SIZES = {kind.name.lower(): kind.type_size for kind in BLOCK_TYPES.values()}
 
 
 def compile_ahead(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> Callable[[], None]:
@@ -91,5 +90,5 @@ def _zeros(packing: Packing, dtype: mx.Dtype) -> Matrix:
     elif packing.kind == "q6_k":
         arrays = (*(array(COLUMNS // share, np.uint32) for share in (8, 16, 64)), array(1, np.float16))
     else:
-        arrays = (array(COLUMNS // BLOCK_SIZES[packing.kind] * _SIZES[packing.kind], np.uint8),)
+        arrays = (array(COLUMNS // BLOCK_SIZES[packing.kind] * BY_KIND[packing.kind].type_size, np.uint8),)
     return Matrix(packing, 1, COLUMNS, arrays)
