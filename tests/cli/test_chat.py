@@ -25,9 +25,9 @@ from qwen_mlx import QwenMLXError, load
 from qwen_mlx.generation.chat import Chat, ToolResult
 from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.tools import parse_tool_calls, run
-from qwen_mlx.model.fused import FusedModel
 from reference.lazy import torch
 from reference.small_models import CHATML, RandomModel, hf_model, write_gguf
+from tests.helpers.computing import count_computed
 
 WITH_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}" + CHATML
 THOUGHTS = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
@@ -78,21 +78,7 @@ QUESTIONS = (
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lengths of all calls of the model, by steps of one token too."""
-    lengths: list[int] = []
-    hidden, step = FusedModel.hidden, FusedModel._step
-
-    def counting(self, input_ids, cache, keep=0):
-        lengths.append(input_ids.shape[1])
-        return hidden(self, input_ids, cache, keep)
-
-    def counting_step(self, input_ids, cache):
-        lengths.append(1)
-        return step(self, input_ids, cache)
-
-    monkeypatch.setattr(FusedModel, "hidden", counting)
-    monkeypatch.setattr(FusedModel, "_step", counting_step)
-    return lengths
+    return count_computed(monkeypatch)
 
 
 def ten_turns(chat: Chat, questions: tuple[str, ...], computed: list[int]) -> None:

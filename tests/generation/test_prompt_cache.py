@@ -22,8 +22,8 @@ from qwen_mlx.generation import prompt_cache as module
 from qwen_mlx.generation.chat import Chat
 from qwen_mlx.generation.prompt_cache import PromptCache, common_prefix, fingerprint
 from qwen_mlx.model.cache import KVCache
-from qwen_mlx.model.fused import FusedModel
 from reference.small_models import TOKENS, RandomModel, write_gguf
+from tests.helpers.computing import count_computed
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +38,7 @@ def small(path: Path):
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lengths of all calls of the model, by steps of one token too."""
-    lengths: list[int] = []
-    hidden, step = FusedModel.hidden, FusedModel._step
-
-    def counting(self, input_ids, cache, keep=0):
-        lengths.append(input_ids.shape[1])
-        return hidden(self, input_ids, cache, keep)
-
-    def counting_step(self, input_ids, cache):
-        lengths.append(1)
-        return step(self, input_ids, cache)
-
-    monkeypatch.setattr(FusedModel, "hidden", counting)
-    monkeypatch.setattr(FusedModel, "_step", counting_step)
-    return lengths
+    return count_computed(monkeypatch)
 
 
 def answer(small, prompt: list[int], cache: PromptCache | None = None, **arguments: Any):
