@@ -184,7 +184,7 @@ def main() -> None:
     first = statistics.median(start["seconds"] for start in starts)
     peak = max(start["peak_gb"] for start in starts)
     print(f"process start to first text: {first:.1f} s, peak {peak:.2f} GB; {runs['qwen_mlx'][0]['note']}")
-    packages = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "mkl", "ngsolve-openblas", "cmeel-openblas")
+    packages = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "ngsolve-openblas")
     report = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},

@@ -4,7 +4,7 @@ MLX's CPU wheel links the reference BLAS, 50 to 140 times slower. The dynamic li
 first library in the process's global scope that has it, so loading a real one there before `mlx.core` is enough.
 Libraries imported later that call BLAS by the same names, PyTorch among them, then use it too.
 
-QWEN_MLX_BLAS chooses: off, one of the distributions below, or a library's path or name.
+QWEN_MLX_BLAS chooses: off, or a library's path or name.
 """
 
 from __future__ import annotations
@@ -16,15 +16,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-# Distribution: (name, the files to load in order), the fastest first (benchmarks/cpu_primitives.py compares).
-_DISTRIBUTIONS = {
-    "mkl": ("MKL", [("intel-openmp", "libiomp5.so"), ("mkl", "libmkl_rt.so")]),
-    "ngsolve-openblas": ("OpenBLAS", [("ngsolve-openblas", "libopenblas")]),
-    "cmeel-openblas": ("OpenBLAS", [("cmeel-openblas", "libopenblas")]),
-}
+WHEEL = "ngsolve-openblas"  # the only one on PyPI with the usual names and functions for every x86-64 CPU
 _SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0")  # Fedora's threaded one; Debian's, Arch's and conda's
-_LAYERS = ("MKL_THREADING_LAYER", "MKL_INTERFACE_LAYER")
-_THREADS = ("MKL_Get_Max_Threads", "openblas_get_num_threads")
 
 _report = "not looked for yet"
 _library: ctypes.CDLL | None = None
@@ -51,30 +44,27 @@ def preload() -> None:
         )
     elif hasattr(ctypes.CDLL(None), "cblas_sgemm"):
         _report = "not preloaded: the process has one already"  # LD_PRELOAD, for example
-    elif not any(_load(name, files) for name, files in _candidates(choice)):
-        missing = f"{choice} cannot be loaded" if choice else "no fast one found; install the extra 'cpu'"
+    elif not any(_load(name, file, bool(choice)) for name, file in _candidates(choice)):
+        missing = f"{choice} cannot be loaded" if choice else "no fast one found; install OpenBLAS"
         _report = f"MLX's reference BLAS, slow ({missing})"
 
 
 def report() -> str:
-    """The library that preload() loaded, or why it loaded none: "MKL 2026.2.0, 2 threads"."""
-    count = next((getattr(_library, name)() for name in _THREADS if hasattr(_library, name)), None)
-    return _report if count is None else f"{_report}, {count} thread{'s' if count > 1 else ''}"
+    """The library that preload() loaded, or why it loaded none: "OpenBLAS 0.3.33 (ngsolve-openblas), 2 threads"."""
+    if _library is None or not hasattr(_library, "openblas_get_num_threads"):
+        return _report
+    count: int = _library.openblas_get_num_threads()
+    return f"{_report}, {count} thread{'s' if count > 1 else ''}"
 
 
-def _candidates(choice: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, libraries to load in order), the fastest first."""
-    if choice and choice not in _DISTRIBUTIONS:
-        yield choice, [choice]
+def _candidates(choice: str) -> Iterator[tuple[str, str]]:
+    """(name, library), the best first."""
+    if choice:
+        yield choice, choice
         return
-    for distribution in [choice] if choice else _DISTRIBUTIONS:
-        name, wanted = _DISTRIBUTIONS[distribution]
-        files = [_file(owner, prefix) for owner, prefix in wanted]
-        if all(files):
-            source = "" if name.lower() == distribution else f" ({distribution})"
-            yield f"{name} {_version(distribution)}{source}", files
-    if not choice:
-        yield from ((f"OpenBLAS (the system's {library})", [library]) for library in _SYSTEM)
+    if file := _file(WHEEL, "libopenblas"):
+        yield f"OpenBLAS {_version(WHEEL)} ({WHEEL})", file
+    yield from ((f"OpenBLAS (the system's {library})", library) for library in _SYSTEM)
 
 
 def _version(distribution: str) -> str | None:
@@ -94,40 +84,38 @@ def _file(distribution: str, prefix: str) -> str:
     return next(filter(os.path.isfile, paths), "")
 
 
-def _load(name: str, files: list[str]) -> bool:
-    """Loads the files into the global scope; true if the last of them is a BLAS."""
+def _load(name: str, file: str, chosen: bool) -> bool:
+    """Loads a library into the global scope; true if it is a BLAS, and one for every CPU unless the user chose it."""
     global _report, _library
     try:
-        library = [_open(file) for file in files][-1]
+        library = _open(file)
     except OSError:
         return False
-    if not hasattr(library, "cblas_sgemm"):
+    if not hasattr(library, "cblas_sgemm") or not (chosen or _is_for_every_cpu(library)):
         return False
-    if hasattr(library, "MKL_Get_Max_Threads"):
-        _let_mkl_choose(library)
-    _report, _library = name, library
+    _report, _library = name, ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
     return True
 
 
-def _let_mkl_choose(mkl: ctypes.CDLL) -> None:
-    """Lets MKL choose its layers now, whatever the environment says: it ends the process for a layer that is not there.
+def _is_for_every_cpu(library: ctypes.CDLL) -> bool:
+    """True if an OpenBLAS chooses its functions by the CPU that it runs on.
 
-    Its own choice follows the OpenMP that the process has already. Intel's beside the GNU one that PyTorch brings would
-    make products wrong without an error.
+    Some builds hold those of one CPU alone and end the process on others, by an illegal instruction.
     """
-    layers = {name: os.environ.pop(name) for name in _LAYERS if name in os.environ}
-    mkl.MKL_Get_Max_Threads()
-    os.environ.update(layers)
+    if not hasattr(library, "openblas_get_config"):
+        return False
+    library.openblas_get_config.restype = ctypes.c_char_p
+    return b"DYNAMIC_ARCH" in library.openblas_get_config()
 
 
 def _open(file: str) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(file)
     except OSError as error:
         if "libgfortran.so.5" not in str(error):
             raise
     _provide_libgfortran()
-    return ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(file)
 
 
 def _provide_libgfortran() -> None:
