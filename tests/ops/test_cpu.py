@@ -256,22 +256,61 @@ def test_every_float16_is_read_by_the_processor_s_instructions_and_without_them(
     import numba
 
     from qwen_mlx.ops.cpu import vectors
+    from qwen_mlx.ops.cpu.packings import Q80, Halves, store_values
 
     if native and not vectors._KNOWS_HALVES:
         pytest.skip("this processor has no such instructions")
     monkeypatch.setattr(vectors, "_KNOWS_HALVES", native)
 
     @numba.njit
-    def read(halves, one_by_one, together):
-        for i in range(0, len(one_by_one), 32):
-            vectors.store(together, np.uintp(i), vectors.halves32(halves, np.uintp(2 * i)))
-            for k in range(i, i + 32):
-                one_by_one[k] = vectors.half(halves, np.uintp(2 * k))
+    def read(matrix, out):
+        for block in range(out.size // 32):
+            store_values(matrix, np.uintp(block), out, np.uintp(block))
 
     halves = np.arange(1 << 16, dtype=np.uint16)
-    found = np.zeros((2, 1 << 16), np.float32)
-    read(halves.view(np.uint8), *found)
+    together, one_by_one = np.zeros(1 << 16, np.float32), np.zeros((1 << 16, 32), np.float32)
+    read(Halves(halves.view(np.uint8)), together)
+    blocks = np.ones((1 << 16, 34), np.uint8)  # codes of 1, with every scale
+    blocks[:, :2] = halves.view(np.uint8).reshape(-1, 2)
+    read(Q80(blocks.reshape(-1)), one_by_one.reshape(-1))
     expected = halves.view(np.float16).astype(np.float32)
-    for each in found:
+    for each in (together, one_by_one[:, 31]):
         np.testing.assert_array_equal(each, expected)
         np.testing.assert_array_equal(np.signbit(each), np.signbit(expected))
+
+
+@pytest.mark.parametrize("kind", [*BLOCK_SIZES, "float32", "float16", "bfloat16", "affine3", "affine4", "affine8"])
+def test_the_other_number_of_lanes_multiplies_alike(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """AVX-512's sums of 16 lanes on processors without it, and the other way round."""
+    import numba
+
+    from qwen_mlx.ops.cpu import matrices, packings, vectors
+    from qwen_mlx.ops.cpu.kernels import ordered
+
+    lanes = 24 - vectors.LANES
+    monkeypatch.setattr(vectors, "LANES", lanes)
+    monkeypatch.setattr(vectors, "Sums", vectors.F32X16 if lanes == 16 else vectors.F32X8)
+    zeros = vectors.zeros16 if lanes == 16 else vectors.zeros8
+
+    @numba.njit
+    def products(matrix, per_block, by_words, x, out):
+        order, totals = ordered(x, by_words)
+        blocks = totals.size // per_block
+        for row in range(out.size):
+            sums = zeros()
+            for block in range(blocks):
+                sums = packings.add_products(
+                    matrix, np.uintp(row * blocks + block), np.uintp(block), order, totals, sums
+                )
+            out[row] = vectors.total(sums)
+
+    if kind in BLOCK_SIZES:
+        matrix, values = blocks(kind, 7, 512, [0x2419, 0x9C00])
+    elif kind.startswith("affine"):
+        matrix, values = affine(int(kind[6:]), 64, 7, 512)
+    else:
+        weight = mx.array(normal(7, 512)).astype(getattr(mx, kind))
+        matrix, values = Matrix(DENSE, 7, 512, (weight,)), np.array(weight.astype(mx.float32))
+    packed, x, out = matrices._compiled_form(matrix), normal(512, seed=1), np.zeros(7, np.float32)
+    products(packed, packings.groups_of(packed), packings.by_words(packed), x, out)
+    assert_product(mx.array(out), x[None], values)

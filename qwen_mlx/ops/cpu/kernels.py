@@ -18,23 +18,21 @@ from numba.core.errors import NumbaError
 
 from ...errors import QwenMLXError
 from . import threads
-from .packings import group
+from .packings import add_products, store_values
 from .vectors import (
-    add_products,
     exp16,
     floats8,
     floats16,
-    floats32,
     fma,
     largest16,
     maximum16,
     minus16,
+    no_sums,
     plus16,
     silu16,
     store,
     times16,
     total,
-    values,
     zeros8,
     zeros16,
 )
@@ -91,17 +89,36 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., None]:
     return call
 
 
+@_serial
+def ordered(x: np.ndarray, by_words: bool) -> tuple[np.ndarray, np.ndarray]:
+    """x, and the sums of each 32 of its elements.
+
+    `by_words` x is 2^-24 times as large, and each 32 are four times 8: elements 0, 4, ..., then 1, 5, ... and so on.
+    """
+    order, totals = np.empty_like(x), np.empty(x.size // 32, np.float32)
+    for g in range(totals.size):
+        whole = 0.0
+        for i in range(32):
+            value = x[32 * g + i]
+            whole += np.float64(value)
+            if by_words:
+                order[32 * g + i % 4 * 8 + i // 4] = value * _f32(2.0**-24)
+            else:
+                order[32 * g + i] = value
+        totals[g] = whole
+    return order, totals
+
+
 @_compiled
-def multiply_one(matrix: Any, x: np.ndarray, sums: np.ndarray, out: np.ndarray) -> None:
-    """out (rows,) = W x for W (rows, columns), which is read as it lies; x: (columns,); sums: of each 32 of them."""
-    groups = _uint(sums.size)
+def multiply_one(matrix: Any, groups_of_block: int, by_words: bool, x: np.ndarray, out: np.ndarray) -> None:
+    """out (rows,) = W x for W (rows, columns), which is read as it lies, x (columns,)."""
+    order, totals = ordered(x, by_words)
+    blocks = _uint(totals.size // groups_of_block)
     for row in prange(out.size):
-        first, products, minima = _uint(row) * groups, zeros16(), _f32(0)
-        for g in range(groups):
-            codes, scale, minimum = group(matrix, first + g)
-            products = add_products(codes, scale, floats32(x, g * _uint(32)), products)
-            minima += minimum * sums[g]
-        out[row] = total(products) + minima
+        first, sums = _uint(row) * blocks, no_sums()
+        for block in range(blocks):
+            sums = add_products(matrix, first + block, block, order, totals, sums)
+        out[row] = total(sums)
 
 
 @_serial
@@ -222,14 +239,12 @@ def attention(
 
 
 @_compiled
-def unpack(matrix: Any, rows: np.ndarray, columns: int, out: np.ndarray) -> None:
-    """out (len(rows) columns,): the values of a packed matrix's rows."""
-    groups = _uint(columns // 32)
+def unpack(matrix: Any, blocks: int, rows: np.ndarray, out: np.ndarray) -> None:
+    """out (len(rows) columns,): the values of a packed matrix's rows of so many blocks."""
     for i in prange(rows.size):
-        first, to = _uint(rows[i]) * groups, _uint(i) * groups
-        for g in range(groups):
-            codes, scale, minimum = group(matrix, first + g)
-            store(out, (to + g) * _uint(32), values(codes, scale, minimum))
+        first, to = _uint(rows[i]) * _uint(blocks), _uint(i) * _uint(blocks)
+        for block in range(_uint(blocks)):
+            store_values(matrix, first + block, out, to + block)
 
 
 @_compiled

@@ -48,7 +48,8 @@ def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
     """out (B, rows) = x W^T for x (B, columns)."""
     packed, columns = _compiled_form(matrix), matrix.columns
     if len(x) == 1:
-        kernels.multiply_one(packed, x[0], x.reshape(-1, 32).sum(axis=1), out[0])
+        row = np.ascontiguousarray(x[0])
+        kernels.multiply_one(packed, packings.groups_of(packed), packings.by_words(packed), row, out[0])
     elif isinstance(packed, packings.Floats):
         kernels.multiply(packed.values, x.reshape(-1), columns, 0, out.reshape(-1), matrix.rows)
     else:
@@ -56,13 +57,18 @@ def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
         w = np.empty(min(step, matrix.rows) * columns, np.float32)
         for start in range(0, matrix.rows, step):
             rows = np.arange(start, min(start + step, matrix.rows))
-            kernels.unpack(packed, rows, columns, w)
+            kernels.unpack(packed, _blocks(packed, columns), rows, w)
             kernels.multiply(w[: rows.size * columns], x.reshape(-1), columns, start, out.reshape(-1), matrix.rows)
 
 
 def unpack(matrix: Matrix, rows: np.ndarray, out: np.ndarray) -> None:
     """out (len(rows), columns): the values of some rows of a packed matrix."""
-    kernels.unpack(_compiled_form(matrix), rows, matrix.columns, out.reshape(-1))
+    packed = _compiled_form(matrix)
+    kernels.unpack(packed, _blocks(packed, matrix.columns), rows, out.reshape(-1))
+
+
+def _blocks(packed: Any, columns: int) -> int:
+    return columns // (32 * packings.groups_of(packed))
 
 
 def _compiled_form(matrix: Matrix) -> Any:
@@ -75,4 +81,4 @@ def _compiled_form(matrix: Matrix) -> Any:
     if packing.kind != "affine":
         return _BLOCKS[packing.kind](*map(as_bytes, arrays))
     scales, biases = (floats(array).reshape(-1) for array in arrays[1:])
-    return _AFFINE[packing.bits](as_bytes(arrays[0]), scales, biases, packing.group_size // 32)
+    return _AFFINE[packing.bits](as_bytes(arrays[0]), scales, biases, packing.group_size.bit_length() - 6)
