@@ -1,7 +1,7 @@
 """`python -m benchmarks.cpu_generate`: qwen_mlx, mlx-lm and transformers on a CPU, the same weights, one run.
 
 Every engine runs in a process of its own, in turn, `--repeats` times over, and medians are compared: what else the
-machine does hits all of them. mlx-lm runs as it comes, without the BLAS that qwen_mlx loads; it is so slow that it runs
+machine does hits all of them. mlx-lm runs as it comes, with the reference BLAS; it is so slow that it runs
 once, for a few tokens. The engines must agree on the first tokens in float32, or nothing is compared. Also: a process's
 start to its first text for a prompt of about 40 tokens, and its peak memory. Prints a table and writes JSON. Needs the
 extras `cpu` and `bench`, 2 GB of disk for the weights as mlx-lm and transformers read them, and about ten minutes.
@@ -40,13 +40,11 @@ def measure(engine: str, model: Path, prefill: int, decode: int) -> dict[str, An
     start: Callable[[], Iterator[int]]
     if engine == "qwen_mlx":
         from qwen_mlx import load
-        from qwen_mlx.backend import blas
         from qwen_mlx.generation.engine import generate_tokens
         from qwen_mlx.generation.settings import GenerationSettings
 
         weights, tokenizer = load(model)
         ids = tokenizer.encode(WORDS * prefill)[:prefill]
-        note = blas.report()
 
         def start():
             return (token.id for token in generate_tokens(weights, ids, GenerationSettings()))
@@ -184,7 +182,7 @@ def main() -> None:
     first = statistics.median(start["seconds"] for start in starts)
     peak = max(start["peak_gb"] for start in starts)
     print(f"process start to first text: {first:.1f} s, peak {peak:.2f} GB; {runs['qwen_mlx'][0]['note']}")
-    packages = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "ngsolve-openblas")
+    packages = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "numba")
     report = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.cpu_primitives`: what each step of the 0.5B model costs on a CPU, and under which BLAS.
+"""`python -m benchmarks.cpu_primitives`: what each step of the 0.5B model costs on a CPU.
 
-Matrix products in float32 under the BLAS that qwen_mlx brings, PyTorch's and MLX's own, each in a process of its own;
-then every other operation of the model beside MLX's built-in one, for one new token after 300 and
-for a prompt of 256. Best of several, since what else runs on a machine only ever adds. Prints Markdown and writes it
-beside the JSON. About three minutes, most of them MLX's own BLAS.
+Matrix products in float32 by qwen_mlx, PyTorch and MLX, each in a process of its own; then every other operation of the
+model beside MLX's built-in one, for one new token after 300 and for a prompt of 256. Best of several, since what else
+runs on a machine only ever adds. Prints Markdown and writes it beside the JSON. About three minutes, most of them MLX's
+own products.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def products(library: str) -> dict[str, dict[str, float]]:
         name = f"PyTorch {torch.__version__}"
         make, multiply = torch.randn, torch.nn.functional.linear
     else:
-        from qwen_mlx.backend import blas, mx
+        from qwen_mlx import ops
+        from qwen_mlx.backend import mx
 
-        name = blas.report()
+        name = "qwen_mlx" if library == "qwen_mlx" else "MLX"
 
         def make(rows, columns):
             matrix = mx.random.normal((rows, columns))
@@ -61,17 +62,18 @@ def products(library: str) -> dict[str, dict[str, float]]:
             return matrix
 
         def multiply(x, weight):
-            y = x @ weight.T
+            with ops.no_grad():
+                y = ops.matmul(x, weight) if library == "qwen_mlx" else x @ weight.T
             mx.eval(y)
             return y
 
     for matrix, (rows, columns, copies) in MATRICES.items():
-        weights = [make(rows, columns) for _ in range(copies if library != "off" else 1)]
+        weights = [make(rows, columns) for _ in range(copies if library != "mlx" else 1)]
         for length in ROWS:
-            if library == "off" and length > 40:
+            if library == "mlx" and length > 40:
                 continue  # minutes
             x = make(length, columns)
-            repeats = 1 if library == "off" else 7
+            repeats = 1 if library == "mlx" else 7
             seconds = best_of(lambda x=x, weights=weights: [multiply(x, w) for w in weights], repeats) / len(weights)
             found[f"{length} x {matrix}"] = {
                 "gb_per_s": rows * columns * 4 / seconds / 1e9,
@@ -151,10 +153,10 @@ def operations() -> dict[str, dict[str, float]]:
     return found
 
 
-def in_a_process(part: str, **variables: str) -> dict:
+def in_a_process(part: str) -> dict:
     """The JSON that this module's `part` prints in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.cpu_primitives", "--part", part]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{part} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -197,10 +199,7 @@ def main() -> None:
 
     report = {
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
-        "products": [
-            in_a_process(name, **({"QWEN_MLX_BLAS": "off"} if name == "off" else {}))
-            for name in ("own", "torch", "off")
-        ],
+        "products": [in_a_process(name) for name in ("qwen_mlx", "torch", "mlx")],
         "operations": in_a_process("operations"),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

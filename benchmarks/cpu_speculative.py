@@ -17,7 +17,6 @@ from typing import Any
 
 from benchmarks.arguments import Parser, at_least, positive, to_write
 from qwen_mlx import load, stream_generate
-from qwen_mlx.backend import blas
 from qwen_mlx.cli import command as cli
 from qwen_mlx.generation.prompt_cache import PromptCache
 
@@ -88,7 +87,6 @@ def main() -> None:
     model, tokenizer = load(arguments.model)
     report: dict[str, Any] = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
-        "blas": blas.report(),
         "tokens": arguments.tokens,
         "tasks": {},
     }

@@ -206,8 +206,7 @@ def main() -> None:
             versions[name] = None
     report: dict[str, Any] = {"device": describe(), "system": platform.platform(), "versions": versions}
     report |= {"kernels": ops.explain(), "tokens": arguments.tokens, "copy_bytes_per_second": copy, "models": {}}
-    blas = "all engines of MLX with the BLAS that qwen_mlx loads; benchmarks.cpu_generate gives mlx-lm its own"
-    print(f"{describe()}\n{ops.explain()}\n{f'copy: {copy / 1e9:.0f} GB/s' if copy else blas}\n")
+    print(f"{describe()}\n{ops.explain()}\n{f'copy: {copy / 1e9:.0f} GB/s' if copy else ''}\n")
     print("model, prompt x sequences, engine; prefill tok/s, ours as a multiple of it; decode tok/s (least to most),")
     print("ours as a multiple; the weights' bytes a second as a share of the copy's; peak memory\n")
     for case in arguments.models:

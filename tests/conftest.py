@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 if "--fast" in sys.argv or "PYTEST_XDIST_WORKER" in os.environ:
-    # Small products gain nothing by threads, and those of a busy machine's BLAS spin while they wait.
+    # Small products gain nothing by threads, which spin while they wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 os.environ.setdefault("QWEN_MLX_KERNELS", "on")  # on a Mac the tests try the kernels, each load would try them too

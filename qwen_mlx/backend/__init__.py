@@ -1,7 +1,6 @@
 """The one place that imports MLX: `from .backend import mx, nn`.
 
-On a CPU a fast BLAS must be in the process before MLX is loaded (see blas.py), and a Linux machine without one of MLX's
-backends deserves a sentence instead of a linker's message.
+A Linux machine without one of MLX's backends deserves a sentence instead of a linker's message.
 """
 
 import os
@@ -9,9 +8,6 @@ import os
 import numpy as np
 
 from ..errors import QwenMLXError
-from . import blas
-
-blas.preload()
 
 try:
     import mlx.core as mx

@@ -136,7 +136,6 @@ def open_model(
     path = hub.resolve(arguments.model)
 
     from .. import backend, ops
-    from ..backend import blas
     from ..generation import drafts
     from ..generation.prompt_cache import PromptCache, read_header
     from ..generation.sampling import SamplingSettings
@@ -178,7 +177,7 @@ def open_model(
         dtype = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
         print(f"model: {path} ({dtype})", file=sys.stderr)
         print(f"sampling: {model.generation_defaults.override(**sampling)}", file=sys.stderr)
-        print(f"backend: {backend.describe()}; BLAS: {blas.report()}", file=sys.stderr)
+        print(f"backend: {backend.describe()}", file=sys.stderr)
         print(f"products of float32 numbers: {backend.float32_products()}", file=sys.stderr)
         print(ops.explain(), file=sys.stderr)
     cache = None

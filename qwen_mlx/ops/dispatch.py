@@ -268,18 +268,39 @@ def _compiled(factory: Callable[..., Any], kernel: Kernel) -> Callable[..., list
     return launch
 
 
-def differentiable(kernel: Callable[..., R], fallback: Callable[..., R], *arrays: mx.array) -> R:
-    """kernel(*arrays), with the gradient of `fallback`, the same function in plain MLX."""
+def differentiable(
+    kernel: Callable[..., R], fallback: Callable[..., R], *arrays: mx.array, vjp: Callable[..., Any] | None = None
+) -> R:
+    """kernel(*arrays), with the derivatives of `fallback`, the same function in plain MLX, or with a vjp of its own."""
     if not _gradients.wanted:
         return kernel(*arrays)
     function: Any = mx.custom_function(kernel)  # an object, to its stub
 
-    def vjp(primals: Any, cotangents: Any, _: object) -> tuple[mx.array, ...]:
-        return tuple(mx.vjp(lambda *x: _as_list(fallback(*x)), _as_list(primals), _as_list(cotangents))[1])
+    def plain(*arrays: mx.array) -> list[mx.array]:
+        return _as_list(fallback(*arrays))
 
-    function.vjp(vjp)
+    def vjp_of_plain(primals: Any, cotangents: Any, _: object) -> tuple[mx.array, ...]:
+        return tuple(mx.vjp(plain, _as_list(primals), _as_list(cotangents))[1])
+
+    def jvp_of_plain(primals: Any, tangents: Any) -> Any:
+        primals = _as_list(primals)
+        known = [mx.zeros_like(x) if t is None else t for x, t in zip(primals, _as_list(tangents))]
+        found = mx.jvp(plain, primals, known)[1]
+        return found if len(found) > 1 else found[0]
+
+    function.vjp(vjp or vjp_of_plain)
+    function.jvp(jvp_of_plain)
     result: R = function(*arrays)
     return result
+
+
+def have_values(*arrays: mx.array) -> bool:
+    """False where MLX traces, within mx.compile, mx.vmap or mx.export_function; else computes the arrays."""
+    try:
+        mx.eval(*arrays)
+    except ValueError:
+        return False
+    return True
 
 
 def _as_list(value: Any) -> list[mx.array]:

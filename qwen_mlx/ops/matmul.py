@@ -1,9 +1,12 @@
-"""Products of a dense matrix with a few vectors at once: a batch's tokens, or a draft's."""
+"""Products of a dense matrix: on NVIDIA's GPUs with a few vectors, a batch's tokens or a draft's; on a CPU with any."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..backend import mx
-from .dispatch import Kernel, described, differentiable, executor, require, require_float
+from . import cpu
+from .dispatch import Kernel, described, differentiable, executor, have_values, require, require_float
 
 # cuBLAS's kernels are fast, but MLX looks for the right one and records its launch anew at every call, which takes the
 # CPU longer than the GPU needs for few rows and a small matrix. On Apple's GPUs MLX has its own.
@@ -30,8 +33,22 @@ def matmul(x: mx.array, w: mx.array) -> mx.array:
 
 
 def _fallback(x: mx.array, w: mx.array) -> mx.array:
+    # MLX's wheels for Linux compute products by the reference BLAS, some 50 times slower.
+    by_numba = executor("matmul") == "cpu" and x.dtype == mx.float32 and x.size and w.size and w.shape[1] % 8 == 0
+    if by_numba and have_values(x, w):
+        return differentiable(lambda x, w: cpu.matmul(x, w), _plain, x, w, vjp=_cotangents)
+    return _plain(x, w)
+
+
+def _plain(x: mx.array, w: mx.array) -> mx.array:
     y: mx.array = x @ w.T
     return y
+
+
+def _cotangents(primals: Any, cotangent: mx.array, _: object) -> tuple[mx.array, mx.array]:
+    """Those of x and w. The one of w is MLX's own product, slow but lazy: nobody asks for it where w is frozen."""
+    x, w = primals
+    return _fallback(cotangent, w.T), cotangent.reshape(-1, w.shape[0]).T @ x.reshape(-1, w.shape[1])
 
 
 def supports(x: mx.array, w: mx.array) -> bool:

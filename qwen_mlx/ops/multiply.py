@@ -35,5 +35,5 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
         return matvec(x, matrix).reshape(*x.shape[:-1], matrix.rows)
     rows = max(1, TILE // matrix.columns // 256) * 256  # an odd number makes cuBLAS slow
     tiles = (rows_of(matrix, start, start + rows) for start in range(0, matrix.rows, rows))
-    products = [x @ unpack(tile, x.dtype).T for tile in tiles]
+    products = [matmul(x, unpack(tile, x.dtype)) for tile in tiles]
     return products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)

@@ -13,6 +13,7 @@ from .dispatch import (
     MAX_ELEMENTS,
     Kernel,
     differentiable,
+    have_values,
     on_cpu,
     on_gpu,
     pack_size,
@@ -84,13 +85,8 @@ def swiglu_fallback(
 
 
 def _silu(x: mx.array) -> mx.array:
-    if mx.default_device() == mx.cpu:
-        try:
-            mx.eval(x)
-        except ValueError:  # it has no values yet: within mx.compile, mx.vmap or mx.export_function
-            pass
-        else:
-            return (_silu_of_values if recording() else _silu_by_numpy)(x)
+    if mx.default_device() == mx.cpu and have_values(x):
+        return (_silu_of_values if recording() else _silu_by_numpy)(x)
     return (_traced_silu if recording() else _plain_silu)(x)
 
 

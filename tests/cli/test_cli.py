@@ -92,7 +92,7 @@ def test_verbose_says_what_is_used(small: Path):
     assert "(float32)" in error
     assert "top_p 0.5" in error
     assert "top_p given, the rest Qwen2.5-Instruct's published settings" in error
-    assert "BLAS: " in error
+    assert "backend: " in error
 
 
 def test_no_compiler_and_no_path_is_enough(small: Path):

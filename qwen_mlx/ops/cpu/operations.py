@@ -78,6 +78,14 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     return out.array()
 
 
+def matmul(x: mx.array, w: mx.array) -> mx.array:
+    """ops.matmul, for a multiple of 8 columns."""
+    rows, columns = w.shape
+    out = Output(*x.shape[:-1], rows)
+    kernels.multiply(floats(w).reshape(-1), floats(x).reshape(-1), columns, 0, out.values.reshape(-1), rows)
+    return out.array()
+
+
 def unpack(matrix: Matrix, ids: mx.array | None) -> mx.array:
     """ops.unpack of a packed matrix."""
     # An id may be -1, where a step is launched ahead on a logit that is not finite.
