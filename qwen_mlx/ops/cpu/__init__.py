@@ -62,4 +62,5 @@ def __getattr__(name: str) -> Any:
             f"numba cannot be loaded ({error}); unset the NUMBA_* variables, install it again, or switch the CPU's own "
             "functions off with QWEN_MLX_KERNELS=off."
         ) from error
-    return getattr(operations, name)
+    value = globals()[name] = getattr(operations, name)  # the next time Python finds it by itself
+    return value
