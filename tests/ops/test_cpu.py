@@ -285,7 +285,7 @@ def test_the_other_number_of_lanes_multiplies_alike(kind: str, monkeypatch: pyte
 
     @numba.njit
     def products(matrix, per_block, by_words, x, out):
-        order, totals = ordered(x, by_words)
+        order, totals = ordered(x, x[:0], 0.0, by_words)
         blocks = totals.size // per_block
         for row in range(out.size):
             sums = zeros()

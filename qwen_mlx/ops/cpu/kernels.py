@@ -90,16 +90,28 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., None]:
 
 
 @_serial
-def ordered(x: np.ndarray, by_words: bool) -> tuple[np.ndarray, np.ndarray]:
-    """x, and the sums of each 32 of its elements.
+def _norm_factor(x: np.ndarray, eps: float) -> np.float32:
+    """1 / rms(x)."""
+    squares = 0.0
+    for value in x:
+        squares += np.float64(value * value)
+    return _f32(1 / math.sqrt(squares / x.size + eps))
 
-    `by_words` x is 2^-24 times as large, and each 32 are four times 8: elements 0, 4, ..., then 1, 5, ... and so on.
+
+@_serial
+def ordered(x: np.ndarray, weight: np.ndarray, eps: float, by_words: bool) -> tuple[np.ndarray, np.ndarray]:
+    """norm(x), and the sums of each 32 of its elements. norm: RMSNorm, or nothing where the weight has 0 elements.
+
+    `by_words` it is 2^-24 times as large, and each 32 are four times 8: elements 0, 4, ..., then 1, 5, ... and so on.
     """
     order, totals = np.empty_like(x), np.empty(x.size // 32, np.float32)
+    factor = _norm_factor(x, eps)
     for g in range(totals.size):
         whole = 0.0
         for i in range(32):
             value = x[32 * g + i]
+            if weight.size > 0:
+                value = value * factor * weight[32 * g + i]
             whole += np.float64(value)
             if by_words:
                 order[32 * g + i % 4 * 8 + i // 4] = value * _f32(2.0**-24)
@@ -110,15 +122,27 @@ def ordered(x: np.ndarray, by_words: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 @_compiled
-def multiply_one(matrix: Any, groups_of_block: int, by_words: bool, x: np.ndarray, out: np.ndarray) -> None:
-    """out (rows,) = W x for W (rows, columns), which is read as it lies, x (columns,)."""
-    order, totals = ordered(x, by_words)
+def multiply_one(
+    matrix: Any,
+    groups_of_block: int,
+    by_words: bool,
+    x: np.ndarray,
+    weight: np.ndarray,
+    eps: float,
+    residual: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """out (rows,) = W norm(x) + residual for W (rows, columns), which is read as it lies, x (columns,).
+
+    norm: RMSNorm with a weight (columns,) and eps, or without one (0 elements) none; so with the residual (rows,).
+    """
+    order, totals = ordered(x, weight, eps, by_words)
     blocks = _uint(totals.size // groups_of_block)
     for row in prange(out.size):
         first, sums = _uint(row) * blocks, no_sums()
         for block in range(blocks):
             sums = add_products(matrix, first + block, block, order, totals, sums)
-        out[row] = total(sums)
+        out[row] = total(sums) + residual[row] if residual.size > 0 else total(sums)
 
 
 @_serial
@@ -249,19 +273,14 @@ def unpack(matrix: Any, blocks: int, rows: np.ndarray, out: np.ndarray) -> None:
 
 @_compiled
 def rms_norm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float, h: np.ndarray, y: np.ndarray) -> None:
-    """h = x + residual, y = h / rms(h) * weight, all (rows, D); without a residual (0 rows) h is not written."""
-    width, added = weight.size, residual.shape[0] > 0
+    """h = x + residual, y = h / rms(h) * weight, all (rows, D); without a residual (0 rows) h is x."""
     for r in prange(x.shape[0]):
-        squares = 0.0
-        for i in range(width):
-            value = x[r, i]
-            if added:
-                value += residual[r, i]
-                h[r, i] = value
-            squares += np.float64(value * value)
-        scale = _f32(1 / math.sqrt(squares / width + eps))
-        for i in range(width):
-            y[r, i] = (h[r, i] if added else x[r, i]) * scale * weight[i]
+        if residual.shape[0] > 0:
+            for i in range(weight.size):
+                h[r, i] = x[r, i] + residual[r, i]
+        factor = _norm_factor(h[r], eps)
+        for i in range(weight.size):
+            y[r, i] = h[r, i] * factor * weight[i]
 
 
 @_compiled

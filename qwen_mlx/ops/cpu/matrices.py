@@ -13,6 +13,7 @@ from .arrays import as_bytes, floats
 
 UNPACKED = 1 << 20  # weights that are unpacked at a time: 4 MiB stay in the processor's cache until they are multiplied
 
+_NOTHING = np.empty(0, np.float32)
 _BLOCKS: dict[str, Any] = {
     "q4_0": packings.Q40,
     "q4_1": packings.Q41,
@@ -48,8 +49,7 @@ def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
     """out (B, rows) = x W^T for x (B, columns)."""
     packed, columns = _compiled_form(matrix), matrix.columns
     if len(x) == 1:
-        row = np.ascontiguousarray(x[0])
-        kernels.multiply_one(packed, packings.groups_of(packed), packings.by_words(packed), row, out[0])
+        multiply_one(x[0], matrix, (_NOTHING, 0.0), _NOTHING, out[0])
     elif isinstance(packed, packings.Floats):
         kernels.multiply(packed.values, x.reshape(-1), columns, 0, out.reshape(-1), matrix.rows)
     else:
@@ -59,6 +59,15 @@ def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
             rows = np.arange(start, min(start + step, matrix.rows))
             kernels.unpack(packed, _blocks(packed, columns), rows, w)
             kernels.multiply(w[: rows.size * columns], x.reshape(-1), columns, start, out.reshape(-1), matrix.rows)
+
+
+def multiply_one(
+    x: np.ndarray, matrix: Matrix, norm: tuple[np.ndarray, float], residual: np.ndarray, out: np.ndarray
+) -> None:
+    """out (rows,) = W norm(x) + residual; x and the norm's weight (columns,), residual (rows,); empty ones are not."""
+    packed = _compiled_form(matrix)
+    form = packed, packings.groups_of(packed), packings.by_words(packed)
+    kernels.multiply_one(*form, x, *norm, residual, out)
 
 
 def unpack(matrix: Matrix, rows: np.ndarray, out: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from . import kernels, matrices
 from .arrays import Output, floats
 
 supports = matrices.supports
-_NOTHING = np.empty((0, 0), np.float32)
+_NOTHING, _NO_ELEMENTS = np.empty((0, 0), np.float32), np.empty(0, np.float32)
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -30,10 +30,9 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
 
 
 def _norm(x: np.ndarray, residual: np.ndarray, weight: mx.array, eps: float, h: np.ndarray, y: np.ndarray) -> None:
-    width = x.shape[-1]
-    rows = (array.reshape(-1, width) if array.size else _NOTHING for array in (x, residual, h, y))
-    x, residual, h, y = rows
-    kernels.rms_norm(x, residual, floats(weight), eps, h, y)
+    arrays = (array.reshape(-1, x.shape[-1]) if array.size else _NOTHING for array in (x, residual, h, y))
+    x, residual, h, y = arrays
+    kernels.rms_norm(x, residual, floats(weight), eps, h if residual.size else x, y)
 
 
 def qkv_rope(
@@ -127,18 +126,18 @@ def best_token(logits: mx.array) -> mx.array:
 
 def matvec(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None, residual: mx.array | None) -> mx.array:
     """ops.matvec."""
-    out = _product(_normed(x, norm), matrix)
-    if residual is not None:
-        out += floats(residual).reshape(1, -1)
-    return mx.array(out[None])
+    out = np.empty((1, 1, matrix.rows), np.float32)
+    added = _NO_ELEMENTS if residual is None else floats(residual).reshape(-1)
+    matrices.multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), added, out[0, 0])
+    return mx.array(out)
 
 
 def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> mx.array:
     """ops.matvec_swiglu."""
-    both = _product(_normed(x, norm), matrix).reshape(2, 1, -1)
-    out = np.empty((1, both.shape[2]), np.float32)
-    kernels.swiglu(both[0], both[1], out)
-    return mx.array(out[None])
+    both, out = np.empty((2, 1, matrix.rows // 2), np.float32), np.empty((1, 1, matrix.rows // 2), np.float32)
+    matrices.multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), _NO_ELEMENTS, both.reshape(-1))
+    kernels.swiglu(both[0], both[1], out[0])
+    return mx.array(out)
 
 
 def matvec_qkv(
@@ -152,8 +151,11 @@ def matvec_qkv(
     n_heads: int,
 ) -> tuple[mx.array, mx.array]:
     """ops.matvec_qkv."""
-    vector = _normed(x, norm)
-    qkv = np.concatenate([_product(vector, matrix) for matrix in pieces], axis=1)
+    vector, weight, start = floats(x).reshape(-1), _norm_of(norm), 0
+    qkv = np.empty((1, sum(matrix.rows for matrix in pieces)), np.float32)
+    for matrix in pieces:
+        matrices.multiply_one(vector, matrix, weight, _NO_ELEMENTS, qkv[0, start : start + matrix.rows])
+        start += matrix.rows
     recent = np.array(recent_kv)  # a copy: the caller may go back to the old one
     heads, head_dim = recent.shape[1], recent.shape[3]
     q, kv = np.empty((1, n_heads, 1, head_dim), np.float32), np.empty((heads, head_dim), np.float32)
@@ -191,17 +193,5 @@ def decode_attention(
     return mx.array((parts.sum(axis=1) / stats[:, :, 1].sum(axis=1, keepdims=True)).reshape(q.shape))
 
 
-def _normed(x: mx.array, norm: tuple[mx.array, float] | None) -> np.ndarray:
-    """x as one row, normalised where a norm is given."""
-    row = floats(x).reshape(1, -1)
-    if norm is None:
-        return row
-    out = np.empty_like(row)
-    _norm(row, _NOTHING, norm[0], norm[1], _NOTHING, out)
-    return out
-
-
-def _product(row: np.ndarray, matrix: Matrix) -> np.ndarray:
-    out = np.empty((1, matrix.rows), np.float32)
-    matrices.multiply(row, matrix, out)
-    return out
+def _norm_of(norm: tuple[mx.array, float] | None) -> tuple[np.ndarray, float]:
+    return (_NO_ELEMENTS, 0.0) if norm is None else (floats(norm[0]), norm[1])
