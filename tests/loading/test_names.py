@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qwen_mlx import GGUFError, QwenMLXError
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading.checkpoint import open_checkpoint
-from qwen_mlx.loading.hub.names import _gguf_models, hub_id
+from qwen_mlx.loading.hub.names import _choose, _gguf_models, hub_id
 from tests.helpers.gguf_bytes import build, field, tensor, text
 
 REPO = "Qwen/Qwen2.5-7B-Instruct-GGUF"
@@ -90,6 +90,19 @@ def test_files_beside_a_model_are_not_chosen():
         "Qwen2.5-7B-Instruct-mmproj-f16.gguf",
     ]
     assert list(_gguf_models(REPO, files)) == ["q4_k_m"]
+
+
+@given(
+    st.sets(st.sampled_from(["q4_k_m", "a-q4_k_m", "b-q4_k_m", "q4_k", "b.Q8_0", "im-q4_k", "Q8_0"]), min_size=1),
+    st.sampled_from(["q4_k_m", "Q4_K", "q8_0", "k_m", "a-q4_k_m"]),
+    st.booleans(),
+)
+def test_a_choice_is_a_name_or_the_end_of_one_name_alone(names: set[str], choice: str, loose: bool):
+    groups = {name: [f"{name}.gguf"] for name in sorted(names)}
+    exact = [name for name in names if name.lower() == choice.lower()]
+    ends = [name for name in names if name.lower().endswith(("-" + choice.lower(), "." + choice.lower()))]
+    expected = exact or (ends if loose and len(ends) == 1 else [])
+    assert _choose(groups, choice, loose=loose) == ([f"{expected[0]}.gguf"] if expected else None)
 
 
 def write(path: Path, fields: dict[str, str], tensors: dict[str, int] | None = None) -> Path:

@@ -301,6 +301,10 @@ def test_a_loosened_tolerance_is_seen():
     assert "multiples grew" in tolerances.loosened(old, new)[0]
     assert "multiples" in tolerances.inconsistent(new)[0]
     new = copy.deepcopy(old)
+    new["small"]["float32"]["gate"]["row"] *= 1.5
+    new["small"]["float32"]["measured"] = "elsewhere"
+    assert "gate.row grew" in tolerances.loosened(old, new)[0], "a new text beside the same floor is no measurement"
+    new = copy.deepcopy(old)
     del new["small"]["float32"]["gate"], new["real"]["bfloat16"]
     assert len(tolerances.loosened(old, new)) == 2
     assert tolerances.loosened(new, old) == []
