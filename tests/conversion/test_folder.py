@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -59,6 +60,26 @@ def test_the_old_model_is_replaced(tmp_path: Path, exchange: bool, monkeypatch: 
     replace(target)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "qwen2" in (target / "config.json").read_text()
+
+
+@pytest.mark.parametrize("which", ["old", "new"])
+def test_the_old_model_stays_where_a_folder_cannot_be_renamed(
+    tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
+):
+    """On file systems that cannot exchange two folders."""
+    target, rename = write(tmp_path / "out", config__json='{"model_type": "old"}'), Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if path == target if which == "old" else path.parent == tmp_path and to == target:
+            raise OSError(errno.EIO, "Input/output error", str(path), None, str(to))
+        return rename(path, to)
+
+    monkeypatch.setattr(module, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(QwenMLXError, match="cannot be"):
+        replace(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "old" in (target / "config.json").read_text()
 
 
 def test_the_name_is_never_without_a_model(tmp_path: Path):
