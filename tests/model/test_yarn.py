@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from qwen_mlx.backend import mx
 from qwen_mlx.cli.generate import main
 from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.gguf.reader import GGUFFile
+from qwen_mlx.model.config import RopeScaling
 from qwen_mlx.model.qwen2 import rotary_of
 from reference.lazy import modeling_qwen2, torch, transformers
 from reference.small_models import RandomModel, hf_model, save_folder, write_gguf
@@ -87,6 +90,49 @@ def test_config_json_gguf_and_argument_give_what_is_documented(tmp_path: Path):
     assert {config.context_length for config in configs} == {131072}
     assert configs[0].rope_scaling.original_max_position_embeddings == 32768
     assert rotary_of(configs[0]) != rotary_of(replace(configs[0], rope_scaling=None))
+
+
+def test_each_field_of_rope_scaling_is_read_alone(tmp_path: Path):
+    """What is left out is transformers' default; ggml's attn_factor is a factor on YaRN's own."""
+    model, own = RandomModel(max_position_embeddings=4096), 0.1 * math.log(4) + 1
+    raw = json.loads((save_folder(tmp_path / "m", model) / "config.json").read_text())
+    for name, key, value, expected in (
+        ("attention_factor", "attn_factor", 0.75, 0.75 * own),
+        ("attention_factor", "attn_factor", 1.0, own),
+        ("beta_fast", "yarn_beta_fast", 16.0, 16.0),
+        ("beta_slow", "yarn_beta_slow", 2.0, 2.0),
+        ("original_max_position_embeddings", "original_context_length", 64, 64),
+        ("type", "type", "yarn", "yarn"),
+    ):
+
+        def with_scaling(writer, tensors, key=key, value=value) -> None:
+            for field, content in {"type": "yarn", "factor": 4.0, key: value}.items():
+                kind = {str: "string", float: "float32", int: "uint32"}[type(content)]
+                getattr(writer, f"add_{kind}")(f"qwen2.rope.scaling.{field}", content)
+
+        rope = raw["rope_parameters"] | {"rope_type": "yarn", "factor": 4.0}
+        rope |= {} if name == "type" else {name: value}
+        (tmp_path / "m" / "config.json").write_text(json.dumps(raw | {"rope_parameters": rope}))
+        plain = RopeScaling("yarn", 4.0, 4096)
+        folder = ModelConfig.from_folder(tmp_path / "m")
+        file = ModelConfig.from_gguf(GGUFFile(write_gguf(tmp_path / "m.gguf", model, edit=with_scaling)))
+        assert folder.rope_scaling == replace(plain, **{name: value})
+        assert file.rope_scaling == replace(plain, **{name: expected})
+
+
+def test_rope_factors_of_a_gguf_divide_its_frequencies(tmp_path: Path):
+    """As ggml_rope_ext does with freq_factors, and for angles that make a difference to the logits."""
+    plain, ids = RandomModel(), mx.array([[5, 17, 200, 3, 9, 40]])
+    before, _ = load(write_gguf(tmp_path / "m.gguf", plain))
+    factors = np.linspace(0.5, 4, before.config.head_dim // 2).astype(np.float32)
+
+    def with_factors(writer, tensors) -> None:
+        tensors["rope_freqs.weight"] = (factors, gguf.GGMLQuantizationType.F32)
+
+    model, _ = load(write_gguf(tmp_path / "m.gguf", plain, edit=with_factors))
+    expected = np.array(before.model.rotary.inv_freq) / factors
+    np.testing.assert_allclose(model.model.rotary.inv_freq, expected, rtol=1e-7)
+    assert not np.allclose(np.array(model(ids)), np.array(before(ids)), rtol=1e-3)
 
 
 def test_logits_past_the_trained_context_equal_transformers(tmp_path: Path):
