@@ -31,6 +31,7 @@ def exact(q: np.ndarray, kv: np.ndarray, offset: int, scale: float, window: int 
         (2, 1, 64, 256, 20, 30, 50),
         (2, 1, 64, 2304, 40, 41, None),  # most splits have no keys
         (6, 2, 64, 2304, 1999, 2010, None),
+        (129, 129, 16, 2304, 17, 18, None),  # more heads than splits
     ],
 )
 def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, filled, position, window):
