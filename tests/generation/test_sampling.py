@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from qwen_mlx import QwenMLXError, SamplingSettings
 from qwen_mlx.backend import mx
@@ -44,6 +46,42 @@ def test_top_p(p: float):
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.3, 0.99])
 def test_min_p(p: float):
     same(min_p(mx.array(LOGITS), p), transformers.MinPLogitsWarper(p)(None, torch.from_numpy(LOGITS)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 6), st.integers(1, 64), st.integers(0, 20))
+def test_top_p_of_equal_tokens_keeps_the_fewest_that_reach_p(log2: int, kept: int, others: int):
+    """Probabilities of 2^-n, whose sums are exact, so that p is reached and not passed; `others` are ruled out."""
+    n = 2**log2
+    kept = min(kept, n)
+    logits = mx.array([[1.5] * n + [-math.inf] * others])
+    assert int((top_p(logits, kept / n) == 1.5).sum()) == kept
+    if kept < n:
+        assert int((top_p(logits, (kept + 0.5) / n) == 1.5).sum()) == kept + 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(-8, 8), min_size=1, max_size=40), st.floats(0.01, 1))
+def test_top_p_and_min_p_are_their_definitions(values: list[int], p: float):
+    """Logits of which many are equal: of tokens alike only their number is defined."""
+    logits = mx.array([values], mx.float32) / 2
+    exact = np.exp(np.array(values) / 2)
+    falling = np.sort(exact / exact.sum())[::-1]
+    before = np.cumsum(falling) - falling
+    assume(np.abs(before - p).min() > 1e-5)
+    left = np.array(top_p(logits, p))[0]
+    assert (
+        sorted(left[left > -math.inf], reverse=True) == sorted(np.array(values) / 2, reverse=True)[: (before < p).sum()]
+    )
+    assume(np.abs(exact - p * exact.max()).min() > 1e-5 * exact.max())
+    np.testing.assert_array_equal(np.array(min_p(logits, p))[0] > -math.inf, exact > p * exact.max())
+
+
+@pytest.mark.parametrize("p", [1e-3, 0.05, 0.3, 1.0])
+def test_min_p_keeps_a_token_exactly_at_the_limit(p: float):
+    limit = np.float32(math.log(p))
+    logits = np.array([[0, limit, np.nextafter(limit, np.float32(-9)), 0]], np.float32)
+    assert (np.array(min_p(mx.array(logits), p))[0] > -math.inf).tolist() == [True, True, False, True]
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.05, 1.3])
