@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from qwen_mlx import QwenMLXError, SamplingSettings, generate, load, stream_generate
 from qwen_mlx.backend import mx
 from qwen_mlx.generation.engine import default_prefill_step_size, generate_tokens
 from qwen_mlx.generation.settings import GenerationSettings
-from qwen_mlx.generation.text import encode_prompt
+from qwen_mlx.generation.text import TextStream, encode_prompt
 from reference.lazy import torch
 from reference.small_models import IM_END, IM_START, RandomModel, to_hf, write_gguf
 
@@ -158,6 +161,48 @@ def test_stop_string_ends_the_text_before_it_wherever_tokens_break(small):
         assert chunks[-1].finish_reason == "stop"
 
 
+class Pieces:
+    """A tokenizer whose token i is the i-th of some pieces of text."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self._pieces = pieces
+
+    def detokenizer(self, skip_special_tokens: bool) -> Pieces:
+        return self
+
+    def add(self, token: int) -> str:
+        return self._pieces[token]
+
+    def finish(self) -> str:
+        return ""
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text("abc", max_size=4), min_size=1, max_size=8),
+    st.lists(st.text("abc", min_size=1, max_size=3), max_size=3),
+    st.booleans(),
+)
+def test_the_first_stop_string_of_all_ends_the_text(pieces: list[str], stop: list[str], ended: bool):
+    """A text is cut where the earliest of them begins, once one is complete; nothing else of it is lost, and what may
+    begin one is not given out before."""
+    end = len(pieces)
+    settings = GenerationSettings(stop=tuple(stop), max_tokens=end + ended, eos_token_ids=(end,))
+    stream, text, given_out, why = TextStream(Pieces(pieces), settings), "", "", None
+    for token in range(end + ended):
+        text += pieces[token] if token < end else ""
+        starts = [text.find(s) for s in stop if s in text]
+        last = token == end - 1 + ended
+        new, why = stream.add(token)
+        given_out += new
+        if starts:
+            assert (given_out, why) == (text[: min(starts)], "stop")
+            return
+        assert why == (("stop" if ended else "length") if last else None)
+        begun = [n for n in range(1, len(text) + 1) if any(s.startswith(text[-n:]) for s in stop)]
+        assert given_out == (text if last else text[: len(text) - max(begun, default=0)])
+
+
 def test_one_stop_string_and_numpy_s_numbers_are_taken(small):
     model, tokenizer = small
     text = generate(model, tokenizer, PROMPT, max_tokens=40, temperature=0)
@@ -209,6 +254,18 @@ def test_context_ends_the_text(small):
     chunks = list(stream_generate(model, tokenizer, ids, max_tokens=100, min_tokens=50, temperature=0))
     assert len(chunks) == 6
     assert chunks[-1].finish_reason == "length"
+
+
+def test_tokens_of_a_cache_take_room_in_the_context_too(small):
+    model, tokenizer = small
+    cache, ids = model.make_cache(), [7] * 5
+    mx.eval(model(mx.array([[5] * 251]), cache))
+    with pytest.raises(QwenMLXError, match="prompt has 256 tokens and the model's context 256"):
+        stream_generate(model, tokenizer, ids, cache=cache)
+    for layer in cache:
+        layer.trim(3)
+    chunks = list(stream_generate(model, tokenizer, ids, max_tokens=9, temperature=0, cache=cache))
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, "length"]
 
 
 def test_cache_is_continued(small):
