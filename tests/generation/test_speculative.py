@@ -358,6 +358,56 @@ def test_a_slow_draft_is_switched_off_and_the_text_is_the_same(small):
     assert stats.drafted_tokens <= 3 * 9
 
 
+class Scripted:
+    """A draft that proposes the text to come, with a wrong token wherever its index is a multiple of 7."""
+
+    num_draft_tokens = 5
+
+    def __init__(self, clock: Clock, cost: float, text: list[int], wrong: int):
+        self.clock, self.cost = clock, cost
+        self.text = [wrong if i % 7 == 0 else token for i, token in enumerate(text)]
+
+    def propose(self, ids, count, sampling, key):
+        self.clock.now += self.cost
+        return Proposal(self.text[len(ids) : len(ids) + count])
+
+
+@pytest.mark.parametrize(
+    ("cost", "counts"), [(0, (2, 6, 13, 14)), (100, (30, 44, 60))], ids=["in rounds", "around a pause"]
+)
+def test_an_end_token_is_ruled_out_for_min_tokens_and_no_longer(small, cost: float, counts: tuple[int, ...]):
+    """Within a round of a draft, while drafting pauses and after it: an end token that is always the likeliest comes as
+    soon as min_tokens allows it."""
+    model, tokenizer = small
+    prompt = encode_prompt(tokenizer, PROMPT)
+    sampling = SamplingSettings(logit_bias={END_OF_TEXT: 1000.0})
+    settings = GenerationSettings(sampling, min_tokens=counts[-1], eos_token_ids=(END_OF_TEXT,))
+    never = take(counts[-1], model, prompt, settings)
+    assert END_OF_TEXT not in never
+    paused = set()
+    for least in counts:
+        clock, stats = Clock(), GenerationStats()
+        draft = Scripted(clock, cost, [*prompt, *never[:least], *[END_OF_TEXT] * 9], never[0])
+        drafted = replace(settings, min_tokens=least, draft_model=draft)
+        assert take(least + 3, model, prompt, drafted, stats, clock) == [*never[:least], *[END_OF_TEXT] * 3]
+        paused.add(stats.paused_tokens)
+    assert paused == {0} if not cost else len(paused) > 1
+
+
+def test_a_cache_holds_what_was_yielded_wherever_a_consumer_stops(small):
+    model, tokenizer = small
+    prompt = encode_prompt(tokenizer, PROMPT)
+    expected = take(9, model, prompt, GenerationSettings())
+    for stop in (1, 2, 3, 5, 8):
+        cache = model.make_cache()
+        settings = GenerationSettings(draft_model=Scripted(Clock(), 0, [*prompt, *expected], expected[0]))
+        tokens = tokens_of(model, prompt, settings, cache=cache)
+        assert [next(tokens).id for _ in range(stop)] == expected[:stop]
+        tokens.close()
+        assert {layer.offset for layer in cache} == {len(prompt) + stop - 1}
+        assert take(9 - stop, model, [expected[stop - 1]], GenerationSettings(), cache=cache) == expected[stop:]
+
+
 def test_nothing_is_proposed_beyond_the_last_token(small, drafts):
     model, tokenizer = small
     for most in (1, 2, 3, 7):
