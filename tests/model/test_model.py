@@ -97,17 +97,20 @@ def test_hf_parameters_are_those_of_transformers_by_value(tmp_path: Path):
         assert np.array_equal(np.array(mine[name]), value.numpy()), name
 
 
-def test_mlp_biases_are_used_when_the_file_has_them(tmp_path: Path):
-    theirs = hf_model()
+@pytest.mark.parametrize("kind", [T.F32, T.Q4_K, T.Q8_0], ids=lambda kind: kind.name)
+def test_mlp_biases_are_used_when_the_file_has_them(kind: T, tmp_path: Path):
+    sizes, arguments = {"hidden_size": 256, "intermediate_size": 512}, {"dtype": "float32", "quantized": kind != T.F32}
+    theirs = hf_model(**sizes)
     torch.manual_seed(5)
     for layer in theirs.model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
             old = getattr(layer.mlp, name)
             new = torch.nn.Linear(old.in_features, old.out_features, bias=True)
             new.weight = old.weight
+            torch.nn.init.normal_(new.bias, std=30)  # random blocks have large products
             setattr(layer.mlp, name, new)
-    without, _ = load(write_gguf(tmp_path / "without.gguf", hf_model()), dtype="float32")
-    model, _ = load(write_gguf(tmp_path / "with.gguf", theirs), dtype="float32")
+    without, _ = load(write_gguf(tmp_path / "without.gguf", hf_model(**sizes), kind), **arguments)
+    model, _ = load(write_gguf(tmp_path / "with.gguf", theirs, kind), **arguments)
     assert distance(model(mx.array(IDS)), torch_logits(theirs)) < tolerance(theirs)
     assert distance(without(mx.array(IDS)), torch_logits(theirs)) > 10 * tolerance(theirs)
     assert not any("mlp" in name and "bias" in name for name, _ in tree_flatten(without.parameters()))
