@@ -61,15 +61,18 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
             yield f"unpack {form}", lambda: [ops.unpack(m, dtype)]
             yield f"unpack_rows {form}", lambda: [ops.unpack(m, dtype, ids)]
 
-    def long_rows(form: str, columns: int) -> tuple[str, Call]:
+    def long_rows(form: str, columns: int, normed: bool = False) -> tuple[str, Call]:
         m, wide = matrix(form, 33, columns, dtype), random(1, 1, columns)
-        return f"matvec {form}, rows of {columns}", lambda: [ops.matvec(wide, m)]
+        wide_norm = (random(columns), EPS) if normed else None
+        return f"matvec {form}{', norm' * normed}, rows of {columns}", lambda: [ops.matvec(wide, m, wide_norm)]
 
     for form in FORMATS:
         yield from products(form)
     for form in ("affine4", "affine4/64", "affine4/128", "q4_k", "q6_k"):
         yield long_rows(form, 4864)
     yield long_rows("affine4/64", 448)  # an odd number of groups, and a stage that ends early
+    for form in ("dense", "q4_k"):  # the longest that a kernel norms: the 72B model's in 16 bits
+        yield long_rows(form, 16384 // dtype.size, normed=True)
     few, many, w = random(2, 1, hidden), random(33, 1, hidden), matrix("dense", rows, hidden, dtype).arrays[0]
     if dtype != mx.float32:  # which is MLX's own product, in TF32 on NVIDIA
         yield "matmul, 2 rows", lambda: [ops.matmul(few, w)]

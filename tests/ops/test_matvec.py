@@ -59,8 +59,26 @@ def test_matvec(executor: str, form: str, dtype: mx.Dtype, rows: int):
 @pytest.mark.parametrize("dtype", ULP, ids=str)
 @pytest.mark.parametrize("form", FORMATS)
 def test_norm_before_and_residual_after(executor: str, form: str, dtype: mx.Dtype):
-    matrix, values = matrix_of(form, 40, 512, dtype)
-    x, weight, residual = vector(512, dtype), vector(512, dtype, 2).reshape(-1), vector(40, dtype, 3)
+    is_normed_product(form, dtype, 512)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "columns"),
+    [
+        ("dense", mx.bfloat16, 8192),
+        ("affine4", mx.float16, 5120),
+        ("q6_k", mx.float32, 2048),
+    ],
+    ids=str,
+)
+def test_norm_of_rows_that_a_threadgroup_loads_in_several_goes(executor: str, form: str, dtype, columns: int):
+    is_normed_product(form, dtype, columns)
+
+
+def is_normed_product(form: str, dtype: mx.Dtype, columns: int) -> None:
+    """Asserts that matvec norms its vector and adds its residual as the separate operations do."""
+    matrix, values = matrix_of(form, 40, columns, dtype)
+    x, weight, residual = vector(columns, dtype), vector(columns, dtype, 2).reshape(-1), vector(40, dtype, 3)
     with ops.no_grad():
         y = ops.matvec(x, matrix, (weight, 1e-6), residual)
     normed = ops.rms_norm(x, weight, 1e-6)
