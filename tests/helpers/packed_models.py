@@ -16,7 +16,8 @@ from .packed import raw_blocks
 
 
 def model_of(packing: str, tied: bool, **changes: object) -> Qwen2:
-    """A small random model in one packing; "mixed": v, up and the embedding in Q6_K, the rest in Q4_K."""
+    """A small random model in one packing; "mixed": v, up and the embedding in Q6_K, the rest in Q4_K; "three": k in
+    MLX's packing besides."""
     fields = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     fields |= {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 300, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     fields |= {"max_position_embeddings": 512, "tie_word_embeddings": tied}
@@ -29,9 +30,11 @@ def model_of(packing: str, tied: bool, **changes: object) -> Qwen2:
     model.load_weights([(name, array + ("norm" in name)) for name, array in weights])
     for name, module in model.named_modules():
         if packing != "dense" and hasattr(module, "weight") and module.weight.ndim == 2:
-            finer = name.endswith(("v_proj", "up_proj", "embed_tokens"))
-            kind = {"mixed": "q6_k" if finer else "q4_k"}.get(packing, packing)
             *path, last = name.split(".")
+            kind = packing
+            if packing in ("mixed", "three"):
+                finer = last in ("v_proj", "up_proj", "embed_tokens")
+                kind = "affine" if packing == "three" and last == "k_proj" else "q6_k" if finer else "q4_k"
             parent = model
             for step in path:
                 parent = parent[int(step)] if step.isdigit() else getattr(parent, step)

@@ -95,6 +95,23 @@ def test_each_layer_has_its_own_window_in_a_step():
         same(fused(model, [[11]], stepped), expected)
 
 
+@pytest.mark.parametrize(
+    ("packing", "hidden_size", "forms"), [("dense", 2048, 1), ("mixed", 3584, 2), ("three", 2048, 3)]
+)
+def test_rows_wider_than_a_threadgroup_loads_at_a_time(packing: str, hidden_size: int, forms: int):
+    """Of the sizes of the 7B model and larger, with q, k and v in one, two and three matrices."""
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 256, "num_key_value_heads": 1}
+    model = model_of(packing, False, **sizes, sliding_window=3, max_window_layers=1)
+    assert len(join_rows([getattr(model.model.layers[0].self_attn, f"{name}_proj") for name in "qkv"])) == forms
+    plain, stepped, prompt = model.make_cache(), model.make_cache(), mx.array([[5, 17, 200, 3, 7, 8]])
+    mx.eval(model(prompt, plain), model(prompt, stepped))
+    expected = [model(mx.array([[token]]), plain) for token in (9, 250)]
+    with emulate(checked=False):
+        assert FusedModel.of(model).supports_step(mx.array([[9]]), stepped)
+        for token, logits in zip((9, 250), expected):
+            same(fused(model, [[token]], stepped), logits)
+
+
 def test_calls_that_are_no_step():
     model = model_of("dense", True)
     form, one, two = FusedModel.of(model), mx.array([[1]]), mx.array([[1, 2]])
@@ -113,8 +130,9 @@ def test_calls_that_are_no_step():
         assert not form.supports_step(one, cache), "plain MLX has no step"
 
 
-def test_mlp_biases_are_in_every_token():
-    model = model_of("dense", True, mlp_bias=True)
+@pytest.mark.parametrize("which", ["mlp_bias", "o_proj_bias"])
+def test_biases_are_in_every_token(which: str):
+    model = model_of("dense", True, **{which: True})
     plain, stepped = model.make_cache(), model.make_cache()
     model(mx.array([[1, 2]]), plain), model(mx.array([[1, 2]]), stepped)
     expected = model(mx.array([[3]]), plain)
