@@ -239,4 +239,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that pytest ends too
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
