@@ -2,8 +2,7 @@
 
 What MLX can express exactly stays packed; the rest is made dense, or quantized on request, and the error of every
 tensor is measured and written. The folder loads in qwen_mlx, in mlx-lm and in transformers' tokenizers.
-The source is memory-mapped: if another program shortens it meanwhile, the system ends the process (a bus error), and
-the next conversion removes what that left behind.
+A source that another program writes to meanwhile is refused.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from ..errors import GGUFError, QwenMLXError
 from ..gguf.blocks import threads
 from ..gguf.names import ROPE_FACTORS
 from ..gguf.packing import DENSE
+from ..gguf.stored import StoredFile
 from ..loading import hub
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.hub.client import say
@@ -69,7 +69,7 @@ def convert(
     path = hub.resolve(source)
     target = target_folder(output, path, force)
     checkpoint = _open(path)
-    if any(target in file.resolve().parents for file in checkpoint.files):  # a part of a split file may be a link
+    if any(target in file.path.resolve().parents for file in checkpoint.files):  # a part of a split file may be a link
         raise QwenMLXError(f"{target}: holds a part of the model to convert; give another folder for the output.")
     for note in checkpoint.notes:
         say(note)
@@ -91,6 +91,8 @@ def convert(
         _write_metadata(folder, checkpoint, forms, options)
         _write_json(folder / "conversion.json", [dataclasses.asdict(row) | {"exact": row.exact} for row in report])
         (folder / "README.md").write_text(_model_card(path, digests(), options, report), encoding="utf-8")
+        for file in checkpoint.files:
+            file.check_unchanged()
     return report
 
 
@@ -141,23 +143,25 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except QwenMLXError as error:
         kind = QwenMLXError if path.is_dir() else GGUFError
-        raise kind(f"{path}: {error}") from None
+        message = str(error)
+        raise kind(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
 @contextlib.contextmanager
-def _digests(files: list[Path]) -> Iterator[Callable[[], dict[str, str]]]:
+def _digests(files: list[StoredFile]) -> Iterator[Callable[[], dict[str, str]]]:
     """Computes the files' SHA-256 meanwhile; the function waits for them. Leaving early stops the work."""
     stop = threading.Event()
 
-    def digest(path: Path) -> str:
+    def digest(file: StoredFile) -> str:
         sha = hashlib.sha256()
-        with open(path, "rb") as file:
-            while not stop.is_set() and (piece := file.read(1 << 20)):
-                sha.update(piece)
+        for start in range(0, file.size, 1 << 20):
+            if stop.is_set():
+                break
+            sha.update(file.read(start, min(1 << 20, file.size - start)).data)
         return sha.hexdigest()
 
     with ThreadPoolExecutor(1) as pool:
-        futures = {file.name: pool.submit(digest, file) for file in files}
+        futures = {file.path.name: pool.submit(digest, file) for file in files}
         try:
             yield lambda: {name: future.result() for name, future in futures.items()}
         finally:

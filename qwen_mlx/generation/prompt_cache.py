@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from safetensors import SafetensorError, safe_open
-
 from ..backend import mx, named_arrays
 from ..errors import QwenMLXError
+from ..gguf import safetensors_header
+from ..gguf.stored import StoredFile
 from ..model.cache import KVCache
 from ..model.config import ModelConfig
 from ..model.qwen2 import Qwen2
@@ -177,14 +177,13 @@ def _opened(where: Path) -> BinaryIO:
 def _header(where: Path, opened: BinaryIO) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
     """read_header of a file that is open."""
     try:
-        with safe_open(f"/dev/fd/{opened.fileno()}", framework="np") as file:  # the same file, whatever its name is now
-            metadata: dict[str, str] = file.metadata() or {}
-            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            tensors = {name: (view.get_dtype(), view.get_shape()) for name, view in views.items()}
-    except (OSError, SafetensorError) as error:
+        header, _ = safetensors_header.read_header(StoredFile(where, os.dup(opened.fileno())))
+    except (OSError, safetensors_header.SafetensorError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
         raise QwenMLXError(f"{where}: damaged or not a prompt cache ({_short(error)}); delete the file.") from None
+    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     if metadata.get("format") != FORMAT:
         raise QwenMLXError(f"{where}: not a prompt cache of qwen_mlx; give a file that --prompt-cache wrote.")
     if metadata.get("version") != VERSION:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .unpack import FORMATS, mxfp4_codes, pack
 CHUNK_WEIGHTS = 1 << 20  # weights a thread works on at once: with fewer, threads wait for each other between calls
 LARGEST_HALF = 65504.0
 MAX_THREADS = 8  # memory bandwidth is spent by then
+_worker = threading.local()  # has `is_one` in the threads of _pool
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _gguf_py(kind: BlockType, blocks: np.ndarray, values: np.ndarray) -> None:
 def in_chunks(work: Callable[[slice], None], n_blocks: int, block_size: int) -> None:
     """Calls work(slice of blocks) for all blocks, chunk by chunk; on several threads if there are several chunks.
 
-    `work` itself must not call this: the threads would wait for one another.
+    A call within `work` goes through its chunks in the same thread.
     """
     step = max(1, CHUNK_WEIGHTS // block_size)
     starts = iter(range(0, n_blocks, step))  # shared: the thread that is free takes the next chunk
@@ -282,7 +284,7 @@ def in_chunks(work: Callable[[slice], None], n_blocks: int, block_size: int) -> 
                 work(slice(start, start + step))
 
     workers = min(threads(), -(-n_blocks // step))
-    if workers < 2:
+    if workers < 2 or hasattr(_worker, "is_one"):  # the pool's threads would wait for one another
         run()
         return
     for future in [_pool().submit(run) for _ in range(workers)]:
@@ -297,4 +299,4 @@ def threads() -> int:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads(), "dequantize")
+    return ThreadPoolExecutor(threads(), "dequantize", setattr, (_worker, "is_one", True))

@@ -1,8 +1,9 @@
 """Reads a GGUF container (versions 2 and 3, little-endian): typed metadata and views of the tensor bytes.
 
-The file is memory-mapped read-only and never copied. Every count, length and offset is checked against the bytes that
-remain before anything is allocated, so a hostile header costs no more than its own size. Tensor dimensions are listed
-innermost first in the file and reversed here; the bytes are already row-major (out, in) and are not moved.
+The file is never mapped: a tensor's bytes are read when they are asked for. Every count, length and offset is checked
+against the bytes that remain before anything is allocated, so a hostile header costs no more than its own size. Tensor
+dimensions are listed innermost first in the file and reversed here; the bytes are already row-major (out, in) and are
+not moved.
 Source: the GGUF specification in ggml's docs/gguf.md.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 import os
 import re
 import struct
@@ -24,11 +24,13 @@ import numpy as np
 
 from ..errors import GGUFError
 from .blocks import BLOCK_TYPES, REMOVED_TYPES, BlockType
+from .stored import ALL, StoredFile, StoredRows
 
 MAX_DIMS = 4
 MAX_ARRAY_DEPTH = 4
 MAX_ARRAY_LENGTH = 1 << 24  # a hundred times the vocabulary: more is not a model
 MAX_ITEMS = 1 << 22  # of all arrays of a part: seven times what the largest vocabulary needs
+FIRST_READ = 1 << 20  # bytes; then as many again
 MAX_HEADER = 1 << 27  # bytes before the directory of tensors; a vocabulary of 150,000 tokens needs 6 MB
 MAX_ENTRIES = 1 << 16  # metadata fields; tensors
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -59,8 +61,7 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self.paths: list[Path] = []
-        self._maps: list[mmap.mmap] = []
+        self.parts: list[StoredFile] = []
         self._tensors: dict[str, TensorInfo] = {}
         first = self._open(self.path)
         self.version: int = first.version
@@ -70,37 +71,35 @@ class GGUFFile:
             self._open_other_parts(count)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(self._tensors)
 
-    def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes: a read-only uint8 view (rows, bytes of a row) of the file."""
+    def stored(self, name: str) -> StoredRows:
+        """Where the tensor's bytes are: uint8 (rows, bytes of a row)."""
         info = self.tensors[name]
         rows = math.prod(info.shape[:-1])
-        view = np.frombuffer(self._maps[info.part], np.uint8, info.nbytes, info.offset)
-        return view.reshape(rows, info.nbytes // rows)
+        return StoredRows(self.parts[info.part], info.offset, np.dtype(np.uint8), rows, info.nbytes // rows, ALL)
 
-    def release(self, name: str) -> None:
-        """Gives the tensor's pages back to the system, so that they do not count as this process's memory."""
-        info = self.tensors[name]
-        release_pages(self._maps[info.part], info.offset, info.nbytes)
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor's bytes, read now: uint8 (rows, bytes of a row), read-only as the file."""
+        raw = self.stored(name).read()
+        raw.flags.writeable = False
+        return raw
 
     @property
     def size(self) -> int:
         """Bytes of all parts together."""
-        return sum(len(part) for part in self._maps)
+        return sum(part.size for part in self.parts)
 
     def _open(self, path: Path) -> _Header:
         if path.exists() and not path.is_file():
             raise GGUFError(f"{path}: cannot be read: it is not a file.")
         try:
-            with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    raise GGUFError(f"{path}: the file is empty; download it again.")
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            file = StoredFile.open(path, GGUFError)
         except OSError as error:
             raise GGUFError(f"{path}: cannot be read ({error.strerror or error}).") from None
-        header = _Header(path, data)
-        part = len(self._maps)
-        self.paths.append(path)
-        self._maps.append(data)
+        if file.size == 0:
+            raise GGUFError(f"{path}: the file is empty; download it again.")
+        header = _Header(file)
+        part = len(self.parts)
+        self.parts.append(file)
         for info in header.tensors(part):
             if info.name in self._tensors:
                 raise GGUFError(f"{path}: tensor {info.name!r} appears twice; the file is damaged, download it again.")
@@ -132,20 +131,15 @@ class GGUFFile:
             )
 
 
-def release_pages(mapping: mmap.mmap, offset: int, nbytes: int) -> None:
-    """Gives the pages of a part of a mapped file back to the system, which reads them again if they are asked for."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
-
-
 class _Header:
-    """Parses one part's header. `position` is the read position in bytes."""
+    """Parses one part's header. `position` is the read position in bytes; `data` holds the file's beginning so far."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.size, self.position = path, data, len(data), 4
+    def __init__(self, file: StoredFile):
+        self.file, self.path, self.size, self.position = file, file.path, file.size, 4
+        self.data = bytearray()
         self._items = 0  # of all arrays so far
-        magic = data[:4]
+        self._read_until(min(4, self.size))
+        magic, path = bytes(self.data[:4]), self.path
         if magic != b"GGUF":
             hint = "; for safetensors give their folder" if path.suffix == ".safetensors" else ""
             raise GGUFError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF'){hint}.")
@@ -222,10 +216,18 @@ class _Header:
                 f"{self.path}: {field} needs {length} bytes at {self.position}, but the file ends at {self.size}: "
                 "it is truncated or damaged, download it again."
             )
-        if self.position + length > MAX_HEADER:
-            raise GGUFError(f"{self.path}: its header has more than {MAX_HEADER >> 20} MB; the file is damaged.")
         self.position += length
-        return self.data[self.position - length : self.position]
+        self._read_until(self.position)
+        return bytes(self.data[self.position - length : self.position])
+
+    def _read_until(self, end: int) -> int:
+        """Reads on until `end`, which is within the file, and some more; returns the number of bytes that are there."""
+        if end > MAX_HEADER:
+            raise GGUFError(f"{self.path}: its header has more than {MAX_HEADER >> 20} MB; the file is damaged.")
+        if end > len(self.data):
+            wanted = min(self.size, max(end, 2 * len(self.data), FIRST_READ))
+            self.data += self.file.read(len(self.data), wanted - len(self.data)).data
+        return len(self.data)
 
     def _scalar(self, code: str, field: str) -> Any:
         return struct.unpack("<" + code, self._take(struct.calcsize("<" + code), field))[0]
@@ -279,19 +281,19 @@ class _Header:
 
     def _strings(self, count: int, field: str) -> list[str]:
         """The vocabulary has 300,000 strings: this loop is why a file opens in a third of a second."""
-        data, position, size = self.data, self.position, self.size
+        data, position, size, there = self.data, self.position, self.size, len(self.data)
         unpack: Callable[[Any, int], tuple[int]] = struct.Struct("<Q").unpack_from
         strings = []
         try:
             for _ in range(count):
+                if position + 8 > there:
+                    there = self._read_until(min(position + 8, size))
                 (length,) = unpack(data, position)
                 position += 8 + length
-                if position > size:
-                    raise struct.error
-                if position > MAX_HEADER:
-                    raise GGUFError(
-                        f"{self.path}: its header has more than {MAX_HEADER >> 20} MB; the file is damaged."
-                    )
+                if position > there:
+                    if position > size:
+                        raise struct.error
+                    there = self._read_until(position)
                 strings.append(data[position - length : position].decode())
         except struct.error:
             raise GGUFError(

@@ -1,12 +1,11 @@
 """A checkpoint: a GGUF file or a folder of safetensors, as parameters under Hugging Face's names.
 
 load() and convert() read models through it. Opening checks everything but the tensors' bytes, which stay in the files'
-memory maps until they are asked for. Nothing here needs MLX.
+files until they are asked for. Nothing here needs MLX.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ..generation.sampling import SamplingSettings
 from ..gguf import blocks
 from ..gguf.names import ROPE_FACTORS, to_gguf, to_hf
 from ..gguf.reader import GGUFFile, TensorInfo
+from ..gguf.stored import StoredFile
 from ..model.config import ModelConfig
 from ..parallel.shards import ALL, Cut
 from ..text.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from . import variants
 from .folder import folder_contents
 from .not_models import refuse_gguf, refuse_path
 from .parameters import BlockParameter, Parameter
-from .safetensors_files import read_tensors, safetensors_files
+from .safetensors_files import open_files, read_tensors, safetensors_files
 from .sampling_defaults import folder_defaults, gguf_defaults
 
 # A folder's tokenizer is copied as it is: what is not rewritten cannot change.
@@ -44,7 +44,7 @@ class Checkpoint:
     parameters: dict[str, Parameter]
     tokenizer: Tokenizer
     defaults: SamplingSettings
-    files: list[Path]
+    files: list[StoredFile]
     tokenizer_files: list[Path]
     rope_factors: np.ndarray | None = None
     notes: tuple[str, ...] = ()
@@ -111,14 +111,14 @@ def _open_gguf(path: Path) -> Checkpoint:
             parameters[name] = variants.part_of_fused(whole, name, fused[2])
         else:
             parameters[name] = variants.zeros(name, shape)
-    return Checkpoint(path, config, parameters, tokenizer, defaults, file.paths, [], factors, notes)
+    return Checkpoint(path, config, parameters, tokenizer, defaults, file.parts, [], factors, notes)
 
 
 def _gguf_parameter(file: GGUFFile, name: str, info: TensorInfo) -> BlockParameter:
     packings = info.type.packings if len(info.shape) == 2 else ()
-    release, stored = functools.partial(file.release, info.name), (file.raw(info.name),)
+    stored = (file.stored(info.name),)
     layout = (info.shape[-1], info.type.block_size, ALL)
-    return BlockParameter(name, info.name, info.shape, info.type.name, packings, release, stored, *layout, info.type)
+    return BlockParameter(name, info.name, info.shape, info.type.name, packings, stored, *layout, info.type)
 
 
 def _gguf_tensors(file: GGUFFile, config: ModelConfig) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
@@ -177,7 +177,7 @@ def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
 
 def _open_folder(folder: Path) -> Checkpoint:
     config = ModelConfig.from_folder(folder)
-    files = safetensors_files(folder)
+    files = open_files(safetensors_files(folder))
     contents = folder_contents(folder, config, read_tensors(files))
     copies = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
     for file in copies:

@@ -5,19 +5,21 @@ Pooling, normalisation, prompts and the longest input are what sentence-transfor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..backend import mx, nn
 from ..encoding.encoder import Dense, Encode, Encoder, EncoderSettings
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, shortened
 from ..model.layers import Linear
-from ..text.files import read_json, read_text
+from ..text.files import LARGEST_JSON, read_json, read_text
+from ..text.limits import PIECE, is_panic, pieces_for
 from ..text.tokenizer import Tokenizer
 from . import hub
 from .checkpoint import Checkpoint, open_checkpoint
@@ -25,8 +27,9 @@ from .folder import plain_parameters
 from .hub.client import say
 from .load import UNFORESEEN, fill, target_dtype
 from .parameters import Parameter
-from .safetensors_files import read_tensors
+from .safetensors_files import open_files, read_tensors
 
+MOST_MODULES = 64  # of modules.json; sentence-transformers' models have 2 to 5
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh"}
 # sentence-transformers' names in 1_Pooling/config.json, before and since it names one of them.
 _POOLINGS = {
@@ -54,6 +57,8 @@ def load_encoder(
     packed = mx.default_device() != mx.cpu if quantized is None else quantized
     try:
         return _load(path, target, packed)
+    except QwenMLXError:
+        raise
     except UNFORESEEN as error:
         raise QwenMLXError(
             f"{path}: cannot be loaded; a file of it is damaged or holds nonsense ({error!r})."
@@ -67,11 +72,19 @@ def _load(path: Path, dtype: mx.Dtype, packed: bool) -> Encoder:
     config = replace(checkpoint.config, tie_word_embeddings=True)  # the language head is left out
     settings, dense, arrays = _sentence_transformers(path) if path.is_dir() else (EncoderSettings(), [], {})
     settings = _with_labels(settings, path)
-    encode = _encode(path, checkpoint.tokenizer, settings.max_length)
+    encode = _encode(path, checkpoint.tokenizer, settings.max_length, config.context_length)
     score = _score_layers(checkpoint, config.hidden_size)
+    width = config.hidden_size
+    for projection in dense:
+        size, expected = projection.linear.weight.shape
+        if expected != width:
+            raise QwenMLXError(f"{path}: a projection has in_features {expected}, expected {width}; download it again.")
+        width = size
     encoder = Encoder(config, settings, checkpoint.tokenizer, encode, score, dense)
     parameters = {n: p for n, p in checkpoint.parameters.items() if not n.startswith("lm_head.")}
     fill(encoder, parameters | checkpoint.score | arrays, dtype=dtype, packed=packed)
+    for file in checkpoint.files:
+        file.check_unchanged()
     encoder.eval()
     return encoder
 
@@ -109,28 +122,51 @@ def _with_labels(settings: EncoderSettings, path: Path) -> EncoderSettings:
     return replace(settings, labels=labels, pad_token_id=pad if isinstance(pad, int) else None)
 
 
-def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None) -> Encode:
+def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None, context_length: int) -> Encode:
     """Text to ids as transformers does it: control tokens by name, and what the tokenizer's post-processor adds, for
     which a text that is too long makes room."""
+    most = max_length or context_length
     if not path.is_dir():
         return lambda text, pair: tokenizer.encode(text + (pair or ""), allow_special=True)
     from tokenizers import Tokenizer as Library
 
     data = read_json(path / "tokenizer.json") | {"truncation": None, "padding": None}
-    library = Library.from_str(json.dumps(data))
+    with _library_errors(f"{path / 'tokenizer.json'}: not a tokenizer"):
+        library = Library.from_str(json.dumps(data))
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
     name = settings.get("eos_token")
     name = name.get("content") if isinstance(name, Mapping) else name
     end = tokenizer.special.get(name) if settings.get("add_eos_token") and isinstance(name, str) else None
 
+    def beginning(text: str) -> str:
+        """Of a long text as much as has more tokens than `most`: the library needs 500 bytes for a character."""
+        count = end = 0
+        for piece in pieces_for(library, text) if len(text) > PIECE else ():
+            count, end = count + len(tokenizer.encode(piece)), end + len(piece)
+            if count > most:
+                return text[:end]
+        return text
+
     if max_length is not None and max_length > (end is not None):
         library.enable_truncation(max_length - (end is not None))
 
     def encode(text: str, pair: str | None) -> list[int]:
-        ids: list[int] = library.encode(text, pair).ids
+        with _library_errors("The tokenizer cannot read the text"):
+            ids: list[int] = library.encode(beginning(text), pair and beginning(pair)).ids
         return [*ids, end] if end is not None and ids[-1:] != [end] else ids
 
     return encode
+
+
+@contextlib.contextmanager
+def _library_errors(sentence: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises, bare Exceptions and panics, into a QwenMLXError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise QwenMLXError(f"{sentence} ({shortened(repr(error))}).") from None
 
 
 def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], dict[str, Parameter]]:
@@ -150,7 +186,7 @@ def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], 
     arrays: dict[str, Parameter] = {}
     settings = replace(settings, normalize=False)
     for module in _modules(folder):
-        kind, where = module["type"].rpartition(".")[2], folder / module["path"]
+        kind, where = module["type"].rpartition(".")[2], _within(folder, module["path"])
         if kind == "Pooling":
             settings = replace(settings, pooling=_pooling(where / "config.json"))
         elif kind == "Normalize":
@@ -178,10 +214,15 @@ def _max_length(folder: Path) -> int | None:
 
 def _modules(folder: Path) -> list[dict[str, str]]:
     path = folder / "modules.json"
+    if path.exists() and not path.is_file():
+        raise QwenMLXError(f"{path}: is not a regular file; download the folder again.")
+    text = read_text(str(path), largest=LARGEST_JSON)
     try:
-        modules = json.loads(read_text(str(path)))
-    except ValueError as error:
+        modules = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise QwenMLXError(f"{path}: not valid JSON ({error}); download it again.") from None
+    if isinstance(modules, list) and len(modules) > MOST_MODULES:
+        raise QwenMLXError(f"{path}: has {len(modules)} modules, expected at most {MOST_MODULES}.")
     fits = isinstance(modules, list) and all(
         isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
         for module in modules
@@ -191,13 +232,27 @@ def _modules(folder: Path) -> list[dict[str, str]]:
     return list(modules)
 
 
+def _within(folder: Path, name: str) -> Path:
+    """The folder of a module. Raises QwenMLXError for a name that leads out of the model's."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+        raise QwenMLXError(
+            f"{folder / 'modules.json'}: a module's path is {shortened(repr(name), 80)}, expected a folder within the "
+            "model's; do not use this model."
+        )
+    return folder / name
+
+
 def _prompts(folder: Path) -> dict[str, Any]:
     path = folder / "config_sentence_transformers.json"
     own = read_json(path) if path.exists() else {}
     prompts = own.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise QwenMLXError(f"{path}: 'prompts' is {prompts!r:.80}, expected texts by name.")
-    return {"prompts": prompts, "default_prompt": own.get("default_prompt_name")}
+    default = own.get("default_prompt_name")
+    if default is not None and not isinstance(default, str):
+        raise QwenMLXError(f"{path}: 'default_prompt_name' is {default!r:.80}, expected a name.")
+    return {"prompts": prompts, "default_prompt": default}
 
 
 def _pooling(path: Path) -> str:
@@ -227,5 +282,5 @@ def _dense(folder: Path) -> tuple[Dense, Any]:
         )
     width, size, bias = int(sizes[0] or 0), int(sizes[1] or 0), settings.get("bias", True) is True
     shapes: dict[str, tuple[int, ...]] = {"linear.weight": (size, width)} | ({"linear.bias": (size,)} if bias else {})
-    tensors = read_tensors([folder / "model.safetensors"])
+    tensors = read_tensors(open_files([folder / "model.safetensors"]))
     return Dense(width, size, bias, _ACTIVATIONS[name]), functools.partial(plain_parameters, folder, tensors, shapes)

@@ -15,7 +15,7 @@ from ..text.files import read_json
 from . import variants
 from .packings import ForeignParameter, Method, Tensors, find_method
 from .parameters import BlockParameter, PackedParameter, Parameter
-from .safetensors_files import DTYPES, FLOATS, StoredTensor
+from .safetensors_files import DTYPES, FLOATS, NUMPY, StoredTensor
 
 _FLOAT_TYPES = {kind.name: kind for kind in BLOCK_TYPES.values() if kind.name in (*FLOATS, "F64")}
 # mlx-lm's modes: bits and group size; the scales are uint8, and there are no biases.
@@ -116,8 +116,8 @@ def _parameter(folder: Path, name: str, shape: tuple[int, ...], quantization: An
         raise QwenMLXError(f"{folder}: tensor {name!r} has shape {found.shape}, expected {shape}.")
     tensor = tensors.take(name, (*FLOATS, "F64"))
     kind, type_name = _FLOAT_TYPES[tensor.dtype], DTYPES[tensor.dtype]
-    raw = tensor.data.reshape(shape[0] if len(shape) == 2 else 1, -1)
-    return BlockParameter(name, tensor.name, shape, type_name, (), tensor.release, (raw,), shape[-1], 1, ALL, kind)
+    raw = tensor.rows("u1", shape[0] if len(shape) == 2 else 1)
+    return BlockParameter(name, tensor.name, shape, type_name, (), (raw,), shape[-1], 1, ALL, kind)
 
 
 def _packed_by_mlx(
@@ -130,16 +130,11 @@ def _packed_by_mlx(
     stored = [tensors.take(f"{module}.weight", ("U32",), (rows, columns * packing.bits // 32))]
     for kind in ("scales", "biases") if affine else ("scales",):
         stored.append(tensors.take(f"{module}.{kind}", FLOATS if affine else ("U8",), groups))
-
-    def release() -> None:
-        for array in stored:
-            array.release()
-
-    arrays = tuple(array.array for array in stored)
+    matrices = tuple(tensor.rows(NUMPY[tensor.dtype], rows) for tensor in stored)
     exact = (packing,) if packing.kind == "mxfp4" or (affine and packing.bits > 1) else ()
     layout = (columns, packing.group_size, ALL)
     name = f"{module}.weight"
-    return PackedParameter(name, stored[0].name, shape, str(packing), exact, release, arrays, *layout)
+    return PackedParameter(name, stored[0].name, shape, str(packing), exact, matrices, *layout)
 
 
 def _mlx_packing(quantization: Any, module: str, folder: Path) -> Packing:

@@ -37,7 +37,7 @@ from .parameters import Parameter
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input share a buffer
 # Errors that Python raises where a file holds nonsense that no check foresaw.
-UNFORESEEN = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, UnicodeError)
+UNFORESEEN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
 
@@ -143,6 +143,8 @@ def _load(
     except ValueError as error:  # such as rotary frequencies beyond any number
         raise QwenMLXError(f"{path}: its configuration cannot be computed: {error}") from None
     fill(model, parameters, dtype=dtype, packed=packed, progress=progress)
+    for file in checkpoint.files:
+        file.check_unchanged()
     if shard is not None and group is not None:
         parallel.share(model, shard, group)
     model.generation_defaults = checkpoint.defaults

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from ..gguf import blocks
 from ..gguf.blocks import BlockType
 from ..gguf.packing import Packing
+from ..gguf.stored import StoredRows
 from ..gguf.unpack import mxfp4_values, unpack
 from ..parallel.shards import ALL
 from .safetensors_files import DTYPES, FLOATS
@@ -22,9 +22,9 @@ class Parameter(abc.ABC):
     """One parameter, or the part of it that a rank loads. A vector is read as a matrix of one row.
 
     name: Hugging Face's. source_name and type_name: the file's. packings: the exact packings in which `arrays` returns
-    it, the one for the fastest kernels first; none where it can only be dense. release(): gives the file's pages back.
-    stored: the arrays in the file's memory map, each with the same rows; their `width` columns are stored in blocks of
-    `block_size`. `columns` says which of these columns are the parameter's: a rank's part may begin within a block.
+    it, the one for the fastest kernels first; none where it can only be dense. stored: where the file has it, each of
+    these matrices with the same rows; their `width` columns are stored in blocks of `block_size`. `columns` says which
+    of these columns are the parameter's: a rank's part may begin within a block.
     """
 
     name: str
@@ -32,8 +32,7 @@ class Parameter(abc.ABC):
     shape: tuple[int, ...]
     type_name: str
     packings: tuple[Packing, ...]
-    release: Callable[[], None]
-    stored: tuple[np.ndarray, ...]
+    stored: tuple[StoredRows, ...]
     width: int
     block_size: int
     columns: slice
@@ -45,12 +44,15 @@ class Parameter(abc.ABC):
     @property
     def nbytes(self) -> int:
         """Bytes that this parameter takes in the file."""
-        return sum(array.nbytes for array in self.stored)
+        return sum(rows.nbytes for rows in self.stored)
 
     @property
     def stored_dtype(self) -> str:
         """ "float32", "float16" or "bfloat16" if the file stores plain elements of that type, else ""."""
         return ""
+
+    def release(self) -> None:  # noqa: B027 (most keep nothing)
+        """Forgets what was read, if it was kept; it is read again if it is asked for."""
 
     @abc.abstractmethod
     def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -88,7 +90,9 @@ class Parameter(abc.ABC):
             self,
             shape=tuple(map(len, sizes[-len(self.shape) :])),
             packings=tuple(p for p in self.packings if within.start % p.block_size == within.stop % p.block_size == 0),
-            stored=tuple(_columns(array[rows], slice(first, last), self.width) for array in self.stored),
+            stored=tuple(
+                each.part(rows, _share(slice(first, last), each.shape[1], self.width)) for each in self.stored
+            ),
             width=last - first,
             columns=ALL if within == slice(0, last - first) else within,
         )
@@ -105,35 +109,43 @@ class BlockParameter(Parameter):
         return DTYPES[self.kind.name] if self.kind.name in FLOATS else ""
 
     def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        raw = self.stored[0][start:stop]
+        raw = self.stored[0].read(start, stop)
         values = raw.view("<f8") if self.kind.name == "F64" else blocks.dequantize(raw, self.kind)
         return values[:, self.columns]
 
     def arrays(
         self, packing: Packing, start: int = 0, stop: int | None = None, finite: bool = True
     ) -> tuple[np.ndarray, ...]:
-        raw = self.stored[0][start:stop]
+        raw = self.stored[0].read(start, stop)
         if packing.kind == "mxfp4":
             arrays: tuple[np.ndarray, ...] = blocks.mxfp4(raw, finite)
         elif packing.kind == "affine":
             arrays = blocks.affine(raw, self.kind, np.float32, finite)
         else:
-            arrays = (np.ascontiguousarray(raw),)
-        return tuple(_columns(array, self.columns, self.width) for array in arrays)
+            arrays = (raw,)
+        return tuple(array[:, _share(self.columns, array.shape[1], self.width)] for array in arrays)
 
     def scale_dtype(self) -> str:
-        return blocks.exact_scales(self.stored[0], self.kind) if self.kind.packing.kind == "affine" else "uint8"
+        if self.kind.packing.kind != "affine":
+            return "uint8"
+        step = max(1, blocks.CHUNK_WEIGHTS // self.width)
+        starts = range(0, self.rows, step)
+        dtypes = (blocks.exact_scales(self.stored[0].read(start, start + step), self.kind) for start in starts)
+        return next((dtype for dtype in dtypes if dtype != "float16"), "float16")
 
     def fill(self, out: np.ndarray) -> None:
-        if out.dtype == np.uint16:
-            elements = self.stored[0].view(np.uint16)
-            blocks.in_chunks(lambda rows: np.copyto(out[rows], elements[rows]), self.rows, self.width)
-        elif self.columns == ALL:
-            blocks.dequantize(self.stored[0], self.kind, out)
-        else:
-            step = max(1, blocks.CHUNK_WEIGHTS // self.width)
-            for start in range(0, self.rows, step):
-                out[start : start + step] = self.values(start, start + step)
+        as_stored = out.dtype == np.uint16 or self.kind.name == "F32"
+
+        def work(rows: slice) -> None:
+            part = out[rows]
+            if as_stored:
+                self.stored[0].read_into(part.view(np.uint8), rows.start)
+            elif self.columns == ALL:
+                blocks.dequantize(self.stored[0].read(rows.start, rows.stop), self.kind, part)
+            else:
+                part[...] = self.values(rows.start, rows.stop)
+
+        blocks.in_chunks(work, self.rows, self.width)
 
 
 class PackedParameter(Parameter):
@@ -141,7 +153,7 @@ class PackedParameter(Parameter):
     in any float dtype, or for mxfp4, mxfp8 and nvfp4 scales uint8 alone."""
 
     def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        codes, scales, *biases = (array[start:stop] for array in self.stored)
+        codes, scales, *biases = (each.read(start, stop) for each in self.stored)
         bits = 32 * codes.shape[1] // self.width
         if not biases and (bits, self.block_size) == (4, 32):
             return mxfp4_values(codes, scales)[:, self.columns]
@@ -159,17 +171,15 @@ class PackedParameter(Parameter):
     def arrays(
         self, packing: Packing, start: int = 0, stop: int | None = None, finite: bool = True
     ) -> tuple[np.ndarray, ...]:
-        return tuple(np.ascontiguousarray(array[start:stop]) for array in self.stored)
+        return tuple(each.read(start, stop) for each in self.stored)
 
     def scale_dtype(self) -> str:
         return {"uint16": "bfloat16"}.get(self.stored[1].dtype.name, self.stored[1].dtype.name)
 
 
-def _columns(array: np.ndarray, columns: slice, width: int) -> np.ndarray:
-    """The elements for `columns` of `width` in an array that has one for every so many."""
-    if columns == ALL:
-        return array
-    return array[:, columns.start * array.shape[1] // width : columns.stop * array.shape[1] // width]
+def _share(columns: slice, items: int, width: int) -> slice:
+    """Those of a row's items, of which there is one for every so many of `width` columns, that belong to `columns`."""
+    return columns if columns == ALL else slice(columns.start * items // width, columns.stop * items // width)
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:

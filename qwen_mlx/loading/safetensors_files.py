@@ -1,49 +1,66 @@
-"""Reads the safetensors of a model folder: the tensors' names, dtypes and shapes, and views of their bytes.
-
-Format: 8 bytes with the header's length, the header in JSON, the tensors' bytes. The safetensors library validates it.
-"""
+"""The safetensors of a model folder: the tensors' names, dtypes and shapes, and their bytes, read when asked for."""
 
 from __future__ import annotations
 
-import functools
-import json
-import mmap
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..errors import QwenMLXError
-from ..gguf.reader import release_pages
-from ..text.files import LARGEST_JSON, read_json
+from ..gguf.safetensors_header import SafetensorError, read_header
+from ..gguf.stored import ALL, StoredFile, StoredRows
+from ..text.files import read_json
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "U32": "uint32", "U8": "uint8"}
 DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "I8": "int8", "I32": "int32", "I64": "int64"}
 FLOATS = ("F32", "F16", "BF16")
-_NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "U32": "<u4", "U8": "u1"}
-_NUMPY |= {"F8_E4M3": "u1", "F8_E8M0": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "U32": "<u4", "U8": "u1"}
+NUMPY |= {"F8_E4M3": "u1", "F8_E8M0": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One tensor of a file. data: its bytes, a view of the file's memory map, uint8 (bytes,); release() gives their
-    pages back to the system."""
+    """One tensor of a file, where it begins at byte `offset`."""
 
-    file: Path
+    stored: StoredFile
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: np.ndarray
-    release: Callable[[], None]
+    offset: int
+    nbytes: int
+    _kept: list[np.ndarray] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def file(self) -> Path:
+        return self.stored.path
 
     @property
     def array(self) -> np.ndarray:
-        """The elements in `shape`; bfloat16 as uint16, floats of 8 bits as uint8."""
-        return self.data.view(_NUMPY[self.dtype]).reshape(self.shape)
+        """The elements in `shape`; bfloat16 as uint16, floats of 8 bits as uint8. They are read once, until release(),
+        for packings whose rows are not together in the file."""
+        with self._lock:
+            if not self._kept:
+                self._kept.append(self.read().view(NUMPY[self.dtype]).reshape(self.shape))
+            return self._kept[0]
+
+    def release(self) -> None:
+        """Forgets what `array` has read."""
+        with self._lock:
+            self._kept.clear()
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Bytes start to stop, uint8 (bytes,)."""
+        first, last, _ = slice(start, stop).indices(self.nbytes)
+        return self.stored.read(self.offset + first, max(0, last - first))
+
+    def rows(self, dtype: str, count: int) -> StoredRows:
+        """The tensor as a matrix of so many rows, its items of a dtype of NumPy's."""
+        kind = np.dtype(dtype)
+        return StoredRows(self.stored, self.offset, kind, count, self.nbytes // kind.itemsize // max(1, count), ALL)
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -67,7 +84,20 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+def open_files(files: list[Path]) -> list[StoredFile]:
+    """Opens files. Raises QwenMLXError for one that cannot be opened, or is none."""
+    opened = []
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise QwenMLXError(f"{file}: is not a regular file; download the folder again.")
+        try:
+            opened.append(StoredFile.open(file))
+        except OSError as error:
+            raise QwenMLXError(f"{file}: cannot be read ({error.strerror or error}).") from None
+    return opened
+
+
+def read_tensors(files: list[StoredFile]) -> dict[str, StoredTensor]:
     """The tensors of a folder's files by name.
 
     Raises QwenMLXError for a file that is not safetensors, and a name in two files.
@@ -79,45 +109,22 @@ def read_tensors(files: list[Path]) -> dict[str, StoredTensor]:
                 continue
             if name in tensors:
                 raise QwenMLXError(
-                    f"{file.parent}: tensor {name!r} is in {tensors[name].file.name} and in {file.name}; remove the "
-                    "file that does not belong to the model."
+                    f"{file.path.parent}: tensor {name!r} is in {tensors[name].file.name} and in {file.path.name}; "
+                    "remove the file that does not belong to the model."
                 )
             tensors[name] = tensor
     return tensors
 
 
-def _tensors_of(file: Path) -> dict[str, StoredTensor]:
-    if file.exists() and not file.is_file():
-        raise QwenMLXError(f"{file}: is not a regular file; download the folder again.")
+def _tensors_of(file: StoredFile) -> dict[str, StoredTensor]:
     try:
-        with open(file, "rb") as opened:
-            if int.from_bytes(opened.read(8), "little") > LARGEST_JSON:
-                raise QwenMLXError(f"{file}: its header has more than {LARGEST_JSON >> 20} MB; download it again.")
-        with safe_open(file, "numpy"):
-            pass
-        with open(file, "rb") as opened:
-            mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        header, start = read_header(file)
     except (OSError, SafetensorError) as error:
-        raise QwenMLXError(f"{file}: not a readable safetensors file ({error}); download it again.") from None
-    start = 8 + int.from_bytes(mapping[:8], "little")
+        raise QwenMLXError(f"{file.path}: not a readable safetensors file ({error}); download it again.") from None
     tensors = {}
-    for name, entry in _header(file, mapping[8:start]).items():
+    for name, entry in header.items():
         if name != "__metadata__":
             first, last = entry["data_offsets"]
-            data = np.frombuffer(mapping, np.uint8, last - first, start + first)
-            release = functools.partial(release_pages, mapping, start + first, last - first)
-            tensors[name] = StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), data, release)
+            shape = tuple(entry["shape"])
+            tensors[name] = StoredTensor(file, name, entry["dtype"], shape, start + first, last - first)
     return tensors
-
-
-def _header(file: Path, text: bytes) -> dict[str, Any]:
-    """The header, which the library has validated but for names that stand in it twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = dict(pairs)
-        if len(names) != len(pairs):
-            raise QwenMLXError(f"{file}: its header names a tensor twice; download it again.")
-        return names
-
-    header: dict[str, Any] = json.loads(text, object_pairs_hook=unique)
-    return header

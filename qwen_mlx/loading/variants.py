@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import QwenMLXError
 from ..gguf.blocks import BLOCK_TYPES
+from ..gguf.stored import StoredRows
 from ..model.config import ModelConfig
 from ..parallel.shards import ALL
 from ..text.files import read_json
@@ -45,9 +46,8 @@ def part_of_fused(parameter: Parameter, name: str, rows: slice) -> Parameter:
 
 def zeros(name: str, shape: tuple[int, ...]) -> Parameter:
     """A bias that the file lacks."""
-    raw = np.zeros((1, 4 * shape[0]), np.uint8)
-    kind = BLOCK_TYPES[0]
-    return BlockParameter(name, name, shape, "float32", (), lambda: None, (raw,), shape[0], 1, ALL, kind)
+    raw = StoredRows(None, 0, np.dtype(np.uint8), 1, 4 * shape[0], ALL)
+    return BlockParameter(name, name, shape, "float32", (), (raw,), shape[0], 1, ALL, BLOCK_TYPES[0])
 
 
 def with_plain_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -154,7 +154,8 @@ def _are_equal(one: StoredTensor | None, other: StoredTensor | None) -> bool:
     if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     step = 1 << 24
-    return all(np.array_equal(one.data[i : i + step], other.data[i : i + step]) for i in range(0, len(one.data), step))
+    starts = range(0, one.nbytes, step)
+    return all(np.array_equal(one.read(i, i + step), other.read(i, i + step)) for i in starts)
 
 
 def _is_used(name: str, tensors: Tensors) -> bool:
@@ -162,7 +163,7 @@ def _is_used(name: str, tensors: Tensors) -> bool:
     tensor = tensors.get(name)
     if tensor is None or tensor.dtype not in ("F16", "BF16", "F32", "F64"):
         return True
-    bits = tensor.data.view({"F32": np.uint32, "F64": np.uint64}.get(tensor.dtype, np.uint16))
+    bits = tensor.read().view({"F32": np.uint32, "F64": np.uint64}.get(tensor.dtype, np.uint16))
     if (bits << bits.dtype.type(1)).any():
         return True
     if name.split(".")[-2] in ("o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "lm_head"):

@@ -104,7 +104,7 @@ def _state(name: str, tensors: Tensors) -> tuple[dict[str, Any], str]:
         if key in tensors:
             tensor = tensors.take(key, ("U8",))
             try:
-                state = json.loads(tensor.data.tobytes())
+                state = json.loads(tensor.read().tobytes())
             except (ValueError, RecursionError):
                 state = None
             if not isinstance(state, dict):

@@ -106,7 +106,7 @@ def _scales(module: str, shape: tuple[int, ...], tensors: Tensors) -> tuple[Any,
     """The scales of integers, the group of each column, and the number of groups."""
     rows, columns = shape
     scales = tensors.take(f"{module}.weight_scale", FLOATS)
-    n_groups = scales.shape[1] if len(scales.shape) == 2 and scales.shape[0] == rows else int(scales.data.nbytes > 0)
+    n_groups = scales.shape[1] if len(scales.shape) == 2 and scales.shape[0] == rows else int(scales.nbytes > 0)
     groups = even_groups(columns, n_groups)
     if groups is None or scales.shape not in ((rows, n_groups), (rows,), (1,), ()):
         raise QwenMLXError(

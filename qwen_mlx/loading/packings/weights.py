@@ -96,20 +96,19 @@ class ForeignParameter(Parameter):
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], weights: IntegerWeights | TableWeights) -> ForeignParameter:
         """The parameter `name` (Hugging Face's) of `shape` whose values are `weights`."""
-
-        def release() -> None:
-            for tensor in weights.tensors:
-                tensor.release()
-
         packings = () if weights.packing is None else (weights.packing,)
         source = weights.tensors[0].name
-        return cls(name, source, shape, weights.kind, packings, release, (), shape[1], 1, ALL, weights)
+        return cls(name, source, shape, weights.kind, packings, (), shape[1], 1, ALL, weights)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the file; of a part its share."""
         columns = len(range(*self.columns.indices(self.width)))
-        return sum(tensor.data.nbytes for tensor in self.weights.tensors) * columns // self.width
+        return sum(tensor.nbytes for tensor in self.weights.tensors) * columns // self.width
+
+    def release(self) -> None:
+        for tensor in self.weights.tensors:
+            tensor.release()
 
     def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         return self.weights.values(*self._rows(start, stop))[:, self.columns]
