@@ -21,7 +21,9 @@ class QwenMLXError(ValueError):
 
     def __init__(self, sentence: object = "") -> None:
         text, most = str(sentence), LONGEST_SENTENCE // 2
-        super().__init__(text if len(text) <= 2 * most else f"{text[:most]} ... {text[-most:]}")
+        if len(text) > 2 * most:
+            text = f"{text[:most]} ... {text[-most:]} ({len(text):,} characters)"
+        super().__init__(text)
 
 
 class Stopped(BaseException):
