@@ -20,13 +20,17 @@ LARGEST = 1 << 28  # bytes: text beyond that is a mistake, or a device without a
 
 
 def read(path: str | os.PathLike[str], largest: int | None = None) -> bytes:
-    """A file's bytes, standard input's for "-". Raises QwenMLXError for more than `largest`, 256 MB, else OSError."""
+    """A file's bytes, standard input's for "-". Raises QwenMLXError for more than `largest`, 256 MB, and for what is no
+    name, else OSError."""
     largest = LARGEST if largest is None else largest
     if path == "-":
         data = sys.stdin.buffer.read(largest + 1)
     else:
-        with open(path, "rb") as file:
-            data = file.read(largest + 1)
+        try:
+            with open(path, "rb") as file:
+                data = file.read(largest + 1)
+        except ValueError:
+            raise QwenMLXError(f"{str(path)!r}: no file can have this name.") from None
     if len(data) > largest:
         where = "standard input" if path == "-" else path
         raise QwenMLXError(f"{where}: has more than {largest >> 20} MB, which is no text for a model.")
@@ -53,7 +57,10 @@ def decoded(data: bytes, where: str) -> str:
 
 def check_utf8(text: str, where: str) -> None:
     """Raises QwenMLXError for a command line's argument that was not UTF-8."""
-    decoded(text.encode("utf-8", "surrogateescape"), where)
+    try:
+        decoded(text.encode("utf-8", "surrogateescape"), where)
+    except UnicodeEncodeError as error:  # half of a character, from a program
+        raise QwenMLXError(f"{where}: not valid Unicode ({text[error.start]!r} at {error.start}).") from None
 
 
 @contextlib.contextmanager

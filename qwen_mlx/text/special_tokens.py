@@ -126,7 +126,11 @@ def chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     additional_chat_templates/NAME.jinja, else tokenizer_config.json's."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    templates = {name: read_text(str(path)) for name, path in files.items() if path.exists()}
+    files = {name: path for name, path in files.items() if path.exists()}
+    for path in files.values():
+        if not path.is_file():  # a pipe would be waited for
+            raise QwenMLXError(f"{path}: is not a regular file; download the folder again.")
+    templates = {name: read_text(str(path)) for name, path in files.items()}
     own = settings.get("chat_template")
     if templates or own is None:
         return templates

@@ -17,6 +17,9 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPACE = "\u2581"  # SentencePiece's letter for a space
+# Characters of a SentencePiece token, each of whose splits is looked at, and of all: SentencePiece's own limit is 16.
+LONGEST_TOKEN = 512
+MOST_SPLITS = 1 << 23
 
 
 def byte_level(ids: dict[str, int], merges: list[str]) -> Any:
@@ -51,6 +54,13 @@ def sentencepiece(ids: dict[str, int], scores: Sequence[float], unknown: str | N
     """
     from tokenizers import decoders, normalizers
 
+    long = next((token for token in ids if len(token) > LONGEST_TOKEN), None)
+    if long is not None or sum(map(len, ids)) > MOST_SPLITS:
+        found = f"one of {len(long):,}" if long is not None else f"{sum(map(len, ids)):,} in all"
+        raise GGUFError(
+            f"'tokenizer.ggml.tokens' has tokens with too many characters ({found}), expected {LONGEST_TOKEN} each and "
+            f"{MOST_SPLITS:,} in all at most; the file is damaged, download it again."
+        )
     pairs = []
     for token, i in ids.items():
         splits = ((token[:at], token[at:]) for at in range(1, len(token)))

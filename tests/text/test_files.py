@@ -62,3 +62,11 @@ def test_a_sentence_has_an_end():
     error = GGUFError("x" * 10**6)
     assert len(str(error)) < LONGEST_SENTENCE + 50
     assert str(error).endswith("(1,000,000 characters)")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_name_that_no_file_can_have(name: str):
+    with pytest.raises(QwenMLXError, match="no file can have this name"):
+        files.read_text(name, "--system-file")
+    with pytest.raises(QwenMLXError, match="not valid Unicode"):
+        files.check_utf8("x\ud800", "--stop")

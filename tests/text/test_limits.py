@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.errors import GGUFError, QwenMLXError
 from qwen_mlx.text.limits import LONGEST_PIECE, PIECE, pieces, splits_after_lines
 from qwen_mlx.text.tokenizer import Tokenizer
+from qwen_mlx.text.vocabulary import sentencepiece
 from reference.small_models import RandomModel, save_folder, write_gguf
 
 
@@ -131,3 +132,11 @@ def test_a_template_that_is_no_text(folder: Path, template: Any):
     spoil(folder / "tokenizer_config.json", chat_template=template)
     with pytest.raises(QwenMLXError, match="chat_template"):
         Tokenizer.read(folder)
+
+
+@pytest.mark.parametrize("tokens", [["a" * 10**6], [f"{i:0500}" for i in range(20_000)]], ids=["one", "many"])
+def test_a_sentencepiece_vocabulary_of_long_tokens_is_refused(tokens: list[str]):
+    """Every split of every token is looked at."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    with pytest.raises(GGUFError, match="too many characters"):
+        sentencepiece(ids, [0.0] * len(ids), None, True)
