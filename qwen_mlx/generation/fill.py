@@ -166,11 +166,18 @@ class FillStop:
     def _cut(self, text: str) -> int | None:
         """The index where the fill ends, if it does."""
         if self._line:
-            ends = (m.start() for m in re.finditer("\r?\n", text) if not self._blank or text[: m.start()].strip())
-            return next(ends, None)
-        if self._indent:
-            lines = re.finditer(r"\r?\n(?:[ \t\r]*\n)*([ \t]*)(?=\S)", text)
-            return next((m.start() for m in lines if indentation(m[1]) < self._indent), None)
+            first = len(text) - len(text.lstrip()) if self._blank else 0
+            newline = re.compile("\r?\n").search(text, first)
+            return newline.start() if newline else None
+        if not self._indent or not text.strip():  # nothing to decide on, however many blank lines a model writes
+            return None
+        end, position = None, 0  # `end`: of the last line that is not blank
+        for number, line in enumerate(text.split("\n")):
+            if number and line.strip() and indentation(line) < self._indent:
+                return end
+            if line.strip() or end is None:
+                end = position + len(line.removesuffix("\r"))
+            position += len(line) + 1
         return None
 
 

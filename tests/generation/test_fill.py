@@ -226,6 +226,15 @@ def test_stops_at_a_line_and_at_indentation(text: str, stop: dict, expected: str
     assert shown(list(text), **stop) == (expected, ended)
 
 
+@pytest.mark.parametrize("stop", [{"line": True}, {"indent": 4}])
+@pytest.mark.parametrize("blank", ["\n", " \r\n", "\n\f"])
+def test_blank_lines_without_end_cost_little(stop: dict, blank: str):
+    """A small model may write nothing else: work that grows with the square of their number would take hours."""
+    pieces = [*[blank] * 10_000, "x", "\ny"]
+    assert shown(pieces, **stop) == shown(["".join(pieces)], **stop)
+    assert shown(pieces, **stop)[1]
+
+
 @given(
     pieces=st.lists(st.text(alphabet=" \t\nxy", max_size=6), min_size=1, max_size=8),
     stop=st.sampled_from([{"line": True}, {"indent": 2}, {"indent": 4}, {}]),
