@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import check_process, mx
+from ..backend.at_exit import ends_with_main
 from ..errors import QwenMLXError
 from ..model.batch_cache import BatchKVCache, Padding, join, select
 from ..model.cache import KVCache
@@ -129,6 +130,7 @@ class PromptReader:
         for layer in cache:
             layer.reserve(layer.offset + self.total)
 
+    @ends_with_main
     def read(self, length: int | None = None) -> mx.array | None:
         """Reads the next chunk, of at most `length` columns (None: prefill_step_size over all rows). Returns None, and
         with the last chunk the logits (B, vocab_size) of the next token, which are not computed yet."""
@@ -308,6 +310,7 @@ class Rows:
         """A random key of the first row that was not used before."""
         return self._next_keys(self.state)[0]
 
+    @ends_with_main
     def add(
         self,
         prompts: Sequence[Sequence[int]],
@@ -339,6 +342,7 @@ class Rows:
             self._ahead = True
         self._state = self._state.join(new.state, self.model.config.vocab_size)
 
+    @ends_with_main
     def step(self, ahead: bool = True) -> list[Token]:
         """The next token of each row. With `ahead`, the step after it is launched before this one is waited for.
 
