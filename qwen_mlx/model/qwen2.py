@@ -101,11 +101,13 @@ class Qwen2Model(nn.Module):
             for i in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary, self.is_causal = rotary, config.is_causal
+        self.rotary, self.is_causal, self.vocab_size = rotary, config.is_causal, config.vocab_size
 
     def __call__(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:
         rotation, masks = self.positions(input_ids.shape[1], cache)
-        h = self.embed_tokens(input_ids)
+        # MLX would read beyond the matrix for an id without a row. Raising here would mean to wait for the ids.
+        has_row = (input_ids >= 0) & (input_ids < self.vocab_size)
+        h = mx.where(has_row[..., None], self.embed_tokens(mx.where(has_row, input_ids, 0)), mx.nan)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             h = layer(h, rotation, layer_cache, masks[layer.self_attn.sliding_window])
         return self.norm(h[:, -keep:])
@@ -123,7 +125,8 @@ class Qwen2(nn.Module):
     """The causal language model.
 
     Call: input_ids (B, L) integers, cache one KVCache a layer (a fresh one if None), logits_to_keep the number of last
-    positions to compute logits for, 0 for all. Returns logits (B, L or logits_to_keep, vocab_size), model's dtype.
+    positions to compute logits for, 0 for all. Returns logits (B, L or logits_to_keep, vocab_size), model's dtype; NaN
+    from an id on that is not in the vocabulary.
     """
 
     def __init__(self, config: ModelConfig, rope_factors: np.ndarray | None = None):
