@@ -17,15 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import qwen_mlx
 from qwen_mlx import SamplingSettings
 from qwen_mlx.cli.main import dispatch
 from qwen_mlx.generation.chat import Chat
 from qwen_mlx.generation.prompt_cache import PromptCache, read_header
+from qwen_mlx.generation.structured import constraint
 from qwen_mlx.generation.tools import load_tools, tool
 from qwen_mlx.loading.checkpoint import open_checkpoint
 from qwen_mlx.text import chat_template
+from qwen_mlx.text.tokenizer import Tokenizer
 from reference.small_models import RandomModel, save_folder, write_gguf
+from tests.helpers import foreign
+from tests.helpers.encoders import encoder_folder
+from tests.helpers.fim_model import save_fim_folder
 from tests.helpers.gguf_bytes import build, field, tensor
 from tests.helpers.small_gguf import layout, small_fields, small_tensors
 
@@ -79,6 +86,47 @@ class World:
         cache.save(folder / "cache")
         self.cache = (folder / "cache").read_bytes()
         self.case = folder / "case"
+        (folder / "others").mkdir()
+
+    @functools.cached_property
+    def packed(self) -> list[Path]:
+        """Folders that other libraries packed."""
+        settings = {
+            "awq": foreign.awq,
+            "gptq": foreign.gptq,
+            "compressed-tensors": foreign.pack_quantized,
+            "bitsandbytes": foreign.nf4,
+            "fp8": foreign.float_quantized,
+        }
+        others = self.folder / "others"
+        return [
+            foreign.packed_folder(others / name, {"quant_method": name}, packer)[0] for name, packer in settings.items()
+        ]
+
+    @functools.cached_property
+    def encoder(self) -> Path:
+        """An embedding model with sentence-transformers' files."""
+        path = encoder_folder(self.folder / "others" / "encoder")
+        kinds = ["Transformer", "Pooling", "Dense", "Normalize"]
+        modules = [
+            {"path": kind * (kind != "Transformer"), "type": f"sentence_transformers.models.{kind}"} for kind in kinds
+        ]
+        (path / "modules.json").write_text(json.dumps(modules))
+        (path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "q: "}}))
+        (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32}))
+        for kind in kinds[1:3]:
+            (path / kind).mkdir()
+        (path / "Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+        projection = {"in_features": 64, "out_features": 8, "bias": False}
+        (path / "Dense" / "config.json").write_text(json.dumps(projection))
+        tensors: dict[str, foreign.Stored] = {"linear.weight": ("F32", np.ones((8, 64), np.float32))}
+        foreign.write_safetensors(path / "Dense" / "model.safetensors", tensors)
+        return path
+
+    @functools.cached_property
+    def fim(self) -> tuple[qwen_mlx.Qwen2, Tokenizer]:
+        """A model that fills in the middle."""
+        return qwen_mlx.load(save_fim_folder(self.folder / "others" / "fim"))
 
 
 def value(rng: Random, depth: int = 3) -> Any:
@@ -184,20 +232,48 @@ def gguf_directory(world: World, rng: Random) -> None:
     read(world.case)
 
 
-def safetensors(world: World, rng: Random) -> None:
-    shutil.copytree(world.model_folder, world.case)
-    path = world.case / "model.safetensors"
+def spoil_header(rng: Random, path: Path) -> None:
+    """Writes a safetensors file again with another header."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     text = dumped(rng, spoiled(rng, json.loads(data[8 : 8 + length])))
     path.write_bytes(rng.choice([len(text), len(text), length]).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def spoil_json(rng: Random, path: Path) -> None:
+    """Writes a JSON file again, spoiled."""
+    path.write_bytes(dumped(rng, spoiled(rng, json.loads(path.read_text()))))
+
+
+def safetensors(world: World, rng: Random) -> None:
+    shutil.copytree(world.model_folder, world.case)
+    spoil_header(rng, world.case / "model.safetensors")
     read(world.case)
+
+
+def packing(world: World, rng: Random) -> None:
+    shutil.copytree(rng.choice(world.packed), world.case)
+    if rng.random() < 0.5:
+        spoil_header(rng, world.case / "model.safetensors")
+    else:
+        path = world.case / "config.json"
+        config = json.loads(path.read_text())
+        config["quantization_config"] = spoiled(rng, config["quantization_config"])
+        path.write_bytes(dumped(rng, config) if rng.random() < 0.2 else json.dumps(config).encode())
+    read(world.case)
+
+
+def encoder(world: World, rng: Random) -> None:
+    shutil.copytree(world.encoder, world.case)
+    files = [path for path in sorted(world.case.rglob("*.json")) if path.name != "config.json" or rng.random() < 0.5]
+    spoil_json(rng, rng.choice(files))
+    qwen_mlx.embed(qwen_mlx.load_encoder(world.case), ["x", rng.choice(TEXTS[:4])])
 
 
 def settings(world: World, rng: Random) -> None:
     shutil.copytree(world.model_folder, world.case)
     path = rng.choice([path for path in sorted(world.case.iterdir()) if path.suffix == ".json"])
-    path.write_bytes(dumped(rng, spoiled(rng, json.loads(path.read_text()))))
+    spoil_json(rng, path)
     tokenizer = open_checkpoint(world.case).tokenizer
     tokenizer.decode(tokenizer.encode(rng.choice(TEXTS[:4])))
     if tokenizer.chat_template:
@@ -256,7 +332,7 @@ def statements(rng: Random, depth: int = 3) -> str:
 
 
 def template(world: World, rng: Random) -> None:
-    source = "{% set ns = namespace(s='x') %}" + statements(rng)
+    source = "{% set ns = namespace(s='x') %}" + statements(rng, rng.randrange(4))
     if rng.random() < 0.1:
         source = bytes_of(rng, source.encode()).decode("utf-8", "replace")
     chat_template.render(source, [{"role": "user", "content": rng.choice(["x", "\n" * 99])}])
@@ -343,9 +419,90 @@ def calls(world: World, rng: Random) -> None:
     rng.choice(attempts)()
 
 
+def schema(rng: Random, depth: int = 3) -> Any:
+    """A JSON schema, often an impossible or an expensive one."""
+    if not depth or rng.random() < 0.1:
+        return rng.choice([True, False, {}, value(rng, 1), {"$ref": "#"}, {"$ref": "#/$defs/a"}])
+    types = ["object", "array", "string", "integer", "number", "boolean", "null"]
+    counts = [0, 1, 2, 7, 50, 999, 10**6, 2**31, 2**64, -1, 0.5]
+    numbers = [0, 1, -1, 0.1, 1e-9, 1e300, 10**40, 7, 9973]
+    patterns = ["^a+$", "(a{1,99}){1,99}", "(", ".*a.{20}", r"\d{1000}", "(?=a)", "a" * 999, "[^x]*x?" * 9, ""]
+    inner = functools.partial(schema, rng, depth - 1)
+    many = rng.choice([1, 2, 3, 30])
+    keywords: list[Callable[[], dict[str, Any]]] = [
+        lambda: {"type": rng.choice([*types, [rng.choice(types), rng.choice(types)]])},
+        lambda: {"properties": {rng.choice(["a", "b", *TEXTS]): inner() for _ in range(many)}, "type": "object"},
+        lambda: {"required": [rng.choice(["a", "b", *TEXTS]) for _ in range(many)]},
+        lambda: {"additionalProperties": inner()},
+        lambda: {"patternProperties": {rng.choice(patterns): inner()}},
+        lambda: {"items": inner(), rng.choice(["minItems", "maxItems"]): rng.choice(counts), "type": "array"},
+        lambda: {"prefixItems": [inner() for _ in range(many)]},
+        lambda: {"type": "string", rng.choice(["minLength", "maxLength"]): rng.choice(counts)},
+        lambda: {"type": "string", "pattern": rng.choice(patterns)},
+        lambda: {"type": "string", "format": rng.choice(["email", "uuid", "date-time", "ipv6", "uri", "x"])},
+        lambda: {"type": "number", rng.choice(["minimum", "exclusiveMaximum", "multipleOf"]): rng.choice(numbers)},
+        lambda: {rng.choice(["anyOf", "oneOf", "allOf"]): [inner() for _ in range(min(many, 3))]},
+        lambda: {rng.choice(["enum", "const"]): value(rng, 1)},
+        lambda: {"not": inner()},
+        lambda: {"$defs": {"a": inner()}, "$ref": "#/$defs/a"},
+        lambda: {"x-guidance": value(rng, 2)},
+    ]
+    return functools.reduce(
+        lambda one, more: one | more(), (rng.choice(keywords) for _ in range(rng.randint(1, 3))), {}
+    )
+
+
+def structured(world: World, rng: Random) -> None:
+    parts = ["a", "(", ")", "*", "{1,999}", "?", "|", ".", "[^a]", r"\p{L}", "{4000000000}", "&", "~", "\0", "é"]
+    rules = [
+        "start:",
+        "a",
+        "start",
+        '"x"',
+        "|",
+        "\n",
+        "b:",
+        "/a+/",
+        "A:",
+        "{1,9999}",
+        "(",
+        ")",
+        "%json {}",
+        "<[7]>",
+        "+",
+    ]
+    form: dict[str, Any] = rng.choice(
+        [
+            lambda: {"json_schema": schema(rng)},
+            lambda: {"json_schema": spoiled(rng, schema(rng))},
+            lambda: {"json_schema": dumped(rng, schema(rng)).decode("utf-8", "replace")},
+            lambda: {"regex": "".join(rng.choice(parts) for _ in range(rng.randrange(30)))},
+            lambda: {"grammar": "start: " + " ".join(rng.choice(rules) for _ in range(rng.randrange(30)))},
+            lambda: {"choices": rng.choice([value(rng), [rng.choice(TEXTS) for _ in range(3)]])},
+        ]
+    )()
+    matcher = constraint(world.tokenizer, **form).start(rng.choice([1, 20, 10**6]))
+    for _ in range(5):
+        bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[: world.tokenizer.vocab_size]
+        matcher.accept(int(rng.choice([*np.flatnonzero(bits)[:50], 0])))
+
+
+def fill(world: World, rng: Random) -> None:
+    model, tokenizer = world.fim
+    one = functools.partial(value, rng, 1)
+    name = rng.choice(["files", "repository", "path", "max_prompt_tokens", "stop_at", "max_tokens", "stop", "seed"])
+    given = {name: one()} | ({} if name == "max_tokens" else {"max_tokens": 1})
+    texts = [rng.choice([*TEXTS, "x" * 10**5, one()]) for _ in range(2)]
+    if not isinstance(given["max_tokens"], int) or given["max_tokens"] < 3:
+        qwen_mlx.fill(model, tokenizer, *texts, **given)
+
+
 KINDS: dict[str, Callable[[World, Random], None]] = {
     function.__name__: function
-    for function in (gguf, gguf_directory, safetensors, settings, template, cache, session, tools, command, calls)
+    for function in (
+        *(gguf, gguf_directory, safetensors, packing, encoder, settings, template, cache, session, tools),
+        *(structured, fill, command, calls),
+    )
 }
 
 
