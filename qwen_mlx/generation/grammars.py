@@ -15,6 +15,7 @@ from .tools import CLOSE, OPEN, Tool
 
 LARGEST = 1 << 18  # characters of a schema or a grammar
 LEXER_STATES = 30_000  # of 2 kB at most
+LEXER_FUEL = 200_000  # for the first mask; with the library's million "(a{1000}){1000}" takes it seconds
 MULTIPLE = 10_000  # of a multipleOf without its decimal point: llguidance makes a state for each remainder
 # One way to write each value, as json.dumps writes it: a model that may add white space can add it without end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
@@ -141,7 +142,7 @@ def library() -> Any:
 
 def limits() -> Any:
     """Bounds of what a grammar may cost."""
-    return library().LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
+    return library().LLParserLimits(max_lexer_states=LEXER_STATES, initial_lexer_fuel=LEXER_FUEL, verbose_errors=False)
 
 
 def unusable(kind: str, error: str) -> str:

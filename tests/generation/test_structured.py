@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -451,6 +452,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path: Path):
     path = write_gguf(tmp_path / "m.gguf", RandomModel())
     code = f"""
 import sys
+import time
 sys.modules["llguidance"] = None
 from qwen_mlx import generate, load
 made = load({str(path)!r})
@@ -485,3 +487,10 @@ def test_real_answers_satisfy_their_schema(real_gguf: Path):
     digits = constraint(tokenizer, regex=r"[0-9]{1,3}")
     (answer,) = batch_generate(model, tokenizer, ["How old is Anna, who is 34?"], schema=digits, temperature=0)
     assert answer.text == "34"
+
+
+def test_a_short_expression_cannot_take_seconds(small):
+    """0.4 s of the processor, of which a request to a server may ask for as many as it likes."""
+    start = time.process_time()
+    constraint(small[1], regex="(a{1000}){1000}")
+    assert time.process_time() - start < 1.5
