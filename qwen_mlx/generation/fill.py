@@ -131,6 +131,8 @@ def _check_texts(
     for what, text in {"prefix": prefix, "suffix": suffix, "repository": repository, "path": path}.items():
         if not isinstance(text, str) and (text is not None or what in ("prefix", "suffix")):
             raise QwenMLXError(f"{what} is {type(text).__name__}, expected a string.")
+    if not isinstance(files, Iterable):
+        raise QwenMLXError(f"files is {type(files).__name__}, expected pairs of strings: a path and its text.")
     pairs = list(files.items() if isinstance(files, Mapping) else files)
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):

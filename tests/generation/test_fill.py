@@ -160,6 +160,7 @@ def test_wrong_arguments_are_refused_before_any_work(small):
     for arguments, words in (
         ({"stop_at": "word"}, "stop_at is 'word', expected 'line' or 'indent'"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens is 0"),
+        ({"files": 5}, "files is int, expected pairs of strings"),
         ({"max_token": 3}, "did you mean 'max_tokens'"),
         ({"temperature": -1}, "temperature is -1"),
     ):
