@@ -4,7 +4,7 @@
 
 The file (4.7 GB) is made in a temporary folder from random blocks with sane scales, and removed afterwards with what
 was converted from it. Each converter runs in a process of its own, under `--cores` cores; memory is the process's
-largest resident set, which counts the pages of the mapped file too. gguf2mlx runs if its package is installed.
+largest resident set, with the pages of a file that it maps. gguf2mlx runs if its package is installed.
 """
 
 from __future__ import annotations
