@@ -126,7 +126,7 @@ class Qwen2(nn.Module):
 
     Call: input_ids (B, L) integers, cache one KVCache a layer (a fresh one if None), logits_to_keep the number of last
     positions to compute logits for, 0 for all. Returns logits (B, L or logits_to_keep, vocab_size), model's dtype; NaN
-    from an id on that is not in the vocabulary.
+    in a row with an id that is not in the vocabulary, from that id on if not before.
     """
 
     def __init__(self, config: ModelConfig, rope_factors: np.ndarray | None = None):
