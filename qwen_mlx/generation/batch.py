@@ -13,7 +13,7 @@ from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .engine import NOT_FINITE, GenerationStats, Progress, Rows, Token
 from .settings import GenerationSettings, refuses_unknown
-from .text import CANNOT_GO_ON, Prompt, TextStream, encode_prompt, room_after, settings_of
+from .text import CANNOT_GO_ON, Prompt, TextStream, encode_prompt, room_after, settings_of, with_budget
 
 
 @dataclass
@@ -74,6 +74,7 @@ def batch_generate(
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     skip_special_tokens: bool = True,
+    reasoning_budget: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -124,6 +125,7 @@ def batch_generate(
             raise QwenMLXError(f"Prompt {number + 1} of {len(prompts)}: {error}") from None
         seed = None if own.seed is None else (own.seed + number) % 2**64
         own = replace(own, max_tokens=limit, min_tokens=min(own.min_tokens, limit), seed=seed)
+        own = with_budget(own, tokenizer, ids)
         rows.append(_Row(ids, own, TextStream(tokenizer, own), BatchResult(len(ids), stats)))
     _answer(Rows(model), rows, batch_size, stats, progress)
     if model.ranks is not None:

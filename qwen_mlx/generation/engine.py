@@ -18,6 +18,7 @@ from ..model.batch_cache import BatchKVCache, Padding, join, select
 from ..model.cache import KVCache
 from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
+from .reasoning import ThoughtMatcher
 from .sampling import log_probabilities, rule_out, sample
 from .settings import GenerationSettings
 from .structured import Matcher, allowed
@@ -176,7 +177,8 @@ class State:
 
     cache: Sequence[KVCache]
     settings: list[GenerationSettings]  # (B,)
-    matchers: list[Matcher | None]  # (B,) where the output is structured; they lack the newest tokens
+    matchers: list[Matcher | ThoughtMatcher | None]  # (B,) of structured output and of thoughts with a budget; they
+    # lack the newest tokens
     keys: mx.array  # (B, 2) uint32, each row's random key, which is split once a token
     seen: mx.array | None  # (B, columns) the text so far, where it matters; padded on the left with V, no token's id
     n_prompt: int | mx.array  # columns of `seen` that are padding or prompt; (B,) where rows differ

@@ -12,6 +12,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from ..backend import mx
 from ..errors import QwenMLXError, check_integer, refuse_unknown
+from .reasoning import ThoughtLimit
 from .sampling import SamplingSettings
 from .structured import Constraint
 
@@ -57,7 +58,7 @@ class GenerationSettings:
     draft_model: Draft | None = None
     num_draft_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    constraint: Constraint | None = None
+    constraint: Constraint | ThoughtLimit | None = None
     stop_token_ids: Sequence[int] = ()
     skip_special_tokens: bool = True
     reasoning_budget: int | None = None
@@ -89,7 +90,7 @@ class GenerationSettings:
             raise QwenMLXError("num_draft_tokens is given without a draft; give a draft too.")
         if self.constraint is not None and self.reasoning_budget is not None:
             raise QwenMLXError("reasoning_budget does not go with structured output, which has no thoughts.")
-        if self.constraint is not None and self.min_tokens:
+        if isinstance(self.constraint, Constraint) and self.min_tokens:
             raise QwenMLXError("min_tokens does not go with structured output, which ends where it is complete.")
 
 

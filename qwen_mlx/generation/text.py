@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any
 
@@ -14,11 +14,11 @@ import numpy as np
 from ..errors import QwenMLXError
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
-from ..text.thoughts import Thoughts
 from ..text.tokenizer import Tokenizer
 from .drafts import check_cache, make_draft
-from .engine import GenerationStats, Progress, Token, generate_tokens, plain_steps
+from .engine import GenerationStats, Progress, generate_tokens, plain_steps
 from .prompt_cache import PromptCache
+from .reasoning import ThoughtLimit
 from .sampling import SAMPLING_ARGUMENTS
 from .settings import Draft, GenerationSettings, refuses_unknown
 from .speculative import drafted_steps
@@ -245,6 +245,15 @@ def room_after(model: Qwen2, ids: Sequence[int], cached: int = 0) -> int:
     return context - used
 
 
+def with_budget(settings: GenerationSettings, tokenizer: Tokenizer, ids: Sequence[int]) -> GenerationSettings:
+    """The settings of an answer to the prompt `ids`, whose reasoning_budget has become a constraint; the same settings
+    where there is none, or the model does not think."""
+    if settings.reasoning_budget is None or tokenizer.think_marks is None:
+        return settings
+    limit = ThoughtLimit(tokenizer, ids, settings.reasoning_budget)
+    return replace(settings, reasoning_budget=None, constraint=limit)
+
+
 def stream(
     model: Qwen2,
     tokenizer: Tokenizer,
@@ -256,12 +265,11 @@ def stream(
     progress: Progress | None = None,
 ) -> Generator[GenerationChunk, None, None]:
     """stream_generate with its settings made and its prompt encoded."""
-    if settings.reasoning_budget is not None and cache is not None:
-        raise QwenMLXError("reasoning_budget does not go with cache; give a prompt_cache.")
     limit = min(settings.max_tokens, room_after(model, ids, cache[0].offset if cache else 0))
     settings = replace(settings, max_tokens=limit, min_tokens=min(settings.min_tokens, limit))
     if settings.constraint is not None:
         settings.constraint.check_fits(limit)
+    settings = with_budget(settings, tokenizer, ids)
     return _stream(model, tokenizer, ids, settings, cache, prompt_cache, progress)
 
 
@@ -274,36 +282,17 @@ def _stream(
     prompt_cache: PromptCache | None,
     progress: Progress | None,
 ) -> Generator[GenerationChunk, None, None]:
-    thoughts = tokenizer.thoughts(ids)
-    budget = settings.reasoning_budget if thoughts is not None else None
-    if budget is not None and prompt_cache is None:
-        prompt_cache = PromptCache(model)
-    stats, text_ids = GenerationStats(), list(ids)
-
-    def begin() -> Generator[Token, None, None]:
-        """The tokens that follow text_ids."""
-        nonlocal cache
-        cached, done = 0, stats.generated_tokens
-        if prompt_cache is not None:
-            if done and cache is not None:
-                prompt_cache.record(text_ids, cache)
-            cached = prompt_cache.keep(text_ids)
-            cache = prompt_cache.layers
-        if not stats.prompt_tokens:
-            stats.prompt_tokens, stats.reused_tokens = len(text_ids) - cached, cached
-        policy = plain_steps
-        if settings.draft_model is not None:
-            policy = functools.partial(drafted_steps, draft=settings.draft_model, ids=list(text_ids), stats=stats)
-        rest = replace(settings, max_tokens=settings.max_tokens - done, min_tokens=max(0, settings.min_tokens - done))
-        return generate_tokens(
-            model, text_ids[cached:], rest, cache=cache, cached_ids=text_ids[:cached], policy=policy, progress=progress
-        )
-
-    if budget is None or thoughts is None or tokenizer.think_marks is None:
-        tokens = begin()
-    else:
-        closing = tokenizer.encode(f"\n{tokenizer.think_marks[1]}\n\n", allow_special=True)
-        tokens = _within_budget(begin, thoughts, budget, closing)
+    thoughts, text_ids, cached = tokenizer.thoughts(ids), list(ids), 0
+    if prompt_cache is not None:
+        cached = prompt_cache.keep(ids)
+        cache = prompt_cache.layers
+    stats = GenerationStats(prompt_tokens=len(ids) - cached, reused_tokens=cached)
+    policy = plain_steps
+    if settings.draft_model is not None:
+        policy = functools.partial(drafted_steps, draft=settings.draft_model, ids=list(ids), stats=stats)
+    tokens = generate_tokens(
+        model, ids[cached:], settings, cache=cache, cached_ids=ids[:cached], policy=policy, progress=progress
+    )
     text_stream = TextStream(tokenizer, settings)
     start = time.perf_counter()
     try:
@@ -335,23 +324,6 @@ def _stream(
     finally:
         if prompt_cache is not None and cache is not None:
             prompt_cache.record(text_ids, cache)
-
-
-def _within_budget(
-    begin: Callable[[], Generator[Token, None, None]], thoughts: Thoughts, budget: int, closing: Sequence[int]
-) -> Generator[Token, None, None]:
-    """The tokens of begin(); if the text is still a thought after `budget` of them, those of its closing mark, and then
-    the tokens of another begin(). Who takes a token tells `thoughts` its text before it takes the next one."""
-    if budget or not thoughts.thinking:
-        with contextlib.closing(begin()) as tokens:
-            for count, token in enumerate(tokens, 1):
-                yield token
-                if count >= budget and thoughts.thinking:
-                    break
-            else:
-                return
-    yield from map(Token, closing)
-    yield from begin()
 
 
 def repeated_tokens(ids: Sequence[int]) -> int:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qwen_mlx import QwenMLXError, load
+from qwen_mlx import QwenMLXError, batch_generate, load
 from qwen_mlx.generation.prompt_cache import PromptCache
+from qwen_mlx.generation.reasoning import ThoughtLimit
 from qwen_mlx.generation.text import generate, repeated_tokens, stream_generate
 from reference.small_models import MERGES, RandomModel, write_gguf
 
@@ -17,6 +21,15 @@ PROMPT = "hello world, hello"
 @pytest.fixture
 def small(tmp_path):
     return load(write_gguf(tmp_path / "m.gguf", RandomModel(3, max_position_embeddings=256)))
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """One that no test but those of this fixture changes."""
+    path = tmp_path_factory.mktemp("tokenizer") / "m.gguf"
+    _, tokenizer = load(write_gguf(path, RandomModel(3, max_position_embeddings=256)))
+    tokenizer.think_marks = ("assistant", "\u00a7\u00a7")
+    return tokenizer
 
 
 def greedy(small, count: int = 40, **options) -> list:
@@ -77,11 +90,53 @@ def test_a_model_that_does_not_think_has_no_budget_to_keep(small):
     assert [c.token for c in greedy(small, reasoning_budget=3)] == [c.token for c in greedy(small)]
 
 
-def test_a_budget_needs_a_cache_that_can_go_back(small):
-    with pytest.raises(QwenMLXError, match="prompt_cache"):
-        greedy(small, reasoning_budget=3, cache=small[0].make_cache())
+def test_a_budget_with_caches_drafts_and_penalties(small):
+    """The tokens are the same whatever else is asked for; a penalty sees the mark like any other token."""
+    open_thought(small, "\u00a7\u00a7")
+    plain = [chunk.token for chunk in greedy(small, reasoning_budget=3)]
+    for options in ({"cache": small[0].make_cache()}, {"draft_model": "prompt-lookup"}, {"logprobs": 1}):
+        assert [chunk.token for chunk in greedy(small, reasoning_budget=3, **options)] == plain
+    closing = small[1].encode("\n\u00a7\u00a7\n\n")
+    ids = [chunk.token for chunk in greedy(small, reasoning_budget=3, repetition_penalty=1.3)]
+    assert ids[3 : 3 + len(closing)] == closing
     with pytest.raises(QwenMLXError, match="reasoning_budget"):
         greedy(small, reasoning_budget=-1)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 9}], ids=str)
+def test_rows_of_a_batch_have_the_budget_each(small, sampling: dict):
+    """Prompts of other lengths, one of which opens no thought."""
+    model, tokenizer = small
+    open_thought(small, "\u00a7\u00a7")
+    prompts = ["hello", "hello world, hello world, hello", tokenizer.encode("hello there")]
+    options = {"max_tokens": 30, "reasoning_budget": 4}
+    results = batch_generate(model, tokenizer, prompts, **options, **sampling)
+    closing = tokenizer.encode("\n\u00a7\u00a7\n\n")
+    for number, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        own = sampling | ({"seed": sampling["seed"] + number} if "seed" in sampling else {})
+        chunks = list(stream_generate(model, tokenizer, prompt, **options, **own))
+        assert result.token_ids == [chunk.token for chunk in chunks]
+        assert (result.token_ids[4 : 4 + len(closing)] == closing) == (number < 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(budget=st.integers(0, 9), ids=st.lists(st.integers(0, 200), max_size=12))
+def test_a_budget_allows_all_or_one(small_tokenizer, budget: int, ids: list[int]):
+    """Whatever tokens come, the mark is written once, after `budget` of them, and nothing is forbidden before and
+    after."""
+    tokenizer = small_tokenizer
+    closing = tokenizer.encode("\n\u00a7\u00a7\n\n")
+    matcher = ThoughtLimit(tokenizer, tokenizer.encode("assistant"), budget).start(100)
+    tokens = iter(ids)
+    for place in range(len(ids) + len(closing)):
+        allowed = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
+        at = place - budget
+        if 0 <= at < len(closing):
+            assert allowed.tolist() == [closing[at]]
+            matcher.accept(closing[at])
+        else:
+            assert allowed.size >= tokenizer.vocab_size
+            matcher.accept(next(tokens, 5))
 
 
 def test_stop_token_ids_end_a_text(small):
