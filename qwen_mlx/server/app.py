@@ -53,7 +53,7 @@ class Answering(Protocol):
     def add(self, index: int, chunk: GenerationChunk) -> Any:
         """Notes a token."""
 
-    def response(self) -> dict[str, Any]:
+    def response(self) -> Any:
         """The body once all is there."""
         ...
 
@@ -263,7 +263,8 @@ def _page() -> str:
 
 
 async def _refused(request: Request, error: RequestError) -> Response:
-    headers = {"retry-after": "1"} if error.status == 503 else None
+    # What is left of a body that was not read is no request.
+    headers = {503: {"retry-after": "1"}, 408: {"connection": "close"}, 413: {"connection": "close"}}.get(error.status)
     return JSONResponse(error.body, error.status, headers)
 
 
@@ -272,7 +273,8 @@ async def _mistaken(request: Request, error: QwenMLXError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    known = {404: f"There is no {request.url.path[:80]}.", 405: f"{request.url.path[:80]} has no {request.method}."}
+    path = request.scope["path"][:80]
+    known = {404: f"There is no {path}.", 405: f"{path} has no {request.method}."}
     body = RequestError(error.status_code, known.get(error.status_code, error.detail)).body
     return JSONResponse(body, error.status_code, error.headers)
 

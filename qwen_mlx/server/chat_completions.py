@@ -13,6 +13,7 @@ from ..generation.tools import Tool
 from .body import Body
 from .errors import RequestError
 from .messages import read_message, tools_of
+from .response_fields import chosen, response_fields
 from .sampling_fields import MOST_STOPS, UNLIMITED, generation_settings, sampling_arguments, seeds, time_limits
 from .service import Service, Task
 from .structured_fields import forced_call, form_of
@@ -59,6 +60,10 @@ class ChatRequest:
         arguments["logprobs"] = _logprobs(body)
         n = body.integer("n", 1, MOST_CHOICES, 1) or 1
         read_only = body.integer("n_predict", 0, 0) == 0
+        body.integer("id_slot", -1)  # all slots share one prefix cache, so that any is as good
+        self._fields = response_fields(body)
+        if self._fields and self.stream:
+            body.refuse("response_fields", "is given with stream")
         use_cache = body.boolean("cache_prompt", True)
         times = time_limits(body)
         _identifiers(body)
@@ -113,7 +118,8 @@ class ChatRequest:
                 entry["logprobs"] = {"content": choice.logprobs, "refusal": None}
             choices.append(entry)
         usage = whole_usage(self.usage, self.tasks)
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+        body = {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+        return chosen(body, self._fields)
 
     def opening(self) -> list[dict[str, Any]]:
         """The events before the first token."""

@@ -4,7 +4,7 @@ and the requests of llama.vim (autoload/llama.vim), llama.vscode (src/llama-serv
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import __version__
@@ -14,16 +14,33 @@ from ..generation.text import GenerationChunk
 from ..generation.tools import OPEN
 from .body import Body, short
 from .errors import RequestError
-from .sampling_fields import MOST_STOPS, UNLIMITED, defaults, generation_settings, sampling_arguments, time_limits
+from .response_fields import chosen, response_fields
+from .sampling_fields import (
+    MOST_STOPS,
+    UNLIMITED,
+    defaults,
+    generation_settings,
+    sampling_arguments,
+    seeds,
+    time_limits,
+)
 from .service import Service, Task
 from .structured_fields import form_of
 from .usage import Usage
 
-MOST_FILES = 256
+MOST_FILES, MOST_CHOICES = 256, 16
+
+
+@dataclass
+class Answer:
+    """An answer so far; reason: llama.cpp's word for why it ended."""
+
+    text: str = ""
+    reason: str = "none"
 
 
 class NativeRequest:
-    """A request to /infill or /completion, its task, and its answer in llama.cpp's shape, at once or as events of a
+    """A request to /infill or /completion, its tasks, and its answers in llama.cpp's shape, at once or as events of a
     stream. Raises RequestError for a body that is not served."""
 
     def __init__(self, service: Service, body: Body, *, infill: bool) -> None:
@@ -38,11 +55,14 @@ class NativeRequest:
             arguments["temperature"] = 0.0  # a fill is the likeliest text unless a temperature is asked for
         if body.boolean("ignore_eos"):
             arguments["min_tokens"] = arguments["max_tokens"]
-        self._fields = _response_fields(body)
+        self._fields = response_fields(body)
         use_cache = body.boolean("cache_prompt", True)
         times = time_limits(body)
         n_indent = body.integer("n_indent", 0, 1000, 0) or 0
-        for name, nothing in (("id_slot", -1), ("n_keep", 0), ("n_probs", 0), ("n_cmpl", 1), ("n_discard", 0)):
+        counts = [body.integer(name, 1, MOST_CHOICES) for name in ("n_cmpl", "n")]
+        self._count = next((value for value in counts if value is not None), 1)
+        body.integer("id_slot", -1)  # all slots share one prefix cache, so that any is as good
+        for name, nothing in (("n_keep", 0), ("n_probs", 0), ("n_discard", 0)):
             body.only(name, nothing)
         for name in ("return_tokens", "return_progress", "timings_per_token", "post_sampling_probs"):
             body.only(name, False)
@@ -65,8 +85,11 @@ class NativeRequest:
             fill_stop=FillStop(indent=n_indent) if n_indent else None,
             **times,
         )
-        self.tasks = [service.prepare(task)]
-        self.usage, self._text, self._token, self._reason = Usage(), "", -1, "none"
+        # Greedy answers to one prompt are the same: one is computed.
+        numbers = [settings.seed] if settings.sampling.greedy else seeds(settings.seed, self._count)
+        tasks = [replace(task, settings=replace(settings, seed=seed)) for seed in numbers]
+        self.tasks = [service.prepare(task) for task in tasks]
+        self.usage, self._answers = Usage(), [Answer() for _ in tasks]
 
     def _infill(self, body: Body) -> Any:
         prefix, suffix = (body.string(f"input_{name}", "") or "" for name in ("prefix", "suffix"))
@@ -115,16 +138,17 @@ class NativeRequest:
     def add(self, index: int, chunk: GenerationChunk) -> None:
         """Notes a token."""
         self.usage.add(index, chunk)
-        self._text += chunk.text
-        self._token = chunk.token
+        answer = self._answers[index]
+        answer.text += chunk.text
         if chunk.finish_reason == "length":
-            self._reason = "limit"
+            answer.reason = "limit"
         elif chunk.finish_reason == "stop":
-            self._reason = "eos" if chunk.token in self.tasks[0].settings.eos_token_ids else "word"
+            answer.reason = "eos" if chunk.token in self.tasks[index].settings.eos_token_ids else "word"
 
-    def response(self) -> dict[str, Any]:
-        """The body once the answer has ended."""
-        return _chosen(self._final(self._text), self._fields)
+    def response(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """The body once all answers have ended: a list where several are asked for."""
+        answers = [chosen(self._final(place % len(self.tasks), place), self._fields) for place in range(self._count)]
+        return answers[0] if self._count == 1 else answers
 
     def opening(self) -> list[dict[str, Any]]:
         """The events before the first token: none."""
@@ -134,24 +158,26 @@ class NativeRequest:
         """The events of a token."""
         self.add(index, chunk)
         events = []
-        if chunk.text:
-            stats = chunk.stats
-            event = {"index": 0, "content": chunk.text, "stop": False, "id_slot": -1}
-            read = stats.prompt_tokens + stats.reused_tokens
-            events.append(event | {"tokens_predicted": stats.generated_tokens, "tokens_evaluated": read})
-        if chunk.finish_reason is not None:
-            events.append(_chosen(self._final(""), self._fields))
+        for place in range(index, self._count, len(self.tasks)):
+            if chunk.text:
+                stats = chunk.stats
+                event = {"index": place, "content": chunk.text, "stop": False, "id_slot": -1}
+                read = stats.prompt_tokens + stats.reused_tokens
+                events.append(event | {"tokens_predicted": stats.generated_tokens, "tokens_evaluated": read})
+            if chunk.finish_reason is not None:
+                events.append(chosen(self._final(index, place) | {"content": ""}, self._fields))
         return events
 
     def closing(self) -> list[dict[str, Any]]:
         """The events after the last token: none."""
         return []
 
-    def _final(self, text: str) -> dict[str, Any]:
-        task, stats = self.tasks[0], self.usage.stats[0]
+    def _final(self, index: int, place: int) -> dict[str, Any]:
+        """An answer with what llama.cpp says about it; place: its number among those that are asked for."""
+        task, stats, answer = self.tasks[index], self.usage.stats[index], self._answers[index]
         return {
-            "index": 0,
-            "content": text,
+            "index": place,
+            "content": answer.text,
             "stop": True,
             "id_slot": -1,
             "model": self.service.name,
@@ -159,9 +185,9 @@ class NativeRequest:
             "tokens_evaluated": len(task.ids),
             "tokens_cached": stats.reused_tokens,
             "generation_settings": defaults(task.settings.sampling) | {"n_predict": task.settings.max_tokens},
-            "has_new_line": "\n" in self._text,
+            "has_new_line": "\n" in answer.text,
             "truncated": self._truncated,
-            "stop_type": self._reason,
+            "stop_type": answer.reason,
             "stopping_word": "",
             "timings": _timings(stats.prompt_tokens, stats.prompt_seconds, "prompt")
             | {"cache_n": stats.reused_tokens}
@@ -176,29 +202,6 @@ def _timings(count: int, seconds: float, name: str) -> dict[str, Any]:
         f"{name}_per_token_ms": 1000 * seconds / count if count else 0.0,
         f"{name}_per_second": count / seconds if seconds else 0.0,
     }
-
-
-def _response_fields(body: Body) -> list[str] | None:
-    value = body.take("response_fields")
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) > 100 or not all(isinstance(name, str) for name in value):
-        body.refuse("response_fields", f"is {short(value)}, expected a list of names, as 'timings/prompt_n'")
-    return value
-
-
-def _chosen(full: dict[str, Any], fields: list[str] | None) -> dict[str, Any]:
-    """The fields that a client asks for: `a/b` takes b of a, and names it b."""
-    if not fields:
-        return full
-    chosen: dict[str, Any] = {}
-    for path in fields:
-        value: Any = full
-        for name in path.split("/"):
-            value = value.get(name) if isinstance(value, dict) else None
-        if value is not None:
-            chosen[path.rpartition("/")[2] if "/" in path else path] = value
-    return chosen
 
 
 def props(service: Service) -> dict[str, Any]:

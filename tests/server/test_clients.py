@@ -128,16 +128,18 @@ def test_the_sdk_parses_into_pydantic(openai):
 
 
 def vim(prefix: str, middle: str, suffix: str, extra: list[dict]) -> dict:
-    """The body of llama#fim."""
+    """The body of llama#fim, version a1c8e6e."""
     fields = ["content", "truncated", "tokens_cached"]
     for kind in ("prompt", "predicted"):
         fields += [f"timings/{kind}_{name}" for name in ("n", "ms", "per_token_ms", "per_second")]
     return {
+        "id_slot": 0,
         "input_prefix": prefix,
         "input_suffix": suffix,
         "input_extra": extra,
         "prompt": middle,
         "n_predict": 16,
+        "stop": [],
         "n_indent": 0,
         "top_k": 40,
         "top_p": 0.99,
@@ -161,12 +163,25 @@ def test_llama_vim(service):
         assert client.post("/infill", json=warm).raise_for_status().json() == {}
         first = client.post("/infill", json=vim("hello\n" * 20, "he", "hell\n", EXTRA)).raise_for_status().json()
         again = client.post("/infill", json=vim("hello\n" * 20, "hell", "hell\n", EXTRA)).raise_for_status().json()
-    assert set(first) >= {"content", "prompt_n", "prompt_ms", "predicted_per_second", "truncated", "tokens_cached"}
+    fields = vim("", "", "", [])["response_fields"]
+    assert set(first) == set(again) == set(fields)  # by these names it reads them
     assert first["tokens_cached"] > 100
-    assert again["prompt_n"] <= 3
+    assert again["timings/prompt_n"] <= 3
+
+
+def test_llama_vim_edits(service):
+    """Its instructions: a chat that is read ahead, and then streamed."""
+    asked = {"id_slot": 3, "messages": [{"role": "system", "content": "hell"}, {"role": "user", "content": "hello"}]}
+    warm = asked | {"samplers": [], "n_predict": 0, "stream": False, "cache_prompt": True, "response_fields": [""]}
+    asked |= {"min_p": 0.1, "temperature": 0.1, "samplers": ["min_p", "temperature"], "stream": True}
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        assert client.post("/v1/chat/completions", json=warm).raise_for_status().json() == {}
+        text = client.post("/v1/chat/completions", json=asked | {"cache_prompt": True}).raise_for_status().text
+    assert text.endswith("data: [DONE]\n\n")
 
 
 def test_llama_vscode(service):
+    """Version 0.0.63 asks for three fills; earlier ones for one, without a slot."""
     fill = {"input_prefix": "hello\n", "input_suffix": "", "input_extra": EXTRA, "prompt": "he", "n_predict": 8}
     fill |= {"top_k": 40, "top_p": 0.99, "stream": False, "samplers": ["top_k", "top_p", "infill"], "n_indent": 4}
     fill |= {"cache_prompt": True, "t_max_prompt_ms": 30000, "t_max_predict_ms": 30000}
@@ -198,7 +213,9 @@ def test_llama_vscode(service):
     warm = {"messages": edit["messages"], "n_predict": 0, "samplers": [], "cache_prompt": True}
     warm |= {"t_max_prompt_ms": 500, "t_max_predict_ms": 1}
     with httpx.Client(base_url=service.url, timeout=60) as client:
+        several = client.post("/infill", json=fill | {"id_slot": 0, "n_cmpl": 3}).raise_for_status().json()
         body = client.post("/infill", json=fill).raise_for_status().json()
+        assert [one["content"] for one in several] == [body["content"]] * 3
         assert {"content", "generation_settings", "tokens_cached", "truncated", "timings"} <= set(body)
         body = client.post("/v1/chat/completions", json=edit).raise_for_status().json()
         assert isinstance(body["choices"][0]["message"]["content"], str)
@@ -217,6 +234,17 @@ def test_continue(small, service):
                 texts.append(json.loads(line.removeprefix("data: "))["content"])
     expected = stream_generate(*small, prompt, raw=True, temperature=0, max_tokens=8)
     assert "".join(texts) == "".join(chunk.text for chunk in expected)
+
+
+def test_zed_predicts_edits(service):
+    """Its edit predictions of an OpenAI-compatible server, in the prompt format "qwen"."""
+    marks = [f"<|{name}|>" for name in ("endoftext", "file_separator", "fim_pad", "fim_prefix", "fim_middle")]
+    marks += ["<|fim_suffix|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<PRE>", "<SUF>", "<MID>"]
+    prompt = "<|fim_prefix|>hello <|fim_suffix|> hell<|fim_middle|>"
+    body = {"model": "small", "prompt": prompt, "max_tokens": 8, "stop": [*marks, "[PREFIX]", "[SUFFIX]"]}
+    answer = httpx.post(f"{service.url}/v1/completions", json=body, timeout=60).raise_for_status().json()
+    assert set(answer) >= {"id", "object", "created", "model", "choices", "usage"}
+    assert isinstance(answer["choices"][0]["text"], str)
 
 
 WEATHER = {
