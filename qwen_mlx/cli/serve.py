@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import re
 import socket
@@ -51,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
         "--cache-gb", type=float, default=2.0, metavar="X", help="memory for prompts that come again (%(default)s)"
     )
     bounds.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="seconds for a request (600)")
+    bounds.add_argument(
+        "--reasoning-budget",
+        type=int,
+        metavar="N",
+        help="end thoughts after N tokens, unless a request says otherwise",
+    )
     bounds.add_argument("--max-body-mb", type=float, default=10.0, metavar="X", help="largest request (%(default)s)")
     bounds.add_argument("--prefill-step-size", type=int, metavar="N", help="read prompts N tokens at a time")
     p.add_argument("--log-prompts", action="store_true", help="write the text of requests into the log too")
@@ -65,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_at_least(1, "--slots", arguments.slots)
     require_at_least(0, "--queue", arguments.queue)
     require_at_least(1, "--prefill-step-size", arguments.prefill_step_size)
+    require_at_least(0, "--reasoning-budget", arguments.reasoning_budget)
     for option in ("cache_gb", "time_limit", "max_body_mb"):
         value = getattr(arguments, option)
         if not 0 <= value < float("inf"):
@@ -73,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import uvicorn
 
         from ..server.app import make_app
+        from ..server.connection import Connection
     except ModuleNotFoundError as error:
         raise QwenMLXError(f"The server needs {error.name}; install it with pip install 'qwen_mlx[server]'.") from None
     from ..server.limits import Limits
@@ -88,7 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
         # A request's line comes from the server itself, once the answer has ended.
         config = uvicorn.Config(
-            make_app(service, limits, arguments.log_prompts), log_config=None, access_log=False, server_header=False
+            make_app(service, limits, arguments.log_prompts),
+            http=Connection,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            # No answer takes longer; a client that does not read its own is not waited for.
+            timeout_graceful_shutdown=math.ceil(arguments.time_limit) + 1,
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         print(f"{service.name} is served at {address}; Ctrl-C ends it.", file=sys.stderr, flush=True)
@@ -115,7 +130,8 @@ def _service(arguments: argparse.Namespace) -> Any:
     )
     given = arguments.model
     name = given if given is not None and not Path(given).exists() else Path(path).name.removesuffix(".gguf")
-    return Service(model, tokenizer, scheduler, arguments.name or name, arguments.time_limit)
+    name = arguments.name or name
+    return Service(model, tokenizer, scheduler, name, arguments.time_limit, arguments.reasoning_budget)
 
 
 def _api_key(file: str | None) -> str | None:

@@ -124,7 +124,7 @@ class Body:
         left = next((name for name, value in self._fields.items() if value is not None), None)
         if left is None:
             return
-        near = difflib.get_close_matches(left, self._known, 1, 0.6)
+        near = difflib.get_close_matches(left[:80], self._known, 1, 0.6)
         fix = f"; did you mean {near[0]!r}?" if near else "."
         name = self._where + left[:80]
         raise RequestError(400, f"{name} is not a field that this server knows{fix}", name, "unknown_field")

@@ -1,7 +1,8 @@
-"""The limits before any route: hosts, origins, keys, and the size of bodies."""
+"""The limits before any route: hosts, origins, keys, and the size and time of bodies."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -24,9 +25,11 @@ OPEN_PATHS = ("/", "/health", "/v1/health")  # they need no key: a page that ask
 
 @dataclass(frozen=True)
 class Limits:
-    """max_body: bytes; api_key: None asks for none; hosts: names beside localhost and addresses."""
+    """max_body: bytes; body_seconds: time for them to come; api_key: None asks for none; hosts: names beside localhost
+    and addresses."""
 
     max_body: int = 10 * 10**6
+    body_seconds: float = 60.0
     api_key: str | None = None
     hosts: Sequence[str] = ()
 
@@ -55,9 +58,9 @@ class Guard:
         if not self._allows(host):
             raise RequestError(403, f"The host {host[:80]!r} is not this server's; start it with --allow-host NAME.")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             raise RequestError(403, "Pages of other origins are not served.")
-        if self._limits.api_key is not None and request.url.path not in OPEN_PATHS:
+        if self._limits.api_key is not None and request.scope["path"] not in OPEN_PATHS:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             given = key.strip() if scheme.lower() == "bearer" else ""
             if not hmac.compare_digest(given.encode(), self._limits.api_key.encode()):
@@ -78,7 +81,16 @@ class Guard:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The request's bytes. Raises RequestError (413) as soon as there are more than max_body."""
+    """The request's bytes. Raises RequestError as soon as there are more than max_body (413), and where they do not
+    come in time (408)."""
+    try:
+        return await asyncio.wait_for(_read(request, limits), limits.body_seconds)
+    except asyncio.TimeoutError:
+        message = f"The body did not come within {limits.body_seconds:g} seconds."
+        raise RequestError(408, message, None, "body_too_slow") from None
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
     too_large = RequestError(413, f"The body has more than {limits.max_body} bytes.", None, "body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length[:20]) > limits.max_body:

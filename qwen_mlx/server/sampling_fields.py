@@ -15,6 +15,8 @@ from .service import Service
 
 MOST_STOPS = 16
 UNLIMITED = 10**9  # tokens: all that the context has room for
+# The most tokens of a thought by this package's name, vLLM's and llama.cpp's; -1 is no limit.
+BUDGETS = ("reasoning_budget", "thinking_token_budget", "thinking_budget_tokens")
 # llama.cpp's names of samplers, with the settings that switch each off.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
@@ -57,6 +59,9 @@ def sampling_arguments(body: Body) -> dict[str, Any]:
         given["top_p"], given["top_k"] = 1.0, 1
     if given["typical_p"] == 0:
         body.refuse("typical_p", "is 0, expected a number above 0 and at most 1")
+    budgets = [body.integer(name, -1) for name in BUDGETS]
+    budget = next((value for value in budgets if value is not None), None)
+    given["reasoning_budget"] = UNLIMITED if budget == -1 else budget
     seed = body.integer("seed", -(2**63), 2**64 - 1)
     given["seed"] = None if seed == -1 else None if seed is None else seed % 2**64
     return given | _samplers(body, given)

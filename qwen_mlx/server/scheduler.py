@@ -1,7 +1,8 @@
 """One thread that owns the model: it reads prompts chunk by chunk, steps all running rows together, and hands out text.
 
-Requests join between two tokens and leave after any. Prompts that are being read take turns, a chunk each, and between
-two chunks every running row gets a token, so that a long prompt delays others by one chunk at most.
+Requests join between two tokens and leave after any. Prompts that are being read take turns, a chunk each or several
+short ones in a chunk, and between two chunks every running row gets a token, so that prompts delay others by one chunk
+at most.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..errors import QwenMLXError
 from ..generation.engine import NOT_FINITE, GenerationStats, Prompts, Rows, Token, default_prefill_step_size
 from ..generation.fill import FillStop
 from ..generation.settings import GenerationSettings
+from ..generation.structured import Constraint
 from ..generation.text import CANNOT_GO_ON, GenerationChunk, TextStream
 from ..model.batch_cache import select
 from ..model.cache import KVCache
@@ -199,7 +201,7 @@ class Scheduler:
         job.stats.prompt_tokens, job.stats.reused_tokens = len(job.ids) - count, count
         job.prompts = Prompts(self.model, [job.ids[count:]], [job.settings], cached, job.ids[:count])
         job.stream = TextStream(self.tokenizer, job.settings)
-        if job.settings.constraint is None:  # an answer that has a form has no thought before it
+        if not isinstance(job.settings.constraint, Constraint):  # an answer that has a form has no thought before it
             job.thoughts = self.tokenizer.thoughts(job.ids)
         self.metrics.reused_tokens += count
 
@@ -210,9 +212,16 @@ class Scheduler:
         self._leave(rows, [i for i, job in enumerate(self._running) if job.cancelled])
 
     def _read(self, rows: Rows) -> None:
-        """Reads a chunk of the prompt whose turn it is."""
-        if not self._reading:
-            return
+        """Reads a chunk of the prompt whose turn it is, and the next ones as long as all of their rest fits into the
+        same chunk: a step of few rows costs hardly less than one of all."""
+        # Shorter chunks while others wait for their next token.
+        left = max(64, self._chunk // 4) if self._running else self._chunk
+        read = 0
+        while self._reading and (not read or read + _unread(self._reading[0]) <= left):
+            read += self._read_chunk(rows, left)
+
+    def _read_chunk(self, rows: Rows, length: int) -> int:
+        """Reads a chunk of the first prompt, and returns how many tokens it had."""
         job = self._reading[0]
         reader = job.prompts.reader  # type: ignore[union-attr]  # _begin made it
         now = time.monotonic()
@@ -221,9 +230,7 @@ class Scheduler:
         if late or (job.read_only and reader.total - reader.done <= 1):
             self._end_reading(job)
             self._post(job, GenerationChunk("", -1, "length", job.stats))
-            return
-        # Shorter chunks while others wait for their next token.
-        length = max(64, self._chunk // 4) if self._running else self._chunk
+            return 0
         before = reader.done
         if job.read_only:
             length = min(length, reader.total - reader.done - 1)
@@ -231,7 +238,7 @@ class Scheduler:
         self.metrics.prompt_tokens += reader.done - before
         self._reading.rotate(-1)
         if logits is None:
-            return
+            return reader.done - before
         if job.followed and job.use_cache:
             self.cache.add(job.ids, job.prompts.state.cache)  # type: ignore[union-attr]
         rows.join(job.prompts, logits)  # type: ignore[arg-type]
@@ -241,6 +248,7 @@ class Scheduler:
         now = time.monotonic()
         job.stats.prompt_seconds, job.began = now - job.began, now
         self.metrics.prompt_seconds += job.stats.prompt_seconds
+        return reader.done - before
 
     def _end_reading(self, job: Job) -> None:
         """Ends a job whose prompt is read in part; what is read is kept for the next request."""
@@ -338,6 +346,12 @@ class Scheduler:
         if self._outbox and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, self._outbox)
         self._outbox = []
+
+
+def _unread(job: Job) -> int:
+    """Tokens of a job's prompt that are still to be read."""
+    reader = job.prompts.reader  # type: ignore[union-attr]  # _begin made it
+    return reader.total - reader.done
 
 
 def _deliver(events: list[tuple[Job, GenerationChunk | Exception]]) -> None:

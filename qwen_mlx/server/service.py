@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from ..errors import QwenMLXError
 from ..generation.fill import FillStop
 from ..generation.settings import GenerationSettings
-from ..generation.text import GenerationChunk, room_after
+from ..generation.text import GenerationChunk, room_after, with_budget
 from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .body import Body, short
@@ -37,13 +37,15 @@ class Task:
 
 @dataclass
 class Service:
-    """A loaded model with its scheduler. name: what clients call it; seconds: a request may take at most."""
+    """A loaded model with its scheduler. name: what clients call it; seconds: a request may take at most;
+    reasoning_budget: of requests that give none."""
 
     model: Qwen2
     tokenizer: Tokenizer
     scheduler: Scheduler
     name: str
     seconds: float = 600.0
+    reasoning_budget: int | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, body: Body) -> None:
@@ -78,12 +80,18 @@ class Service:
         if task.settings.constraint is not None:
             task.settings.constraint.check_fits(limit)
         settings = replace(task.settings, max_tokens=limit, min_tokens=min(task.settings.min_tokens, limit))
-        return replace(task, settings=settings)
+        if settings.constraint is None and settings.reasoning_budget is None:
+            settings = replace(settings, reasoning_budget=self.reasoning_budget)
+        return replace(task, settings=with_budget(settings, self.tokenizer, task.ids))
 
     @contextlib.asynccontextmanager
     async def answer(self, tasks: Sequence[Task]) -> AsyncIterator[AsyncIterator[Event]]:
         """Submits the tasks and gives their (index, chunk) as they come, each index until its finish_reason. Leaving
-        the block ends what still runs. Raises RequestError (503) where too many wait."""
+        the block ends what still runs. Raises RequestError for more answers than can ever wait (400), and where too
+        many wait now (503)."""
+        most = self.scheduler.slots + self.scheduler.queue_size
+        if len(tasks) > most:
+            raise RequestError(400, f"The request asks for {len(tasks)} answers, expected at most {most} at a time.")
         events: asyncio.Queue[tuple[int, GenerationChunk | Exception]] = asyncio.Queue()
         deadline = time.monotonic() + self.seconds
         jobs: list[Job] = []

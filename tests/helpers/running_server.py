@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from qwen_mlx.server.app import make_app
+from qwen_mlx.server.connection import Connection
 from qwen_mlx.server.limits import Limits
 from qwen_mlx.server.scheduler import Scheduler
 from qwen_mlx.server.service import Service
@@ -22,7 +23,7 @@ def serving(loaded: Any, limits: Limits | None = None, seconds: float = 60.0, **
     """Serves a (model, tokenizer) and yields the Service, whose attribute `url` is its address."""
     service = Service(*loaded, Scheduler(*loaded, **options), "small", seconds)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(service, limits), log_config=None))
+        server = uvicorn.Server(uvicorn.Config(make_app(service, limits), http=Connection, log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -154,6 +154,30 @@ def test_a_thought_is_told_from_the_answer(small, monkeypatch, stream):
     assert answer.strip()
 
 
+@pytest.mark.parametrize("field", ["reasoning_budget", "thinking_token_budget", "thinking_budget_tokens", None])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_budget_ends_a_thought(small, monkeypatch, field, stream):
+    """Given by a request, or by the server for all that give none."""
+    monkeypatch.setattr(small[1], "think_marks", ("assistant", "§§"))
+    budget, goes_on = {"reasoning_budget": 5}, {"temperature": 0, "max_tokens": 40}
+    bias = {int(token): value for token, value in NO_END.items()}
+    expected = list(stream_generate(*small, "hello", **budget, **goes_on, logit_bias=bias))
+    without = list(stream_generate(*small, "hello", **goes_on, logit_bias=bias))
+    with serving(small) as service, httpx.Client(base_url=service.url, timeout=60) as client:
+        service.reasoning_budget = 5 if field is None else 7
+        for value, chunks in ((5, expected), (-1, without)) if field else ((None, expected),):
+            fields = goes_on | ({} if value is None else {field: value})
+            response = client.post(CHAT, json=hello(stream=stream, logit_bias=NO_END) | fields).raise_for_status()
+            if stream:
+                deltas = [piece["choices"][0]["delta"] for piece in events(response)]
+            else:
+                deltas = [response.json()["choices"][0]["message"]]
+            found = ["".join(delta.get(name) or "" for delta in deltas) for name in ("reasoning_content", "content")]
+            assert found == ["".join(getattr(c, name) for c in chunks) for name in ("reasoning", "answer")]
+    assert "".join(chunk.answer for chunk in expected)
+    assert not "".join(chunk.answer for chunk in without)
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["he", "ll"]}},
@@ -234,6 +258,25 @@ def test_tools_that_must_not_be_called_are_not_named(client):
     assert mine == plain
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_several_fills_of_one_prompt(service, client, sampled):
+    """They are those of the seeds from the first on; greedy ones are the same, and computed once."""
+    asked = {"input_prefix": "hello ", "input_suffix": " hell", "n_predict": 12, "temperature": 0.0}
+    asked |= {"temperature": 1.5, "seed": 8} if sampled else {}
+    before = service.scheduler.metrics.generated_tokens
+    several = client.post(INFILL, json=asked | {"n_cmpl": 3, "response_fields": ["index", "content"]}).json()
+    computed = service.scheduler.metrics.generated_tokens - before
+    seeds = [{"seed": 8 + i} if sampled else {} for i in range(3)]
+    alone = [client.post(INFILL, json=asked | seed).json() for seed in seeds]
+    assert several == [{"index": i, "content": one["content"]} for i, one in enumerate(alone)]
+    assert computed == sum(one["tokens_predicted"] for one in (alone if sampled else alone[:1]))
+    pieces = events(client.post(INFILL, json=asked | {"n": 3, "stream": True}))
+    for i, one in enumerate(alone):
+        mine = [piece for piece in pieces if piece["index"] == i]
+        assert "".join(piece["content"] for piece in mine) == one["content"]
+        assert [piece["stop"] for piece in mine] == [False] * (len(mine) - 1) + [True]
+
+
 def test_the_second_keystroke_computes_what_is_new(client):
     asked = {"input_prefix": "hello\n" * 40, "input_suffix": "he\n" * 20, "n_predict": 4}
     first = client.post(INFILL, json=asked | {"prompt": "he"}).json()
@@ -292,6 +335,8 @@ REFUSED = [
     (CHAT, hello(structured_outputs={"regex": "a" * 300_000}), "structured_outputs"),
     (CHAT, hello(structured_outputs={"yaml": "a"}), "structured_outputs.yaml"),
     (CHAT, hello(grammar="root ::= x"), "grammar"),
+    (CHAT, hello(thinking_token_budget=-2), "thinking_token_budget"),
+    (CHAT, hello(reasoning_budget=5, json_schema=SCHEMA), None),
     (CHAT, hello(audio={"voice": "x"}), "audio"),
     (CHAT, hello(reasoning_effort="high"), "reasoning_effort"),
     (CHAT, hello(messages=[{"role": "user", "content": "hello" * 600}]), None),
@@ -308,7 +353,12 @@ REFUSED = [
     (INFILL, {"input_extra": [{"filename": "a"}]}, "input_extra[0].text"),
     (INFILL, {"n_probs": 3}, "n_probs"),
     (INFILL, {"n_predict": -3}, "n_predict"),
-    (INFILL, {"id_slot": 2}, "id_slot"),
+    (INFILL, {"id_slot": -2}, "id_slot"),
+    (INFILL, {"id_slot": "a"}, "id_slot"),
+    (INFILL, {"n_cmpl": 0}, "n_cmpl"),
+    (INFILL, {"n_cmpl": 17}, "n_cmpl"),
+    (INFILL, {"response_fields": "content"}, "response_fields"),
+    (CHAT, hello(response_fields=["choices"], stream=True), "response_fields"),
     (INFILL, {"lora": [{"id": 0, "scale": 0.5}]}, "lora"),
     ("/completion", {"prompt": ["a", "b"]}, "prompt"),
     ("/tokenize", {}, "content"),

@@ -129,6 +129,42 @@ def test_a_long_prompt_lets_running_rows_go_on_and_short_prompts_pass(small, mon
     run(scheduler, body)
 
 
+def test_short_prompts_join_together_and_no_turn_reads_more_than_a_chunk(small, monkeypatch):
+    """Eight prompts of 20 tokens: where they wait together they are read in one turn, beside a running row in turns of
+    64 tokens."""
+    scheduler = Scheduler(*small, slots=9, prefill_step_size=256)
+    sizes: list[int] = []
+    step = Rows.step
+
+    def counted(self, ahead=True):
+        sizes.append(len(self.state.settings))
+        return step(self, ahead)
+
+    monkeypatch.setattr(Rows, "step", counted)
+    asked = {"temperature": 0, "max_tokens": 100, **GOES_ON}
+
+    async def body() -> None:
+        together = [job(small, [i] * 20, asked) for i in range(8)]
+        scheduler.submit(together)
+        for one in together:
+            await result(one)
+        assert sizes[0] == 8
+        assert scheduler.load == (0, 0)
+        running = job(small, [9, 9], asked | {"max_tokens": 400})
+        scheduler.submit([running])
+        await running.events.get()
+        sizes.clear()
+        together = [job(small, [i, i + 1] * 10, asked) for i in range(8)]
+        scheduler.submit(together)
+        for one in together:
+            await result(one)
+        assert [sizes.index(n) < sizes.index(n + 3) for n in (1, 4)] == [True, True]
+        assert set(sizes[: sizes.index(9)]) == {1, 4, 7}
+        scheduler.cancel([running])
+
+    run(scheduler, body)
+
+
 def test_a_client_that_goes_away_costs_no_further_token(small):
     scheduler = Scheduler(*small, slots=2)
 
