@@ -1,6 +1,5 @@
 """The door of `python -m qwen_mlx.convert`; the command is cli/convert.py."""
 
-if __name__ == "__main__":
-    from .cli.main import run_module
+from .cli.main import run_module
 
-    run_module("convert")
+run_module("convert", __name__)

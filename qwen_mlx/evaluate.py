@@ -1,6 +1,5 @@
 """The door of `python -m qwen_mlx.evaluate`; the command is cli/evaluate.py."""
 
-if __name__ == "__main__":
-    from .cli.main import run_module
+from .cli.main import run_module
 
-    run_module("evaluate")
+run_module("evaluate", __name__)

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError, check_integer
@@ -35,6 +37,11 @@ SAMPLING = {  # option: its type, its placeholder, its help
     "--xtc-threshold": (float, "T", "the probability that makes a top choice (default 0.1)"),
 }
 SETTINGS = ["temperature", *(option[2:].replace("-", "_") for option in [*SAMPLING][1:])]
+# The library's name of an argument: the option that gives it.
+OPTIONS = dict(zip(SETTINGS, SAMPLING)) | {
+    name: "--" + name.replace("_", "-")
+    for name in ("logit_bias", "max_tokens", "min_tokens", "stop", "logprobs", "reasoning_budget", "yarn")
+}
 
 
 def model_parser(command: str, description: str, max_tokens: int) -> Parser:
@@ -91,6 +98,16 @@ def model_parser(command: str, description: str, max_tokens: int) -> Parser:
     return p
 
 
+@contextlib.contextmanager
+def named_as_options() -> Iterator[None]:
+    """Lets the library's sentences about its arguments name the command line's options."""
+    try:
+        yield
+    except QwenMLXError as error:
+        words = re.sub(r"^\w+(?= is | gives )|\b[a-z]+_\w+\b", lambda m: OPTIONS.get(m[0], m[0]), str(error))
+        raise type(error)(words) from None
+
+
 def ranks() -> contextlib.AbstractContextManager[mx.distributed.Group | None]:
     """parallel.group.together() where a launcher started several processes; where it did not, MLX is not imported."""
     if not launched():
@@ -112,6 +129,7 @@ def check_length(arguments: argparse.Namespace, prompt: str) -> None:
     checkpoint.tokenizer.check_length(prompt, config.context_length)
 
 
+@named_as_options()
 def open_model(
     arguments: argparse.Namespace, group: mx.distributed.Group | None
 ) -> tuple[Qwen2, Tokenizer, dict[str, Any]]:
@@ -148,9 +166,9 @@ def open_model(
     sampling["logit_bias"] = _read_bias(arguments.logit_bias)
     logprobs = getattr(arguments, "logprobs", None)
     # A bias may name a token that the vocabulary lacks, which is known later.
-    limits = arguments.max_tokens, arguments.min_tokens
-    budget = arguments.reasoning_budget
-    GenerationSettings(SamplingSettings().override(**sampling), *limits, logprobs=logprobs, reasoning_budget=budget)
+    limits = {name: getattr(arguments, name) for name in ("max_tokens", "min_tokens", "stop", "reasoning_budget")}
+    GenerationSettings(SamplingSettings().override(**sampling), **limits, logprobs=logprobs)
+    require_at_least(5, "--max-kv-size", arguments.max_kv_size)  # the first 4 tokens, and a newest one
     cache_kind = {"bits": arguments.kv_bits, "max_size": arguments.max_kv_size}
     caches = make_caches(1, 128, **cache_kind)  # refuses an impossible kind
     if cache_file is not None and any(cache_kind.values()):
@@ -168,7 +186,7 @@ def open_model(
         read_header(cache_file)
     elif cache_file is not None:
         check_folder(cache_file, "--prompt-cache")
-    with ProgressLine("Loading") as line:
+    with ProgressLine(f"Loading {path.name}") as line:
         load_as_asked = functools.partial(load, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
         model, tokenizer = load_as_asked(path, group=group)
         if draft_path is not None:

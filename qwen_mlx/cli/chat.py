@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
+from ..loading.hub import DEFAULT
 from ..parallel.control import alone, on_first
 from .arguments import model_parser, open_model, ranks
-from .command import ProgressLine, require_at_least
+from .command import ProgressLine, cut_at, require_at_least
 from .terminal import Pipe, Terminal
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ HELP = '''/retry             answer my last message again
 /help              show this
 /exit              end, as Ctrl-D does
 
-Ctrl-C stops an answer; what was written of it stays in the conversation. A paste of several lines is one message, and
-so is everything between two lines of """. A message that begins with / is written with two of them.'''
+Ctrl-C stops an answer; what was written of it stays in the conversation.
+A paste of several lines is one message; so is everything between two lines of """.
+A message that begins with / is written with two of them.'''
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,11 +70,13 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
 
         on_first(lambda: read_messages(arguments.load))
     model, tokenizer, settings = open_model(arguments, group)
+    name = arguments.model or DEFAULT.title
 
     from ..generation.chat import Chat
 
     interactive = on_first(lambda: sys.stdin.isatty() and sys.stdout.isatty())
-    window: Pipe | Terminal = Terminal() if interactive and (group is None or group.rank() == 0) else Pipe()
+    drawn = interactive and (group is None or group.rank() == 0)
+    window: Pipe | Terminal = Terminal([*COMMANDS, "/exit"]) if drawn else Pipe()
     window.interactive = interactive
     window.hides_reasoning = arguments.hide_reasoning
     chat = Chat(
@@ -85,7 +89,9 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     if arguments.load:
         _load_messages(chat, arguments.load)
     if interactive:
-        window.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.")
+        window.note(f"{name}. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.")
+    if tools and arguments.model is None:
+        window.note(f"warning: {name} does not follow the format of tool calls; take a larger Instruct model.")
     try:
         with contextlib.suppress(EOFError):
             while turn(chat, window):
@@ -106,6 +112,8 @@ def turn(chat: Chat, window: Pipe | Terminal) -> bool:
             text = on_first(window.read)
             if not text.strip():
                 return True
+            if window.interactive and text.strip() in ("exit", "quit"):
+                return False
             if not text.startswith("/") or text.startswith("//") or "\n" in text:
                 answer(chat, window, chat.send(text[1:] if text.startswith("//") else text))
                 return True
@@ -138,13 +146,14 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
     from ..generation.tools import OPEN
 
     hidden = (OPEN,) if chat.tools else ()  # a tool call is shown when it has run
-    written, n_shown = "", 0
+    written, n_shown, ended = "", 0, None
     progress = chat.progress = ProgressLine("Reading the prompt")
     try:
-        with _interruptible(window), contextlib.closing(stream):
+        with _interruptible(window), contextlib.closing(stream), progress:
             for event in stream:
                 progress.clear()
                 if isinstance(event, GenerationChunk):
+                    ended = event.finish_reason
                     written += event.answer if window.hides_reasoning else event.text
                     call = written.find(OPEN) if hidden else -1
                     end = len(written) - (0 if event.finish_reason else overlap(written, hidden))
@@ -159,11 +168,11 @@ def answer(chat: Chat, window: Pipe | Terminal, stream: Turn) -> None:
     finally:
         progress.clear()
         window.finish()
-    window.note(summary(chat))
+    window.note(summary(chat, ended))
 
 
-def summary(chat: Chat) -> str:
-    """A line about the tokens and the speed of the last turn."""
+def summary(chat: Chat, ended: str | None) -> str:
+    """A line about the tokens and the speed of the last turn; ended: its finish_reason, None where it was stopped."""
     turn = chat.turn
     if not turn:
         return "nothing was answered; the message is not part of the conversation"
@@ -171,11 +180,16 @@ def summary(chat: Chat) -> str:
     share = sum(one.communication_seconds for one in turn) / (reading + writing)
     shared = "" if alone() else f", {share:.0%} of the time in communication"
     repeated = turn[-1].repeated_tokens
-    loop = f"; the text repeats itself every {repeated} tokens, /undo takes it back" if repeated else ""
+    if repeated:
+        end = f"; the text repeats itself every {repeated} tokens, /undo takes it back"
+    elif ended == "length":
+        end = f"; {cut_at(turn[-1].generated_tokens, chat.settings.max_tokens)}"
+    else:
+        end = "" if ended else "; stopped"
     return (
         f"{turn[0].reused_tokens} tokens reused, {sum(one.prompt_tokens for one in turn)} read, "
         f"{sum(one.generated_tokens for one in turn)} written, "
-        f"{sum(one.generated_tokens - 1 for one in turn) / writing if writing else 0:.1f} tok/s{shared}{loop}"
+        f"{sum(one.generated_tokens - 1 for one in turn) / writing if writing else 0:.1f} tok/s{shared}{end}"
     )
 
 
@@ -222,6 +236,11 @@ def _undo(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
     window.note(f"taken back: {chat.undo()}")
 
 
+def _clear(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
+    chat.clear()
+    window.note("the conversation is empty")
+
+
 def _save(chat: Chat, window: Pipe | Terminal, rest: str) -> None:
     _require_file_name(rest, "/save")
     on_first(lambda: chat.save(rest))
@@ -253,7 +272,7 @@ COMMANDS: dict[str, Callable[[Chat, Pipe | Terminal, str], None]] = {
     "/edit": _edit,
     "/history": _history,
     "/system": _system,
-    "/clear": lambda chat, window, rest: chat.clear(),
+    "/clear": _clear,
     "/save": _save,
     "/load": _load,
     "/help": lambda chat, window, rest: window.note(HELP),

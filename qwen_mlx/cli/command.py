@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from .. import __version__
 from ..errors import QwenMLXError, Stopped
 
 # Text of a model or a file must not move a terminal's cursor, nor do anything else to it.
@@ -40,11 +43,39 @@ def require_at_least(least: int, option: str, value: int | None, unit: str = "")
         raise QwenMLXError(f"{option} is {value}, expected {least}{unit} or more.")
 
 
+def counted(tokens: int) -> str:
+    """A number of tokens in words."""
+    return f"{tokens} token{'s' * (tokens != 1)}"
+
+
+def cut_at(tokens: int, limit: int) -> str:
+    """The words for a text that was cut after so many tokens, by --max-tokens or else by the end of the context."""
+    return f"cut off by --max-tokens {limit}" if tokens >= limit else "cut off where the model's context ends"
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line, like every other error, and takes no option's beginning for the option."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+        self.add_argument("--version", action="version", version=f"qwen-mlx {__version__}")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The arguments. Exits for one that is not known, with the option that it may have been meant for."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = self._nearest(unknown[0])
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean {near}?' if near else ''}")
+        return parsed
+
+    def _nearest(self, word: str) -> str | None:
+        if not word.startswith("-"):
+            import shlex
+
+            return f"--prompt {shlex.quote(word)}" if "--prompt" in self._option_string_actions else None
+        asked, options = word.partition("=")[0].replace("_", "-"), [*self._option_string_actions]
+        begun = [option for option in options if len(asked) > 2 and option.startswith(asked)]
+        return next(iter(begun or difflib.get_close_matches(asked, options, 1)), None)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help.\n")
@@ -152,29 +183,48 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 class ProgressLine:
-    """A line on standard error that appears after a second, only where that is a terminal, and goes at the end of a
-    `with` block."""
+    """The name of work that takes long, on standard error. On a terminal it appears after a second with the share done,
+    and goes at `clear` or the end of a `with` block; elsewhere it is one line after ten seconds, which stays."""
 
     def __init__(self, label: str):
         self.label = label
         self.start = time.monotonic()
         self.visible = False
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> ProgressLine:
+        # Nothing may call for long, while a first chunk is read for example.
+        self._timer = threading.Timer(1 if sys.stderr.isatty() else 10, self._show)
+        self._timer.daemon = True
+        self._timer.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.clear()
 
     def __call__(self, done: int, total: int) -> None:
-        if not sys.stderr.isatty() or time.monotonic() - self.start < 1:
-            return
-        self.visible = True
-        print(f"\r{self.label} {done / total:4.0%}", end="", file=sys.stderr, flush=True)
-        if done >= total:
-            self.clear()
+        if sys.stderr.isatty() and time.monotonic() - self.start >= 1:
+            self._show(f" {done / total:4.0%}")
+            if done >= total:
+                self.clear()
+
+    def _show(self, share: str | None = None) -> None:
+        with self._lock:
+            if share is None and (self._timer is None or self.visible):
+                return
+            with contextlib.suppress(OSError, ValueError):  # the stream is closed
+                if sys.stderr.isatty():
+                    self.visible = True
+                    print(f"\r{self.label}{share or '...'}", end="", file=sys.stderr, flush=True)
+                else:
+                    print(f"{self.label}...", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        if self.visible:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self.visible = False
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self.visible:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+                self.visible = False

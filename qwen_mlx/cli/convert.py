@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "7e-4 and bfloat16 6e-3 in relative L2. mlx-lm computes in float32 with auto and float32 and in bfloat16 with "
         "--scales bfloat16 --dtype bfloat16",
     )
-    bits: dict[str, Any] = {"type": int, "choices": (2, 3, 4, 5, 6, 8), "metavar": "BITS"}
+    bits: dict[str, Any] = {"type": int, "choices": (2, 3, 4, 5, 6, 8)}
     p.add_argument("--requantize", **bits, help="pack the types that MLX cannot express (Q6_K, Q3_K, ...); else dense")
     p.add_argument("--quantize", **bits, help="pack every matrix, whatever its type")
     p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="of both (default 64)")

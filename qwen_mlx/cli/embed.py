@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import QwenMLXError
 from ..text.files import atomic_write, check_folder, check_utf8, read_text
 from .arguments import DTYPES
-from .command import Parser, program, require_at_least
+from .command import Parser, ProgressLine, program, require_at_least
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,15 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..encoding.embed import embed
     from ..loading.encoder import load_encoder
 
-    vectors = embed(
-        load_encoder(arguments.model, dtype=arguments.dtype),
-        texts,
-        prompt=arguments.prompt,
-        pooling=arguments.pooling,
-        normalize=False if arguments.no_normalize else None,
-        dimensions=arguments.dimensions,
-        batch_size=arguments.batch_size,
-    )
+    with ProgressLine("Loading"):
+        encoder = load_encoder(arguments.model, dtype=arguments.dtype)
+    with ProgressLine("Reading the texts"):
+        vectors = embed(
+            encoder,
+            texts,
+            prompt=arguments.prompt,
+            pooling=arguments.pooling,
+            normalize=False if arguments.no_normalize else None,
+            dimensions=arguments.dimensions,
+            batch_size=arguments.batch_size,
+        )
     if output is not None and output.endswith(".npy"):
         import numpy as np
 

@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         names, others = (Tokenizer.read(path).names for path in paths)
         check_vocabulary(names, others, f"--reference {arguments.reference}", "reference")
     models = []
-    with ProgressLine("Loading") as line:
-        for path in paths:
+    for path in paths:
+        with ProgressLine(f"Loading {path.name}") as line:
             model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
-            models.append(model)
-            check_windows(model, arguments.context, arguments.stride, str(path))
+        models.append(model)
+        check_windows(model, arguments.context, arguments.stride, str(path))
     ids = tokenizer.with_prefix(tokenizer.encode(text))
     with ProgressLine("Reading the text") as line:
         evaluation = evaluate(
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stride=arguments.stride,
             progress=line,
         )
+    print(f"model: {paths[0]}")
     print(describe(evaluation))
     if arguments.json:
         write(arguments.json, {"model": str(paths[0]), "reference": arguments.reference, **asdict(evaluation)})

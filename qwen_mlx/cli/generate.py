@@ -13,7 +13,7 @@ from ..parallel.control import alone, launched, on_first
 from ..text.files import check_utf8, read_text
 from . import fim, structured
 from .arguments import check_length, model_parser, open_model, ranks
-from .command import ProgressLine, printable
+from .command import ProgressLine, counted, cut_at, printable
 
 if TYPE_CHECKING:
     from ..backend import mx
@@ -56,6 +56,8 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
         raise QwenMLXError("Structured output does not go with fill in the middle; leave one of them out.")
     if form is not None:
         structured.check(form)
+    if arguments.raw and arguments.system is not None:
+        raise QwenMLXError("--system needs the chat template; leave out --raw, or put it into the prompt.")
     check_length(arguments, prompt)
     model, tokenizer, settings = open_model(arguments, group)
     if form is not None:
@@ -63,7 +65,7 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
 
     from ..generation.engine import GenerationStats
 
-    stats, token_lines, interrupted = GenerationStats(), [], False
+    stats, token_lines, interrupted, ended = GenerationStats(), [], False, None
     with ProgressLine("Reading the prompt") as line:
         try:
             asked = settings | {"progress": line}
@@ -74,7 +76,8 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
             else:
                 chunks = fim.stream(model, tokenizer, hole, asked, arguments.model)
             for chunk in chunks:
-                stats = chunk.stats
+                line.clear()
+                stats, ended = chunk.stats, chunk.finish_reason
                 text = chunk.answer if arguments.hide_reasoning else chunk.text
                 print(printable(text, sys.stdout), end="", flush=True)
                 if chunk.logprob is not None:
@@ -83,7 +86,8 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
             interrupted = True
     # An editor inserts what it gets, without a newline.
     print(end="" if hole is not None and not sys.stdout.isatty() else "\n", flush=True)
-    for text in [*token_lines, describe_cost(stats, arguments.draft_model is not None)]:
+    limit = arguments.max_tokens if ended == "length" else None
+    for text in [*token_lines, describe_cost(stats, arguments.draft_model is not None, limit)]:
         print(text, file=sys.stderr)
     if arguments.prompt_cache is not None and settings["prompt_cache"].ids:
         settings["prompt_cache"].save(arguments.prompt_cache)
@@ -94,6 +98,8 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt_file is not None:
         return read_text(arguments.prompt_file)
     prompt: str | None = arguments.prompt
+    if prompt == "" and not arguments.raw:
+        raise QwenMLXError("--prompt is empty; give at least one character.")
     if prompt is None:
         raise QwenMLXError("no prompt: give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE.")
     if prompt != "-":
@@ -114,16 +120,18 @@ def _describe_token(tokenizer: Tokenizer, chunk: GenerationChunk) -> str:
     return f"{chunk.logprob:8.3f}  {name(chunk.token)}" + (f"  of  {others}" if others else "")
 
 
-def describe_cost(stats: GenerationStats, drafted: bool) -> str:
-    """A line about the tokens, speed and memory of a generation."""
+def describe_cost(stats: GenerationStats, drafted: bool, limit: int | None = None) -> str:
+    """A line about the tokens, speed and memory of a generation; limit: --max-tokens, where the text did not end."""
     from .. import backend
 
     if not stats.generated_tokens:
         return "interrupted before the first token"
     reused = f" ({stats.reused_tokens} more from the cache)" if stats.reused_tokens else ""
-    draft = shared = repeated = ""
+    draft = shared = end = ""
     if stats.repeated_tokens:
-        repeated = f"; the text repeats itself every {stats.repeated_tokens} tokens: try --repetition-penalty or --temp"
+        end = f"; the text repeats itself every {stats.repeated_tokens} tokens: try --repetition-penalty or --temp"
+    elif limit is not None:
+        end = f"; {cut_at(stats.generated_tokens, limit)}"
     if drafted:
         off = f", off for {stats.paused_tokens}" if stats.paused_tokens else ""
         accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance_rate:.0%})"
@@ -131,8 +139,10 @@ def describe_cost(stats: GenerationStats, drafted: bool) -> str:
     if not alone():
         share = stats.communication_seconds / (stats.prompt_seconds + stats.generation_seconds)
         shared = f"communication: {share:.0%} of the time; "
+    # The time of the first token is the prompt's.
+    speed = f", {stats.generated_per_second:.1f} tok/s" if stats.generated_tokens > 1 else ""
     return (
-        f"prompt: {stats.prompt_tokens} tokens{reused}, {stats.prompt_per_second:.1f} tok/s; "
-        f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s; {draft}{shared}"
-        f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}{repeated}"
+        f"prompt: {counted(stats.prompt_tokens)}{reused}, {stats.prompt_per_second:.1f} tok/s; "
+        f"generation: {counted(stats.generated_tokens)}{speed}; {draft}{shared}"
+        f"peak memory: {backend.peak_memory() / 1e9:.2f} GB; backend: {backend.describe()}{end}"
     )

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .. import __version__
 from ..errors import QwenMLXError, refuse_unknown
 from .command import Parser, run
 
@@ -29,9 +28,16 @@ def main() -> NoReturn:
     run(lambda: dispatch(sys.argv[1:]))
 
 
-def run_module(name: str) -> NoReturn:
-    """Runs `python -m qwen_mlx.NAME` and exits."""
-    run(lambda: command(name, sys.argv[1:]))
+def run_module(name: str, caller: str) -> None:
+    """Runs `python -m qwen_mlx.NAME` and exits; `caller` is the door's `__name__`.
+
+    A process that multiprocessing spawned imports the door again, and gets nothing. Raises ImportError for any other
+    import: Python would set `qwen_mlx.generate` to the door, in place of the function of that name.
+    """
+    if caller == "__main__":
+        run(lambda: command(name, sys.argv[1:]))
+    if caller != "__mp_main__":
+        raise ImportError(f"qwen_mlx.{name} is a command: `python -m qwen_mlx.{name}`; import from qwen_mlx itself.")
 
 
 def command(name: str, arguments: Sequence[str]) -> Any:
@@ -46,7 +52,6 @@ def dispatch(arguments: Sequence[str]) -> Any:
     if arguments and not arguments[0].startswith("-"):
         refuse_unknown(arguments[:1], COMMANDS, "command")
     parser = Parser(prog="qwen-mlx", description="Qwen2.5 on Apple's MLX.")
-    parser.add_argument("--version", action="version", version=f"qwen-mlx {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="qwen-mlx")
     for name, purpose in COMMANDS.items():
         commands.add_parser(name, help=purpose)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import QwenMLXError
 from ..text.files import check_folder, check_utf8
-from .command import Parser, program
+from .command import Parser, ProgressLine, program
 from .embed import add_inputs, read_inputs, round_trip, write_json
 
 
@@ -41,15 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..encoding.score import score, step_scores
     from ..loading.encoder import load_encoder
 
-    encoder = load_encoder(arguments.model, dtype=arguments.dtype)
+    with ProgressLine("Loading"):
+        encoder = load_encoder(arguments.model, dtype=arguments.dtype)
     inputs = texts if arguments.query is None else [(arguments.query, text) for text in texts]
     if arguments.steps is not None:
-        rows = step_scores(encoder, texts, step=arguments.steps, batch_size=arguments.batch_size)
+        with ProgressLine("Reading the texts"):
+            rows = step_scores(encoder, texts, step=arguments.steps, batch_size=arguments.batch_size)
         report = [{"text": text, "steps": [round_trip(x) for x in row]} for text, row in zip(texts, rows)]
         write_json(arguments.output, report)
         return 0
     scored = []
-    for text, row in zip(texts, score(encoder, inputs, batch_size=arguments.batch_size)):
+    with ProgressLine("Reading the texts"):
+        scores = score(encoder, inputs, batch_size=arguments.batch_size)
+    for text, row in zip(texts, scores):
         labels = encoder.settings.labels
         names = labels if len(labels) == len(row) else [f"LABEL_{i}" for i in range(len(row))]
         scored.append({"text": text, "scores": {name: round_trip(x) for name, x in zip(names, row)}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..text.files import LARGEST, decoded
@@ -79,11 +79,13 @@ class Terminal:
     interactive = True
     hides_reasoning = False
 
-    def __init__(self) -> None:
+    def __init__(self, commands: Sequence[str] = ()) -> None:
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
         from rich.console import Console
 
-        self._session: PromptSession[str] = PromptSession()
+        completer = WordCompleter(commands, sentence=True)
+        self._session: PromptSession[str] = PromptSession(completer=completer, complete_while_typing=False)
         self._console = Console()
         self._answer: StreamedMarkdown | None = None
         self._quiet = contextlib.ExitStack()

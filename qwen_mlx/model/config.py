@@ -202,7 +202,7 @@ class ModelConfig:
         if architecture != "qwen2":
             raise GGUFError(
                 f"{where}: general.architecture is {architecture!r}, expected 'qwen2' (Qwen2, Qwen2.5 and the "
-                "distillations that share it)."
+                "distillations that share it); llama.cpp runs others."
             )
 
         def get(key: str, kind: type, default: Any = None, required: bool = True) -> Any:
@@ -296,7 +296,10 @@ class ModelConfig:
             return HF_DEFAULTS[key] if value is None else value
 
         if raw.get("model_type") != "qwen2":
-            raise QwenMLXError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2'.")
+            raise QwenMLXError(
+                f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2' (Qwen2, Qwen2.5 and the "
+                "distillations that share it); mlx-lm runs others."
+            )
         if raw.get("hidden_act", "silu") != "silu":
             raise QwenMLXError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'.")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}

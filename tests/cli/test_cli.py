@@ -227,18 +227,27 @@ ARGUMENTS = {
     "max tokens text": (["--prompt", "x", "--max-tokens", "many"], "--max-tokens"),
     "negative seed": (["--prompt", "x", "--seed", "-1"], "--seed is -1"),
     "huge seed": (["--prompt", "x", "--seed", str(2**64)], "--seed is 18446744073709551616"),
-    "negative temperature": (["--prompt", "x", "--temp", "-1"], "temperature is -1"),
-    "temperature nan": (["--prompt", "x", "--temp", "nan"], "temperature is nan"),
-    "top-p 0": (["--prompt", "x", "--top-p", "0"], "top_p is 0"),
-    "top-k -1": (["--prompt", "x", "--top-k", "-1"], "top_k is -1"),
+    "negative temperature": (["--prompt", "x", "--temp", "-1"], "--temp is -1"),
+    "temperature nan": (["--prompt", "x", "--temp", "nan"], "--temp is nan"),
+    "top-p 0": (["--prompt", "x", "--top-p", "0"], "--top-p is 0"),
+    "top-k -1": (["--prompt", "x", "--top-k", "-1"], "--top-k is -1"),
     "empty prompt": (["--prompt", ""], "empty"),
     "empty raw prompt": (["--prompt", "", "--raw"], "no tokens"),
-    "empty stop": (["--prompt", "x", "--stop", ""], "stop"),
+    "empty stop": (["--prompt", "x", "--stop", ""], "--stop is"),
+    "min tokens over max": (["--prompt", "x", "-n", "3", "--min-tokens", "5"], "expected 0 to --max-tokens, 3"),
+    "reasoning budget": (["--prompt", "x", "--reasoning-budget", "-1"], "--reasoning-budget is -1"),
+    "logprobs": (["--prompt", "x", "--logprobs", "101"], "--logprobs is 101"),
+    "yarn": (["--prompt", "x", "--yarn", "-1"], "--yarn is -1"),
+    "max kv size": (["--prompt", "x", "--max-kv-size", "4"], "--max-kv-size is 4, expected 5"),
     "raw with system": (["--prompt", "x", "--raw", "--system", "s"], "system"),
     "prompt past the context": (["--prompt", "word " * 300], "the model's context 256"),
     "no such prompt file": (["--prompt-file", "/nonexistent/p.txt"], "No such file"),
     "two prompts": (["--prompt", "x", "--prompt-file", "y"], "not allowed with"),
-    "unknown option": (["--prompt", "x", "--temperatur", "1"], "--temperatur"),
+    "unknown option": (["--prompt", "x", "--temperatur", "1"], "--temperatur 1; did you mean --temperature?"),
+    "underscore": (["--prompt", "x", "--max_tokens=1"], "did you mean --max-tokens?"),
+    "beginning of an option": (["--prompt", "x", "--num-draft", "1"], "did you mean --num-draft-tokens?"),
+    "unlike any option": (["--prompt", "x", "--zzz"], "unrecognized arguments: --zzz; see --help"),
+    "prompt without its option": (["two words"], "did you mean --prompt 'two words'?"),
     "unknown dtype": (["--prompt", "x", "--dtype", "int8"], "int8"),
 }
 
@@ -248,6 +257,45 @@ ARGUMENTS = {
 def test_bad_argument(case: str, small: Path):
     arguments, word = ARGUMENTS[case]
     refused(run("--model", small, *arguments), word)
+
+
+MISTAKES_WITHOUT_WEIGHTS = {
+    "empty prompt": (["--prompt", ""], "--prompt is empty"),
+    "raw with system": (["--prompt", "x", "--raw", "--system", "s"], "leave out --raw"),
+    "empty stop": (["--prompt", "x", "--stop", ""], "--stop is"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES_WITHOUT_WEIGHTS)
+def test_arguments_are_checked_before_weights_are_read(case: str, tmp_path: Path):
+    arguments, words = MISTAKES_WITHOUT_WEIGHTS[case]
+    (tmp_path / "no_model.gguf").write_text("not a GGUF")
+    refused(run("--model", tmp_path / "no_model.gguf", *arguments), words)
+
+
+def test_a_text_that_max_tokens_cuts_is_said_to_be_cut(small: Path):
+    error = run("--model", small, "--prompt", "hello", "--temp", "0", "--max-tokens", "1").stderr.decode()
+    assert "generation: 1 token; " in error
+    assert error.endswith("; cut off by --max-tokens 1\n")
+    ended = run("--model", small, "--prompt", "hello", "--logit-bias", "64=1e6", "--stop", "a")
+    assert "cut off" not in ended.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct-GGUF:q4_k_m"),
+        ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:q4_k_m"),
+        ("qwen2.5-math-7b", "Qwen/Qwen2.5-Math-7B-Instruct"),
+    ],
+)
+def test_a_model_s_short_name_is_answered_with_its_repository(asked: str, meant: str):
+    refused(run("--model", asked, "--prompt", "x"), f"did you mean {meant}?")
+
+
+def test_a_model_of_another_family_is_told_where_to_go(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    refused(run("--model", tmp_path, "--prompt", "x"), "'qwen3'", "mlx-lm")
 
 
 def test_invalid_utf8(small: Path):
@@ -378,3 +426,26 @@ def test_progress_takes_no_time_to_decide():
     line(1, 2)
     assert not line.visible
     assert time.monotonic() - line.start < 1
+
+
+def test_long_work_is_named_in_a_pipe_in_one_line_and_short_work_is_not(monkeypatch, capsys):
+    """The timer is a real one that fires at once."""
+    import threading
+
+    from qwen_mlx.cli import command
+
+    waits, real = [], threading.Timer
+
+    def timer(seconds: float, function):
+        waits.append(seconds)
+        return real(0, function)
+
+    with command.ProgressLine("Loading m.gguf") as line:
+        line(1, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(command.threading, "Timer", timer)
+    with command.ProgressLine("Loading m.gguf") as line:
+        line._timer.join()
+        line(1, 2)
+    assert capsys.readouterr().err == "Loading m.gguf...\n"
+    assert waits == [10]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -67,7 +68,18 @@ def test_help_lists_every_command_in_a_line_and_version_is_the_package_s(script:
     assert (code, error) == (0, "")
     for name, purpose in COMMANDS.items():
         assert [line.split() for line in out.splitlines()].count([name, *purpose.split()]) == 1
-    assert run(script, "--version") == (0, f"qwen-mlx {qwen_mlx.__version__}\n", "")
+    version = (0, f"qwen-mlx {qwen_mlx.__version__}\n", "")
+    assert run(script, "--version") == run(script, "generate", "--version") == version
+
+
+def test_the_package_is_the_program_and_a_door_hides_no_function(script: Path):
+    package = subprocess.run([sys.executable, "-m", "qwen_mlx", "--help"], capture_output=True, text=True, check=True)
+    assert package.stdout == run(script, "--help")[1]
+    for name in COMMANDS:
+        with pytest.raises(ImportError, match=f"python -m qwen_mlx.{name}"):
+            importlib.import_module(f"qwen_mlx.{name}")
+    assert callable(qwen_mlx.generate)
+    assert callable(qwen_mlx.convert)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -87,7 +99,7 @@ MISTAKES = {
     "wrong command": (["genrate"], "There is no command 'genrate': did you mean 'generate'?"),
     "unlike any command": (["xyz"], "choose from chat, convert, embed, evaluate, generate, score, selftest"),
     "the old name of an option": (["--prompt", "x"], "see --help"),
-    "wrong option": (["generate", "--promt-file", "x"], "--promt-file"),
+    "wrong option": (["generate", "--promt-file", "x"], "--promt-file x; did you mean --prompt-file?"),
     "no prompt": (["generate"], "no prompt: give --prompt"),
     "no model": (["generate", "--model", "/nonexistent.gguf", "--prompt", "x"], "/nonexistent.gguf"),
     "chat": (["chat", "--max-tool-rounds", "0"], "--max-tool-rounds is 0"),

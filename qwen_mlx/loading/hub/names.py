@@ -43,7 +43,8 @@ def resolve(name: str | os.PathLike[str] | None = None) -> Path:
             return default_model()
         return _from_hub(repo, choice)
     raise QwenMLXError(
-        f"{text}: no such file or folder{_nearest(path)}; it is not a hub id (org/repo or org/repo:q4_k_m) either."
+        f"{text}: no such file or folder{_nearest(path)}; it is not a hub id (org/repo or org/repo:q4_k_m) either"
+        f"{_published(text) or '.'}"
     )
 
 
@@ -87,6 +88,17 @@ def _nearest(path: str) -> str:
     ]
     ratio, hint = max(similar, default=(0, ""))
     return f" (the nearest is {hint})" if ratio > 0.6 else ""
+
+
+def _published(asked: str) -> str:
+    """A question after one of Qwen's own repositories, the first that has all words of `asked`; or nothing."""
+    sizes = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
+    names = [f"Qwen/Qwen2.5-{size}-Instruct-GGUF:q4_k_m" for size in sizes]
+    names += [f"Qwen/Qwen2.5-Coder-{size}-Instruct-GGUF:q4_k_m" for size in sizes[:-1]]
+    names += [f"Qwen/Qwen2.5-Math-{size}-Instruct" for size in ("1.5B", "7B", "72B")]
+    words = set(re.split("[-_:/]", asked.lower().removesuffix(".gguf")))
+    meant = [name for name in names if words <= set(re.split("[-_:/]", name.lower()))]
+    return f"; did you mean {meant[0]}?" if meant and "qwen2.5" in words else ""
 
 
 def _from_hub(repo: str, choice: str | None) -> Path:
