@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..errors import GGUFError, QwenMLXError
+from ..errors import GGUFError, QwenMLXError, refuses_wrong_arguments
 from ..gguf.blocks import threads
 from ..gguf.names import ROPE_FACTORS
 from ..gguf.packing import DENSE
@@ -40,6 +40,7 @@ SHARD_BYTES = 5 * 10**9
 Progress = Callable[[int, int, int, int], None]  # called with tensors done and in all, bytes done and in all
 
 
+@refuses_wrong_arguments
 def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],

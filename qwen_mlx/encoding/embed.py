@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from ..backend import mx
-from ..errors import QwenMLXError, check_integer
+from ..errors import QwenMLXError, check_integer, refuses_wrong_arguments
 from .encoder import Encoder, Text
 
 BATCH_SIZE = 16
 
 
+@refuses_wrong_arguments
 def embed(
     encoder: Encoder,
     texts: Sequence[str],

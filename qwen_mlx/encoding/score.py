@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..backend import mx
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, refuses_wrong_arguments
 from .embed import BATCH_SIZE, at, batches
 from .encoder import Encoder, Text
 
 STEP = "<extra_0>"  # after each step of a solution, for Qwen2.5-Math-PRM
 
 
+@refuses_wrong_arguments
 def score(encoder: Encoder, texts: Sequence[Text], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
     """Scores before any softmax, float32 (texts, labels), as transformers' logits; encoder.settings.labels names them.
 
@@ -32,6 +33,7 @@ def score(encoder: Encoder, texts: Sequence[Text], *, batch_size: int = BATCH_SI
     return np.stack([rows[i] for i in range(len(texts))]) if rows else np.empty((0, 0), np.float32)
 
 
+@refuses_wrong_arguments
 def step_scores(
     encoder: Encoder, texts: Sequence[Text], *, step: str = STEP, batch_size: int = BATCH_SIZE
 ) -> list[np.ndarray]:

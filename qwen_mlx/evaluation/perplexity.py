@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backend import mx
-from ..errors import QwenMLXError, check_integer
+from ..errors import QwenMLXError, check_integer, refuses_wrong_arguments
 from ..generation.engine import NOT_FINITE, chunk_length, prefill
 from ..model.fused import FusedModel
 from ..model.qwen2 import Qwen2
@@ -96,6 +96,7 @@ def check_windows(model: Qwen2, context: int | None, stride: int | None, name: s
     return context, check_integer("stride", stride, 1, context - 1, f"1 to {context - 1}, less than the context")
 
 
+@refuses_wrong_arguments
 def evaluate(
     model: Qwen2,
     ids: Sequence[int],

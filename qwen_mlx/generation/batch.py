@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import QwenMLXError, check_integer
+from ..errors import QwenMLXError, check_integer, refuses_wrong_arguments
 from ..model import display
 from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .engine import NOT_FINITE, GenerationStats, Progress, Rows, Token
-from .settings import GenerationSettings, refuses_unknown
+from .settings import GenerationSettings
 from .text import CANNOT_GO_ON, Prompt, TextStream, encode_prompt, room_after, settings_of, with_budget
 
 
@@ -61,7 +61,7 @@ class _Row:
             self.result.top_logprobs.append(token.top_logprobs)
 
 
-@refuses_unknown
+@refuses_wrong_arguments
 def batch_generate(
     model: Qwen2,
     tokenizer: Tokenizer,

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
-from ..errors import QwenMLXError, check_integer, refuse_unknown
+from ..errors import QwenMLXError, check_integer, refuse_unknown, refuses_wrong_arguments
 from ..model import display
 from ..model.qwen2 import Qwen2
 from ..parallel.control import on_first
@@ -21,7 +21,7 @@ from ..text.files import LARGEST_JSON, atomic_write, read_text
 from ..text.tokenizer import Tokenizer
 from .engine import GenerationStats, Progress
 from .prompt_cache import PromptCache
-from .settings import Draft, refuses_unknown
+from .settings import Draft
 from .structured import Constraint, tool_call_constraint
 from .text import GenerationChunk, check_caches, settings_of, stream
 from .tools import Tool, ToolCall, parse_tool_calls, run, tools_by_name
@@ -79,7 +79,7 @@ class Chat:
     settings, progress: of the next answer.
     """
 
-    @refuses_unknown
+    @refuses_wrong_arguments
     def __init__(
         self,
         model: Qwen2,
@@ -160,6 +160,7 @@ class Chat:
         rest = self.messages[1:] if self.system is not None else self.messages
         self.messages = ([] if text is None else [{"role": "system", "content": text}]) + rest
 
+    @refuses_wrong_arguments
     def send(self, text: str) -> Turn:
         """Adds the user's message and yields the answer as stream_generate does, and a ToolResult for every tool call.
 
@@ -209,6 +210,7 @@ class Chat:
         none."""
         return self.edit(max(len(self.questions), 1))
 
+    @refuses_wrong_arguments
     def edit(self, number: int) -> str:
         """Takes the user's message `number`, from 1, and what came after it out, and returns it, to be sent again."""
         self._end()
@@ -231,12 +233,14 @@ class Chat:
         self._end()
         del self.messages[0 if self.system is None else 1 :]
 
+    @refuses_wrong_arguments
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the messages as a JSON list; the file appears whole or not at all. Raises QwenMLXError if it cannot be
         written."""
         with atomic_write(path) as file:
             file.write_text(json.dumps(self.messages, ensure_ascii=False, indent=1), encoding="utf-8")
 
+    @refuses_wrong_arguments
     def load(self, path: str | os.PathLike[str]) -> None:
         """Takes the messages of a file that `save` wrote, or any JSON list of {"role", "content"}, in place of these.
 

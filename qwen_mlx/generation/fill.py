@@ -18,12 +18,12 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from ..errors import QwenMLXError, check_integer
+from ..errors import QwenMLXError, check_integer, refuses_wrong_arguments
 from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .engine import Progress
 from .prompt_cache import PromptCache
-from .settings import Draft, refuses_unknown
+from .settings import Draft
 from .text import GenerationChunk, check_caches, settings_of, stream
 
 PREFIX, SUFFIX, MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
@@ -189,7 +189,7 @@ def indentation(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-@refuses_unknown
+@refuses_wrong_arguments
 def stream_fill(
     model: Qwen2,
     tokenizer: Tokenizer,
@@ -254,7 +254,7 @@ def _until(chunks: Generator[GenerationChunk, None, None], ends: FillStop) -> Ge
                 return
 
 
-@refuses_unknown
+@refuses_wrong_arguments
 def fill(
     model: Qwen2,
     tokenizer: Tokenizer,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ..backend import mx, named_arrays
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, refuses_wrong_arguments
 from ..gguf import safetensors_header
 from ..gguf.stored import StoredFile
 from ..model.cache import KVCache
@@ -37,6 +37,7 @@ class PromptCache:
     that begins meanwhile computes everything, and afterwards the cache holds the tokens of the newest.
     """
 
+    @refuses_wrong_arguments
     def __init__(self, model: Qwen2, make: Callable[[], Sequence[KVCache]] | None = None):
         """make: makes an empty cache; `model.make_cache` by default."""
         self.model = model
@@ -77,6 +78,7 @@ class PromptCache:
         mb = sum(layer.nbytes for layer in self.layers) / 1e6
         return f"PromptCache({len(self.ids)} tokens held, {mb:.1f} MB)"
 
+    @refuses_wrong_arguments
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache as safetensors: `ids` (tokens,) int32 and for each layer `layers.N` (1, 2 n_kv_heads,
         tokens, head_dim), keys before values, in the cache's dtype.
@@ -107,6 +109,7 @@ class PromptCache:
             mx.save_safetensors(str(file), arrays, metadata)
 
     @classmethod
+    @refuses_wrong_arguments
     def load(cls, path: str | os.PathLike[str], model: Qwen2) -> PromptCache:
         """Reads what `save` wrote.
 

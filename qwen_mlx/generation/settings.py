@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Protocol, runtime_checkable
 
 from ..backend import mx
-from ..errors import QwenMLXError, check_integer, refuse_unknown
+from ..errors import QwenMLXError, check_integer
 from .reasoning import ThoughtLimit
 from .sampling import SamplingSettings
 from .structured import Constraint
 
 MAX_DRAFT_TOKENS = 32  # a quantized cache can take back the newest 64 tokens, which it keeps as floats
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -31,6 +26,7 @@ class Proposal:
     distributions: list[mx.array] | None = None
 
 
+@runtime_checkable
 class Draft(Protocol):
     """Proposes tokens; `num_draft_tokens` at a time unless the settings say otherwise."""
 
@@ -92,15 +88,3 @@ class GenerationSettings:
             raise QwenMLXError("reasoning_budget does not go with structured output, which has no thoughts.")
         if isinstance(self.constraint, Constraint) and self.min_tokens:
             raise QwenMLXError("min_tokens does not go with structured output, which ends where it is complete.")
-
-
-def refuses_unknown(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes a function answer an unknown keyword argument with a QwenMLXError that names the likely one."""
-    known = [name for name in inspect.signature(function).parameters if name != "self"]
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        refuse_unknown(kwargs, known)
-        return function(*args, **kwargs)
-
-    return call

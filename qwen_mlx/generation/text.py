@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, refuses_wrong_arguments
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from .engine import GenerationStats, Progress, generate_tokens, plain_steps
 from .prompt_cache import PromptCache
 from .reasoning import ThoughtLimit
 from .sampling import SAMPLING_ARGUMENTS
-from .settings import Draft, GenerationSettings, refuses_unknown
+from .settings import Draft, GenerationSettings
 from .speculative import drafted_steps
 from .structured import Constraint, constraint
 
@@ -92,7 +92,7 @@ def encode_prompt(
     return ids
 
 
-@refuses_unknown
+@refuses_wrong_arguments
 def stream_generate(
     model: Qwen2,
     tokenizer: Tokenizer,
@@ -155,7 +155,7 @@ def stream_generate(
     return stream(model, tokenizer, ids, settings, cache=cache, prompt_cache=prompt_cache, progress=progress)
 
 
-@refuses_unknown
+@refuses_wrong_arguments
 def generate(
     model: Qwen2,
     tokenizer: Tokenizer,
@@ -190,9 +190,21 @@ def generate(
     num_draft_tokens: int | None = None,
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
+    verbose: bool = False,
 ) -> str:
-    """Generates the text and returns it; arguments and errors as for stream_generate."""
-    return "".join(chunk.text for chunk in stream_generate(**locals()))
+    """Generates the text and returns it; arguments and errors as for stream_generate. verbose: print the text as it is
+    generated, and what it took."""
+    arguments = {name: value for name, value in locals().items() if name != "verbose"}
+    text = ""
+    for chunk in stream_generate(**arguments):
+        text += chunk.text
+        if verbose:
+            print(chunk.text, end="", flush=True)
+    if verbose:
+        stats = chunk.stats
+        print(f"\nprompt: {stats.prompt_tokens} tokens, {stats.prompt_per_second:.1f} tok/s")
+        print(f"generation: {stats.generated_tokens} tokens, {stats.generated_per_second:.1f} tok/s")
+    return text
 
 
 def settings_of(model: Qwen2, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> GenerationSettings:
@@ -265,6 +277,8 @@ def stream(
     progress: Progress | None = None,
 ) -> Generator[GenerationChunk, None, None]:
     """stream_generate with its settings made and its prompt encoded."""
+    if progress is not None and not callable(progress):
+        raise QwenMLXError(f"progress is {progress!r:.80}, expected a function.")
     limit = min(settings.max_tokens, room_after(model, ids, cache[0].offset if cache else 0))
     settings = replace(settings, max_tokens=limit, min_tokens=min(settings.min_tokens, limit))
     if settings.constraint is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..backend import mx, nn
 from ..encoding.encoder import Dense, Encode, Encoder, EncoderSettings
-from ..errors import QwenMLXError, shortened
+from ..errors import QwenMLXError, refuses_wrong_arguments, shortened
 from ..model.layers import Linear
 from ..text.files import LARGEST_JSON, read_json, read_text
 from ..text.limits import PIECE, is_panic, pieces_for
@@ -44,6 +44,7 @@ _POOLINGS = {
 }
 
 
+@refuses_wrong_arguments
 def load_encoder(
     model: str | os.PathLike[str], *, dtype: str | mx.Dtype | None = None, quantized: bool | None = None
 ) -> Encoder:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import check_process, exact_float32, mx, nn
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, refuses_wrong_arguments
 from ..generation.drafts import ModelDraft
 from ..gguf.packing import BLOCK_SIZES, DENSE, Packing
 from ..model.layers import QuantizedEmbedding, QuantizedLinear, remember_joined
@@ -41,6 +41,7 @@ UNFORESEEN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeErro
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
 
+@refuses_wrong_arguments
 def load(
     model: str | os.PathLike[str] | None = None,
     *,

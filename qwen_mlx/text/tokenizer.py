@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import GGUFError, QwenMLXError, shortened
+from ..errors import GGUFError, QwenMLXError, refuses_wrong_arguments, shortened
 from ..gguf.reader import GGUFFile
 from . import chat_template
 from .chat_template import GUARD, MARK
@@ -253,6 +253,7 @@ class Tokenizer:
                 f"{path}: has {self.vocab_size} tokens, but embeddings for {vocab_size}; they are not of one model."
             )
 
+    @refuses_wrong_arguments
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids of `text` (NFC-normalised). The names of control and added tokens are ordinary text, unless
         `allow_special`, which is transformers' behaviour. Raises QwenMLXError for a lone surrogate.
@@ -260,6 +261,17 @@ class Tokenizer:
         if not isinstance(text, str):
             raise QwenMLXError(f"The text is {type(text).__name__}, expected a string.")
         return self._encode_special(text) if allow_special else self._encode_plain(text)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """{"input_ids": ..., "attention_mask": ...} of a text, as transformers' tokenizers give it: with what the
+        model's file puts before a text, and control tokens by their names. Raises QwenMLXError as encode."""
+        ids = self.with_prefix(self.encode(text, allow_special=True))
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def __repr__(self) -> str:
+        ends = ", ".join(repr(self.names[i]) for i in sorted(self.eos_token_ids) if i < len(self.names))
+        template = "a chat template" if self.chat_templates else "no chat template"
+        return f"Tokenizer({self.vocab_size} tokens; a text ends at {ends}; {template})"
 
     def _encode_special(self, text: str, left_out: str = "") -> list[int]:
         """Token ids of `text`, its control and added tokens by name; `left_out` is removed from what lies between."""
@@ -290,6 +302,7 @@ class Tokenizer:
         """Raises QwenMLXError for a text that cannot fit into so many tokens, without reading it."""
         check_length(text, iter(self.names), context_length)
 
+    @refuses_wrong_arguments
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`; control tokens are left out unless skip_special is False. Bytes that are not UTF-8 become
         U+FFFD, ids beyond the vocabulary (padding rows of the embedding) nothing. Raises QwenMLXError if negative.
@@ -328,6 +341,7 @@ class Tokenizer:
         end = self.decode(prompt[-32:], skip_special=False).rstrip()
         return Thoughts(self.think_marks, opened=end.endswith(self.think_marks[0]))
 
+    @refuses_wrong_arguments
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -351,6 +365,7 @@ class Tokenizer:
             raise QwenMLXError(f"None of the model's chat templates, {', '.join(self.chat_templates)}, is its default.")
         raise QwenMLXError("The model has no chat template; give the prompt as it is (--raw, or raw=True).")
 
+    @refuses_wrong_arguments
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -363,6 +378,10 @@ class Tokenizer:
         A message may have "ids", the tokens that its content was generated as. They are kept, so that a prompt cache
         that holds them is of use, unless the template changes a content (as DeepSeek-R1's drops thoughts).
         """
+        if not variables.pop("tokenize", True):
+            raise QwenMLXError(
+                "apply_chat_template gives token ids; render_chat gives the text, and generate takes the messages."
+            )
         source = self._template(tools)
         variables = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         others = [name for name, i in self.special.items() if i not in self._control_ids]

@@ -318,3 +318,13 @@ def test_logits_that_are_not_finite_are_an_error_not_token_0(weights, tmp_path: 
     model.lm_head.weight[7, 3] = value
     with pytest.raises(QwenMLXError, match="not finite"):
         generate(model, tokenizer, PROMPT, max_tokens=3)
+
+
+def test_verbose_prints_the_text_as_mlx_lm_does_and_then_its_cost(small, capsys):
+    model, tokenizer = small
+    text = generate(model, tokenizer, PROMPT, max_tokens=5, temperature=0, verbose=True)
+    written = capsys.readouterr().out
+    assert written.startswith(f"{text}\nprompt: ")
+    assert "generation: 5 tokens, " in written
+    assert text == generate(model, tokenizer, PROMPT, max_tokens=5, temperature=0)
+    assert capsys.readouterr().out == ""

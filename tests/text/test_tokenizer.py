@@ -306,3 +306,14 @@ def test_edges(ours):
     assert ours.decode([151_935, 10**9]) == ""
     with pytest.raises(QwenMLXError, match="role"):
         ours.apply_chat_template([{"content": "x"}])
+
+
+def test_a_tokenizer_is_called_and_shown_as_transformers_users_expect(tmp_path: Path):
+    tokenizer = Tokenizer.read(write_gguf(tmp_path / "m.gguf", RandomModel()))
+    encoded = tokenizer("hello<|im_end|>")
+    assert encoded["input_ids"] == tokenizer.encode("hello<|im_end|>", allow_special=True)
+    assert encoded["attention_mask"] == [1] * len(encoded["input_ids"])
+    assert repr(tokenizer).startswith(f"Tokenizer({tokenizer.vocab_size} tokens; a text ends at ")
+    assert "'<|im_end|>'" in repr(tokenizer)
+    with pytest.raises(QwenMLXError, match="render_chat gives the text"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)

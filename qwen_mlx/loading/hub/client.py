@@ -89,7 +89,7 @@ def fetch(repo: str, stages: list[list[str]], needed: int) -> Path:
     say(f"downloading {repo} ({needed / 1e6:.0f} MB) from the Hugging Face Hub to {cache}")
     for files in stages:
         try:
-            with _bars_on_a_terminal_only():
+            with _bars_where_they_are_read():
                 folder = Path(snapshot_download(repo, allow_patterns=files))
         except Exception as error:  # OSError, its HTTP library's errors, RuntimeError of its transfer library
             raise full_disk(error, cache, needed) or QwenMLXError(
@@ -124,10 +124,10 @@ def digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _bars_on_a_terminal_only() -> Iterator[None]:
+def _bars_where_they_are_read() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if sys.stderr.isatty() or are_progress_bars_disabled():
+    if shows_bars() or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()
@@ -185,11 +185,16 @@ def full_disk(error: BaseException, folder: Path, needed: int) -> QwenMLXError |
     )
 
 
+def shows_bars() -> bool:
+    """True where a line that is drawn again is read by a person: on a terminal and in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 def progress_bar(total: int, done: int) -> Any:
-    """A bar over `total` bytes, on a terminal only."""
+    """A bar over `total` bytes, where shows_bars()."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+    return tqdm(total=total, initial=done, unit="B", unit_scale=True, disable=not shows_bars())
 
 
 def say(text: str) -> None:
