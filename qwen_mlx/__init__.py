@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .generation.text import GenerationChunk, generate, stream_generate
     from .loading.encoder import load_encoder
     from .loading.load import load
+    from .model.activations import activations, hidden_states
     from .model.config import ModelConfig
     from .model.qwen2 import Qwen2
     from .text.tokenizer import Tokenizer
@@ -44,11 +45,13 @@ _MODULES = {
     "QwenMLXError": "errors",
     "SamplingSettings": "generation.sampling",
     "Tokenizer": "text.tokenizer",
+    "activations": "model.activations",
     "batch_generate": "generation.batch",
     "convert": "conversion.convert",
     "embed": "encoding.embed",
     "fill": "generation.fill",
     "generate": "generation.text",
+    "hidden_states": "model.activations",
     "load": "loading.load",
     "load_encoder": "loading.encoder",
     "score": "encoding.score",
@@ -69,11 +72,13 @@ __all__ = [
     "QwenMLXError",
     "SamplingSettings",
     "Tokenizer",
+    "activations",
     "batch_generate",
     "convert",
     "embed",
     "fill",
     "generate",
+    "hidden_states",
     "load",
     "load_encoder",
     "score",

@@ -10,25 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Tap: what it holds. Shapes: hidden (B, L, hidden_size) unless said otherwise; H heads, K key/value heads, S positions.
-LAYER_TAPS = {
-    "input_norm": "RMSNorm before attention",
-    "q": "query projection with bias, (B, L, H D)",
-    "k": "key projection with bias, (B, L, K D)",
-    "v": "value projection with bias, (B, L, K D)",
-    "q_rope": "queries after RoPE, (B, L, H, D)",
-    "k_rope": "keys after RoPE, (B, L, K, D)",
-    "probs": "attention probabilities, (B, L, H, S)",
-    "attn": "attention output before o_proj, (B, L, H D)",
-    "o": "attention output after o_proj",
-    "attn_residual": "residual stream after attention",
-    "post_norm": "RMSNorm before the MLP",
-    "gate": "gate projection, (B, L, F)",
-    "up": "up projection, (B, L, F)",
-    "act": "silu(gate) * up, (B, L, F)",
-    "down": "down projection",
-    "residual": "residual stream after the block",
-}
+from qwen_mlx.model.activations import LAYER_TAPS
+
+# Tap: what it holds.
 CACHE_TAPS = {
     "cache_k": "keys held after the call, (B, S, K, D)",
     "cache_v": "values held after the call, (B, S, K, D)",

@@ -18,12 +18,14 @@ import numpy as np
 
 from .. import ops
 from ..backend import mx, named_arrays, nn
+from ..errors import QwenMLXError
 from . import display
 from .cache import KVCache, make_caches
 from .config import ModelConfig
 from .layers import Linear
 
 Mask = mx.array | str | None
+InputIds = mx.array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
 
 
 class RMSNorm(nn.Module):
@@ -124,9 +126,10 @@ class Qwen2Model(nn.Module):
 class Qwen2(nn.Module):
     """The causal language model.
 
-    Call: input_ids (B, L) integers, cache one KVCache a layer (a fresh one if None), logits_to_keep the number of last
-    positions to compute logits for, 0 for all. Returns logits (B, L or logits_to_keep, vocab_size), model's dtype; NaN
-    in a row with an id that is not in the vocabulary, from that id on if not before.
+    Call: input_ids (B, L), or (L,) for one row, integers of MLX, NumPy or lists; cache one KVCache a layer (a fresh one
+    if None); logits_to_keep the number of last positions to compute logits for, 0 for all. Returns logits
+    (B, L or logits_to_keep, vocab_size), model's dtype; NaN in a row with an id of MLX's that is not in the vocabulary,
+    from that id on if not before.
     """
 
     def __init__(self, config: ModelConfig, rope_factors: np.ndarray | None = None):
@@ -138,10 +141,10 @@ class Qwen2(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
-        self, input_ids: mx.array, cache: Sequence[KVCache] | None = None, logits_to_keep: int = 0
+        self, input_ids: InputIds, cache: Sequence[KVCache] | None = None, logits_to_keep: int = 0
     ) -> mx.array:
         cache = self.make_cache() if cache is None else cache
-        return self.head(self.model(input_ids, cache, logits_to_keep))
+        return self.head(self.model(as_input_ids(input_ids, self.config), cache, logits_to_keep))
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits (..., vocab_size) of normalised hidden states (..., hidden_size)."""
@@ -163,6 +166,24 @@ class Qwen2(nn.Module):
         """An empty cache for every layer: see cache.make_caches."""
         config = self.config
         return make_caches(config.num_hidden_layers, config.head_dim, bits=bits, max_size=max_size, n_sinks=n_sinks)
+
+
+def as_input_ids(ids: InputIds, config: ModelConfig) -> mx.array:
+    """Token ids as (B, L). The values of an MLX array are not read, which would wait for them. Raises QwenMLXError for
+    what is not one row or several of one length, of integers that are tokens."""
+    if not isinstance(ids, mx.array):
+        try:
+            rows = np.asarray(ids)
+        except ValueError:  # rows of several lengths
+            rows = np.empty(0)
+        if rows.size and rows.dtype.kind in "iu" and not 0 <= rows.min() <= rows.max() < config.vocab_size:
+            raise QwenMLXError(
+                f"input_ids go from {rows.min()} to {rows.max()}, expected 0 to {config.vocab_size - 1}."
+            )
+        ids = mx.array(rows.astype(np.int64)) if rows.dtype.kind in "iu" else mx.array(0.5)
+    if ids.ndim not in (1, 2) or not ids.size or not mx.issubdtype(ids.dtype, mx.integer):
+        raise QwenMLXError("input_ids are not token ids; give integers, one row (L,) or several of one length (B, L).")
+    return ids[None] if ids.ndim == 1 else ids
 
 
 def rotary_of(config: ModelConfig, rope_factors: np.ndarray | None = None) -> ops.Rotary:

@@ -97,9 +97,9 @@ def test_recording_leaves_nothing_behind_and_changes_nothing(tmp_path: Path):
     mlx_side.record(ours, RUNS["prefill"], lambda key, array: taps.__setitem__(key, np.array(array)))
     assert np.array_equal(taps["0.logits"], fused)
     assert set(taps) == set(keys_of_call(0, 3))
-    with mlx_side.taps(ours, lambda *_: None):
+    with mlx_side.recording(ours, lambda *_: None):
         assert np.array_equal(np.array(ours(mx.array(ids))), plain)
-    with pytest.raises(ZeroDivisionError), mlx_side.taps(ours, lambda *_: 1 / 0):
+    with pytest.raises(ZeroDivisionError), mlx_side.recording(ours, lambda *_: 1 / 0):
         ours(mx.array(ids))
     assert before == {name: getattr(ops, name) for name in dir(ops)}
     assert all(cls.__call__ is call for cls, call in calls.items())
