@@ -1,10 +1,12 @@
-"""Sphinx's configuration: `make docs`. Pages are Markdown; the API comes from docstrings, tables from the code."""
+"""Sphinx's configuration: `make docs`. Pages are Markdown and the notebooks as they are stored; the API comes from
+docstrings, tables and the commands' options from the code."""
 
 import importlib
 import inspect
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -17,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from qwen_mlx import __version__  # noqa: E402
 from qwen_mlx.gguf import blocks  # noqa: E402
+from qwen_mlx.model.activations import LAYER_TAPS  # noqa: E402
 
 # From the bottom up, as in the map of CONTRIBUTING.md.
 ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "encoding"]
@@ -24,12 +27,13 @@ ROOMS += ["loading", "conversion", "server", "cli"]
 COMMANDS = ["generate", "chat", "convert", "evaluate", "embed", "score", "selftest", "serve"]
 
 project, author, release = "qwen_mlx", "the qwen_mlx authors", __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "_generated"]
 html_theme, html_title = "furo", "qwen_mlx"
 html_extra_path = ["report"]
 html_show_copyright = False
 myst_heading_anchors = 3
+nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence"]
 default_role = "code"
 add_module_names = False
@@ -124,7 +128,10 @@ def generate(app):
     folder = source / "_generated"
     folder.mkdir(exist_ok=True)
     (folder / "types.md").write_text(blocks.markdown_table(), encoding="utf-8")
+    taps = [f"| `{name}` | {what} |" for name, what in LAYER_TAPS.items()]
+    (folder / "taps.md").write_text("\n".join(["| name | what |", "|---|---|", *taps]) + "\n", encoding="utf-8")
     (folder / "rooms.md").write_text(rooms(source), encoding="utf-8")
+    shutil.copytree(ROOT / "notebooks", source / "notebooks", dirs_exist_ok=True)  # Sphinx reads its own folder only
     for command in COMMANDS:
         (folder / f"{command}.md").write_text(help_of([command]), encoding="utf-8")
 

@@ -1,4 +1,7 @@
-"""Runs the commands below for real and draws what they wrote: `python docs/pictures/terminal.py`."""
+"""Runs the commands below for real and draws what they wrote: `python docs/pictures/terminal.py`.
+
+Standard error is left out: its speeds are those of the machine that draws.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,6 @@ def main() -> None:
         console.print(Text(f"$ qwen-mlx {shown}{pipe}", style="bold green"))
         lines = done.stdout.rstrip().splitlines()
         console.print(Text("\n".join(lines if last_lines is None else lines[-last_lines:])))
-        if done.stderr.strip():
-            console.print(Text(done.stderr.strip(), style="dim"))
         if command is not COMMANDS[-1][0]:
             console.print()
     Path(__file__).with_suffix(".svg").write_text(console.export_svg(title="qwen-mlx", clear=False))
