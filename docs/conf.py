@@ -28,7 +28,7 @@ COMMANDS = ["generate", "chat", "convert", "evaluate", "embed", "score", "selfte
 
 project, author, release = "qwen_mlx", "the qwen_mlx authors", __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "_generated"]
+exclude_patterns = ["_build", "_generated", "jupyter_execute"]
 html_theme, html_title = "furo", "qwen_mlx"
 html_extra_path = ["report"]
 html_show_copyright = False
