@@ -60,8 +60,8 @@ def check_integer(name: str, value: Any, low: int, high: float, expected: str) -
 
 # Arguments of mlx-lm's functions, and what stands for them here.
 OF_MLX_LM = {
-    "sampler": "temperature=, top_k=, top_p=, min_p= and the others of SamplingSettings",
-    "logits_processors": "logit_bias=, repetition_penalty= and the others of SamplingSettings, or schema=",
+    "sampler": "temperature=, top_k=, top_p=, min_p= and the others of SamplingSettings; generate takes it",
+    "logits_processors": "logit_bias=, repetition_penalty= and the others of SamplingSettings; generate takes it",
     "max_kv_size": "prompt_cache=PromptCache(model, lambda: model.make_cache(max_size=N))",
     "kv_bits": "prompt_cache=PromptCache(model, lambda: model.make_cache(bits=8))",
     "prompt_progress_callback": "progress=",

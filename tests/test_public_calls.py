@@ -21,7 +21,7 @@ from tests.helpers.fim_model import save_fim_folder
 
 WRONG = st.one_of(
     st.sampled_from([None, True, "", "x", b"x", (), [], {}, [None], ["x", 1], [[]], {"x": 1}, {1: "x"}, {"role": "x"}]),
-    st.sampled_from([0, -1, 5, 2**70, 0.5, -1.0, float("nan"), float("inf"), 1j, object(), int, print, Ellipsis]),
+    st.sampled_from([0, -1, 5, 2**70, 0.5, -1.0, float("nan"), float("inf"), 1j, object(), print, Ellipsis]),
     st.builds(lambda: np.array([1, 2])),
     st.builds(lambda: np.array([[0.5]])),
     st.builds(lambda: mx.array([1, 2])),
@@ -130,7 +130,7 @@ def test_every_public_callable_is_called_with_wrong_arguments():
 def test_a_wrong_name_is_answered_with_the_right_one(calls):
     for name, wrong, words in (
         ("generate", {"temp": 0}, "did you mean 'temperature'"),
-        ("generate", {"sampler": print}, "mlx-lm's: give temperature="),
+        ("batch_generate", {"sampler": print}, "mlx-lm's: give temperature="),
         ("load", {"device": "cpu"}, "no argument 'device'"),
         ("convert", {"bits": 4}, "no argument 'bits'"),
         ("embed", {"batchsize": 4}, "did you mean 'batch_size'"),

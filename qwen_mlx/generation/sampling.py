@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -27,6 +27,9 @@ class SamplingSettings:
     repetition_penalty and no_repeat_ngram_size look at the prompt too, presence_penalty and frequency_penalty only at
     generated tokens. logit_bias: pairs of a token id and a number that is added to its logit, or a mapping. `source`
     says where the values come from, for --verbose. Raises QwenMLXError for an impossible value.
+    logits_processors: functions of (token ids of the text so far (N,), logits (1, V)) that return logits, called in
+    order after the penalties. sampler: a function of log-probabilities (1, V) that returns a token id (1,), in place of
+    all from temperature to xtc_threshold. Both are for one row, as mlx-lm's.
     """
 
     temperature: float = 0.0
@@ -41,6 +44,8 @@ class SamplingSettings:
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
     logit_bias: tuple[tuple[int, float], ...] = ()
+    logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] = ()
+    sampler: Callable[[mx.array], mx.array] | None = None
     source: str = "given"
 
     def __post_init__(self) -> None:
@@ -65,6 +70,17 @@ class SamplingSettings:
             if not isinstance(value, int | float):  # NumPy's
                 object.__setattr__(self, name, int(value) if integer else float(value))
 
+        processors = self.logits_processors
+        if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
+            raise QwenMLXError(f"logits_processors is {processors!r:.80}, expected a list of functions.")
+        object.__setattr__(self, "logits_processors", tuple(processors))
+        if self.sampler is not None and not callable(self.sampler):
+            raise QwenMLXError(f"sampler is {self.sampler!r:.80}, expected a function.")
+        unused = ("temperature", "top_k", "top_p", "min_p", "typical_p", "xtc_probability")
+        given = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
+        if self.sampler is not None and given:
+            raise QwenMLXError(f"{given[0]} is given with a sampler, which chooses alone; leave one of them out.")
+
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         try:
             bias = tuple(sorted((operator.index(token), float(value)) for token, value in pairs))
@@ -85,12 +101,13 @@ class SamplingSettings:
     @property
     def plainly_greedy(self) -> bool:
         """True where the likeliest token of the unchanged logits is chosen."""
-        return self.greedy and not self.looks_back and not self.logit_bias
+        return self.greedy and not self.looks_back and not self.logit_bias and self.sampler is None
 
     @property
     def looks_back(self) -> bool:
         """True where earlier tokens matter."""
-        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0 or self.counts
+        penalties = self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0 or self.counts
+        return penalties or bool(self.logits_processors)
 
     @property
     def counts(self) -> bool:
@@ -108,6 +125,8 @@ class SamplingSettings:
         source = f"{', '.join(given)} given, the rest {self.source}"
         if given.get("temperature") == 0:
             return SamplingSettings(**given, source="greedy, as given")
+        if "sampler" in given:
+            return SamplingSettings(**given, source="a sampler, as given")
         return replace(self, **given, source=source)
 
     def __str__(self) -> str:
@@ -255,7 +274,13 @@ def penalized(
         logits = count_penalties(logits, generated, settings.presence_penalty, settings.frequency_penalty)
     if settings.no_repeat_ngram_size:
         logits = no_repeat_ngrams(logits, seen, settings.no_repeat_ngram_size)
-    return logits[:, :width]
+    logits = logits[:, :width]
+    for processor in settings.logits_processors:
+        logits = processor(seen[0], logits)
+        if not isinstance(logits, mx.array) or logits.shape != (1, width):
+            what = logits.shape if isinstance(logits, mx.array) else type(logits).__name__
+            raise QwenMLXError(f"A logits processor gave {what}, expected logits of the shape (1, {width}).")
+    return logits
 
 
 def candidates(
@@ -323,6 +348,8 @@ def sample(
     if settings.xtc_probability > 0:
         keys, xtc_key = _split(keys)
     left, ids = candidates(logits, settings, seen, n_prompt=n_prompt, eos_token_ids=eos_token_ids, xtc_key=xtc_key)
+    if settings.sampler is not None:
+        return _chosen(settings.sampler, left - mx.logsumexp(left, axis=-1, keepdims=True))
     if settings.greedy:
         return mx.argmax(left, axis=-1)
     if keys.ndim == 1:
@@ -331,6 +358,15 @@ def sample(
         rows = [mx.random.categorical(left[i : i + 1], axis=-1, key=keys[i]) for i in range(len(keys))]
         choice = mx.concatenate(rows)
     return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+
+
+def _chosen(sampler: Callable[[mx.array], Any], logprobs: mx.array) -> mx.array:
+    """What a caller's sampler chooses from logprobs (1, V), as (1,). Raises QwenMLXError unless it is a token id."""
+    token = sampler(logprobs)
+    ids = np.array(token).reshape(-1)
+    if ids.size != 1 or ids.dtype.kind not in "iu" or not 0 <= ids[0] < logprobs.shape[-1]:
+        raise QwenMLXError(f"sampler gave {token!r:.80}, expected a token id from 0 to {logprobs.shape[-1] - 1}.")
+    return mx.array(ids.astype(np.int32))
 
 
 def _split(key: mx.array) -> tuple[mx.array, mx.array]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import mx
 from ..errors import QwenMLXError, refuses_wrong_arguments
 from ..model.cache import KVCache
 from ..model.qwen2 import Qwen2
@@ -118,6 +119,8 @@ def stream_generate(
     xtc_probability: float | None = None,
     xtc_threshold: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
+    logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    sampler: Callable[[mx.array], mx.array] | None = None,
     logprobs: int | None = None,
     seed: int | None = None,
     schema: Any = None,
@@ -134,7 +137,8 @@ def stream_generate(
     control token; stop_token_ids: tokens that end it beside the model's own. skip_special_tokens: leave control tokens
     out of the text. reasoning_budget: tokens of a thought at most, after which the closing mark is written for the
     model. Sampling arguments that are None keep the model's own defaults (`model.generation_defaults`);
-    temperature 0 is greedy; for the others see SamplingSettings. min_tokens: no end token before so many. logprobs: 0
+    temperature 0 is greedy; for the others see SamplingSettings. A draft does not go with sampler and
+    logits_processors. min_tokens: no end token before so many. logprobs: 0
     to 100, chunks then carry the token's ln p and so many of the likeliest. prefill_step_size: tokens of the prompt
     read in one pass; None chooses by the device. progress: called with (prompt tokens done, prompt tokens in all).
     schema: a JSON schema (a mapping, JSON text, a class of pydantic's, True for any JSON) that the text satisfies, or a
@@ -181,6 +185,8 @@ def generate(
     xtc_probability: float | None = None,
     xtc_threshold: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
+    logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    sampler: Callable[[mx.array], mx.array] | None = None,
     logprobs: int | None = None,
     seed: int | None = None,
     schema: Any = None,
@@ -220,6 +226,8 @@ def settings_of(model: Qwen2, tokenizer: Tokenizer, arguments: Mapping[str, Any]
     if given.get("draft_model") is not None:
         if model.ranks is not None:
             raise QwenMLXError("A draft cannot be used with a model on several ranks; leave it out.")
+        if sampling.sampler is not None or sampling.logits_processors:
+            raise QwenMLXError("A draft does not go with sampler and logits_processors; leave it or them out.")
         given["draft_model"] = make_draft(given["draft_model"])
     schema = arguments.get("schema")
     if schema is not None:

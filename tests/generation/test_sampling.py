@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qwen_mlx import QwenMLXError, SamplingSettings
+from qwen_mlx import QwenMLXError, SamplingSettings, load, stream_generate
 from qwen_mlx.backend import mx
 from qwen_mlx.generation.sampling import (
     count_penalties,
@@ -27,7 +27,8 @@ from qwen_mlx.generation.sampling import (
     typical_p,
     xtc,
 )
-from reference.lazy import torch, transformers
+from reference.lazy import mlx_lm, mlx_lm_sample_utils, torch, transformers
+from reference.small_models import RandomModel, save_folder
 
 RNG = np.random.default_rng(3)
 LOGITS = (RNG.standard_normal((4, 500)) * 4).astype(np.float32)
@@ -302,3 +303,53 @@ def test_defaults_of_deepseek_s_distillations(tmp_path):
 
     file = SimpleNamespace(path=tmp_path / "m.gguf", metadata={"general.name": "DeepSeek R1 Distill Qwen 1.5B"})
     assert (gguf_defaults(file).temperature, gguf_defaults(file).top_p) == (0.6, 0.95)
+
+
+def test_samplers_and_logits_processors_of_mlx_lm_choose_as_there(tmp_path):
+    """The same functions in both libraries, on the same model: greedy with penalties, and a sampler that is no draw."""
+    path = save_folder(tmp_path / "m", RandomModel())
+    model, tokenizer = load(path, dtype="float32", quantized=False)
+    theirs, their_tokenizer = mlx_lm.load(str(path))
+    ids = tokenizer.encode("hello hello hello")
+
+    def second(logprobs):
+        return mx.argsort(-logprobs, axis=-1)[:, 1]
+
+    utils = mlx_lm_sample_utils
+    processors = utils.make_logits_processors({7: 2.0}, repetition_penalty=1.5, repetition_context_size=20)
+    for arguments in ({"sampler": second}, {"sampler": utils.make_sampler(0.0), "logits_processors": processors}):
+        ours = [chunk.token for chunk in stream_generate(model, tokenizer, ids, max_tokens=12, **arguments)]
+        other = [r.token for r in mlx_lm.stream_generate(theirs, their_tokenizer, ids, max_tokens=12, **arguments)]
+        assert ours == other
+    plain = [chunk.token for chunk in stream_generate(model, tokenizer, ids, max_tokens=12, temperature=0)]
+    assert plain != ours
+
+
+def test_a_logits_processor_sees_the_text_so_far_and_decides(tmp_path):
+    model, tokenizer = load(save_folder(tmp_path / "m", RandomModel()), dtype="float32")
+    ids, texts = tokenizer.encode("hello"), []
+
+    def only_five(tokens, logits):
+        texts.append(tokens.tolist())
+        return mx.where(mx.arange(logits.shape[-1]) == 5, logits, -mx.inf)
+
+    arguments = {"max_tokens": 3, "temperature": 1.0, "logits_processors": [only_five]}
+    tokens = [chunk.token for chunk in stream_generate(model, tokenizer, ids, **arguments)]
+    assert tokens == [5, 5, 5]
+    assert texts[:3] == [ids, [*ids, 5], [*ids, 5, 5]]
+    for arguments, words in (
+        ({"sampler": 5}, "sampler is 5, expected a function"),
+        ({"logits_processors": [5]}, "logits_processors is .5., expected a list of functions"),
+        ({"sampler": only_five, "temperature": 0.5}, "temperature is given with a sampler"),
+        ({"sampler": only_five, "draft_model": "prompt-lookup"}, "A draft does not go with sampler"),
+    ):
+        with pytest.raises(QwenMLXError, match=words):
+            stream_generate(model, tokenizer, ids, **arguments)
+    for arguments, words in (
+        ({"sampler": lambda logprobs: None}, "sampler gave None, expected a token id from 0 to"),
+        ({"sampler": lambda logprobs: mx.array([10**6])}, "sampler gave .*, expected a token id"),
+        ({"logits_processors": [lambda tokens, logits: None]}, "A logits processor gave NoneType, expected"),
+        ({"logits_processors": [lambda tokens, logits: logits[:, 1:]]}, "A logits processor gave .1, "),
+    ):
+        with pytest.raises(QwenMLXError, match=words):
+            list(stream_generate(model, tokenizer, ids, **arguments))
