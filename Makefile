@@ -1,7 +1,10 @@
-.PHONY: install install-fast test-fast test slow lint docs notebooks wheel bench
+.PHONY: help install install-fast test-fast test slow lint docs notebooks wheel bench
 PYTHON ?= .venv/bin/python
 # Linux needs MLX's backend; macOS has it.
 CPU = $(if $(filter Darwin,$(shell uname)),,cpu,)
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*/make \1/p' $(MAKEFILE_LIST)
 
 install:
 	python3 -m venv .venv

@@ -168,9 +168,13 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
         hints = typing.get_type_hints(function)
     except Exception as error:  # an annotation is an expression of the file's author
         raise QwenMLXError(f"The tool {name!r} has a type hint that cannot be evaluated ({error}).") from None
+    try:
+        arguments = inspect.signature(function).parameters
+    except ValueError:  # such as max
+        raise QwenMLXError(f"The tool {name!r} does not tell its arguments; wrap it in a function.") from None
     properties: dict[str, Any] = {}
     required = []
-    for key, parameter in inspect.signature(function).parameters.items():
+    for key, parameter in arguments.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise QwenMLXError(f"The tool {name!r} has the argument {parameter}, expected ones that have a name.")
         for what, known in (("type hint", hints), ("description in the docstring's Args", descriptions)):

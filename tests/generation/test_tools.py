@@ -146,6 +146,7 @@ def starred(*x: int):
         (undocumented, ("'undocumented'", "docstring")),
         (exotic, ("'x'", "'exotic'", "bytes")),
         (starred, ("'starred'", "*x")),
+        (max, ("'max'",)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

