@@ -82,3 +82,12 @@ def test_mistakes_are_one_sentence_before_anything_is_measured(name: str):
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_the_readme_s_speeds_are_those_of_the_stored_runs():
+    from benchmarks import claims
+
+    for name, (claim, fresh) in claims.speeds().items():
+        assert claim == fresh, name
+    claim, fresh = claims.kernel_cases()
+    assert fresh == f"{claim}, 0 failed"
