@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from .. import ops
 from ..backend import mx, nn
 from ..gguf.packing import BLOCK_SIZES
-from ..ops import DENSE, TILE, Matrix, Packing
+from ..ops import DENSE, TILE, LowRank, Matrix, Packing
 
+RANK_UNIT = 32  # the CPU's functions and every kernel multiply by matrices of such widths
 # Names that a module gives to the arrays of its matrix, by the kind of its packing.
 ARRAYS = {
     "dense": ("weight",),
@@ -20,7 +21,7 @@ ARRAYS = {
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b with W (out, in) dense."""
+    """y = x W^T + b with W (out, in) dense, or what an adapter beside it makes of W."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.multiply(x, matrix_of(self))
@@ -28,7 +29,8 @@ class Linear(nn.Linear):
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b with W (out, in) packed: MLX's affine form, or GGUF's Q4_K and Q6_K blocks as they are in the file.
+    """y = x W^T + b with W (out, in) packed, or what an adapter beside it makes of W: MLX's affine form, or GGUF's
+    blocks as they are in the file.
 
     Scales may be wider than the activations (a GGUF's are exact in float16 or float32 only): the product is then formed
     in float32 and rounded once.
@@ -43,9 +45,10 @@ class QuantizedLinear(nn.Module):
 
     @property
     def matrix(self) -> Matrix:
-        """The packed matrix."""
+        """The packed matrix, with its adapter."""
         rows, columns = self._shape
-        return Matrix(self._packing, rows, columns, tuple(self[name] for name in ARRAYS[self._packing.kind]))
+        arrays = tuple(self[name] for name in ARRAYS[self._packing.kind])
+        return Matrix(self._packing, rows, columns, arrays, low_rank_of(self))
 
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.multiply(x, self.matrix)
@@ -76,7 +79,15 @@ def matrix_of(module: nn.Module) -> Matrix:
     if isinstance(module, QuantizedLinear):
         return module.matrix
     rows, columns = module["weight"].shape
-    return Matrix(DENSE, rows, columns, (module["weight"],))
+    return Matrix(DENSE, rows, columns, (module["weight"],), low_rank_of(module))
+
+
+def low_rank_of(module: nn.Module) -> LowRank | None:
+    """The adapter beside a module's matrix, where it has one: its arrays `lora_a` (rank, in), `lora_b` (out, rank) and
+    perhaps `lora_row_scale` (out,)."""
+    if "lora_a" not in module:
+        return None
+    return LowRank(module["lora_a"], module["lora_b"], module.get("lora_row_scale"))
 
 
 def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
@@ -113,8 +124,48 @@ def join_rows(modules: Sequence[nn.Module]) -> list[Matrix]:
     """The matrices of several projections of one input, one above the other: a single one where they are packed alike.
 
     The modules' arrays become views of its rows, so that memory holds them once. While they stay that, a repeated call
-    costs nothing.
+    costs nothing but the joining of their adapters.
     """
+    matrices = _join_bases(modules)
+    if all(low_rank_of(module) is None for module in modules):
+        return matrices
+    ends = list(itertools.accumulate(matrix_of(module).rows for module in modules))
+    adapted, start = [], 0
+    for matrix in matrices:
+        stop = start + matrix.rows
+        run = [module for module, end in zip(modules, ends) if start < end <= stop]
+        adapted.append(matrix._replace(low_rank=_join_low_rank(run)))
+        start = stop
+    return adapted
+
+
+def _join_low_rank(modules: Sequence[nn.Module]) -> LowRank | None:
+    """The adapters of modules whose rows stand one above the other: b's blocks lie on the diagonal."""
+    matrices = [matrix_of(module) for module in modules]
+    given = [matrix.low_rank for matrix in matrices if matrix.low_rank is not None]
+    if not given:
+        return None
+    dtype, n_rows = given[0].a.dtype, sum(matrix.rows for matrix in matrices)
+    rank = sum(low_rank.a.shape[0] for low_rank in given)
+    padded = -(-rank // RANK_UNIT) * RANK_UNIT
+    a = mx.concatenate([*(low_rank.a for low_rank in given), mx.zeros((padded - rank, matrices[0].columns), dtype)])
+    b, row_scale = mx.zeros((n_rows, padded), dtype), mx.ones((n_rows,), dtype)
+    row = column = 0
+    for matrix in matrices:
+        if matrix.low_rank is not None:
+            width = matrix.low_rank.a.shape[0]
+            b[row : row + matrix.rows, column : column + width] = matrix.low_rank.b
+            if matrix.low_rank.row_scale is not None:
+                row_scale[row : row + matrix.rows] = matrix.low_rank.row_scale
+            column += width
+        row += matrix.rows
+    scaled = any(low_rank.row_scale is not None for low_rank in given)
+    mx.eval(a, b, row_scale)
+    return LowRank(a, b, row_scale if scaled else None)
+
+
+def _join_bases(modules: Sequence[nn.Module]) -> list[Matrix]:
+    """join_rows without adapters."""
     joined: _Joined | None = getattr(modules[0], "_joined", None)
     arrays = [array for module in modules for array in matrix_of(module).arrays]
     if joined is not None and len(arrays) == len(joined.views) and all(map(_is, arrays, joined.views)):
@@ -125,13 +176,12 @@ def join_rows(modules: Sequence[nn.Module]) -> list[Matrix]:
         if len(run) > 1:
             parts = [matrix_of(module) for module in run]
             columns = zip(*(part.arrays for part in parts))
-            matrix = parts[0]._replace(
-                rows=sum(part.rows for part in parts), arrays=tuple(mx.concatenate(list(column)) for column in columns)
-            )
+            joint = tuple(mx.concatenate(list(column)) for column in columns)
+            matrix = Matrix(parts[0].packing, sum(part.rows for part in parts), parts[0].columns, joint)
             set_rows(run, matrix)
             matrices.append(matrix)
         else:
-            matrices.append(matrix_of(run[0]))
+            matrices.append(matrix_of(run[0]).base)
     return remember_joined(modules, matrices)
 
 

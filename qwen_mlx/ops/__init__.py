@@ -6,7 +6,7 @@ from .best_token import best_token, or_not_finite
 from .decode_attention import decode_attention
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
 from .matmul import matmul
-from .matrix import Matrix, rows_of
+from .matrix import LowRank, Matrix, rows_of
 from .matvec import matvec, matvec_qkv, matvec_swiglu, put_recent
 from .multiply import TILE, multiply
 from .rms_norm import add_rms_norm, rms_norm
@@ -17,6 +17,7 @@ from .unpack import compile_ahead, computes_on_cpu, packing_kinds, raw_matrix, u
 __all__ = [
     "DENSE",
     "TILE",
+    "LowRank",
     "Matrix",
     "Packing",
     "Rotary",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..backend import mx
-from ..gguf.packing import BLOCK_SIZES, Packing
+from ..gguf.packing import BLOCK_SIZES, DENSE, Packing
 
 BLOCKS = ("q4_k", "q6_k")  # GGUF's own that the GPU's kernels read
 _OTHER_BLOCKS = set(BLOCK_SIZES) - set(BLOCKS)
@@ -17,8 +17,25 @@ def template_names(kind: str, number: str, tiled: bool) -> list[str]:
     return [f"{name}{number}" for name in names]
 
 
+class LowRank(NamedTuple):
+    """What an adapter makes of a matrix W: row_scale W + b a, without touching the arrays of W.
+
+    a: (rank, columns), b: (rows, rank), row_scale: (rows,) or None for 1, all of the activations' dtype.
+    """
+
+    a: mx.array
+    b: mx.array
+    row_scale: mx.array | None = None
+
+    @property
+    def factors(self) -> tuple[Matrix, Matrix]:
+        """a and b as dense matrices."""
+        a, b = self.a, self.b
+        return Matrix(DENSE, a.shape[0], a.shape[1], (a,)), Matrix(DENSE, b.shape[0], b.shape[1], (b,))
+
+
 class Matrix(NamedTuple):
-    """A matrix (rows, columns): how it is packed, and the arrays that hold it.
+    """A matrix (rows, columns): how it is packed, the arrays that hold it, and what an adapter makes of it.
 
     dense: (w,); affine: (codes, scales, biases) as mx.quantize makes them; q4_k: (blocks,), GGUF's bytes as uint32
     (rows, columns / 256, 36); q6_k: (low, high, scales, d), the fields of GGUF's blocks each in an array of its own,
@@ -30,6 +47,12 @@ class Matrix(NamedTuple):
     rows: int
     columns: int
     arrays: tuple[mx.array, ...]
+    low_rank: LowRank | None = None
+
+    @property
+    def base(self) -> Matrix:
+        """The matrix without its adapter."""
+        return self._replace(low_rank=None)
 
     def template(self, number: str = "", tiled: bool = False) -> dict[str, int]:
         """The template values that a kernel's reader of this matrix needs."""
@@ -50,4 +73,8 @@ class Matrix(NamedTuple):
 def rows_of(matrix: Matrix, start: int, stop: int) -> Matrix:
     """Rows start to stop of a matrix, as a view."""
     stop = min(stop, matrix.rows)
-    return matrix._replace(rows=stop - start, arrays=tuple(array[start:stop] for array in matrix.arrays))
+    low_rank = matrix.low_rank
+    if low_rank is not None:
+        a, b, row_scale = low_rank
+        low_rank = LowRank(a, b[start:stop], None if row_scale is None else row_scale[start:stop])
+    return Matrix(matrix.packing, stop - start, matrix.columns, tuple(x[start:stop] for x in matrix.arrays), low_rank)

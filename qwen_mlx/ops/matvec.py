@@ -25,7 +25,7 @@ from .dispatch import (
 from .matrix import BLOCKS, Matrix
 from .rms_norm import require_eps, rms_norm
 from .rope import qkv_rope
-from .swiglu import swiglu_joined_fallback
+from .swiglu import swiglu_joined, swiglu_joined_fallback
 from .tunings import Tuning
 from .unpack import array_names, reader, require_arrays, unpack_fallback
 
@@ -66,12 +66,20 @@ def matvec(x: mx.array, matrix: Matrix, norm: Norm | None = None, residual: mx.a
 
     x: (..., columns) with one row; norm: weight (columns,) and eps of an RMSNorm before, or None; residual: (..., rows)
     or None. Returns (1, 1, rows). Rounding: as rms_norm's, the product is summed in float32 and rounded to x.dtype, the
-    sum with the residual is rounded. Raises ValueError if shapes or dtypes do not agree.
+    sum with the residual is rounded; with an adapter, as multiply's. Raises ValueError if shapes or dtypes disagree.
     """
     _require_product(x, matrix, norm)
     rows = matrix.rows
     if residual is not None:
         require_like("residual", residual.reshape(-1), (rows,), x.dtype)
+    if matrix.low_rank is not None:
+        (a, b), row_scale = matrix.low_rank.factors, matrix.low_rank.row_scale
+        if row_scale is None:
+            y = matvec(x, matrix.base, norm, residual)
+        else:
+            y = matvec(x, matrix.base, norm) * row_scale
+            y = y if residual is None else y + residual.reshape(y.shape)
+        return matvec(matvec(x, a, norm), b, residual=y)
     if _on_cpu(x, [matrix]):
         return cpu.matvec(x, matrix, norm, residual)
     if not _supports(x, matrix, norm):
@@ -90,6 +98,8 @@ def matvec_swiglu(x: mx.array, matrix: Matrix, norm: Norm) -> mx.array:
     """
     _require_product(x, matrix, norm, required=True)
     require(matrix.rows % 2 == 0, lambda: f"matrix has {matrix.rows} rows, expected gate's and up's.")
+    if matrix.low_rank is not None:
+        return swiglu_joined(matvec(x, matrix, norm))
     if _on_cpu(x, [matrix]):
         return cpu.matvec_swiglu(x, matrix, norm)
     if not _supports(x, matrix, norm):
@@ -138,9 +148,13 @@ def matvec_qkv(
     )
     require_like("bias", bias, (rows,), x.dtype)
     require_position(position)
+    shape = (1, n_heads, 1, head_dim)
+    if any(matrix.low_rank is not None for matrix in matrices):
+        y = mx.concatenate([matvec(x, matrix, norm) for matrix in matrices], axis=-1)
+        q, kv = qkv_rope(y, bias, table[None, None], n_heads, heads // 2)
+        return q.reshape(shape), put_recent(recent_kv, kv.reshape(1, heads, 1, head_dim), position)
     if _on_cpu(x, matrices):
         return cpu.matvec_qkv(x, matrices, bias, norm, table, recent_kv, position, n_heads)
-    shape = (1, n_heads, 1, head_dim)
     tuning = _tuning("matvec_qkv", matrices, x.dtype, True)
     if len(matrices) > 1 and tuning.split > 1:  # all units of a threadgroup must be of one matrix
         tuning = replace(tuning, threads=32 * tuning.split)

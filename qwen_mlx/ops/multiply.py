@@ -17,8 +17,12 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     """x W^T for x (..., columns), in x.dtype.
 
     One vector is multiplied by GGUF's blocks as they are; more are multiplied by values unpacked, in tiles of rows.
-    Rounding: summed in float32, rounded once.
+    Rounding: summed in float32, rounded once; with an adapter, each of its two products and the sum are rounded, too.
     """
+    if matrix.low_rank is not None:
+        y, (a, b) = multiply(x, matrix.base), matrix.low_rank.factors
+        y = y if matrix.low_rank.row_scale is None else y * matrix.low_rank.row_scale
+        return y + multiply(multiply(x, a), b)
     packing, arrays = matrix.packing, matrix.arrays
     if x.size and on_cpu("matmul", x.dtype) and cpu.supports(matrix):
         return cpu.multiply(x, matrix)

@@ -37,7 +37,7 @@ def reader(kind: str, number: str = "", tiled: bool = False) -> str:
 def require_arrays(matrix: Matrix) -> None:
     """Raises ValueError unless the arrays have the shapes that the packing says."""
     require(isinstance(matrix, Matrix), lambda: f"matrix {described(matrix)}, expected an ops.Matrix.")
-    packing, rows, columns, arrays = matrix
+    packing, rows, columns, arrays = matrix.packing, matrix.rows, matrix.columns, matrix.arrays
     require(rows > 0 and columns > 0, lambda: f"matrix has {rows} rows and {columns} columns, expected some.")
     size = packing.group_size
     require(packing.kind != "affine" or size > 0, lambda: f"group_size is {size}, expected 32, 64 or 128.")
@@ -63,13 +63,19 @@ def _kernel(kind: str, by_ids: bool) -> Kernel:
 def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.array:
     """The values of a matrix, or of its rows `ids` (...): (rows, columns) or (..., columns) in dtype.
 
-    Rounding: formed in float32 as gguf-py does, then rounded.
+    Rounding: formed in float32 as gguf-py does, then rounded; what an adapter adds is rounded by itself.
     """
     require_arrays(matrix)
     require(
         ids is None or (isinstance(ids, mx.array) and mx.issubdtype(ids.dtype, mx.integer)),
         lambda: f"ids {described(ids)}, expected integers, each below {matrix.rows}.",
     )
+    if matrix.low_rank is not None:
+        a, b, row_scale = matrix.low_rank
+        values = unpack(matrix.base, dtype, ids)
+        if row_scale is not None:
+            values = values * (row_scale if ids is None else row_scale[ids])[..., None]
+        return (values + (b if ids is None else b[ids]) @ a).astype(dtype)
     kind = matrix.packing.kind
     if executor("unpack") == "cpu" and dtype == mx.float32 and kind != "dense" and cpu.supports(matrix):
         try:  # a packed matrix has no gradient
