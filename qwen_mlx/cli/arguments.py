@@ -50,6 +50,7 @@ def model_parser(command: str, description: str, max_tokens: int) -> Parser:
     p.add_argument(
         "--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id (org/repo[:quant])"
     )
+    add_adapter_argument(p)
     p.add_argument("--system", metavar="TEXT", help="system message")
     p.add_argument(
         "--max-tokens", "-n", type=int, default=max_tokens, metavar="N", help="tokens at most (default %(default)s)"
@@ -106,6 +107,17 @@ def named_as_options() -> Iterator[None]:
     except QwenMLXError as error:
         words = re.sub(r"^\w+(?= is | gives )|\b[a-z]+_\w+\b", lambda m: OPTIONS.get(m[0], m[0]), str(error))
         raise type(error)(words) from None
+
+
+def add_adapter_argument(p: argparse.ArgumentParser, required: bool = False) -> None:
+    """Adds --adapter to a command that reads a model."""
+    p.add_argument(
+        "--adapter",
+        action="append",
+        required=required,
+        metavar="PATH[:SCALE]",
+        help="a LoRA or DoRA adapter: folder of peft's or mlx-lm's, .gguf file, or hub id (can be repeated)",
+    )
 
 
 def ranks() -> contextlib.AbstractContextManager[mx.distributed.Group | None]:
@@ -188,12 +200,14 @@ def open_model(
         check_folder(cache_file, "--prompt-cache")
     with ProgressLine(f"Loading {path.name}") as line:
         load_as_asked = functools.partial(load, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
-        model, tokenizer = load_as_asked(path, group=group)
+        model, tokenizer = load_as_asked(path, adapter=arguments.adapter, group=group)
         if draft_path is not None:
             draft = load_as_asked(draft_path)[0]
     if arguments.verbose:
         dtype = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
         print(f"model: {path} ({dtype})", file=sys.stderr)
+        for name in arguments.adapter or []:
+            print(f"adapter: {name}", file=sys.stderr)
         print(f"sampling: {model.generation_defaults.override(**sampling)}", file=sys.stderr)
         print(f"backend: {backend.describe()}", file=sys.stderr)
         print(f"products of float32 numbers: {backend.float32_products()}", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QwenMLXError
 from ..loading import hub
 from ..text.files import atomic_write, check_folder, read_text
-from .arguments import DTYPES
+from .arguments import DTYPES, add_adapter_argument
 from .command import Parser, ProgressLine, program, require_at_least
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         description="Perplexity of a model on a text; with --reference, what quantizing the original costs.",
     )
     p.add_argument("--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id")
+    add_adapter_argument(p)
     p.add_argument("--text", "-t", metavar="FILE", required=True, help="UTF-8 text; - reads standard input")
     p.add_argument("--reference", metavar="MODEL", help="the model to compare with, such as the one not quantized")
     p.add_argument("--context", type=int, metavar="N", help="tokens of a window (default 1024, or the model's context)")
@@ -62,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         names, others = (Tokenizer.read(path).names for path in paths)
         check_vocabulary(names, others, f"--reference {arguments.reference}", "reference")
     models = []
-    for path in paths:
+    for path, adapter in zip(paths, (arguments.adapter, None)):
         with ProgressLine(f"Loading {path.name}") as line:
-            model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
+            model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, adapter=adapter, progress=line)
         models.append(model)
         check_windows(model, arguments.context, arguments.stride, str(path))
     ids = tokenizer.with_prefix(tokenizer.encode(text))
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"model: {paths[0]}")
     print(describe(evaluation))
     if arguments.json:
-        write(arguments.json, {"model": str(paths[0]), "reference": arguments.reference, **asdict(evaluation)})
+        asked = {"model": str(paths[0]), "adapter": arguments.adapter, "reference": arguments.reference}
+        write(arguments.json, asked | asdict(evaluation))
     return 0
 
 

@@ -17,6 +17,7 @@ from ..errors import QwenMLXError
 from ..loading import hub
 from ..parallel.control import launched
 from ..text.files import read_text
+from .arguments import add_adapter_argument
 from .command import Parser, ProgressLine, program, require_at_least
 
 KEY_VARIABLE = "QWEN_MLX_API_KEY"
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id (org/repo[:quant])"
     )
+    add_adapter_argument(p)
     p.add_argument("--name", metavar="NAME", help="what clients call the model (default: its file's name)")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--yarn", type=float, metavar="F", help="extend the context F times by YaRN")
@@ -119,7 +121,8 @@ def _service(arguments: argparse.Namespace) -> Any:
     from ..server.service import Service
 
     with ProgressLine("Loading") as line:
-        model, tokenizer = load(path, dtype=arguments.dtype, yarn=arguments.yarn, progress=line)
+        asked = {"dtype": arguments.dtype, "yarn": arguments.yarn, "adapter": arguments.adapter}
+        model, tokenizer = load(path, **asked, progress=line)
     scheduler = Scheduler(
         model,
         tokenizer,

@@ -205,12 +205,14 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def fingerprint(model: Qwen2) -> str:
     """A digest of what a model computes, without reading all of it: its configuration, its rotary frequencies, and of
-    every parameter the name, the dtype, the shape and 64 elements spread over it. 64 hexadecimal digits, SHA-256.
+    every parameter the name, the dtype, the shape and 64 elements spread over it, and its adapters' files. 64
+    hexadecimal digits, SHA-256.
 
     Two models that agree in all of these, though they differ elsewhere, have the same fingerprint.
     """
     rotary = model.model.rotary
     digest = hashlib.sha256(json.dumps([asdict(model.config), asdict(rotary)], sort_keys=True).encode())
+    digest.update(model.adapter_digest.encode())
     names: list[str] = []
     samples: list[mx.array] = []
     for name, array in sorted(named_arrays(model)):

@@ -23,7 +23,7 @@ from ..text.tokenizer import Tokenizer
 from . import variants
 from .folder import folder_contents
 from .not_models import refuse_gguf, refuse_path
-from .parameters import BlockParameter, Parameter
+from .parameters import BlockParameter, Delta, Parameter
 from .safetensors_files import open_files, read_tensors, safetensors_files
 from .sampling_defaults import folder_defaults, gguf_defaults
 
@@ -37,7 +37,8 @@ class Checkpoint:
     """A model's files, opened. files: those that hold its weights; tokenizer_files: a folder's, to copy as they are;
     rope_factors: a GGUF's divisors of the rotary frequencies, float32 (head_dim / 2,), or None; notes: sentences about
     what the files hold beyond a plain Qwen2, and what becomes of it; has_language_head: False for embedding models and
-    those with a classification or reward head, whose parameters `score` are."""
+    those with a classification or reward head, whose parameters `score` are; deltas: what adapters make of matrices, by
+    the parameter's name (adapters/apply.py); adapter_digest: of all that adapters change, "" without them."""
 
     path: Path
     config: ModelConfig
@@ -50,6 +51,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     has_language_head: bool = True
     score: dict[str, Parameter] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    adapter_digest: str = ""
 
     def require_language_head(self) -> None:
         """Raises QwenMLXError for a model that generates no text."""

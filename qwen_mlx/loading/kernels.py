@@ -64,21 +64,32 @@ def _products(model: Qwen2) -> Iterator[tuple[str, tuple[MatrixSpec, ...]]]:
         attention, mlp = block.self_attn, block.mlp
         qkv = join_rows([attention.q_proj, attention.k_proj, attention.v_proj])
         gate_up = join_rows([mlp.gate_proj, mlp.up_proj])
-        if len(qkv) <= 2:
+        if len(qkv) <= 2 and all(matrix.low_rank is None for matrix in qkv):
             yield "matvec_qkv", _specs(qkv, dtype)
         else:
-            yield from (("matvec_normed", (spec,)) for spec in _specs(qkv, dtype))
-        yield "matvec", (_spec(_matrix(attention.o_proj), dtype),)
-        if len(gate_up) == 1:
+            yield from _products_of("matvec_normed", qkv, dtype)
+        yield from _products_of("matvec", [_matrix(attention.o_proj)], dtype)
+        if len(gate_up) == 1 and gate_up[0].low_rank is None:
             yield "matvec_swiglu", _specs(gate_up, dtype)
         else:
-            yield from (("matvec_normed", (spec,)) for spec in _specs(gate_up, dtype))
-        yield "matvec", (_spec(_matrix(mlp.down_proj), dtype),)
+            yield from _products_of("matvec_normed", gate_up, dtype)
+        yield from _products_of("matvec", [_matrix(mlp.down_proj)], dtype)
     tied = model.config.tie_word_embeddings
-    yield "matvec_normed", (_spec(_matrix(model.model.embed_tokens if tied else model.lm_head), dtype),)
+    head = _matrix(model.model.embed_tokens if tied else model.lm_head)
+    yield from _products_of("matvec_normed", [head], dtype)
     embedding = _spec(_matrix(model.model.embed_tokens), dtype)
     if embedding.kind != "dense":
         yield "rows", (embedding,)
+
+
+def _products_of(name: str, matrices: Sequence[Matrix], dtype: mx.Dtype) -> Iterator[tuple[str, tuple[MatrixSpec]]]:
+    """A product with each matrix, and with the two of its adapter."""
+    for matrix in matrices:
+        yield name, (_spec(matrix, dtype),)
+        if matrix.low_rank is not None:
+            a, b = matrix.low_rank.factors
+            yield name, (_spec(a, dtype),)
+            yield "matvec", (_spec(b, dtype),)
 
 
 def _matrix(module: nn.Module) -> Matrix:

@@ -29,10 +29,12 @@ from ..parallel import group as parallel
 from ..parallel.shards import Shard
 from ..text.tokenizer import Tokenizer, check_vocabulary
 from . import hub, kernels, memory
+from .adapters.apply import adapted, merged
+from .adapters.read import Names
 from .checkpoint import open_checkpoint
 from .free_memory import require_memory
 from .hub.client import say
-from .parameters import Parameter
+from .parameters import Delta, Parameter
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of one input share a buffer
@@ -48,6 +50,7 @@ def load(
     dtype: str | mx.Dtype | None = None,
     quantized: bool | None = None,
     yarn: float | None = None,
+    adapter: Names = None,
     progress: Progress | None = None,
     group: mx.distributed.Group | None = None,
 ) -> tuple[Qwen2, Tokenizer]:
@@ -58,7 +61,9 @@ def load(
     dtype: of activations and dense weights, "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on GPU.
     quantized: keep packed weights packed, on a CPU those of 16 bits as they are; None: on a GPU, and on a CPU with
     numba; False: all in `dtype`. yarn: extends the context so many times, see ModelConfig.with_yarn; None: as the file
-    says. progress: called with (bytes done, bytes in all).
+    says. adapter: PATH or PATH:SCALE of a LoRA or DoRA adapter (a folder of peft's or mlx-lm's, a .gguf, or a hub id),
+    or several: it stays beside packed weights, and is merged into dense ones. progress: called with (bytes done, bytes
+    in all).
     group: of mx.distributed.init(); every rank calls this, reads its own part of the files (see shards.Shard) and then
     runs the same program. The end of one rank ends all.
     Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its fault and what was expected.
@@ -73,7 +78,7 @@ def load(
     if target == mx.float32:
         exact_float32()
     try:
-        return _load(path, target, packed, yarn, _outside(progress), group)
+        return _load(path, target, packed, yarn, adapter, _outside(progress), group)
     except QwenMLXError:
         raise
     except _Outside as error:
@@ -122,20 +127,25 @@ def _load(
     dtype: mx.Dtype,
     packed: bool,
     yarn: float | None,
+    adapter: Names,
     progress: Progress | None,
     group: mx.distributed.Group | None,
 ) -> tuple[Qwen2, Tokenizer]:
     checkpoint = open_checkpoint(path)
     checkpoint.require_language_head()
+    checkpoint = adapted(checkpoint, adapter)
     if group is None or group.rank() == 0:
         for note in checkpoint.notes:
             say(note)
     config = checkpoint.config if yarn is None else checkpoint.config.with_yarn(yarn)
-    parameters, local, shard = checkpoint.parameters, config, None
+    parameters, deltas, local, shard = checkpoint.parameters, checkpoint.deltas, config, None
     if group is not None and group.size() > 1:
         shard = Shard(group.rank(), group.size(), config)
-        parallel.check_same(group, path, {"dtype": str(dtype), "quantized": str(packed), "yarn": str(yarn)})
+        settings = {"dtype": str(dtype), "quantized": str(packed), "yarn": str(yarn)}
+        parallel.check_same(group, path, settings | {"adapter": checkpoint.adapter_digest})
         parameters, local = checkpoint.parts(shard.cut), shard.local
+        deltas = {name: delta.part(*shard.cut(name)) for name, delta in deltas.items()}
+    parameters, beside = _merge(parameters, deltas, dtype, packed)
     memory.prepare(sum(parameter.nbytes for parameter in parameters.values()))
     if mx.default_device() == mx.cpu:
         require_memory(_nbytes(parameters.values(), dtype, packed), path, packed)
@@ -143,15 +153,45 @@ def _load(
         model = Qwen2(local, checkpoint.rope_factors)
     except ValueError as error:  # such as rotary frequencies beyond any number
         raise QwenMLXError(f"{path}: its configuration cannot be computed: {error}") from None
+    compiled = ops.compile_ahead((), [dtype], dtype) if beside else None
     fill(model, parameters, dtype=dtype, packed=packed, progress=progress)
     for file in checkpoint.files:
         file.check_unchanged()
+    for name, delta in beside.items():
+        _set_low_rank(_get(model, name.removesuffix(".weight")), delta, dtype)
+    if compiled is not None:
+        compiled()
     if shard is not None and group is not None:
         parallel.share(model, shard, group)
-    model.generation_defaults = checkpoint.defaults
+    model.generation_defaults, model.adapter_digest = checkpoint.defaults, checkpoint.adapter_digest
     model.eval()
     kernels.prove(model)
     return model, checkpoint.tokenizer
+
+
+def _merge(
+    parameters: Mapping[str, Parameter], deltas: Mapping[str, Delta], dtype: mx.Dtype, packed: bool
+) -> tuple[dict[str, Parameter], dict[str, Delta]]:
+    """The parameters, those that become dense in `dtype` merged with what adapters make of them; and the deltas of the
+    others, which stay beside them: a packed matrix, or one of fewer bits, could not hold the sum."""
+    kinds, narrow = ops.packing_kinds(dtype) if packed else frozenset(), packed and ops.computes_on_cpu(dtype)
+    result, beside = dict(parameters), {}
+    for name, delta in deltas.items():
+        ((run, packing),) = _runs([parameters[name]], kinds)
+        if packing == DENSE and _dense_dtype(run, dtype, narrow) == dtype:
+            result[name] = merged(parameters[name], delta)
+        else:
+            beside[name] = delta
+    return result, beside
+
+
+def _set_low_rank(module: nn.Module, delta: Delta, dtype: mx.Dtype) -> None:
+    """Gives a module what adapters make of its matrix: see layers.low_rank_of."""
+    names = ("lora_a", "lora_b", "lora_row_scale")
+    for name, array in zip(names, delta):
+        if array is not None:
+            module[name] = mx.array(array).astype(dtype)
+            mx.eval(module[name])
 
 
 def fill(

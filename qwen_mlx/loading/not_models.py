@@ -14,7 +14,8 @@ PIECE = re.compile(r"(.*\.gguf)[.-](part-?\d+(of\d+)?|part-?[a-z]+|split-?[a-z]+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # GGUF's general.type: what such a file holds, and what to do.
 KINDS = {
-    "adapter": "a LoRA adapter, which changes another model: merge it into its base with llama.cpp's llama-export-lora",
+    "adapter": "a LoRA adapter, which changes another model: give its base as the model and this file as --adapter, or "
+    "merge them (qwen-mlx fuse)",
     "imatrix": "an importance matrix, which guides a quantization: give the model that was quantized with it",
     "mmproj": "the image encoder of a model that sees: give the language model's own file",
     "vocab": "a vocabulary without weights: give a file of the whole model",
@@ -47,8 +48,8 @@ def _refuse_folder(folder: Path) -> None:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
         raise QwenMLXError(
-            f"{folder}: holds a LoRA adapter{of}, which changes another model; merge it into its base (peft's "
-            "merge_and_unload, mlx_lm.fuse) and give the merged folder."
+            f"{folder}: holds a LoRA adapter{of}, which changes another model; give that model as the model and this "
+            "folder as --adapter, or merge them (qwen-mlx fuse)."
         )
     if "config.json" in names or "model_index.json" in names:
         weights = [name for name in names if name.endswith(".safetensors")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,21 @@ from ..gguf.unpack import mxfp4_values, unpack
 from ..parallel.shards import ALL
 from .safetensors_files import DTYPES, FLOATS
 from .small_floats import E2M1, E4M3, E8M0
+
+
+class Delta(NamedTuple):
+    """What adapters make of a matrix W: row_scale W + b a.
+
+    a: (rank, columns), b: (rows, rank), row_scale: (rows,) or None for 1, all float32.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    row_scale: np.ndarray | None = None
+
+    def part(self, rows: slice, columns: slice) -> Delta:
+        """What they make of the matrix's part in these rows and columns."""
+        return Delta(self.a[:, columns], self.b[rows], None if self.row_scale is None else self.row_scale[rows])
 
 
 @dataclass(frozen=True, eq=False)

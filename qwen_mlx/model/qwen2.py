@@ -135,6 +135,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig, rope_factors: np.ndarray | None = None):
         super().__init__()
         self.config = config
+        self.adapter_digest = ""  # of the adapters that its values contain
         self.ranks: Any = None  # a parallel.group.TensorParallelGroup, where others hold parts of the model
         self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:

@@ -21,6 +21,7 @@ NEEDS = {
         "bitsandbytes",
         "compressed_tensors",
         "sentence_transformers",
+        "peft",
         "safetensors.torch",
         "reference.lazy",
     ),

@@ -114,6 +114,8 @@ def _from_hub(repo: str, choice: str | None) -> Path:
             return cached / group[0]
         if not choice and _is_usable_folder(local) and "generation_config.json" in local:
             return cached  # with sampling defaults: the Hub could add nothing that would change what is generated
+        if not choice and _is_adapter(local):
+            return cached
     try:
         repo, remote = remote_files(repo)
     except Unreachable as error:
@@ -211,6 +213,14 @@ def _is_usable_folder(files: Iterable[str]) -> bool:
     weights = _complete(files, ".safetensors")
     tokenizer = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
     return bool(weights) and "config.json" in files and tokenizer and parts <= set().union(*weights.values())
+
+
+def _is_adapter(files: Iterable[str]) -> bool:
+    """True for the files of an adapter, peft's or mlx-lm's."""
+    files = set(files)
+    return "adapter_config.json" in files and not files.isdisjoint(
+        {"adapter_model.safetensors", "adapters.safetensors"}
+    )
 
 
 @dataclass(frozen=True)
