@@ -20,7 +20,7 @@ from qwen_mlx.cli.command import kernel_failure
 from reference.small_models import RandomModel, write_gguf
 
 ROOT = Path(__file__).parents[1]
-DOORS = ("__main__", "generate", "chat", "convert", "evaluate", "embed", "score", "selftest", "serve")
+DOORS = ("__main__", "generate", "chat", "convert", "fuse", "evaluate", "embed", "score", "selftest", "serve")
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

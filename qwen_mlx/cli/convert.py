@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--requantize", **bits, help="pack the types that MLX cannot express (Q6_K, Q3_K, ...); else dense")
     p.add_argument("--quantize", **bits, help="pack every matrix, whatever its type")
     p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="of both (default 64)")
+    p.add_argument("--dense", action="store_true", help="unpack every matrix, as transformers needs")
     p.add_argument("--force", action="store_true", help="replace an existing model folder")
     p.add_argument("--allow-nan", action="store_true", help="convert values and scales that are not finite")
     return p
@@ -62,18 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise QwenMLXError("no output folder; give SOURCE and OUTPUT, or --check SOURCE.")
     if check_only and output is not None:
         raise QwenMLXError(f"--check writes nothing, so {output!r} is not needed; leave it out.")
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup ignores it
-        signal.signal(signal.SIGINT, stop)  # once: a second Ctrl-C must not leave an unfinished folder
+    stop_once()
     from ..conversion.convert import check, convert
 
     if check_only:
-        with _bar("Checking") as progress:
+        with bar("Checking") as progress:
             rows = check(source, progress)
         _print_check(rows, source)
         return 0
-    with _bar("Converting") as progress:
+    with bar("Converting") as progress:
         report = convert(source, output, **arguments, progress=progress)
-    _print_report(report)
+    print_report(report)
     group_size = arguments["group_size"]
     undivided = [row.name for row in report if len(row.shape) == 2 and row.shape[1] % group_size]
     if undivided and (arguments["quantize"] or arguments["requantize"]):
@@ -82,8 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def stop_once() -> None:
+    """Lets Ctrl-C end the command once: a second one must not leave an unfinished folder."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # nohup ignores it
+        signal.signal(signal.SIGINT, stop)
+
+
 @contextlib.contextmanager
-def _bar(label: str) -> Iterator[Progress]:
+def bar(label: str) -> Iterator[Progress]:
     """A progress bar of bytes and tensors on standard error, where that is a terminal."""
     from tqdm import tqdm
 
@@ -113,7 +119,7 @@ def _print_check(rows: list[tuple[Parameter, Form, int]], source: str) -> None:
         )
 
 
-def _print_report(report: list[Stored]) -> None:
+def print_report(report: list[Stored]) -> None:
     """The error of every tensor that changed, and a line for each way of storing."""
     changed = [row for row in report if not row.exact]
     if changed:

@@ -29,6 +29,8 @@ from ..gguf.names import ROPE_FACTORS
 from ..gguf.packing import DENSE
 from ..gguf.stored import StoredFile
 from ..loading import hub
+from ..loading.adapters.apply import adapted, merged
+from ..loading.adapters.read import Names, parse
 from ..loading.checkpoint import Checkpoint, open_checkpoint
 from ..loading.hub.client import say
 from ..loading.parameters import PackedParameter, Parameter
@@ -50,6 +52,8 @@ def convert(
     requantize: int | None = None,
     quantize: int | None = None,
     group_size: int = 64,
+    dense: bool = False,
+    adapter: Names = None,
     force: bool = False,
     allow_nan: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -61,15 +65,16 @@ def convert(
     dtype: of dense tensors, "bfloat16", "float16" or "float32" (which is exact). scales: of packed tensors; "auto" is
     the narrowest that is exact: float16 for the legacy types, float32 for K-quants. requantize: bits for the quantized
     types that MLX cannot express (Q6_K, Q3_K, ...), which are dense otherwise. quantize: bits for every matrix.
-    group_size: of both, 32, 64 or 128. force: replace an existing model folder. allow_nan: convert values and scales
-    that are not finite. shard_bytes: of a safetensors file.
+    group_size: of both, 32, 64 or 128. dense: unpack every matrix, as transformers needs. adapter: as load()'s, merged
+    into the model in float32; the errors are those of storing the merged values. force: replace an existing model
+    folder. allow_nan: convert values and scales that are not finite. shard_bytes: of a safetensors file.
     The folder appears complete or not at all. Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor,
     its fault and what was expected.
     """
-    options = Options(dtype, scales, requantize, quantize, group_size, allow_nan)
+    options = Options(dtype, scales, requantize, quantize, group_size, allow_nan, dense)
     path = hub.resolve(source)
     target = target_folder(output, path, force)
-    checkpoint = _open(path)
+    checkpoint = _open(path, adapter)
     if any(target in file.path.resolve().parents for file in checkpoint.files):  # a part of a split file may be a link
         raise QwenMLXError(f"{target}: holds a part of the model to convert; give another folder for the output.")
     for note in checkpoint.notes:
@@ -91,7 +96,9 @@ def convert(
                     progress(len(report), len(forms), done, total)
         _write_metadata(folder, checkpoint, forms, options)
         _write_json(folder / "conversion.json", [dataclasses.asdict(row) | {"exact": row.exact} for row in report])
-        (folder / "README.md").write_text(_model_card(path, digests(), options, report), encoding="utf-8")
+        adapters = [(Path(name).name if Path(name).exists() else name, scale) for name, scale in parse(adapter)]
+        card = _model_card(path, digests(), options, report, [f"{name}:{scale:g}" for name, scale in adapters])
+        (folder / "README.md").write_text(card, encoding="utf-8")
         for file in checkpoint.files:
             file.check_unchanged()
     return report
@@ -115,18 +122,24 @@ def check(source: str | os.PathLike[str], progress: Progress | None = None) -> l
     return rows
 
 
-def _open(path: Path) -> Checkpoint:
-    """A checkpoint that an MLX model folder can express, and that is not one already."""
-    checkpoint = open_checkpoint(path)
+def _open(path: Path, adapter: Names = None) -> Checkpoint:
+    """A checkpoint that an MLX model folder can express, and that is not one already, merged with adapters."""
+    checkpoint = adapted(open_checkpoint(path), adapter)
     checkpoint.require_language_head()
-    if any(isinstance(tensor, PackedParameter) for tensor in checkpoint.parameters.values()):
+    if not checkpoint.adapter_digest and any(
+        isinstance(tensor, PackedParameter) for tensor in checkpoint.parameters.values()
+    ):
         raise QwenMLXError(f"{path}: is quantized for MLX already; convert the original instead.")
     if checkpoint.rope_factors is not None:
         raise GGUFError(
             f"{path}: tensor {ROPE_FACTORS!r} divides the rotary frequencies, which an MLX model folder cannot "
             "express; use the GGUF as it is."
         )
-    return checkpoint
+    parameters = {
+        name: merged(parameter, checkpoint.deltas[name]) if name in checkpoint.deltas else parameter
+        for name, parameter in checkpoint.parameters.items()
+    }
+    return dataclasses.replace(checkpoint, parameters=parameters)
 
 
 def _keep_freed_memory() -> None:
@@ -200,7 +213,9 @@ def _quantization(forms: dict[Parameter, Form]) -> dict[str, Any]:
     return {"quantization": {**common, **{name: own for name, own in layers.items() if own != common}}}
 
 
-def _model_card(path: Path, digests: dict[str, str], options: Options, report: list[Stored]) -> str:
+def _model_card(
+    path: Path, digests: dict[str, str], options: Options, report: list[Stored], adapters: list[str]
+) -> str:
     changed = [row for row in report if not row.exact]
     verdict = "Every tensor stands for exactly the source's values"
     if changed:
@@ -212,6 +227,7 @@ def _model_card(path: Path, digests: dict[str, str], options: Options, report: l
         )
     settings = {key: value for key, value in dataclasses.asdict(options).items() if value not in (None, False)}
     sources = "\n".join(f"- `{_in_markdown(name)}`, sha256 `{digest}`" for name, digest in digests.items())
+    sources += "".join(f"\n- the adapter `{_in_markdown(name)}`, merged" for name in adapters)
     return (
         f"---\nlibrary_name: mlx\npipeline_tag: text-generation\ntags:\n- mlx\n---\n\n# {_in_markdown(path.stem)}\n\n"
         f"An MLX model converted by qwen_mlx {__version__} from\n\n{sources}\n\n"

@@ -36,6 +36,7 @@ class Options:
     quantize: int | None = None
     group_size: int = 64
     allow_nan: bool = False
+    dense: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -50,6 +51,8 @@ class Options:
                 raise QwenMLXError(f"{name} is {getattr(self, name)!r}, expected one of {choices}.")
         if self.requantize and self.quantize:
             raise QwenMLXError("quantize packs every matrix, requantize only some; give one of them.")
+        if self.dense and (self.requantize or self.quantize):
+            raise QwenMLXError("dense unpacks every matrix, quantize and requantize pack some; give one of them.")
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,12 @@ class Form:
 
 
 def choose_form(tensor: Parameter, options: Options) -> Form:
-    """The source's own codes where MLX has their arithmetic, unless `quantize` is given; else dense, or quantized as
-    the user asked. Matrices whose rows the group size does not divide stay as they would be without being asked.
+    """The source's own codes where MLX has their arithmetic, unless `quantize` or `dense` is given; else dense, or
+    quantized as the user asked. Matrices whose rows the group size does not divide stay as they would be without being
+    asked.
     """
+    if options.dense:
+        return Form(DENSE, options.dtype)
     divided = len(tensor.shape) == 2 and tensor.shape[1] % options.group_size == 0
     own = next((packing for packing in tensor.packings if packing.kind in ("affine", "mxfp4")), None)
     if own is not None and not (options.quantize and divided):

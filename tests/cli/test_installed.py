@@ -97,7 +97,7 @@ def test_a_command_s_help_names_it_as_it_was_started_and_imports_no_mlx(script: 
 MISTAKES = {
     "no command": ([], "no command is given; qwen-mlx --help lists them"),
     "wrong command": (["genrate"], "There is no command 'genrate': did you mean 'generate'?"),
-    "unlike any command": (["xyz"], "choose from chat, convert, embed, evaluate, generate, score, selftest"),
+    "unlike any command": (["xyz"], "choose from chat, convert, embed, evaluate, fuse, generate, score, selftest"),
     "the old name of an option": (["--prompt", "x"], "see --help"),
     "wrong option": (["generate", "--promt-file", "x"], "--promt-file x; did you mean --prompt-file?"),
     "no prompt": (["generate"], "no prompt: give --prompt"),
