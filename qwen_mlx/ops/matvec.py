@@ -72,6 +72,8 @@ def matvec(x: mx.array, matrix: Matrix, norm: Norm | None = None, residual: mx.a
     rows = matrix.rows
     if residual is not None:
         require_like("residual", residual.reshape(-1), (rows,), x.dtype)
+    if _on_cpu(x, [matrix]):
+        return cpu.matvec(x, matrix, norm, residual)
     if matrix.low_rank is not None:
         (a, b), row_scale = matrix.low_rank.factors, matrix.low_rank.row_scale
         if row_scale is None:
@@ -80,8 +82,6 @@ def matvec(x: mx.array, matrix: Matrix, norm: Norm | None = None, residual: mx.a
             y = matvec(x, matrix.base, norm) * row_scale
             y = y if residual is None else y + residual.reshape(y.shape)
         return matvec(matvec(x, a, norm), b, residual=y)
-    if _on_cpu(x, [matrix]):
-        return cpu.matvec(x, matrix, norm, residual)
     if not _supports(x, matrix, norm):
         y = matvec_fallback(x, matrix, norm)
         return y if residual is None else y + residual.reshape(y.shape)
@@ -98,10 +98,10 @@ def matvec_swiglu(x: mx.array, matrix: Matrix, norm: Norm) -> mx.array:
     """
     _require_product(x, matrix, norm, required=True)
     require(matrix.rows % 2 == 0, lambda: f"matrix has {matrix.rows} rows, expected gate's and up's.")
-    if matrix.low_rank is not None:
-        return swiglu_joined(matvec(x, matrix, norm))
     if _on_cpu(x, [matrix]):
         return cpu.matvec_swiglu(x, matrix, norm)
+    if matrix.low_rank is not None:
+        return swiglu_joined(matvec(x, matrix, norm))
     if not _supports(x, matrix, norm):
         return swiglu_joined_fallback(matvec_fallback(x, matrix, norm))
     tuning = _tuning("matvec_swiglu", [matrix], x.dtype, True)
@@ -149,12 +149,12 @@ def matvec_qkv(
     require_like("bias", bias, (rows,), x.dtype)
     require_position(position)
     shape = (1, n_heads, 1, head_dim)
+    if _on_cpu(x, matrices):
+        return cpu.matvec_qkv(x, matrices, bias, norm, table, recent_kv, position, n_heads)
     if any(matrix.low_rank is not None for matrix in matrices):
         y = mx.concatenate([matvec(x, matrix, norm) for matrix in matrices], axis=-1)
         q, kv = qkv_rope(y, bias, table[None, None], n_heads, heads // 2)
         return q.reshape(shape), put_recent(recent_kv, kv.reshape(1, heads, 1, head_dim), position)
-    if _on_cpu(x, matrices):
-        return cpu.matvec_qkv(x, matrices, bias, norm, table, recent_kv, position, n_heads)
     tuning = _tuning("matvec_qkv", matrices, x.dtype, True)
     if len(matrices) > 1 and tuning.split > 1:  # all units of a threadgroup must be of one matrix
         tuning = replace(tuning, threads=32 * tuning.split)

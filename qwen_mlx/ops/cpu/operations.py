@@ -128,14 +128,14 @@ def matvec(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None, res
     """ops.matvec."""
     out = np.empty((1, 1, matrix.rows), np.float32)
     added = _NO_ELEMENTS if residual is None else floats(residual).reshape(-1)
-    matrices.multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), added, out[0, 0])
+    _multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), added, out[0, 0])
     return mx.array(out)
 
 
 def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> mx.array:
     """ops.matvec_swiglu."""
     both, out = np.empty((2, 1, matrix.rows // 2), np.float32), np.empty((1, 1, matrix.rows // 2), np.float32)
-    matrices.multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), _NO_ELEMENTS, both.reshape(-1))
+    _multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), _NO_ELEMENTS, both.reshape(-1))
     kernels.swiglu(both[0], both[1], out[0])
     return mx.array(out)
 
@@ -154,7 +154,7 @@ def matvec_qkv(
     vector, weight, start = floats(x).reshape(-1), _norm_of(norm), 0
     qkv = np.empty((1, sum(matrix.rows for matrix in pieces)), np.float32)
     for matrix in pieces:
-        matrices.multiply_one(vector, matrix, weight, _NO_ELEMENTS, qkv[0, start : start + matrix.rows])
+        _multiply_one(vector, matrix, weight, _NO_ELEMENTS, qkv[0, start : start + matrix.rows])
         start += matrix.rows
     recent = np.array(recent_kv)  # a copy: the caller may go back to the old one
     heads, head_dim = recent.shape[1], recent.shape[3]
@@ -195,3 +195,24 @@ def decode_attention(
 
 def _norm_of(norm: tuple[mx.array, float] | None) -> tuple[np.ndarray, float]:
     return (_NO_ELEMENTS, 0.0) if norm is None else (floats(norm[0]), norm[1])
+
+
+def _multiply_one(
+    x: np.ndarray, matrix: Matrix, norm: tuple[np.ndarray, float], residual: np.ndarray, out: np.ndarray
+) -> None:
+    """matrices.multiply_one, with what an adapter makes of the matrix."""
+    if matrix.low_rank is None:
+        matrices.multiply_one(x, matrix, norm, residual, out)
+        return
+    (a, b), row_scale = matrix.low_rank.factors, matrix.low_rank.row_scale
+    small = np.empty(a.rows, np.float32)
+    matrices.multiply_one(x, a, norm, _NO_ELEMENTS, small)
+    matrices.multiply_one(x, matrix, norm, residual if row_scale is None else _NO_ELEMENTS, out)
+    if row_scale is not None:
+        out *= floats(row_scale)
+        if residual.size:
+            out += residual
+    if supports(b):
+        matrices.multiply_one(small, b, (_NO_ELEMENTS, 0.0), out, out)
+    else:
+        out += floats(b.arrays[0]) @ small
