@@ -662,6 +662,21 @@ def test_a_safetensors_repository_is_a_folder(user: User, server: Server) -> Non
     assert "leave out :q4_k_m" in user.fails(f"{FOLDER_REPO}:q4_k_m")
 
 
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapters.safetensors"])
+def test_an_adapter_s_repository_is_a_folder_and_no_model(user: User, server: Server, weights: str) -> None:
+    repo = "org/Qwen2.5-adapter"
+    server.repos[repo] = {"adapter_config.json": b"{}", weights: b"one", "tokenizer.json": b"{}", "optimizer.pt": b"x"}
+    folder = user.fetches(repo)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"adapter_config.json", weights, "tokenizer.json"}
+    server.requests.clear()
+    assert user.fetches(repo) == folder
+    assert server.requests == []
+    listing = [sys.executable, "-m", "qwen_mlx.generate", "--list-models"]
+    result = subprocess.run(listing, env=user.environment, capture_output=True, text=True, check=True)
+    assert repo not in result.stdout
+
+
 def test_a_folder_half_fetched_is_finished_online_and_refused_offline(user: User, server: Server) -> None:
     server.repos[FOLDER_REPO] = FOLDER
     folder = user.fetches(FOLDER_REPO)
