@@ -1,6 +1,5 @@
 """The door of `python -m qwen_mlx.fuse`; the command is cli/fuse.py."""
 
-if __name__ == "__main__":
-    from .cli.main import run_module
+from .cli.main import run_module
 
-    run_module("fuse")
+run_module("fuse", __name__)
