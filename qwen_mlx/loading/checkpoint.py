@@ -19,6 +19,7 @@ from ..gguf.reader import GGUFFile, TensorInfo
 from ..gguf.stored import StoredFile
 from ..model.config import ModelConfig
 from ..parallel.shards import ALL, Cut
+from ..text.files import read_json
 from ..text.tokenizer import Tokenizer
 from . import variants
 from .folder import folder_contents
@@ -94,7 +95,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     refuse_gguf(file)
-    config = ModelConfig.from_gguf(file)
+    config, cut = variants.within_a_chunk(path, ModelConfig.from_gguf(file))
     tensors, notes = _gguf_tensors(file, config)
     factors = _rope_factors(file, config)
     try:
@@ -114,7 +115,7 @@ def _open_gguf(path: Path) -> Checkpoint:
             parameters[name] = variants.part_of_fused(whole, name, fused[2])
         else:
             parameters[name] = variants.zeros(name, shape)
-    return Checkpoint(path, config, parameters, tokenizer, defaults, file.parts, [], factors, notes)
+    return Checkpoint(path, config, parameters, tokenizer, defaults, file.parts, [], factors, cut + notes)
 
 
 def _gguf_parameter(file: GGUFFile, name: str, info: TensorInfo) -> BlockParameter:
@@ -180,6 +181,8 @@ def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
 
 def _open_folder(folder: Path) -> Checkpoint:
     config = ModelConfig.from_folder(folder)
+    dual = read_json(folder / "config.json").get("dual_chunk_attention_config")
+    config, cut = variants.within_a_chunk(folder, config, dual)
     files = open_files(safetensors_files(folder))
     contents = folder_contents(folder, config, read_tensors(files))
     copies = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
@@ -196,7 +199,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         folder_defaults(folder),
         files,
         copies,
-        notes=tuple(contents.notes),
+        notes=(*cut, *contents.notes),
         has_language_head=contents.has_language_head,
         score=contents.score,
     )

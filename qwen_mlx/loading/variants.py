@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from .safetensors_files import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Qwen2.5-1M's context, and the chunk of its dual chunk attention: up to there that is plain attention, as each query's
+# distance from each key is the true one (vLLM's DualChunkRotaryEmbedding).
+ONE_MILLION, CHUNK = 1_010_000, 262_144
 # Heads of trainers (TRL's AutoModelForCausalLMWithValueHead, OpenRLHF, verl), which generation does not use.
 _VALUE_HEADS = ("v_head.", "value_head.", "critic_head.")
 
@@ -110,6 +114,29 @@ def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tupl
     if missing:
         notes.append(f"{folder}: {len(missing)} biases are missing, such as {missing[0]!r}; they are taken as zero")
     return config, notes, headless
+
+
+def within_a_chunk(where: Path, config: ModelConfig, dual: Any = None) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The configuration with the context that needs no dual chunk attention, and a sentence where that is less than the
+    file says. dual: config.json's dual_chunk_attention_config; a GGUF has none, and is known by its context.
+
+    Raises QwenMLXError for a dual chunk attention without its sizes.
+    """
+    if dual is None and config.max_position_embeddings != ONE_MILLION:
+        return config, ()
+    chunk = CHUNK if dual is None else dual.get("chunk_size") if isinstance(dual, dict) else None
+    if type(chunk) is not int or chunk < 1:
+        raise QwenMLXError(
+            f"{where}: dual_chunk_attention_config is {dual!r:.80}, expected an object with a 'chunk_size'; download "
+            "the folder again."
+        )
+    if config.max_position_embeddings <= chunk:
+        return config, ()
+    said = (
+        f"{where}: the context is {chunk} tokens and not {config.max_position_embeddings}: beyond that the model needs "
+        "dual chunk attention, which is not done here"
+    )
+    return replace(config, max_position_embeddings=chunk), (said,)
 
 
 def missing_biases(config: ModelConfig, names: Tensors | Iterable[str]) -> list[str]:

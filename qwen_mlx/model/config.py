@@ -33,6 +33,7 @@ HF_DEFAULTS: dict[str, Any] = {
 MAX_LAYERS = 1000  # the largest Qwen2 has 80
 TRAINED_CONTEXT = 32768  # tokens: what Qwen2.5 was trained on, and its documentation's original_max_position_embeddings
 DOCUMENTED_YARN = 4  # Qwen's documentation: 131,072 tokens
+LARGEST_CONTEXT = DOCUMENTED_YARN * TRAINED_CONTEXT  # tokens that config.json gives a Qwen2.5 but for Qwen2.5-1M
 MOST_YARN = 32  # the largest factor of Peng et al. 2023
 
 
@@ -121,6 +122,8 @@ class ModelConfig:
     def _yarn_original(self) -> int:
         if self.rope_scaling is not None:
             return self.rope_scaling.original_max_position_embeddings
+        if self.max_position_embeddings > LARGEST_CONTEXT:  # Qwen2.5-1M, which was trained on all of it
+            return self.max_position_embeddings
         return min(self.max_position_embeddings, TRAINED_CONTEXT)
 
     def with_yarn(self, factor: float) -> ModelConfig:
@@ -149,6 +152,7 @@ class ModelConfig:
         """The advice that makes room for `n_tokens`: the end of an error's sentence."""
         factor = max(DOCUMENTED_YARN, math.ceil(n_tokens / self._yarn_original))
         scaled = self.rope_scaling is not None and (self.rope_scaling.type != "yarn")
+        scaled = scaled or self.max_position_embeddings > LARGEST_CONTEXT  # no one documents YaRN for Qwen2.5-1M
         if scaled or factor > MOST_YARN or int(factor * self._yarn_original) <= self.context_length:
             return "shorten it"
         return f"shorten it, or extend the context with --yarn {factor} (in Python: load(..., yarn={factor}))"
@@ -239,14 +243,16 @@ class ModelConfig:
                 f"{where}: metadata field 'qwen2.block_count' is {num_hidden_layers}, but the file holds "
                 f"{len(file.tensors)} tensors; it is damaged, download it again."
             )
-        scaling, scaling_type = None, metadata.get("qwen2.rope.scaling.type", "none")
+        # As llama.cpp reads them: a factor without a type is linear, and 0 is none.
+        scaling, scaling_type = None, metadata.get("qwen2.rope.scaling.type", "linear")
         if scaling_type not in ("none", "linear", "yarn"):
             raise GGUFError(
                 f"{where}: qwen2.rope.scaling.type is {scaling_type!r}, expected 'none', 'linear' or 'yarn'."
             )
+        old_factor = get("rope.scale_linear", float, required=False)
+        factor = get("rope.scaling.factor", float, old_factor, required=False) or 1.0
         try:
-            if scaling_type != "none":
-                factor = get("rope.scaling.factor", float)
+            if scaling_type == "yarn" or (scaling_type == "linear" and factor != 1):
                 own = get("rope.scaling.attn_factor", float, required=False)
                 scaling = RopeScaling(
                     type=scaling_type,
