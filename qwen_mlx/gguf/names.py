@@ -7,6 +7,9 @@ from __future__ import annotations
 
 ROPE_FACTORS = "rope_freqs.weight"  # optional divisors of the rotary frequencies, (head_dim / 2,): not a parameter
 
+# The head of classifiers and rerankers, which stands in place of a language head.
+SCORE_HEAD = {"cls.output.weight": "score.weight", "cls.output.bias": "score.bias"}
+
 _MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import GGUFError, QwenMLXError, shortened
 from ..generation.sampling import SamplingSettings
 from ..gguf import blocks
-from ..gguf.names import ROPE_FACTORS, to_gguf, to_hf
+from ..gguf.names import ROPE_FACTORS, SCORE_HEAD, to_gguf, to_hf
 from ..gguf.reader import GGUFFile, TensorInfo
 from ..gguf.stored import StoredFile
 from ..model.config import ModelConfig
@@ -57,10 +57,11 @@ class Checkpoint:
 
     def require_language_head(self) -> None:
         """Raises QwenMLXError for a model that generates no text."""
-        if not self.has_language_head:
+        if not self.has_language_head or not self.config.is_causal:
+            lacks = "has no language head" if self.config.is_causal else "reads each token with those after it"
             command = "score" if self.score else "embed"
             raise QwenMLXError(
-                f"{self.path}: has no language head, so it generates no text; give it to `qwen-mlx {command}`, in "
+                f"{self.path}: {lacks}, so it generates no text; give it to `qwen-mlx {command}`, in "
                 f"Python to load_encoder() and {command}()."
             )
 
@@ -115,7 +116,23 @@ def _open_gguf(path: Path) -> Checkpoint:
             parameters[name] = variants.part_of_fused(whole, name, fused[2])
         else:
             parameters[name] = variants.zeros(name, shape)
-    return Checkpoint(path, config, parameters, tokenizer, defaults, file.parts, [], factors, cut + notes)
+    heads = {SCORE_HEAD[name]: info for name, info in file.tensors.items() if name in SCORE_HEAD}
+    score: dict[str, Parameter] = {name: _gguf_parameter(file, name, info) for name, info in heads.items()}
+    # llama.cpp names the pooling of a model that sentence-transformers pools; most have no language head.
+    headless = bool(score) or (file.metadata.get("qwen2.pooling_type", 0) != 0 and config.tie_word_embeddings)
+    return Checkpoint(
+        path,
+        config,
+        parameters,
+        tokenizer,
+        defaults,
+        file.parts,
+        [],
+        factors,
+        cut + notes,
+        has_language_head=not headless,
+        score=score,
+    )
 
 
 def _gguf_parameter(file: GGUFFile, name: str, info: TensorInfo) -> BlockParameter:
@@ -139,13 +156,20 @@ def _gguf_tensors(file: GGUFFile, config: ModelConfig) -> tuple[dict[str, Tensor
         hf_name = to_hf(name)
         if name == ROPE_FACTORS:
             continue
+        if info.type.name in ("I8", "I16", "I32", "I64"):
+            raise GGUFError(f"{file.path}: tensor {name!r} has type {info.type.name}, which holds no weights.")
+        if name in SCORE_HEAD:
+            continue  # of as many rows as there are labels, which no field need say
+        if name.startswith("cls."):
+            raise GGUFError(
+                f"{file.path}: tensor {name!r} is of a classification head of several layers, which no Qwen2 has; only "
+                "'cls.output.weight' is read: convert the model again."
+            )
         if hf_name not in shapes:
             raise GGUFError(
                 f"{file.path}: tensor {name!r} is not part of a qwen2 model of {config.num_hidden_layers} layers; "
                 "convert the model again."
             )
-        if info.type.name in ("I8", "I16", "I32", "I64"):
-            raise GGUFError(f"{file.path}: tensor {name!r} has type {info.type.name}, which holds no weights.")
         if info.shape != shapes[hf_name]:
             raise GGUFError(
                 f"{file.path}: tensor {name!r} has shape {info.shape}, expected {shapes[hf_name]} (rows, columns)."

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..backend import mx, nn
 from ..encoding.encoder import Dense, Encode, Encoder, EncoderSettings
-from ..errors import QwenMLXError, refuses_wrong_arguments, shortened
+from ..errors import GGUFError, QwenMLXError, refuses_wrong_arguments, shortened
+from ..gguf.reader import GGUFFile
 from ..model.layers import Linear
 from ..text.files import LARGEST_JSON, read_json, read_text
 from ..text.limits import PIECE, is_panic, pieces_for
@@ -42,6 +43,8 @@ _POOLINGS = {
     "cls": "first",
     "max": "max",
 }
+# llama.cpp's llama_pooling_type: none (its default), mean, cls, last, and rank, of rerankers.
+_GGUF_POOLINGS = {0: "last", 1: "mean", 2: "first", 3: "last", 4: "last"}
 
 
 @refuses_wrong_arguments
@@ -71,8 +74,11 @@ def _load(path: Path, dtype: mx.Dtype, packed: bool) -> Encoder:
     for note in checkpoint.notes:
         say(note)
     config = replace(checkpoint.config, tie_word_embeddings=True)  # the language head is left out
-    settings, dense, arrays = _sentence_transformers(path) if path.is_dir() else (EncoderSettings(), [], {})
-    settings = _with_labels(settings, path)
+    if path.is_dir():
+        settings, dense, arrays = _sentence_transformers(path)
+        settings = _with_labels(settings, path)
+    else:
+        settings, dense, arrays = _gguf_settings(GGUFFile(path)), [], {}
     encode = _encode(path, checkpoint.tokenizer, settings.max_length, config.context_length)
     score = _score_layers(checkpoint, config.hidden_size)
     width = config.hidden_size
@@ -115,20 +121,36 @@ def _score_layers(checkpoint: Checkpoint, hidden_size: int) -> list[nn.Module]:
     return layers
 
 
-def _with_labels(settings: EncoderSettings, path: Path) -> EncoderSettings:
+def _gguf_settings(file: GGUFFile) -> EncoderSettings:
+    """The pooling and the names of the scores as a GGUF's metadata says; vectors are normalised, as llama.cpp's are.
+    Raises GGUFError for another pooling."""
+    kind = file.metadata.get("qwen2.pooling_type", 0)
+    if type(kind) is not int or kind not in _GGUF_POOLINGS:
+        expected = ", ".join(f"{number} ({name})" for number, name in _GGUF_POOLINGS.items())
+        raise GGUFError(f"{file.path}: 'qwen2.pooling_type' is {kind!r}, expected {expected}; convert the model again.")
+    labels = file.metadata.get("qwen2.classifier.output_labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise GGUFError(
+            f"{file.path}: 'qwen2.classifier.output_labels' is {labels!r:.80}, expected a list of texts; convert the "
+            "model again."
+        )
+    return EncoderSettings(pooling=_GGUF_POOLINGS[kind], labels=tuple(labels))
+
+
+def _with_labels(settings: EncoderSettings, folder: Path) -> EncoderSettings:
     """The names of the scores, and the padding token, as config.json has them."""
-    config = read_json(path / "config.json") if path.is_dir() else {}
+    config = read_json(folder / "config.json")
     names, pad = config.get("id2label"), config.get("pad_token_id")
     labels = tuple(str(name) for name in names.values()) if isinstance(names, dict) else ()
     return replace(settings, labels=labels, pad_token_id=pad if isinstance(pad, int) else None)
 
 
 def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None, context_length: int) -> Encode:
-    """Text to ids as transformers does it: control tokens by name, and what the tokenizer's post-processor adds, for
-    which a text that is too long makes room."""
+    """Text to ids: control tokens by name, and what the file puts around a text. Of a folder as transformers does it,
+    with what the tokenizer's post-processor adds, for which a text that is too long makes room."""
     most = max_length or context_length
     if not path.is_dir():
-        return lambda text, pair: tokenizer.encode(text + (pair or ""), allow_special=True)
+        return functools.partial(_encode_gguf, tokenizer)
     from tokenizers import Tokenizer as Library
 
     data = read_json(path / "tokenizer.json") | {"truncation": None, "padding": None}
@@ -168,6 +190,13 @@ def _library_errors(sentence: str) -> Iterator[None]:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise QwenMLXError(f"{sentence} ({shortened(repr(error))}).") from None
+
+
+def _encode_gguf(tokenizer: Tokenizer, text: str, pair: str | None) -> list[int]:
+    """The ids of a text, or of two one after the other, with what the file puts around a text, once."""
+    ids = tokenizer.with_prefix(tokenizer.encode(text + (pair or ""), allow_special=True))
+    suffix = list(tokenizer.suffix_ids)
+    return ids if ids[len(ids) - len(suffix) :] == suffix else ids + suffix
 
 
 def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], dict[str, Parameter]]:

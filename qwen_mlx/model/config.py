@@ -278,6 +278,7 @@ class ModelConfig:
                 rope_scaling=scaling,
                 mlp_bias=any(f"blk.0.ffn_{name}.bias" in file.tensors for name in ("gate", "up", "down")),
                 o_proj_bias="blk.0.attn_output.bias" in file.tensors,
+                is_causal=metadata.get("qwen2.attention.causal", True),
             )
         except GGUFError:
             raise
