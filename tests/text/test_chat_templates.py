@@ -6,7 +6,6 @@ written as Python writes it), the same conversation in an older form is what tra
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -127,9 +126,31 @@ def theirs(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_there_are_sixty_templates_and_twenty_conversations():
+# The conversations that a template refuses, in transformers and here: roles out of order, tools, or messages of a form
+# of its own.
+REFUSED = {
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": 16,
+    "llama-cpp-deepseek-r1": 5,
+    "axolotl-mistral_v1": 5,
+    "axolotl-nemotron_h": 5,
+    "axolotl-aya": 5,
+    "unsloth-vicuna": 5,
+    "unsloth-vicuna_old": 5,
+    "unsloth-alpaca": 5,
+    "unsloth-unsloth": 5,
+    "axolotl-mistral_v7_tekken": 4,
+    "Qwen3.5-4B": 1,
+    "Mistral-Small-3.2-24B-Instruct-2506": 1,
+    "mistralai-Mistral-Nemo-Instruct-2407": 1,
+    "trl-qwen3_5_nothink": 1,
+    "axolotl-mistral_v2v3": 1,
+}
+
+
+def test_there_are_sixty_templates_and_twelve_hundred_equal_conversations():
     assert len(TEMPLATES) >= 60
     assert len(CONVERSATIONS) >= 20
+    assert len(TEMPLATES) * len(CONVERSATIONS) - sum(REFUSED.values()) >= 1200
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -137,7 +158,7 @@ def test_text_and_ids_equal_transformers(folder: Path, theirs, name: str):
     source = TEMPLATES[name]
     ours = Tokenizer.from_folder(folder)
     ours.chat_templates["default"] = source
-    different = []
+    different, refused = [], 0
     for title, (forms, options, words) in CONVERSATIONS.items():
         options = {"add_generation_prompt": True} | options
         if title == "developer" and ("developer" not in source or name == "deepseek-ai-DeepSeek-V3.2"):
@@ -150,17 +171,15 @@ def test_text_and_ids_equal_transformers(folder: Path, theirs, name: str):
         expected = next((text for text in texts if all(word in text for word in needed)), next(iter(texts), None))
         messages = CONVERSATIONS[title][0][0]
         if expected is None:
-            with contextlib.suppress(QwenMLXError):
-                text = ours.render_chat(messages, **options)
-                if any(garbled in text for garbled in GARBLED) or not all(word in text for word in words):
-                    different.append((title, text, "an error, or what was sent"))
+            with pytest.raises(QwenMLXError):
+                ours.render_chat(messages, **options)
+            refused += 1
             continue
         text, ids = ours.render_chat(messages, **options), ours.apply_chat_template(messages, **options)
-        if any(word in text and word not in expected for word in needed):
-            continue  # transformers drops None, which R1's template asks for, and so loses the call
         if text != expected or ids != theirs.encode(expected, add_special_tokens=False):
             different.append((title, text, expected))
     assert not different
+    assert refused == REFUSED.get(name, 0)
 
 
 def with_none(theirs, source: str, messages: list, options: dict[str, Any]) -> str | None:
