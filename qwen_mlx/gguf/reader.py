@@ -178,7 +178,10 @@ class _Header:
                     "Q4_0 or another type."
                 )
             if block is None:
-                raise GGUFError(f"{where} has type id {type_id}, which is unknown; known are {sorted(BLOCK_TYPES)}.")
+                raise GGUFError(
+                    f"{where} has type id {type_id}, which llama.cpp does not have (ik_llama.cpp has more); take the "
+                    "model in one of llama.cpp's types."
+                )
             if not 1 <= len(dims) <= MAX_DIMS or 0 in dims:
                 raise GGUFError(f"{where} has dimensions {list(dims)}, expected 1 to {MAX_DIMS}, none of them zero.")
             if dims[0] % block.block_size:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import GGUFError, QwenMLXError
 from ..gguf.reader import GGUFFile
 from ..text.files import read_json
+from .safetensors_files import StoredTensor
 
 PIECE = re.compile(r"(.*\.gguf)[.-](part-?\d+(of\d+)?|part-?[a-z]+|split-?[a-z]+|\d+|[a-z]{2})", re.IGNORECASE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Beginnings of files in the place of a model's: what such a file is, and what to do.
+BEGINNINGS = {
+    b"version https://git-lfs": "a pointer that Git LFS leaves in a file's place: run `git lfs pull` in its folder",
+    b"<!doctype": "a web page: download the file itself, whose address has /resolve/ in it",
+    b"<html": "a web page: download the file itself, whose address has /resolve/ in it",
+    b"PK\x03\x04": "an archive or a pickle of PyTorch's: give safetensors or a .gguf file",
+    b"\x1f\x8b": "packed by gzip: unpack it and give what it holds",
+    b"lmgg": "a GGML file, from before GGUF: take the model as GGUF",
+    b"fmgg": "a GGML file, from before GGUF: take the model as GGUF",
+    b"tjgg": "a GGML file, from before GGUF: take the model as GGUF",
+    b"algg": "a LoRA adapter from before GGUF: merge it into its base with the llama.cpp of its time",
+}
+IMATRIX = re.compile(r".*imatrix.*\.dat|.*\.imatrix", re.IGNORECASE)
 # GGUF's general.type: what such a file holds, and what to do.
 KINDS = {
     "adapter": "a LoRA adapter, which changes another model: give its base as the model and this file as --adapter, or "
     "merge them (qwen-mlx fuse)",
     "imatrix": "an importance matrix, which guides a quantization: give the model that was quantized with it",
     "mmproj": "the image encoder of a model that sees: give the language model's own file",
+    "controlvector": "a control vector, which steers another model: give the model that it was made for",
     "vocab": "a vocabulary without weights: give a file of the whole model",
 }
 
@@ -28,6 +44,7 @@ def refuse_path(path: Path) -> None:
     if path.is_dir():
         _refuse_folder(path)
         return
+    _refuse_beginning(path)
     piece = PIECE.fullmatch(path.name)
     if piece:
         raise QwenMLXError(
@@ -38,8 +55,21 @@ def refuse_path(path: Path) -> None:
         raise QwenMLXError(
             f"{path}: is a pickle of PyTorch's, which can hold programs; give safetensors or a .gguf file."
         )
+    if IMATRIX.fullmatch(path.name):
+        raise QwenMLXError(f"{path}: holds {KINDS['imatrix']}.")
     if path.name.endswith(".safetensors.index.json") or path.suffix.lower() == ".safetensors":
         raise QwenMLXError(f"{path}: is a part of a folder's model; give the folder, {path.absolute().parent}.")
+
+
+def _refuse_beginning(path: Path) -> None:
+    """Raises QwenMLXError for a file that begins as one that only stands in a model's place."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        beginning = file.read(32)
+    for start, what in BEGINNINGS.items():
+        if beginning.lower().startswith(start.lower()):
+            raise QwenMLXError(f"{path}: is {what}.")
 
 
 def _refuse_folder(folder: Path) -> None:
@@ -51,6 +81,9 @@ def _refuse_folder(folder: Path) -> None:
             f"{folder}: holds a LoRA adapter{of}, which changes another model; give that model as the model and this "
             "folder as --adapter, or merge them (qwen-mlx fuse)."
         )
+    for name in sorted(names):
+        if name.endswith((".safetensors", "tokenizer.json")):
+            _refuse_beginning(folder / name)
     if "config.json" in names or "model_index.json" in names:
         weights = [name for name in names if name.endswith(".safetensors")]
         others = sorted(name for name in names if Path(name).suffix.lower() in (*PICKLES, ".onnx", ".h5", ".msgpack"))
@@ -62,12 +95,23 @@ def _refuse_folder(folder: Path) -> None:
         raise QwenMLXError(f"{folder}: has no config.json; give one of its files, such as {folder / files[0]}.")
 
 
+def refuse_adapter(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises QwenMLXError for a folder's tensors of which some are a LoRA adapter's, not merged into the model's."""
+    name = next((name for name in tensors if re.search(r"\.lora_[abAB]\b", name)), None)
+    if name is not None:
+        raise QwenMLXError(
+            f"{tensors[name].file}: tensor {name!r} is of a LoRA adapter; merge it into its base (peft's "
+            "merge_and_unload, mlx_lm.fuse) and give the merged folder."
+        )
+
+
 def refuse_gguf(file: GGUFFile) -> None:
     """Raises GGUFError for a GGUF of another kind than a model's, by its metadata, or by its tensors in old files."""
     metadata = file.metadata
     kind: Any = metadata.get("general.type")
-    if metadata.get("general.architecture") == "clip":
-        kind = "mmproj"
+    architecture = metadata.get("general.architecture")
+    if architecture in ("clip", "controlvector"):
+        kind = {"clip": "mmproj"}.get(architecture, architecture)
     elif any(name.endswith((".lora_a", ".lora_b")) for name in file.tensors):
         kind = "adapter"
     elif any(name.endswith((".in_sum2", ".counts")) for name in file.tensors):

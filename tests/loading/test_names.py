@@ -123,10 +123,16 @@ def write(path: Path, fields: dict[str, str], tensors: dict[str, int] | None = N
         ({"general.architecture": "x"}, {"blk.0.attn_q.weight.in_sum2": 0}, "importance matrix"),
         ({"general.type": "mmproj", "general.architecture": "clip"}, {}, "image encoder"),
         ({"general.architecture": "clip"}, {}, "image encoder"),
+        ({"general.architecture": "controlvector"}, {"direction.1": 0}, "control vector.*made for"),
         ({"general.type": "vocab", "general.architecture": "qwen2"}, {}, "vocabulary without weights"),
         ({"general.type": "model", "general.architecture": "llama"}, {}, "'llama'"),
         ({"general.architecture": "qwen2"}, {"blk.0.attn_q.weight": 31}, "Q4_0_4_4.*no longer"),
         ({"general.architecture": "qwen2"}, {"blk.0.attn_q.weight": 38}, "IQ4_NL_8_8"),
+        (
+            {"general.architecture": "qwen2"},
+            {"blk.0.attn_q.weight": 139},
+            "id 139, .*ik_llama.cpp",
+        ),
     ],
 )
 def test_a_gguf_of_another_kind_says_what_it_is(tmp_path: Path, fields, tensors, words: str):
@@ -179,6 +185,38 @@ def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path, files, words:
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(QwenMLXError, match=words):
+        open_checkpoint(tmp_path)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("m.gguf", LFS, "git lfs pull"),
+        ("m.gguf", b"<!DOCTYPE html>\n<html>", "a web page: download"),
+        ("m.gguf", b"<html lang=en>", "a web page: download"),
+        ("m.gguf", b"tjgg\3\0\0\0", "GGML file, from before GGUF"),
+        ("m.ggml", b"algg\1\0\0\0", "LoRA adapter from before GGUF"),
+        ("m.zip", b"PK\3\4", "archive or a pickle"),
+        ("m.gguf.gz", b"\x1f\x8b\x08", "gzip: unpack"),
+        ("model.safetensors", LFS, "git lfs pull"),
+        ("Qwen2.5-7B.imatrix.dat", b"\xe1\0\0\0", "importance matrix"),
+    ],
+)
+def test_a_file_in_a_model_s_place_says_what_it_is(tmp_path: Path, name: str, data: bytes, words: str):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(QwenMLXError, match=words) as error:
+        open_checkpoint(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "tokenizer.json"])
+def test_a_clone_without_git_lfs_says_so(tmp_path: Path, name: str):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(QwenMLXError, match=rf"{name}: is a pointer .*git lfs pull"):
         open_checkpoint(tmp_path)
 
 
