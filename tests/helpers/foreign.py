@@ -18,6 +18,7 @@ Packed = tuple[dict[str, Stored], np.ndarray]  # by the end of the name; values 
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
 NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
 NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+STORAGE = {"U8": np.uint8, "BF16": np.uint16, "F32": np.float32}
 FP4 = [0.0, 0.00520833, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25]
 FP4 += [-value for value in FP4]
 
@@ -186,8 +187,8 @@ def fp4(rng: np.random.Generator, rows: int, columns: int, kind="nvfp4") -> Pack
     return tensors, values * np.repeat(np.float32(2) ** (exponents - np.float32(127)), 32, axis=1)
 
 
-def nf4(rng: np.random.Generator, rows: int, columns: int, nested=False, kind="nf4") -> Packed:
-    """w.ravel()[i] = map[q[i]] * absmax[i // 64]; the high four bits come first."""
+def nf4(rng: np.random.Generator, rows: int, columns: int, nested=False, kind="nf4", storage="U8") -> Packed:
+    """w.ravel()[i] = map[q[i]] * absmax[i // 64]; the high four bits come first. storage: the dtype of the bytes."""
     size, count = 64, rows * columns
     codes = rng.integers(0, 16, count).astype(np.uint8)
     table = np.array(NF4 if kind == "nf4" else FP4, np.float32)
@@ -208,7 +209,7 @@ def nf4(rng: np.random.Generator, rows: int, columns: int, nested=False, kind="n
         tensors["weight.absmax"] = ("F32", absmax)
     values = table[codes] * absmax[np.arange(count) // size]
     tensors |= {
-        "weight": ("U8", (codes[0::2] << 4 | codes[1::2])[:, None]),
+        "weight": (storage, (codes[0::2] << 4 | codes[1::2]).view(STORAGE[storage])[:, None]),
         "weight.quant_map": ("F32", table),
         f"weight.quant_state.bitsandbytes__{kind}": ("U8", np.frombuffer(json.dumps(state).encode(), np.uint8)),
     }

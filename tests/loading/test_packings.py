@@ -49,6 +49,12 @@ DENSE = {
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, foreign.float_quantized, {"scales": "one"}),
     "bitsandbytes nf4": (BNB, foreign.nf4, {}),
     "bitsandbytes nf4, nested": (BNB, foreign.nf4, {"nested": True}),
+    "bitsandbytes nf4, stored as bfloat16": (
+        BNB | {"bnb_4bit_quant_storage": "bfloat16"},
+        foreign.nf4,
+        {"storage": "BF16"},
+    ),
+    "bitsandbytes nf4, stored as float32": (BNB, foreign.nf4, {"storage": "F32"}),
     "bitsandbytes fp4": (BNB, foreign.nf4, {"kind": "fp4"}),
     "compressed-tensors, nvfp4": (CT | {"format": "nvfp4-pack-quantized"}, foreign.fp4, {}),
     "compressed-tensors, mxfp4": (CT | {"format": "mxfp4-pack-quantized"}, foreign.fp4, {"kind": "mxfp4"}),
@@ -140,6 +146,14 @@ def test_conversion_keeps_what_is_exact(tmp_path: Path, kind: str):
     again, _ = load(tmp_path / "out", quantized=False)
     for name, values in expected.state_dict().items():
         np.testing.assert_array_equal(np.array(again.hf_parameters()[name]), values, err_msg=name)
+
+
+def test_rotations_that_the_weights_hold_already(tmp_path: Path):
+    for transform in ({}, {"config_groups": {"R1": {"apply": [{"location": "weight_input"}]}}}):
+        folder, _ = packed_folder(
+            tmp_path / str(len(transform)), CT | {"transform_config": transform}, foreign.pack_quantized
+        )
+        open_checkpoint(folder)
 
 
 def test_activations_that_would_be_quantized_are_said(tmp_path: Path, capsys):
@@ -263,11 +277,22 @@ SETTINGS = {
     "awq for another kernel": (AWQ | {"version": "gemv"}, foreign.awq, r"version is 'gemv', expected 'gemm'"),
     "awq of 8 bits": (AWQ | {"bits": 8}, foreign.awq, r"AWQ's bits are 8, expected 4"),
     "gptq for another kernel": (GPTQ | {"checkpoint_format": "marlin"}, foreign.gptq, r"checkpoint_format is 'marlin'"),
+    "gptq of 3 bits": (GPTQ | {"bits": 3}, foreign.gptq, r"GPTQ's bits are 3, expected 2, 4 or 8; take another"),
+    "compressed-tensors of 3 bits": (
+        CT | {"config_groups": {"group_0": {"weights": {"num_bits": 3}}}},
+        foreign.pack_quantized,
+        r"num_bits are 3, expected 2, 4 or 8; take the original",
+    ),
     "gptq of other bits": (GPTQ | {"bits": 8}, foreign.gptq, r"codes of 4 bits, but the configuration says 8"),
     "sparse": (
         CT | {"sparsity_config": {"format": "sparse-24-bitmask"}},
         foreign.pack_quantized,
         r"weights are sparse",
+    ),
+    "rotated activations": (
+        CT | {"transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": [{"location": "input"}]}}}},
+        foreign.pack_quantized,
+        r"transform_config rotates activations \('input'\), expected weights alone",
     ),
     "modelopt's fp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, foreign.float_quantized, r"is 'NVFP4'"),
     "blocks of nothing": (

@@ -1,10 +1,10 @@
 """bitsandbytes folders: NF4 and FP4 in blocks, with scales in float32 or quantized themselves, and LLM.int8.
 
-4 bits: weight, uint8 (elements / 2, 1), the high four bits first, indexes quant_map; every `blocksize` elements share
-an absmax. A nested absmax is uint8, an index into nested_quant_map times nested_absmax of its block, plus
-nested_offset. The settings are JSON, as bytes, in weight.quant_state.bitsandbytes__nf4 (or fp4). 8 bits: weight, int8,
-times SCB / 127, a number a row. Source: bitsandbytes.functional (QuantState, dequantize_4bit, dequantize_blockwise)
-and backends/default/ops.py.
+4 bits: weight, uint8 (elements / 2, 1), the high four bits first, indexes quant_map; its bytes may be stored as those
+of floats (bnb_4bit_quant_storage). Every `blocksize` elements share an absmax. A nested absmax is uint8, an index into
+nested_quant_map times nested_absmax of its block, plus nested_offset. The settings are JSON, as bytes, in
+weight.quant_state.bitsandbytes__nf4 (or fp4). 8 bits: weight, int8, times SCB / 127, a number a row.
+Source: bitsandbytes.functional (QuantState, dequantize_4bit, dequantize_blockwise) and backends/default/ops.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from ..safetensors_files import FLOATS, StoredTensor
 from .tensors import Tensors
 from .weights import TableWeights, floats
 
+KINDS = ("nf4", "fp4")
+STATE = "quant_state.bitsandbytes__"  # and then the kind
+
 
 def check(settings: dict[str, Any], where: str) -> None:
     """Accepts every setting: the tensors say which of the two packings a matrix has."""
@@ -27,7 +30,8 @@ def check(settings: dict[str, Any], where: str) -> None:
 def read(module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[str, Any]) -> TableWeights | None:
     """A module's weights; None if the folder does not pack it. Raises QwenMLXError for tensors that do not fit."""
     weight = tensors.get(f"{module}.weight")
-    if weight is not None and weight.dtype == "U8":
+    states = [f"{module}.weight.{STATE}{kind}" for kind in KINDS]
+    if weight is not None and (weight.dtype == "U8" or any(name in tensors for name in states)):
         return _four_bits(module, shape, tensors)
     return _eight_bits(module, shape, tensors) if weight is not None and weight.dtype == "I8" else None
 
@@ -60,7 +64,10 @@ def _four_bits(module: str, shape: tuple[int, ...], tensors: Tensors) -> TableWe
             f"{tensors.folder}: the quant_state of {name!r} says shape {state.get('shape')!r}, expected "
             f"{[rows, columns]}; download the folder again."
         )
-    weight = tensors.take(name, ("U8",), (-(-rows * columns // 2), 1))
+    n_bytes = -(-rows * columns // 2)
+    sizes = {"U8": n_bytes, "F16": n_bytes // 2, "BF16": n_bytes // 2, "F32": n_bytes // 4}
+    found = tensors.get(name)
+    weight = tensors.take(name, tuple(sizes), (sizes.get(found.dtype if found else "", n_bytes), 1))
     n_blocks = -(-rows * columns // size)
     table = tensors.take(f"{name}.quant_map", ("F32",), (16,))
     absmax = tensors.take(f"{name}.absmax", ("U8", *FLOATS), (n_blocks,))
@@ -83,7 +90,7 @@ def _four_bits(module: str, shape: tuple[int, ...], tensors: Tensors) -> TableWe
 
     def values(start: int, stop: int) -> np.ndarray:
         first, last = start * columns, stop * columns
-        pairs = weight.array[first // 2 : -(-last // 2), 0]
+        pairs = weight.data[first // 2 : -(-last // 2)]
         codes = np.stack([pairs >> 4, pairs & 15], axis=1).ravel()[first % 2 : first % 2 + last - first]
         number = np.arange(first // size, -(-last // size))
         scales = absmax.array[number] if nested else floats(absmax)[number]
@@ -99,8 +106,8 @@ def _four_bits(module: str, shape: tuple[int, ...], tensors: Tensors) -> TableWe
 
 def _state(name: str, tensors: Tensors) -> tuple[dict[str, Any], str]:
     """The settings of a matrix of 4 bits, and "nf4" or "fp4"."""
-    for kind in ("nf4", "fp4"):
-        key = f"{name}.quant_state.bitsandbytes__{kind}"
+    for kind in KINDS:
+        key = f"{name}.{STATE}{kind}"
         if key in tensors:
             tensor = tensors.take(key, ("U8",))
             try:

@@ -24,11 +24,32 @@ BITS = (2, 4, 8)
 
 
 def check(settings: dict[str, Any], where: str) -> None:
-    """Raises QwenMLXError for sparse weights."""
+    """Raises QwenMLXError for sparse weights, other numbers of bits, and rotations of activations (SpinQuant, QuIP)."""
     sparsity = settings.get("sparsity_config") or {}
     layout = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
     if layout != "dense":
         raise QwenMLXError(f"{where}: the weights are sparse ({layout!r}), expected dense; take the original model.")
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        bits = weights.get("num_bits") if isinstance(weights, dict) else None
+        if bits is not None and bits not in BITS:
+            raise QwenMLXError(
+                f"{where}: compressed-tensors' num_bits are {bits!r}, expected 2, 4 or 8; take the original model or "
+                "another packing of it."
+            )
+    transform = settings.get("transform_config") or {}
+    try:
+        schemes = transform.get("config_groups", {}).values()
+        locations = {str(one["location"]) for scheme in schemes for one in scheme["apply"]}
+    except (AttributeError, LookupError, TypeError):
+        locations = {"nonsense"}
+    online = sorted(name for name in locations if not name.startswith("weight_"))  # the weights hold the others already
+    if online:
+        raise QwenMLXError(
+            f"{where}: transform_config rotates activations ({online[0]!r}), expected weights alone; take the original "
+            "model or another packing of it."
+        )
 
 
 def read(
@@ -128,10 +149,9 @@ def _scales(module: str, shape: tuple[int, ...], tensors: Tensors) -> tuple[Any,
 def _fp4(module: str, shape: tuple[int, ...], tensors: Tensors) -> TableWeights:
     rows, columns = shape
     packed = tensors.take(f"{module}.weight_packed", ("U8",), (rows, columns // 2))
-    scales = tensors.take(
-        f"{module}.weight_scale", ("F8_E4M3", "F8_E8M0", "U8"), (rows, columns // 16), (rows, columns // 32)
-    )
-    size = columns // scales.shape[1]
+    found = tensors.get(f"{module}.weight_scale")
+    size = 16 if found is not None and found.dtype == "F8_E4M3" else 32  # NVFP4's groups, MXFP4's
+    scales = tensors.take(f"{module}.weight_scale", ("F8_E4M3", "F8_E8M0", "U8"), (rows, columns // size))
     whole = None
     if scales.dtype == "F8_E4M3":
         whole = tensors.take(f"{module}.weight_global_scale", ("F32",), (1,), ())

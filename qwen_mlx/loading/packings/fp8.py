@@ -33,7 +33,7 @@ def read(module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[s
     weight = tensors.take(f"{module}.weight", ("F8_E4M3",), shape)
     name = f"{module}.weight_scale_inv"
     scales = tensors.take(name if name in tensors else f"{module}.weight_scale", (*FLOATS, "F8_E8M0"))
-    block = _block(settings, rows, columns)
+    block = _block(settings, rows, columns, tensors)
     blocks = (-(-rows // block[0]), -(-columns // block[1]))
     if scales.shape not in (blocks, (rows, 1), (rows,), (1,), (1, 1), ()):
         raise QwenMLXError(
@@ -56,7 +56,7 @@ def read(module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[s
     return TableWeights("FP8", (weight, scales), values)
 
 
-def _block(settings: dict[str, Any], rows: int, columns: int) -> tuple[int, int]:
+def _block(settings: dict[str, Any], rows: int, columns: int, tensors: Tensors) -> tuple[int, int]:
     """The rows and columns that share a scale: the whole matrix where the settings name no block."""
     sizes = settings.get("weight_block_size")
     groups = settings.get("config_groups")
@@ -71,5 +71,8 @@ def _block(settings: dict[str, Any], rows: int, columns: int) -> tuple[int, int]
     except (TypeError, ValueError):
         height = width = 0
     if height < 1 or width < 1:
-        raise QwenMLXError(f"config.json's weight_block_size is {sizes!r}, expected two positive integers.")
+        raise QwenMLXError(
+            f"{tensors.folder}: config.json's weight_block_size is {sizes!r}, expected two positive integers; download "
+            "the folder again."
+        )
     return height, width

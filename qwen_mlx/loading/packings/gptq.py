@@ -21,7 +21,10 @@ BITS = (2, 4, 8)
 
 
 def check(settings: dict[str, Any], where: str) -> None:
-    """Raises QwenMLXError for a layout of GPTQ that is not read here."""
+    """Raises QwenMLXError for a layout of GPTQ or a number of bits that is not read here."""
+    bits = settings.get("bits", BITS[0])
+    if bits not in BITS or isinstance(bits, bool):
+        raise QwenMLXError(f"{where}: GPTQ's bits are {bits!r}, expected 2, 4 or 8; take another folder of the model.")
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if settings.get("is_marlin_format") or layout not in ("gptq", "gptq_v2"):
         layout = "marlin" if settings.get("is_marlin_format") else layout
