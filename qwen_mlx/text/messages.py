@@ -82,9 +82,10 @@ class Accepted:
         return "key" in text and "{'key'" not in text
 
     def drops(self, messages: list[Message], i: int) -> bool:
-        """True if the template writes the same without message `i`."""
+        """True if the template writes the same whatever message `i` says."""
+        other = {**messages[i], "content": "a text" if messages[i].get("content") != "a text" else "another text"}
         text = self.rendered(messages)
-        return text is not None and text == self.rendered(messages[:i] + messages[i + 1 :])
+        return text is not None and text == self.rendered([*messages[:i], other, *messages[i + 1 :]])
 
 
 def normalized(messages: Any, accepted: Accepted) -> list[Message]:
@@ -158,16 +159,18 @@ def _call(call: Any, accepted: Accepted) -> Message:
             f"A tool call is {_short(call)}, expected {{'function': {{'name': ..., 'arguments': ...}}}}."
         )
     arguments = function.get("arguments")
+    arguments = {} if arguments is None else arguments
     if isinstance(arguments, str) and not accepted.text_arguments and accepted.object_arguments:
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            parsed = json.loads(arguments) if arguments.strip() else None
+            arguments = {} if parsed is None else parsed
         except (RecursionError, ValueError):
             raise QwenMLXError(
                 f"The arguments of the tool call {function['name']!r} are {_short(arguments)}, expected a JSON object."
             ) from None
     elif isinstance(arguments, Mapping) and not accepted.object_arguments and accepted.text_arguments:
         arguments = json.dumps(arguments, ensure_ascii=False)
-    changed = dict(function) if arguments is None else {**function, "arguments": arguments}
+    changed = {**function, "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed
 
 

@@ -326,9 +326,19 @@ def test_what_a_template_leaves_out_is_said():
     source = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.warns(UserWarning, match="narrator"):
         assert render(source, [*HI, {"role": "narrator", "content": "x"}]) == "Hi"
+    alone = "{% if messages[0].role == 'user' %}{{ messages[0].content }}{% endif %}"
+    with pytest.warns(UserWarning, match="function"):
+        assert render(alone, [{"role": "function", "name": "f", "content": "x"}]) == ""
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     with pytest.warns(UserWarning, match="tool calls"):
         assert render(source, [*HI, {"role": "assistant", "tool_calls": [call]}]) == "Hi"
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "null", "{}", {}, None, ...], ids=repr)
+def test_a_call_without_arguments_has_an_empty_object(arguments: Any):
+    function = {"name": "f"} | ({} if arguments is ... else {"arguments": arguments})
+    messages = [{"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}]
+    assert render(CALLS % "c.function.arguments | tojson", messages) == "{}"
 
 
 def test_strings_can_be_multiplied_and_json_has_its_arguments():
