@@ -26,11 +26,12 @@ GREEDY_SETTINGS = SamplingSettings(source="greedy: no settings in the file and n
 
 # A model's name, and its family's settings; the first that fits counts. Words are joined by "-".
 FAMILIES = (
+    (r"fuseo1|(deepseek|tiny|open|z)r1", R1_SETTINGS),  # before QwQ, which FuseO1's names have, too
     (r"qwq-32b-preview|qwq.*preview", INSTRUCT_SETTINGS),
     (r"qwq", QWQ_SETTINGS),
     (
         r"deepseek-r1|r1-distill|deepscaler|deepcoder|openreasoning|openmath-nemotron|acereason|skywork-or1|light-r1|"
-        r"vibethinker|openthinker|open-r1|deephermes|reasoning|thinking",
+        r"vibethinker|openthinker|open-r1|deephermes|reasoning|thinking|still-[23]|\blimo\b",
         R1_SETTINGS,
     ),
     (r"sky-t1|\bs1(\.1)?\b|s1k|marco-o1|bespoke-stratos|smallthinker", INSTRUCT_SETTINGS),
