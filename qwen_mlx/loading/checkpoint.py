@@ -23,8 +23,8 @@ from ..text.files import read_json
 from ..text.tokenizer import Tokenizer
 from . import variants
 from .folder import folder_contents
-from .not_models import refuse_gguf, refuse_path
-from .parameters import BlockParameter, Delta, Parameter
+from .not_models import refuse_adapter, refuse_gguf, refuse_path
+from .parameters import BlockParameter, Delta, Parameter, ScaledParameter
 from .safetensors_files import open_files, read_tensors, safetensors_files
 from .sampling_defaults import folder_defaults, gguf_defaults
 
@@ -139,7 +139,26 @@ def _gguf_parameter(file: GGUFFile, name: str, info: TensorInfo) -> BlockParamet
     packings = info.type.packings if len(info.shape) == 2 else ()
     stored = (file.stored(info.name),)
     layout = (info.shape[-1], info.type.block_size, ALL)
+    scale = f"{info.name.removesuffix('.weight')}.scale"
+    if scale in file.tensors:
+        factor = file.raw(scale).view("<f4")[0, 0]
+        fields = (name, info.name, info.shape, info.type.name, (), stored, *layout, info.type)
+        return ScaledParameter(*fields, factor)
     return BlockParameter(name, info.name, info.shape, info.type.name, packings, stored, *layout, info.type)
+
+
+def _check_scale(file: GGUFFile, name: str) -> None:
+    """Raises GGUFError unless a tensor can be the factor of a matrix."""
+    info, matrix = file.tensors[name], f"{name.removesuffix('.scale')}.weight"
+    if matrix not in file.tensors:
+        raise GGUFError(f"{file.path}: tensor {name!r} has no {matrix!r} to scale; convert the model again.")
+    if (info.type.name, info.shape) != ("F32", (1,)):
+        raise GGUFError(
+            f"{file.path}: tensor {name!r} is {info.type.name} of shape {info.shape}, expected one F32; convert the "
+            "model again."
+        )
+    if not np.isfinite(file.raw(name).view("<f4")).all():
+        raise GGUFError(f"{file.path}: tensor {name!r} is inf or NaN; the file is damaged, download it again.")
 
 
 def _gguf_tensors(file: GGUFFile, config: ModelConfig) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
@@ -152,12 +171,19 @@ def _gguf_tensors(file: GGUFFile, config: ModelConfig) -> tuple[dict[str, Tensor
     fused = [part for part in parts if to_gguf(part[0]) in file.tensors]
     shapes = own | {name: shape for name, shape, _ in fused}
     tensors: dict[str, TensorInfo] = {}
+    activations = 0
     for name, info in file.tensors.items():
         hf_name = to_hf(name)
         if name == ROPE_FACTORS:
             continue
         if info.type.name in ("I8", "I16", "I32", "I64"):
             raise GGUFError(f"{file.path}: tensor {name!r} has type {info.type.name}, which holds no weights.")
+        if name.endswith(".scale"):
+            _check_scale(file, name)
+            continue
+        if name.endswith(".input_scale"):
+            activations += 1
+            continue
         if name in SCORE_HEAD:
             continue  # of as many rows as there are labels, which no field need say
         if name.startswith("cls."):
@@ -181,10 +207,12 @@ def _gguf_tensors(file: GGUFFile, config: ModelConfig) -> tuple[dict[str, Tensor
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise GGUFError(f"{file.path}: tensor {to_gguf(missing[0])!r}{more} missing; convert the model again.")
-    if not zero:
-        return tensors, ()
-    said = f"{file.path}: {len(zero)} biases are missing, such as {to_gguf(zero[0])!r}; they are taken as zero"
-    return tensors, (said,)
+    notes = []
+    if zero:
+        notes.append(f"{len(zero)} biases are missing, such as {to_gguf(zero[0])!r}; they are taken as zero")
+    if activations:
+        notes.append("the model was made for quantized activations; here only its weights are quantized")
+    return tensors, tuple(f"{file.path}: {note}" for note in notes)
 
 
 def _rope_factors(file: GGUFFile, config: ModelConfig) -> np.ndarray | None:
@@ -208,7 +236,9 @@ def _open_folder(folder: Path) -> Checkpoint:
     dual = read_json(folder / "config.json").get("dual_chunk_attention_config")
     config, cut = variants.within_a_chunk(folder, config, dual)
     files = open_files(safetensors_files(folder))
-    contents = folder_contents(folder, config, read_tensors(files))
+    tensors = read_tensors(files)
+    refuse_adapter(tensors)
+    contents = folder_contents(folder, config, tensors)
     copies = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
     for file in copies:
         if not file.is_file():

@@ -164,6 +164,26 @@ class BlockParameter(Parameter):
         blocks.in_chunks(work, self.rows, self.width)
 
 
+@dataclass(frozen=True, eq=False)
+class ScaledParameter(BlockParameter):
+    """A parameter whose values are those of its blocks times a factor, as NVFP4's are in GGUF."""
+
+    factor: np.float32
+
+    @property
+    def stored_dtype(self) -> str:
+        return ""
+
+    def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        values: np.ndarray = super().values(start, stop) * self.factor
+        return values
+
+    def fill(self, out: np.ndarray) -> None:
+        step = max(1, blocks.CHUNK_WEIGHTS // self.width)
+        for start in range(0, self.rows, step):
+            out[start : start + step] = self.values(start, start + step)
+
+
 class PackedParameter(Parameter):
     """A matrix as mlx-lm packs it. stored: codes uint32 (rows, columns * bits / 32), scales and biases (rows, groups)
     in any float dtype, or for mxfp4, mxfp8 and nvfp4 scales uint8 alone."""

@@ -27,6 +27,15 @@ ONE_MILLION, CHUNK = 1_010_000, 262_144
 # Heads of trainers (TRL's AutoModelForCausalLMWithValueHead, OpenRLHF, verl), which generation does not use.
 _VALUE_HEADS = ("v_head.", "value_head.", "critic_head.")
 
+# Code in folders that is known: gte-Qwen2's, which model.config reads, and the reward models', which are read as heads.
+_KNOWN_CODE = (
+    "modeling_qwen.Qwen2Model",
+    "modeling_qwen.Qwen2ForCausalLM",
+    "modeling_qwen.Qwen2ForSequenceClassification",
+    ".Qwen2ForRewardModel",
+    ".Qwen2ForProcessRewardModel",
+)
+
 
 def fused_part(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...], slice] | None:
     """The fused parameter that holds the projection's `name` in some files, its shape, and the projection's rows."""
@@ -82,7 +91,7 @@ def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tupl
     Takes what no parameter stands for: a second copy of a shared matrix, value heads, biases that are zero.
     Raises QwenMLXError for a head with a bias.
     """
-    notes: list[str] = []
+    notes: list[str] = _own_code(folder)
     config = _with_rows(folder, config, tensors, notes)
     if config.tie_word_embeddings and _has_own_head(tensors):
         config = replace(config, tie_word_embeddings=False)
@@ -152,6 +161,19 @@ def missing_biases(config: ModelConfig, names: Tensors | Iterable[str]) -> list[
     own = [name for name in biases if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
     some = any(map(is_there, own))
     return [name for name in biases if not is_there(name) and not (some and name in own)]
+
+
+def _own_code(folder: Path) -> list[str]:
+    """A sentence where config.json names code in the folder that may compute something else than a Qwen2; the classes
+    that are known here do not."""
+    classes = read_json(folder / "config.json").get("auto_map")
+    names = [str(name) for key, name in classes.items() if "Model" in key] if isinstance(classes, dict) else []
+    other = sorted(name for name in names if not name.endswith(_KNOWN_CODE))
+    if not other:
+        return []
+    return [
+        f"{folder}: config.json names code of its own ({other[0]:.80}), which is not run: the model is read as a Qwen2"
+    ]
 
 
 def _with_rows(folder: Path, config: ModelConfig, tensors: Tensors, notes: list[str]) -> ModelConfig:

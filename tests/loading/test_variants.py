@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from reference.small_models import RandomModel, save_folder, to_hf, write_gguf
 from tests.helpers.foreign import Stored, write_safetensors
 from tests.helpers.peers import IDS, distance, tolerance, torch_logits
 
+T = gguf.GGMLQuantizationType
 LAYERS = range(3)
 Change = Callable[[dict[str, Stored]], None]
 
@@ -181,9 +183,9 @@ def test_a_file_that_has_some_of_its_biases_is_damaged(tmp_path: Path):
     name = "model.layers.1.self_attn.k_proj.bias"
     with pytest.raises(QwenMLXError, match=f"tensor '{name}' is missing"):
         load(folder_of(tmp_path / "m", RandomModel(), lambda tensors: tensors.pop(name)))
-    gguf = write_gguf(tmp_path / "m.gguf", RandomModel(), edit=lambda _, tensors: tensors.pop("blk.1.attn_k.bias"))
+    path = write_gguf(tmp_path / "m.gguf", RandomModel(), edit=lambda _, tensors: tensors.pop("blk.1.attn_k.bias"))
     with pytest.raises(QwenMLXError, match=r"tensor 'blk.1.attn_k.bias' missing"):
-        load(gguf)
+        load(path)
 
 
 @pytest.mark.parametrize("what", ["fused", "no biases", "o_proj bias"])
@@ -217,6 +219,48 @@ def test_gguf(tmp_path: Path, what: str, capsys):
     assert ("9 biases are missing, such as 'blk.0.attn_q.bias'" in capsys.readouterr().err) == (what == "no biases")
 
 
+@pytest.mark.parametrize("kind", [T.F16, T.Q8_0], ids=["float16", "q8_0"])
+def test_a_gguf_s_factor_of_a_matrix(tmp_path: Path, kind: T, capsys):
+    """NVFP4's second scale, which llama.cpp reads beside a matrix of any type."""
+    model, factors = RandomModel(), {"ffn_up": 0.5, "attn_q": 3.0}
+
+    def edit(writer, tensors) -> None:
+        for name, factor in factors.items():
+            tensors[f"blk.1.{name}.scale"] = np.array([factor], np.float32), T.F32
+            tensors[f"blk.1.{name}.input_scale"] = np.array([7], np.float32), T.F32
+
+    path = write_gguf(tmp_path / "m.gguf", model, kind, edit)
+    state = model.state_dict()
+    state["model.layers.1.mlp.up_proj.weight"] *= np.float32(0.5)
+    state["model.layers.1.self_attn.q_proj.weight"] *= np.float32(3)
+    folder = folder_of(tmp_path / "m", model)
+    np.testing.assert_array_equal(logits(path, quantized=False), logits(folder, quantized=False))
+    assert "made for quantized activations" in capsys.readouterr().err
+    np.testing.assert_allclose(logits(path, quantized=True), logits(folder), rtol=0, atol=0.05)
+    convert(path, tmp_path / "out")
+    np.testing.assert_allclose(logits(tmp_path / "out"), logits(folder), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        (
+            "blk.1.ffn_up.scale",
+            np.ones(2, np.float32),
+            r"ffn_up.scale' is F32 of shape \(2,\), expected one F32",
+        ),
+        ("blk.1.ffn_up.scale", np.float32([np.nan]), r"'blk.1.ffn_up.scale' is inf or NaN"),
+        ("blk.9.ffn_up.scale", np.ones(1, np.float32), r"'blk.9.ffn_up.scale' has no 'blk.9.ffn_up.weight' to scale"),
+    ],
+)
+def test_a_damaged_factor(tmp_path: Path, name: str, array: np.ndarray, message: str):
+    path = write_gguf(
+        tmp_path / "m.gguf", RandomModel(), edit=lambda writer, tensors: tensors.update({name: (array, T.F32)})
+    )
+    with pytest.raises(QwenMLXError, match=message):
+        load(path)
+
+
 def test_more_rows_than_vocab_size(tmp_path: Path, capsys):
     folder = folder_of(tmp_path / "m", RandomModel(vocab_size=270), vocab_size=263)
     assert logits(folder).shape[-1] == 270
@@ -232,6 +276,30 @@ def test_fields_that_config_json_leaves_out_are_transformers_s(tmp_path: Path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert distance(mx.array(logits(folder)), torch_logits(theirs)) < tolerance(theirs)
     assert load(folder)[0].config.context_length == theirs.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("name", ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "x.lora_b"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_that_is_not_merged(tmp_path: Path, name: str, alone: bool):
+    def change(tensors: dict[str, Stored]) -> None:
+        if alone:
+            tensors.clear()
+        tensors[name] = "F32", np.ones((4, 64), np.float32)
+
+    folder = folder_of(tmp_path / "m", RandomModel(), change)
+    with pytest.raises(QwenMLXError, match=rf"model.safetensors: tensor '{name}' is of a LoRA adapter; merge it"):
+        load(folder)
+
+
+def test_code_of_a_folder_s_own_is_not_run_and_said(tmp_path: Path, capsys):
+    own, gte = (
+        {"AutoModel": f"{name}.Qwen2Model", "AutoConfig": "configuration.C"} for name in ("modeling", "modeling_qwen")
+    )
+    reward = {"AutoModel": "modeling_qwen2_rm.Qwen2ForRewardModel"}
+    for i, (classes, said) in enumerate(((own, True), (gte, False), (reward, False), ({"AutoConfig": "x.C"}, False))):
+        folder = folder_of(tmp_path / str(i), RandomModel(), auto_map=classes, is_causal=True)
+        load(folder)
+        assert ("code of its own (modeling.Qwen2Model), which is not run" in capsys.readouterr().err) == said
 
 
 def test_a_head_with_a_bias(tmp_path: Path):
