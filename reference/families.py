@@ -124,7 +124,17 @@ FAMILIES = (
         "",
         (_EXACT, f"{_PEERS}test_transformers_reads_the_same_model", f"{_PEERS}test_compressed_tensors_unpacks_int8"),
     ),
-    Family("FP8, NVFP4, MXFP4", "packed", "dense", "", (_DENSE, f"{_PEERS}test_compressed_tensors_unpacks_nvfp4")),
+    Family(
+        "FP8, NVFP4, MXFP4",
+        "packed",
+        "dense",
+        "NVFP4, MXFP4",
+        (
+            _DENSE,
+            f"{_PEERS}test_compressed_tensors_unpacks_nvfp4",
+            f"{_VARIANTS}test_a_gguf_s_factor_of_a_matrix",
+        ),
+    ),
     Family(
         "bitsandbytes NF4, FP4, int8",
         "packed",

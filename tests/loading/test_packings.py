@@ -360,6 +360,20 @@ def test_a_state_of_bitsandbytes_that_says_nonsense(tmp_path: Path, key: str, va
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_groups_of_the_other_format_s_size(tmp_path: Path, kind: str):
+    settings = CT | {"format": f"{kind}-pack-quantized"}
+    folder, _ = packed_folder(tmp_path / "m", settings, foreign.fp4, kind=kind)
+
+    def change(tensors) -> None:
+        dtype, array = tensors[f"{MODULE}.weight_scale"]
+        tensors[f"{MODULE}.weight_scale"] = dtype, np.repeat(array, 2, 1) if kind == "mxfp4" else array[:, ::2]
+
+    damaged(folder, change)
+    with pytest.raises(QwenMLXError, match=rf"'{MODULE}.weight_scale' has shape .*, expected \(128, "):
+        open_checkpoint(folder)
+
+
 def test_a_scale_that_is_not_finite(tmp_path: Path):
     folder, _ = packed_folder(tmp_path / "m", AWQ, foreign.awq)
 

@@ -219,25 +219,30 @@ def test_gguf(tmp_path: Path, what: str, capsys):
     assert ("9 biases are missing, such as 'blk.0.attn_q.bias'" in capsys.readouterr().err) == (what == "no biases")
 
 
-@pytest.mark.parametrize("kind", [T.F16, T.Q8_0], ids=["float16", "q8_0"])
+@pytest.mark.parametrize("kind", [T.F16, T.Q8_0, T.NVFP4], ids=["float16", "q8_0", "nvfp4"])
 def test_a_gguf_s_factor_of_a_matrix(tmp_path: Path, kind: T, capsys):
     """NVFP4's second scale, which llama.cpp reads beside a matrix of any type."""
-    model, factors = RandomModel(), {"ffn_up": 0.5, "attn_q": 3.0}
+    model, factors = RandomModel(), {"ffn_up": "mlp.up_proj", "attn_q": "self_attn.q_proj"}
+    state, rng = model.state_dict(), np.random.default_rng(0)
 
     def edit(writer, tensors) -> None:
-        for name, factor in factors.items():
-            tensors[f"blk.1.{name}.scale"] = np.array([factor], np.float32), T.F32
-            tensors[f"blk.1.{name}.input_scale"] = np.array([7], np.float32), T.F32
+        for short, name in factors.items():
+            weight = state[f"model.layers.1.{name}.weight"]
+            if kind == T.NVFP4:
+                raw = rng.integers(0, 256, (weight.shape[0], weight.shape[1] // 64, 36), np.uint8)
+                raw[..., :4] = rng.integers(0x18, 0x28, raw[..., :4].shape)  # scales of 2^-4 to 2^-2
+                raw = raw.reshape(weight.shape[0], -1)
+                tensors[f"blk.1.{short}.weight"] = raw, kind
+                weight[...] = gguf.quants.dequantize(raw, kind)
+            weight *= np.float32(0.3)
+            tensors[f"blk.1.{short}.scale"] = np.array([0.3], np.float32), T.F32
+            tensors[f"blk.1.{short}.input_scale"] = np.array([7], np.float32), T.F32
 
-    path = write_gguf(tmp_path / "m.gguf", model, kind, edit)
-    state = model.state_dict()
-    state["model.layers.1.mlp.up_proj.weight"] *= np.float32(0.5)
-    state["model.layers.1.self_attn.q_proj.weight"] *= np.float32(3)
+    path = write_gguf(tmp_path / "m.gguf", model, T.F32 if kind == T.NVFP4 else kind, edit)
     folder = folder_of(tmp_path / "m", model)
     np.testing.assert_array_equal(logits(path, quantized=False), logits(folder, quantized=False))
     assert "made for quantized activations" in capsys.readouterr().err
-    np.testing.assert_allclose(logits(path, quantized=True), logits(folder), rtol=0, atol=0.05)
-    convert(path, tmp_path / "out")
+    convert(path, tmp_path / "out", dtype="float32")
     np.testing.assert_allclose(logits(tmp_path / "out"), logits(folder), rtol=0, atol=0.05)
 
 
