@@ -306,7 +306,7 @@ def _dense(folder: Path) -> tuple[Dense, Any]:
     sizes = settings.get("in_features"), settings.get("out_features")
     if settings.get("use_residual"):
         raise QwenMLXError(f"{folder / 'config.json'}: use_residual is true, expected false; it is not known here.")
-    if name not in _ACTIVATIONS or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if name not in _ACTIVATIONS or not all(isinstance(size, int) and 0 < size < 1 << 20 for size in sizes):
         raise QwenMLXError(
             f"{folder / 'config.json'}: the projection is {sizes} with {name!r}, expected sizes and Identity or Tanh."
         )

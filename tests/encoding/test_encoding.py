@@ -290,6 +290,17 @@ def test_a_head_that_does_not_fit(tmp_path: Path):
         load_encoder(folder)
 
 
+def test_sizes_that_no_head_has(tmp_path: Path):
+    empty = encoder_folder(tmp_path / "empty", {"score.weight": np.zeros((0, 0), np.float32)}, bare=False)
+    with pytest.raises(QwenMLXError, match=r"tensor 'score.weight' is not part of this model"):
+        load_encoder(empty)
+    huge = encoder_folder(tmp_path / "huge")
+    modules(huge, "Transformer", "Dense")
+    (huge / "1_Dense" / "config.json").write_text(json.dumps({"in_features": 2**70, "out_features": 8}))
+    with pytest.raises(QwenMLXError, match=r"the projection is \(1180591620717411303424, 8\) .*, expected sizes"):
+        load_encoder(huge)
+
+
 @pytest.mark.parametrize("wrong", ["", 3, ["a", "b", "c"], []], ids=str)
 def test_inputs_that_are_none(tmp_path: Path, wrong):
     with pytest.raises(QwenMLXError, match="an input "):
