@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
         self.add_argument("--version", action="version", version=f"qwen-mlx {__version__}")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The arguments. Exits for one that is not known, with the option that it may have been meant for."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:

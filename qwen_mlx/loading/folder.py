@@ -69,7 +69,7 @@ def folder_contents(folder: Path, config: ModelConfig, stored: dict[str, StoredT
     score: dict[str, Parameter] = {}
     for name in sorted(heads):
         tensor = tensors.get(name)
-        if tensor is not None and len(tensor.shape) in (1, 2) and tensor.data.size:
+        if tensor is not None and len(tensor.shape) in (1, 2) and tensor.nbytes:
             score[name] = _parameter(folder, name, tensor.shape, {}, tensors)
     notes += _packing_notes(folder, method, parameters, tensors) if method else []
     left = list(tensors)

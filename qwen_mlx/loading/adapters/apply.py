@@ -155,4 +155,4 @@ def merged(base: Parameter, delta: Delta) -> MergedParameter:
     """A matrix merged with its adapters."""
     layout = (base.stored, base.width, base.block_size, base.columns)
     name = f"{base.type_name} and an adapter"
-    return MergedParameter(base.name, base.source_name, base.shape, name, (), base.release, *layout, base, delta)
+    return MergedParameter(base.name, base.source_name, base.shape, name, (), *layout, base, delta)

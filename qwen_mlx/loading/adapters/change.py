@@ -58,11 +58,8 @@ def parameter_of(tensor: StoredTensor, name: str) -> BlockParameter:
     if kind is None or len(tensor.shape) not in (1, 2):
         found = f"{DTYPES.get(tensor.dtype, tensor.dtype)} {tensor.shape}"
         raise QwenMLXError(f"{tensor.file}: tensor {tensor.name!r} is {found}, expected a vector or matrix of floats.")
-    raw = tensor.data.reshape(tensor.shape[0] if len(tensor.shape) == 2 else 1, -1)
-    layout = (tensor.shape[-1], 1, ALL)
-    parameter = BlockParameter(
-        name, tensor.name, tensor.shape, DTYPES[tensor.dtype], (), tensor.release, (raw,), *layout, kind
-    )
+    raw, layout = tensor.rows("u1", tensor.shape[0] if len(tensor.shape) == 2 else 1), (tensor.shape[-1], 1, ALL)
+    parameter = BlockParameter(name, tensor.name, tensor.shape, DTYPES[tensor.dtype], (), (raw,), *layout, kind)
     for start in range(0, parameter.rows, 1024):
         require_finite(parameter.values(start, start + 1024), f"{tensor.file}: tensor {tensor.name!r}")
     return parameter

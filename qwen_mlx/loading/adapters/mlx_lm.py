@@ -15,7 +15,7 @@ import numpy as np
 
 from ...errors import QwenMLXError
 from ..parameters import Parameter
-from ..safetensors_files import StoredTensor, read_tensors
+from ..safetensors_files import StoredTensor, open_files, read_tensors
 from .change import EMBEDDING, Change, Factors, array_of, parameter_of, require_factors
 
 WEIGHTS = "adapters.safetensors"
@@ -31,7 +31,7 @@ def read_mlx_lm(folder: Path, config: dict[str, Any], digest: str, shapes: Mappi
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora", "full"):
         raise QwenMLXError(f"{where}: fine_tune_type is {kind!r}, expected lora, dora or full.")
-    tensors = read_tensors([folder / WEIGHTS])
+    tensors = read_tensors(open_files([folder / WEIGHTS]))
     if kind == "full":
         values = {name: _whole(tensor, shapes) for name, tensor in tensors.items()}
         return Change(folder, digest, values=values, ties=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import QwenMLXError
 from ..parameters import Parameter
-from ..safetensors_files import StoredTensor, read_tensors
+from ..safetensors_files import StoredTensor, open_files, read_tensors
 from .change import EMBEDDING, Change, Factors, array_of, parameter_of, require_factors
 from .patterns import full_matches
 
@@ -48,7 +48,7 @@ def read_peft(folder: Path, config: dict[str, Any], digest: str, shapes: Mapping
     _require_lora(where, config)
     factors: dict[str, dict[str, StoredTensor]] = {}
     values: dict[str, Parameter] = {}
-    for name, tensor in read_tensors([folder / WEIGHTS]).items():
+    for name, tensor in read_tensors(open_files([folder / WEIGHTS])).items():
         module, part = _split(name.removeprefix(_PREFIX))
         if part in _PARTS:
             if len(shapes.get(f"{module}.weight", ())) != 2:

@@ -90,7 +90,7 @@ def _four_bits(module: str, shape: tuple[int, ...], tensors: Tensors) -> TableWe
 
     def values(start: int, stop: int) -> np.ndarray:
         first, last = start * columns, stop * columns
-        pairs = weight.data[first // 2 : -(-last // 2)]
+        pairs = weight.read(first // 2, -(-last // 2))
         codes = np.stack([pairs >> 4, pairs & 15], axis=1).ravel()[first % 2 : first % 2 + last - first]
         number = np.arange(first // size, -(-last // size))
         scales = absmax.array[number] if nested else floats(absmax)[number]
