@@ -352,7 +352,8 @@ def without_end(writer, tensors):
 DAMAGED = {
     "tensor missing": (drop("blk.1.attn_q.bias"), "'blk.1.attn_q.bias'", "missing"),
     "embedding missing": (drop("token_embd.weight"), "'token_embd.weight'", "missing"),
-    "tensor extra": (add("blk.0.attn_q.scale"), "'blk.0.attn_q.scale'", "not part of"),
+    "tensor extra": (add("blk.0.attn_q.rotation"), "'blk.0.attn_q.rotation'", "not part of"),
+    "scale of several elements": (add("blk.0.attn_q.scale"), "'blk.0.attn_q.scale'", "expected one F32"),
     "layer extra": (add("blk.3.attn_norm.weight"), "'blk.3.attn_norm.weight'", "not part of"),
     "wrong shape": (reshape("blk.0.ffn_down.weight"), "'blk.0.ffn_down.weight'", "(63, 160)", "(64, 160)"),
     "other architecture": (set_field("general.architecture", "llama"), "'llama'", "qwen2"),
