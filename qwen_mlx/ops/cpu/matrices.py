@@ -11,6 +11,7 @@ from ..matrix import Matrix
 from . import kernels, packings
 from .arrays import as_bytes, floats
 
+APART = 3  # vectors that a packed matrix is multiplied by one after the other: unpacking it would take longer
 UNPACKED = 1 << 20  # weights that are unpacked at a time: 4 MiB stay in the processor's cache until they are multiplied
 
 _NOTHING = np.empty(0, np.float32)
@@ -48,8 +49,9 @@ def supports(matrix: Matrix) -> bool:
 def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
     """out (B, rows) = x W^T for x (B, columns)."""
     packed, columns = _compiled_form(matrix), matrix.columns
-    if len(x) == 1:
-        multiply_one(x[0], matrix, (_NOTHING, 0.0), _NOTHING, out[0])
+    if len(x) == 1 or (len(x) <= APART and not isinstance(packed, packings.Floats)):
+        for vector, products in zip(x, out):
+            multiply_one(vector, matrix, (_NOTHING, 0.0), _NOTHING, products)
     elif isinstance(packed, packings.Floats):
         kernels.multiply(packed.values, x.reshape(-1), columns, 0, out.reshape(-1), matrix.rows)
     else:
