@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import QwenMLXError
 from .stored import StoredFile
 
 LARGEST = 1 << 25  # bytes; a model of a thousand tensors needs 100 KB
@@ -20,12 +19,12 @@ LARGEST = 1 << 25  # bytes; a model of a thousand tensors needs 100 KB
 def read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
     """The header, as the safetensors library has validated it, and the offset of the tensors' bytes.
 
-    Raises QwenMLXError for a name that stands in it twice and one that is too large, SafetensorError for what the
-    library refuses, and what a file raises that cannot be read.
+    Raises SafetensorError for what the library refuses, a name that stands in it twice and one that is too large, and
+    what a file raises that cannot be read.
     """
     start = 8 + int.from_bytes(file.read(0, min(8, file.size)).tobytes(), "little")
     if start > LARGEST:
-        raise QwenMLXError(f"{file.path}: its header has more than {LARGEST >> 20} MB; download it again.")
+        raise SafetensorError(f"its header has more than {LARGEST >> 20} MB")
     data = file.read(0, min(start, file.size)).tobytes()
     # The library maps what it reads: a copy with a hole for the tensors, which no other program can shorten.
     with _unnamed_file() as copy:
@@ -37,7 +36,7 @@ def read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = dict(pairs)
         if len(names) != len(pairs):
-            raise QwenMLXError(f"{file.path}: its header names a tensor twice; download it again.")
+            raise SafetensorError("its header names a tensor twice")
         return names
 
     header: dict[str, Any] = json.loads(data[8:], object_pairs_hook=unique)
