@@ -42,6 +42,7 @@ OPTIONS = dict(zip(SETTINGS, SAMPLING)) | {
     name: "--" + name.replace("_", "-")
     for name in ("logit_bias", "max_tokens", "min_tokens", "stop", "logprobs", "reasoning_budget", "yarn")
 }
+OPTIONS["max_size"] = "--max-kv-size"
 
 
 def model_parser(command: str, description: str, max_tokens: int) -> Parser:
@@ -180,7 +181,6 @@ def open_model(
     # A bias may name a token that the vocabulary lacks, which is known later.
     limits = {name: getattr(arguments, name) for name in ("max_tokens", "min_tokens", "stop", "reasoning_budget")}
     GenerationSettings(SamplingSettings().override(**sampling), **limits, logprobs=logprobs)
-    require_at_least(5, "--max-kv-size", arguments.max_kv_size)  # the first 4 tokens, and a newest one
     cache_kind = {"bits": arguments.kv_bits, "max_size": arguments.max_kv_size}
     caches = make_caches(1, 128, **cache_kind)  # refuses an impossible kind
     if cache_file is not None and any(cache_kind.values()):

@@ -238,7 +238,7 @@ ARGUMENTS = {
     "reasoning budget": (["--prompt", "x", "--reasoning-budget", "-1"], "--reasoning-budget is -1"),
     "logprobs": (["--prompt", "x", "--logprobs", "101"], "--logprobs is 101"),
     "yarn": (["--prompt", "x", "--yarn", "-1"], "--yarn is -1"),
-    "max kv size": (["--prompt", "x", "--max-kv-size", "4"], "--max-kv-size is 4, expected 5"),
+    "max kv size": (["--prompt", "x", "--max-kv-size", "4"], "--max-kv-size is 4, expected more than the 4 first"),
     "raw with system": (["--prompt", "x", "--raw", "--system", "s"], "system"),
     "prompt past the context": (["--prompt", "word " * 300], "the model's context 256"),
     "no such prompt file": (["--prompt-file", "/nonexistent/p.txt"], "No such file"),

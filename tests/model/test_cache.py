@@ -306,7 +306,7 @@ def test_generation_continues_on_every_kind_of_cache(small, kind):
     ("arguments", "message"),
     [
         (["--kv-bits", "8", "--max-kv-size", "99"], "at most 99 tokens cannot be held in 8 bits"),
-        (["--max-kv-size", "4"], "max_size is 4"),
+        (["--max-kv-size", "4"], "--max-kv-size is 4, expected more than the 4 first tokens"),
         (["--max-kv-size", "99", "--draft-model", "prompt-lookup"], "RotatingKVCache cannot take back"),
         (["--kv-bits", "4", "--prompt-cache", "x"], "leave out --kv-bits"),
     ],
