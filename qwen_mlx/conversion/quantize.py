@@ -46,9 +46,11 @@ class Options:
             ("quantize", (None, *BITS)),
             ("group_size", GROUP_SIZES),
         ):
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if value not in allowed:
                 choices = ", ".join(map(str, allowed))
-                raise QwenMLXError(f"{name} is {getattr(self, name)!r}, expected one of {choices}.")
+                raise QwenMLXError(f"{name} is {value!r}, expected one of {choices}.")
+            object.__setattr__(self, name, allowed[allowed.index(value)])  # NumPy's 4 becomes Python's
         if self.requantize and self.quantize:
             raise QwenMLXError("quantize packs every matrix, requantize only some; give one of them.")
         if self.dense and (self.requantize or self.quantize):

@@ -89,10 +89,12 @@ class StoredRows:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return self.rows, len(range(self.width)[self.columns])
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the rows' columns."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:

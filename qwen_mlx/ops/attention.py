@@ -20,9 +20,11 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
     Source: Ainslie et al. 2023, arXiv:2305.13245.
     """
     by_numba = executor("attend") == "cpu" and q.dtype == mx.float32 and q.size and q.shape[3] % 8 == 0
-    if by_numba and (not recording() or have_values(q, keys, values)):
+    # With gradients few scores are left to MLX, whose rounding is nearer to PyTorch's; many would take it minutes.
+    many = q.size // q.shape[3] * keys.shape[2] > SCORES
+    if by_numba and (not recording() or (many and have_values(q, keys, values))):
         native = functools.partial(cpu.attention, scale=scale, mask=mask)
-        return differentiable(native, functools.partial(_in_parts, scale=scale, mask=mask), q, keys, values)
+        return differentiable(native, functools.partial(_grouped, scale=scale, mask=mask), q, keys, values)
     if mx.default_device() != mx.cpu:
         return _fused(q, keys, values, scale, mask)
     if q.dtype != mx.float32:  # MLX's own would round the scores there: Qwen2's reach 1285, where bfloat16's step is 8

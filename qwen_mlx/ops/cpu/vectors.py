@@ -45,10 +45,12 @@ Sums = F32X16 if LANES == 16 else F32X8
 
 
 def constant(element: ir.Type, values: Sequence[float]) -> ir.Constant:
+    """A vector of these elements."""
     return ir.Constant(ir.VectorType(element, len(values)), [ir.Constant(element, value) for value in values])
 
 
 def select(builder: Any, vector: ir.Value, lanes: Sequence[int]) -> ir.Value:
+    """The elements of a vector at `lanes`."""
     return builder.shuffle_vector(vector, vector, constant(I32, lanes))
 
 
