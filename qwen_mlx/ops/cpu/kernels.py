@@ -105,7 +105,7 @@ def ordered(x: np.ndarray, weight: np.ndarray, eps: float, by_words: bool) -> tu
     `by_words` it is 2^-24 times as large, and each 32 are four times 8: elements 0, 4, ..., then 1, 5, ... and so on.
     """
     order, totals = np.empty_like(x), np.empty(x.size // 32, np.float32)
-    factor = _norm_factor(x, eps)
+    factor = _norm_factor(x, eps) if weight.size > 0 else _f32(1)
     for g in range(totals.size):
         whole = 0.0
         for i in range(32):
