@@ -35,6 +35,7 @@ except ImportError as error:
 Trace = dict[str, np.ndarray]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# The reference's own table, so that a tap of ours at the wrong place shows.
 LAYER_MODULES = {
     "input_layernorm": (None, "input_norm"),
     "self_attn.q_proj": (None, "q"),

@@ -361,7 +361,7 @@ def sample(
 
 
 def _chosen(sampler: Callable[[mx.array], Any], logprobs: mx.array) -> mx.array:
-    """What a caller's sampler chooses from logprobs (1, V), as (1,). Raises QwenMLXError unless it is a token id."""
+    """A caller's sampler's choice from logprobs (1, V), as (1,). Raises QwenMLXError unless it is a token id."""
     token = sampler(logprobs)
     ids = np.array(token).reshape(-1)
     if ids.size != 1 or ids.dtype.kind not in "iu" or not 0 <= ids[0] < logprobs.shape[-1]:

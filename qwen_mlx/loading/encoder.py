@@ -162,7 +162,7 @@ def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None, context_le
     end = tokenizer.special.get(name) if settings.get("add_eos_token") and isinstance(name, str) else None
 
     def beginning(text: str) -> str:
-        """Of a long text as much as has more tokens than `most`: the library needs 500 bytes for a character."""
+        """A long text's beginning that has more tokens than `most`: the library needs 500 bytes for a character."""
         count = end = 0
         for piece in pieces_for(library, text) if len(text) > PIECE else ():
             count, end = count + len(tokenizer.encode(piece)), end + len(piece)

@@ -19,7 +19,7 @@ from .small_floats import E2M1, E4M3, E8M0
 
 
 class Delta(NamedTuple):
-    """What adapters make of a matrix W: row_scale W + b a.
+    """The form that adapters give a matrix W: row_scale W + b a.
 
     a: (rank, columns), b: (rows, rank), row_scale: (rows,) or None for 1, all float32.
     """
@@ -29,7 +29,7 @@ class Delta(NamedTuple):
     row_scale: np.ndarray | None = None
 
     def part(self, rows: slice, columns: slice) -> Delta:
-        """What they make of the matrix's part in these rows and columns."""
+        """The form that they give the matrix's part in these rows and columns."""
         return Delta(self.a[:, columns], self.b[rows], None if self.row_scale is None else self.row_scale[rows])
 
 

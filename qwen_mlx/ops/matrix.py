@@ -18,7 +18,7 @@ def template_names(kind: str, number: str, tiled: bool) -> list[str]:
 
 
 class LowRank(NamedTuple):
-    """What an adapter makes of a matrix W: row_scale W + b a, without touching the arrays of W.
+    """The form that an adapter gives a matrix W: row_scale W + b a, without touching the arrays of W.
 
     a: (rank, columns), b: (rows, rank), row_scale: (rows,) or None for 1, all of the activations' dtype.
     """

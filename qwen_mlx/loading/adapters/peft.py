@@ -22,7 +22,7 @@ from .patterns import full_matches
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# What else a LoRA of peft's may be, each of which computes something else.
+# A LoRA of peft's may have these too, each of which computes something else.
 _UNSUPPORTED = (
     *("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias", "use_qalora", "use_bdlora"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
