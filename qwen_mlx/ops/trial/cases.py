@@ -130,16 +130,18 @@ class Data:
         self._rng = np.random.default_rng(seed)
 
     def array(self, values: np.ndarray, dtype: mx.Dtype | None = None) -> mx.array:
-        return mx.array(values.astype(np.float32)).astype(dtype or self._dtype)
+        return mx.array(values.astype(np.float32, copy=False)).astype(dtype or self._dtype)
 
     def floats(self, *shape: int, scale: float = 1.0) -> mx.array:
         """Integers from -2 to 2, or normal deviates."""
-        return self.array(self._rng.integers(-2, 3, shape) if self.exact else self._rng.standard_normal(shape) * scale)
+        if self.exact:
+            return self.array(self._rng.integers(-2, 3, shape, np.int8))
+        return self.array(self._rng.standard_normal(shape, np.float32) * np.float32(scale))
 
     def among(self, values: Sequence[float], *shape: int, scale: float = 1.0) -> mx.array:
         """These values at random, or normal deviates."""
         chosen = self._rng.choice(np.array(values), shape)
-        return self.array(chosen if self.exact else self._rng.standard_normal(shape) * scale)
+        return self.array(chosen if self.exact else self._rng.standard_normal(shape, np.float32) * scale)
 
     def signs(self, *shape: int) -> mx.array:
         return self.among((-1, 1), *shape)

@@ -55,7 +55,7 @@ def attempt(case: Case, spec: Spec) -> dict[str, Any]:
             return {"fault": wrong}
         inputs = case.make(Data(spec, False, 17))
         # The second time is the better one of a machine that was asleep.
-        pairs = [(seconds(case.kernel, inputs), seconds(case.plain, inputs)) for _ in range(2)]
+        pairs = [(seconds(case.kernel, inputs), seconds(case.plain, inputs, traced=False)) for _ in range(2)]
         return {
             "fault": None,
             "count": case.count,
@@ -73,10 +73,16 @@ def first_line(text: str) -> str:
     return (errors or lines or ["no message"])[0][:200]
 
 
-def seconds(call: Callable[..., Sequence[mx.array]], inputs: Sequence[Any]) -> float:
-    """The time of a call among several that are queued together, as a graph that is built once and has no gradient: a
-    decoding step does not wait for Python either."""
-    run = dispatch.compiled(lambda: list(call(*inputs)))
+def seconds(call: Callable[..., Sequence[mx.array]], inputs: Sequence[Any], traced: bool = True) -> float:
+    """The time of a call among several that are queued together, without gradients.
+
+    traced: as a graph that is built once, as a decoding step is; what stands in for a kernel is built at each call.
+    """
+
+    def each() -> list[mx.array]:
+        return list(call(*inputs))
+
+    run = dispatch.compiled(each) if traced else each
     size = sum(array.nbytes for x in inputs for array in _arrays(x))
     repeats = max(2, min(16, (256 << 20) // max(size, 1)))
     best = float("inf")
