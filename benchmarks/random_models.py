@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.backend import mx, nn
+from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.layers import QuantizedEmbedding, QuantizedLinear
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied: Qwen2.5's published config.json files
 SHAPES = {
-    "tiny": (256, 512, 2, 4, 2, 1000, True),  # no published size: to try the benchmarks
+    "tiny": (256, 512, 2, 4, 2, 1000, False),  # no published size: to try the benchmarks
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
     "3B": (2048, 11008, 36, 16, 2, 151936, True),
@@ -56,8 +57,10 @@ def random_model(size: str, bits: int | None) -> Qwen2:
 
 def raw_model(size: str) -> Qwen2:
     """Random Q4_K and Q6_K blocks as in llama.cpp's Q4_K_M: Q6_K for the head and, in half of the layers, v and
-    down_proj."""
+    down_proj. Raises QwenMLXError for a size whose rows are no whole blocks of 256."""
     config = config_of(size)
+    if config.hidden_size % 256:
+        raise QwenMLXError(f"{size} has rows of {config.hidden_size} elements, which Q4_K packs by 256: take 1.5B.")
     model = Qwen2(config)
     model.set_dtype(dtype())
     vocabulary, hidden, intermediate = config.vocab_size, config.hidden_size, config.intermediate_size

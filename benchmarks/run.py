@@ -93,8 +93,8 @@ def copy_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float | None:
 
 def weight_bytes(model: Qwen2) -> int:
     """Bytes that a decoded token reads of the weights: all, but of an embedding that is not the head only a row."""
-    embeds = 0 if model.config.tie_word_embeddings else sum(a.nbytes for _, a in tree_flatten(model.model.embed_tokens))
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters())) - embeds
+    nbytes = lambda module: sum(array.nbytes for _, array in tree_flatten(module.parameters()))  # noqa: E731
+    return nbytes(model) - (0 if model.config.tie_word_embeddings else nbytes(model.model.embed_tokens))
 
 
 def cases_of(arguments: argparse.Namespace) -> list[tuple[int, int]]:
