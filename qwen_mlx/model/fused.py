@@ -86,7 +86,7 @@ class FusedModel:
         self._step_positions: tuple[int, mx.array] = (-1, mx.array(0))
         # A proxy: a cycle would keep a deleted model's memory until Python collects its garbage.
         this = weakref.proxy(self)
-        self._one_row: Compiled = ops.compiled(lambda *arrays: this._run_one_row(*arrays))
+        self._one_row: Compiled = ops.compiled(lambda *arrays: this._run_one_row(*arrays), lambda: this._constants())
         self._rows: Compiled = ops.compiled(lambda *arrays: this._run_rows(*arrays))
 
     @classmethod
@@ -184,7 +184,7 @@ class FusedModel:
         else:
             if self._ranks is not None:
                 self._ranks.begin_pass(chunk=False)
-            logits, *newer = self._one_row(input_ids, rotation, position, *buffers, *recent)
+            logits, *newer = self._one_row(input_ids, rotation[0, 0], position, *buffers, *recent)
         for layer, tokens in zip(cache, newer, strict=True):
             layer.advance(tokens)
         return logits
@@ -221,11 +221,23 @@ class FusedModel:
 
         return [self.head(self._forward(input_ids, rotation, attend, 1)), *recent]
 
+    def _constants(self) -> list[mx.array]:
+        """The arrays that a step of one row reads beside its arguments."""
+        modules = [self._body.embed_tokens, self._head_module]
+        matrices = [matrix_of(module) for module in modules if "part" not in module]
+        arrays = [self._body.norm.weight]
+        for layer in self._layers:
+            arrays += [layer.input_norm, layer.post_norm, layer.qkv_bias]
+            matrices += [*layer.qkv, *layer.gate_up, *layer.outputs]
+        for matrix in matrices:
+            arrays += [array for array in (*matrix.arrays, *(matrix.low_rank or ())) if array is not None]
+        return arrays
+
     def _run_one_row(
-        self, input_ids: mx.array, rotation: mx.array, position: mx.array, *arrays: mx.array
+        self, input_ids: mx.array, table: mx.array, position: mx.array, *arrays: mx.array
     ) -> list[mx.array]:
         n_layers, n_heads, eps = len(self._layers), self._n_heads, self._eps
-        buffers, recent, table = arrays[:n_layers], list(arrays[n_layers:]), rotation[0, 0]
+        buffers, recent = arrays[:n_layers], list(arrays[n_layers:])
         h = self._embedded(input_ids, recent[0].dtype)
         for i, layer in enumerate(self._layers):
             norm = layer.input_norm, eps
@@ -233,7 +245,7 @@ class FusedModel:
                 q, recent[i] = ops.matvec_qkv(h, layer.qkv, layer.qkv_bias, norm, table, recent[i], position, n_heads)
             else:  # q, k and v are packed in three ways
                 qkv = mx.concatenate([ops.matvec(h, matrix, norm) for matrix in layer.qkv], axis=-1)
-                q, kv = ops.qkv_rope(qkv, layer.qkv_bias, rotation, n_heads, self._n_kv_heads)
+                q, kv = ops.qkv_rope(qkv, layer.qkv_bias, table[None, None], n_heads, self._n_kv_heads)
                 q = q.reshape(1, n_heads, 1, -1)
                 recent[i] = ops.put_recent(recent[i], kv.reshape(1, 2 * self._n_kv_heads, 1, -1), position)
             scale = self._head_dim**-0.5

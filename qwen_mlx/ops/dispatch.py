@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from ..backend import mx
 from ..errors import QwenMLXError
+from . import cpu
 
 SOURCES = Path(__file__).resolve().parent.parent / "metal"
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -158,11 +159,23 @@ def recording() -> bool:
     return _gradients.wanted
 
 
-def compiled(function: Callable[..., R]) -> Callable[..., R]:
-    """mx.compile(function), whose graph is built once. On a CPU, whose functions compute at once, and where an executor
-    is forced, the function itself: a stand-in for MLX's kernels has to be called each time."""
+def compiled(
+    function: Callable[..., list[mx.array]], constants: Callable[[], Iterable[mx.array]] | None = None
+) -> Callable[..., list[mx.array]]:
+    """mx.compile(function), whose graph is built once. On a CPU, whose functions compute at once, these are recorded
+    once where the arrays are known that they read beside the arguments, the `constants`. Where an executor is forced,
+    the function itself: a stand-in for MLX's kernels has to be called each time."""
     fast = mx.compile(function)
-    return lambda *arrays: (fast if _forced is None and on_gpu("step") else function)(*arrays)
+    replayed = None if constants is None else functools.cache(lambda: cpu.Replayed(function, constants))
+
+    def call(*arrays: mx.array) -> list[mx.array]:
+        if _forced is None and on_gpu("step"):
+            return fast(*arrays)
+        if replayed is not None and on_cpu("step", arrays[-1].dtype):
+            return replayed()(*arrays)
+        return function(*arrays)
+
+    return call
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,7 +77,8 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
             values = values * (row_scale if ids is None else row_scale[ids])[..., None]
         return (values + (b if ids is None else b[ids]) @ a).astype(dtype)
     kind = matrix.packing.kind
-    if executor("unpack") == "cpu" and dtype == mx.float32 and kind != "dense" and cpu.supports(matrix):
+    on_cpu = executor("unpack") == "cpu" and dtype == mx.float32 and cpu.supports(matrix)
+    if on_cpu and (kind != "dense" or (ids is not None and matrix.arrays[0].dtype == dtype)):
         try:  # a packed matrix has no gradient
             return cpu.unpack(matrix, ids)
         except ValueError:  # the ids have no values yet: within mx.compile, mx.vmap or mx.export_function

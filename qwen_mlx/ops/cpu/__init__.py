@@ -30,8 +30,10 @@ if TYPE_CHECKING:
         unpack,
     )
     from .rehearsal import compile_ahead
+    from .replay import Replayed
 
 __all__ = [
+    "Replayed",
     "add_rms_norm",
     "attention",
     "best_token",
@@ -54,7 +56,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "rehearsal" if name == "compile_ahead" else "operations"
+    module = {"compile_ahead": "rehearsal", "Replayed": "replay"}.get(name, "operations")
     try:
         operations = importlib.import_module(f"{__name__}.{module}")
     except (ImportError, RuntimeError, ValueError) as error:

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ...backend import mx
+from . import replay
 
 SMALL = 1 << 16  # elements that are copied sooner than MLX makes room for them
 
 
+def values(x: mx.array) -> np.ndarray:
+    """The elements of an array, row by row. Waits for what computes it."""
+    tape = replay.current()
+    return np.ascontiguousarray(np.asarray(x)) if tape is None else tape.values(x)
+
+
 def floats(x: mx.array) -> np.ndarray:
-    """The elements of a float32 array, row by row. Waits for what computes it."""
-    return np.ascontiguousarray(np.asarray(x))
+    """The elements of a float32 array, row by row."""
+    return values(x)
 
 
 def as_bytes(x: mx.array) -> np.ndarray:
     """The bytes of an array, uint8 (nbytes,)."""
-    return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8)
+    return values(x).reshape(-1).view(np.uint8)
+
+
+def later(x: mx.array) -> Callable[[], np.ndarray]:
+    """A function that gives an array's elements, also those of another call where a function is repeated."""
+    tape = replay.current()
+    if tape is not None:
+        return tape.later(x)
+    elements = values(x)
+    return lambda: elements
 
 
 class Output:
@@ -24,7 +42,7 @@ class Output:
 
     def __init__(self, *shape: int) -> None:
         self._array: mx.array | None = None
-        if np.prod(shape) <= SMALL:
+        if np.prod(shape) <= SMALL or replay.current() is not None:
             self.values = np.empty(shape, np.float32)
         else:
             self._array = mx.empty(shape, mx.float32)
@@ -33,4 +51,8 @@ class Output:
 
     def array(self) -> mx.array:
         """The array of the values, which nobody writes any more."""
-        return mx.array(self.values) if self._array is None else self._array
+        array = mx.array(self.values) if self._array is None else self._array
+        tape = replay.current()
+        if tape is not None:
+            tape.add(array, self.values)
+        return array

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,7 @@ def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
     packed, columns = _compiled_form(matrix), matrix.columns
     if len(x) == 1 or (len(x) <= APART and not isinstance(packed, packings.Floats)):
         for vector, products in zip(x, out):
-            multiply_one(vector, matrix, (_NOTHING, 0.0), _NOTHING, products)
+            one_product(vector, matrix, (_NOTHING, 0.0), _NOTHING, products)()
     elif isinstance(packed, packings.Floats):
         kernels.multiply(packed.values, x.reshape(-1), columns, 0, out.reshape(-1), matrix.rows)
     else:
@@ -63,19 +65,23 @@ def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
             kernels.multiply(w[: rows.size * columns], x.reshape(-1), columns, start, out.reshape(-1), matrix.rows)
 
 
-def multiply_one(
+def one_product(
     x: np.ndarray, matrix: Matrix, norm: tuple[np.ndarray, float], residual: np.ndarray, out: np.ndarray
-) -> None:
-    """out (rows,) = W norm(x) + residual; x and the norm's weight (columns,), residual (rows,); empty ones are not."""
+) -> Callable[[], None]:
+    """The call that makes out (rows,) = W norm(x) + residual; x and the norm's weight (columns,), residual (rows,);
+    empty ones are none."""
     packed = _compiled_form(matrix)
     form = packed, packings.groups_of(packed), packings.by_words(packed)
-    kernels.multiply_one(*form, x, *norm, residual, out)
+    return partial(kernels.multiply_one, *form, x, *norm, residual, out)
 
 
 def unpack(matrix: Matrix, rows: np.ndarray, out: np.ndarray) -> None:
-    """out (len(rows), columns): the values of some rows of a packed matrix."""
+    """out (len(rows), columns): the values of some rows of a matrix."""
     packed = _compiled_form(matrix)
-    kernels.unpack(packed, _blocks(packed, matrix.columns), rows, out.reshape(-1))
+    if isinstance(packed, packings.Floats):
+        out[...] = packed.values.reshape(-1, matrix.columns)[rows]
+    else:
+        kernels.unpack(packed, _blocks(packed, matrix.columns), rows, out.reshape(-1))
 
 
 def _blocks(packed: Any, columns: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from ...backend import mx
 from ..matrix import Matrix
 from . import kernels, matrices
-from .arrays import Output, floats
+from .arrays import Output, floats, later, values
+from .replay import perform
 
 supports = matrices.supports
 _NOTHING, _NO_ELEMENTS = np.empty((0, 0), np.float32), np.empty(0, np.float32)
@@ -42,23 +44,23 @@ def qkv_rope(
     batch, length, width = qkv.shape
     head_dim = width // (n_heads + 2 * n_kv_heads)
     q, kv = Output(batch, length, n_heads, head_dim), Output(batch, length, 2, n_kv_heads, head_dim)
-    _qkv_rope(floats(qkv).reshape(-1, width), bias, floats(table), n_heads + n_kv_heads, q.values, kv.values)
+    _qkv_rope(floats(qkv).reshape(-1, width), bias, floats(table), n_heads + n_kv_heads, q.values, kv.values)()
     return q.array(), kv.array()
 
 
 def _qkv_rope(
     qkv: np.ndarray, bias: mx.array | None, table: np.ndarray, n_rotated: int, q: np.ndarray, kv: np.ndarray
-) -> None:
+) -> Callable[[], None]:
     half, n_tokens = table.shape[-2], len(qkv)
     added = np.zeros(qkv.shape[1], np.float32) if bias is None else floats(bias)
     q, kv = q.reshape(n_tokens, -1), kv.reshape(n_tokens, -1)
-    kernels.qkv_rope(qkv, added, table.reshape(-1, half, 2), q.shape[1] // (2 * half), n_rotated, q, kv)
+    return partial(kernels.qkv_rope, qkv, added, table.reshape(-1, half, 2), q.shape[1] // (2 * half), n_rotated, q, kv)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """ops.swiglu without biases."""
     out, width = Output(*gate.shape), gate.shape[-1]
-    kernels.swiglu(*(array.reshape(-1, width) for array in (floats(gate), floats(up), out.values)))
+    perform(partial(kernels.swiglu, *(array.reshape(-1, width) for array in (floats(gate), floats(up), out.values))))
     return out.array()
 
 
@@ -86,11 +88,12 @@ def matmul(x: mx.array, w: mx.array) -> mx.array:
 
 
 def unpack(matrix: Matrix, ids: mx.array | None) -> mx.array:
-    """ops.unpack of a packed matrix."""
+    """ops.unpack of a packed matrix, or of rows of any."""
     # An id may be -1, where a step is launched ahead on a logit that is not finite.
-    rows = np.arange(matrix.rows) if ids is None else np.asarray(ids).astype(np.int64) % matrix.rows
+    rows = np.arange(matrix.rows) if ids is None else values(ids)
     out = Output(*rows.shape, matrix.columns)
-    matrices.unpack(matrix, rows.reshape(-1), out.values.reshape(-1, matrix.columns))
+    flat, to = rows.reshape(-1), out.values.reshape(-1, matrix.columns)
+    perform(lambda: matrices.unpack(matrix, flat.astype(np.int64) % matrix.rows, to))
     return out.array()
 
 
@@ -126,18 +129,18 @@ def best_token(logits: mx.array) -> mx.array:
 
 def matvec(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None, residual: mx.array | None) -> mx.array:
     """ops.matvec."""
-    out = np.empty((1, 1, matrix.rows), np.float32)
+    out = Output(1, 1, matrix.rows)
     added = _NO_ELEMENTS if residual is None else floats(residual).reshape(-1)
-    _multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), added, out[0, 0])
-    return mx.array(out)
+    _multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), added, out.values[0, 0])
+    return out.array()
 
 
 def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> mx.array:
     """ops.matvec_swiglu."""
-    both, out = np.empty((2, 1, matrix.rows // 2), np.float32), np.empty((1, 1, matrix.rows // 2), np.float32)
+    both, out = np.empty((2, 1, matrix.rows // 2), np.float32), Output(1, 1, matrix.rows // 2)
     _multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), _NO_ELEMENTS, both.reshape(-1))
-    kernels.swiglu(both[0], both[1], out[0])
-    return mx.array(out)
+    perform(partial(kernels.swiglu, both[0], both[1], out.values[0]))
+    return out.array()
 
 
 def matvec_qkv(
@@ -156,13 +159,17 @@ def matvec_qkv(
     for matrix in pieces:
         _multiply_one(vector, matrix, weight, _NO_ELEMENTS, qkv[0, start : start + matrix.rows])
         start += matrix.rows
-    recent = np.array(recent_kv)  # a copy: the caller may go back to the old one
-    heads, head_dim = recent.shape[1], recent.shape[3]
-    q, kv = np.empty((1, n_heads, 1, head_dim), np.float32), np.empty((heads, head_dim), np.float32)
-    _qkv_rope(qkv, bias, floats(table), n_heads + heads // 2, q, kv)
-    newest, buffered = np.asarray(position)[:2]
-    recent[0, :, newest - buffered] = kv
-    return mx.array(q), mx.array(recent)
+    heads, head_dim = recent_kv.shape[1], recent_kv.shape[3]
+    q, kv, recent = Output(1, n_heads, 1, head_dim), np.empty((heads, head_dim), np.float32), Output(*recent_kv.shape)
+    perform(_qkv_rope(qkv, bias, floats(table), n_heads + heads // 2, q.values, kv))
+    older, at = later(recent_kv), values(position)
+
+    def put() -> None:
+        recent.values[...] = older()  # a copy: the caller may go back to the old one
+        recent.values[0, :, at[0] - at[1]] = kv
+
+    perform(put)
+    return q.array(), recent.array()
 
 
 def decode_attention(
@@ -175,22 +182,28 @@ def decode_attention(
     first: mx.array | None,
 ) -> mx.array:
     """ops.decode_attention for a head_dim that 16 divides."""
-    newest, buffered = map(int, np.asarray(position)[:2])
-    starts = np.zeros(q.shape[0], np.int64) if first is None else np.asarray(first).astype(np.int64)
-    if window is not None:
-        starts = np.maximum(starts, newest + 1 - window)
     n_rows, n_heads, _, head_dim = q.shape
-    n_chunks = -(-(newest + 1) // kernels.CHUNK)
-    parts = np.empty((n_rows * n_heads, n_chunks, head_dim), np.float32)
-    stats = np.empty((n_rows * n_heads, n_chunks, 2), np.float32)
-    arrays = (floats(array).reshape(-1) for array in (q, kv, recent_kv))
-    shape, tokens = (n_rows, n_heads, kv.shape[1] // 2, head_dim), newest + 1
-    kernels.decode_attention(shape, *arrays, buffered, tokens, starts, np.float32(scale), parts.reshape(-1), stats)
-    if n_chunks > 1:
-        shares = np.exp(stats[:, :, 0] - stats[:, :, 0].max(axis=1, keepdims=True))
-        parts *= shares[:, :, None]
-        stats[:, :, 1] *= shares
-    return mx.array((parts.sum(axis=1) / stats[:, :, 1].sum(axis=1, keepdims=True)).reshape(q.shape))
+    shape, float_scale, out = (n_rows, n_heads, kv.shape[1] // 2, head_dim), np.float32(scale), Output(*q.shape)
+    queries, older, recent, at = floats(q).reshape(-1), later(kv), later(recent_kv), values(position)
+    firsts = np.zeros(n_rows, np.int64) if first is None else values(first)
+
+    def attend() -> None:
+        newest, buffered = int(at[0]), int(at[1])
+        starts = firsts.astype(np.int64) if window is None else np.maximum(firsts, newest + 1 - window).astype(np.int64)
+        n_chunks = -(-(newest + 1) // kernels.CHUNK)
+        parts = np.empty((n_rows * n_heads, n_chunks, head_dim), np.float32)
+        stats = np.empty((n_rows * n_heads, n_chunks, 2), np.float32)
+        arrays = queries, older().reshape(-1), recent().reshape(-1)
+        kernels.decode_attention(shape, *arrays, buffered, newest + 1, starts, float_scale, parts.reshape(-1), stats)
+        if n_chunks > 1:
+            shares = np.exp(stats[:, :, 0] - stats[:, :, 0].max(axis=1, keepdims=True))
+            parts *= shares[:, :, None]
+            stats[:, :, 1] *= shares
+        sums = stats[:, :, 1].sum(axis=1, keepdims=True)
+        np.divide(parts.sum(axis=1), sums, out=out.values.reshape(-1, head_dim))
+
+    perform(attend)
+    return out.array()
 
 
 def _norm_of(norm: tuple[mx.array, float] | None) -> tuple[np.ndarray, float]:
@@ -200,19 +213,20 @@ def _norm_of(norm: tuple[mx.array, float] | None) -> tuple[np.ndarray, float]:
 def _multiply_one(
     x: np.ndarray, matrix: Matrix, norm: tuple[np.ndarray, float], residual: np.ndarray, out: np.ndarray
 ) -> None:
-    """matrices.multiply_one, with what an adapter makes of the matrix."""
+    """matrices.one_product, with what an adapter makes of the matrix."""
     if matrix.low_rank is None:
-        matrices.multiply_one(x, matrix, norm, residual, out)
+        perform(matrices.one_product(x, matrix, norm, residual, out))
         return
     (a, b), row_scale = matrix.low_rank.factors, matrix.low_rank.row_scale
     small = np.empty(a.rows, np.float32)
-    matrices.multiply_one(x, a, norm, _NO_ELEMENTS, small)
-    matrices.multiply_one(x, matrix, norm, residual if row_scale is None else _NO_ELEMENTS, out)
+    perform(matrices.one_product(x, a, norm, _NO_ELEMENTS, small))
+    perform(matrices.one_product(x, matrix, norm, residual if row_scale is None else _NO_ELEMENTS, out))
     if row_scale is not None:
-        out *= floats(row_scale)
+        perform(partial(np.multiply, out, floats(row_scale), out))
         if residual.size:
-            out += residual
+            perform(partial(np.add, out, residual, out))
     if supports(b):
-        matrices.multiply_one(small, b, (_NO_ELEMENTS, 0.0), out, out)
+        perform(matrices.one_product(small, b, (_NO_ELEMENTS, 0.0), out, out))
     else:
-        out += floats(b.arrays[0]) @ small
+        columns = floats(b.arrays[0])
+        perform(lambda: np.add(out, columns @ small, out))
