@@ -8,6 +8,7 @@ that a Mac would run. What is not selected is counted as deselected.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import importlib
 import importlib.abc
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,10 @@ import pytest
 if "--fast" in sys.argv or "PYTEST_XDIST_WORKER" in os.environ:
     # Small products gain nothing by threads, which spin while they wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if "METAL_EMULATOR_CACHE" not in os.environ:  # all processes of a run share what the emulator compiles
+    os.environ["METAL_EMULATOR_CACHE"] = tempfile.mkdtemp(prefix="metal-emulator-")
+    atexit.register(shutil.rmtree, os.environ["METAL_EMULATOR_CACHE"], ignore_errors=True)
 
 os.environ.setdefault("QWEN_MLX_KERNELS", "on")  # on a Mac the tests try the kernels, each load would try them too
 

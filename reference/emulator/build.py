@@ -163,13 +163,13 @@ def kernel(
     text = unit(source, instance)
     path = _cached("kernel", "\n".join([text, *flags, _preamble_text(), runtime()._name]), ".so")
     warnings = path.with_suffix(".txt")
-    if not path.exists():
+    if not warnings.exists():  # written last
         unit_path = path.with_suffix(".cpp")
-        unit_path.write_text(text)
+        _write(unit_path, text)
         include = _precompiled(checked, contract)
         # No default libraries: the link must not add the sanitizers' own runtimes.
         command = [compiler(), *flags, "-include", str(include), "-shared", "-nodefaultlibs", str(unit_path)]
-        warnings.write_text(_run([*command, runtime()._name, "-lm", "-lgcc"], path))
+        _write(warnings, _run([*command, runtime()._name, "-lm", "-lgcc"], path))
     files = "|".join(map(re.escape, source.files))
     said = re.findall(rf"({files}):(\d+):\d+: warning: (.*) \[-W(maybe-)?uninitialized\]", warnings.read_text())
     for part, line, what, maybe in said:
@@ -235,7 +235,7 @@ def _precompiled(checked: bool, contract: bool) -> Path:
     flags = _flags(checked, contract)
     path = _cached("preamble", _preamble_text() + " ".join(flags), ".h")
     if not Path(f"{path}.gch").exists():
-        path.write_text(_preamble_text())
+        _write(path, _preamble_text())
         _run(
             [compiler(), *flags, "-ftrivial-auto-var-init=pattern", "-x", "c++-header", str(path)], Path(f"{path}.gch")
         )
@@ -247,10 +247,21 @@ def _cached(stem: str, content: str, suffix: str) -> Path:
     return folder() / f"{stem}-{key}{suffix}"
 
 
-def _run(command: list[str], output: Path) -> str:
-    """Compiles, to a temporary name first: an interrupted run leaves no half object. Returns the warnings."""
+def _temporary(output: Path) -> Path:
+    """A new file beside `output`, which it then replaces: nobody sees half of one, other processes neither."""
     with tempfile.NamedTemporaryFile(dir=output.parent, suffix=output.suffix, delete=False) as file:
-        temporary = Path(file.name)
+        return Path(file.name)
+
+
+def _write(output: Path, text: str) -> None:
+    temporary = _temporary(output)
+    temporary.write_text(text)
+    temporary.replace(output)
+
+
+def _run(command: list[str], output: Path) -> str:
+    """Compiles, to a temporary name first. Returns the warnings."""
+    temporary = _temporary(output)
     environment = {**os.environ, "LC_ALL": "C"}
     result = subprocess.run([*LIMITED, *command, "-o", str(temporary)], capture_output=True, text=True, env=environment)
     if result.returncode:
