@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.cases import each
+
 PACKAGE = Path(__file__).parents[1] / "qwen_mlx"
 OTHERS = [PACKAGE.parent / name for name in ("reference", "tests", "benchmarks")]
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -39,7 +41,7 @@ def imports(path: Path, package: Path = PACKAGE) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@each("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_torch_in_the_package_and_mlx_through_the_backend_only(path: Path):
     found = {name.split(".")[0] for name in imports(path)}
     assert not found & {"torch", "transformers", "reference", "tests", "benchmarks"}
@@ -62,7 +64,7 @@ def too_high(path: Path) -> list[str]:
     return [name for other, name in rooms.items() if other in DOORS or ROOMS.index(other) > own]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@each("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_room_imports_a_higher_one(path: Path):
     assert not too_high(path)
 
@@ -72,7 +74,7 @@ def module_of(path: Path, root: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-@pytest.mark.parametrize("root", [PACKAGE, *OTHERS], ids=lambda root: root.name)
+@each("root", [PACKAGE, *OTHERS], ids=lambda root: root.name)
 def test_no_circle(root: Path):
     """No file imports itself by way of others, not even for a type."""
     files = {module_of(path, root): path for path in sorted(root.rglob("*.py")) if path != root / "__init__.py"}

@@ -18,6 +18,7 @@ import qwen_mlx
 from qwen_mlx import QwenMLXError, convert, generate, load
 from qwen_mlx.cli.command import kernel_failure
 from reference.small_models import RandomModel, write_gguf
+from tests.helpers.cases import each
 
 ROOT = Path(__file__).parents[1]
 DOORS = ("__main__", "generate", "chat", "convert", "fuse", "evaluate", "embed", "score", "selftest", "serve")
@@ -51,7 +52,7 @@ def described(name: str) -> bool:
 PUBLIC = public()
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@each("name", PUBLIC)
 def test_public_names_have_docstrings(name: str):
     value = PUBLIC[name]
     text = value.__doc__ or ""

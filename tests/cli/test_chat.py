@@ -27,6 +27,7 @@ from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.tools import parse_tool_calls, run
 from reference.lazy import torch
 from reference.small_models import CHATML, RandomModel, hf_model, write_gguf
+from tests.helpers.cases import each
 from tests.helpers.computing import count_computed
 
 WITH_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}" + CHATML
@@ -233,7 +234,7 @@ def test_a_message_that_cannot_be_answered_is_not_kept(chat: Chat):
         Chat(chat.model, chat.tokenizer, max_tool_rounds=0)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "words"),
     [
         ({"temp": 0}, "no argument 'temp': did you mean 'temperature'"),
@@ -505,7 +506,7 @@ MISTAKES = {
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", MISTAKES)
+@each("case", MISTAKES)
 def test_a_mistake_in_a_pipe_is_one_sentence(path: Path, case: str):
     arguments, stdin, words = MISTAKES[case]
     done = pipe(stdin, "--model", path, *arguments)

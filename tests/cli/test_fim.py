@@ -12,6 +12,7 @@ import pytest
 from qwen_mlx import QwenMLXError, fill, load
 from qwen_mlx.cli import fim, generate
 from reference.small_models import RandomModel, write_gguf
+from tests.helpers.cases import each
 from tests.helpers.fim_model import save_fim_folder
 
 COMMAND = [sys.executable, "-m", "qwen_mlx.generate", "--max-tokens", "12"]
@@ -52,7 +53,7 @@ def test_context_files_keep_their_order_and_names(tmp_path: Path, monkeypatch):
     assert (asked["prefix"], asked["suffix"], asked["path"], asked["stop_at"]) == ("x", "y", "z.py", "line")
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "words"),
     [
         (["--fim-path", "x.py"], "needs --fim-file FILE, or --fim-prefix-file"),

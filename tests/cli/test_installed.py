@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as T
 import qwen_mlx
 from qwen_mlx.cli.main import COMMANDS
 from reference.small_models import RandomModel, write_gguf
+from tests.helpers.cases import each
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,7 +83,7 @@ def test_the_package_is_the_program_and_a_door_hides_no_function(script: Path):
     assert callable(qwen_mlx.convert)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@each("name", COMMANDS)
 def test_a_command_s_help_names_it_as_it_was_started_and_imports_no_mlx(script: Path, name: str):
     code, out, error = run(script, name, "--help")
     assert (code, error) == (0, "")
@@ -110,7 +111,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
+@each("case", MISTAKES)
 def test_a_mistake_is_one_sentence_and_exit_code_2(script: Path, case: str, tmp_path: Path):
     arguments, words = MISTAKES[case]
     code, out, error = run(script, *arguments, cwd=tmp_path)
@@ -170,7 +171,7 @@ def test_a_pipe_whose_reader_goes_away_is_quiet(script: Path, small: Path):
 
 @pytest.mark.heavy
 @pytest.mark.linux  # has /dev/full
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--list-models"], ["generate", "-h"]])
+@each("arguments", [["--help"], ["--version"], ["generate", "--list-models"], ["generate", "-h"]])
 def test_a_full_disk_is_told_and_a_closed_output_is_not(script: Path, arguments: list[str]):
     for variables in ({}, {"PYTHONUNBUFFERED": ""}):
         with open("/dev/full", "wb") as full:

@@ -6,6 +6,7 @@ import pytest
 
 from qwen_mlx.cli.command import KERNELS, kernel_failure, run
 from qwen_mlx.ops.dispatch import PARTS
+from tests.helpers.cases import each
 
 LIBRARY = "[metal::Device] Unable to build metal library from source\n"
 FAILURES = {  # MLX's text: the part that is named, and what is quoted
@@ -24,7 +25,7 @@ FAILURES = {  # MLX's text: the part that is named, and what is quoted
 }
 
 
-@pytest.mark.parametrize("text", FAILURES)
+@each("text", FAILURES)
 def test_the_part_and_the_way_out_are_named(text: str):
     switch, quoted = FAILURES[text]
     sentence = kernel_failure(text)

@@ -14,6 +14,7 @@ from qwen_mlx.cli import selftest, selftest_models
 from qwen_mlx.loading.hub import default
 from reference.emulator import emulate
 from reference.lazy import torch, transformers
+from tests.helpers.cases import each
 
 RIGHT = [{"case": "rope", "dtype": "float32", "ok": True, "ulp": 0.5, "mlx_ulp": None}]
 WRONG = [*RIGHT, {"case": "matvec q4_k", "dtype": "bfloat16", "ok": False, "ulp": float("inf"), "mlx_ulp": None}]
@@ -71,7 +72,7 @@ def test_nothing_is_fetched(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("rows", "models", "code", "words"),
     [
         (RIGHT, MODELS, 0, ": 1 cases and 2 models."),

@@ -16,6 +16,7 @@ import pytest
 from qwen_mlx import QwenMLXError
 from qwen_mlx.cli import serve
 from reference.small_models import IM_END, RandomModel, write_gguf
+from tests.helpers.cases import each
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.heavy  # processes
@@ -80,7 +81,7 @@ def test_a_second_ctrl_c_ends_at_once(small):
     assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "message"),
     [
         (["--port", "70000"], "--port is 70000, expected"),

@@ -35,6 +35,7 @@ from qwen_mlx.text.tokenizer import Tokenizer
 from reference.lazy import mlx_lm, safetensors_torch, torch, transformers
 from reference.small_models import CHATML, END_OF_TEXT, IM_END, TOKENS, RandomModel, hf_model, save_folder, write_gguf
 from tests.helpers.blocks import SCALES, assert_same_numbers, gguf_py, random_rows
+from tests.helpers.cases import each
 from tests.helpers.gguf_bytes import text as gguf_text
 from tests.helpers.peers import IDS, distance, tolerance, torch_logits
 from tests.helpers.small_gguf import layout, small_fields, small_tensors
@@ -88,7 +89,7 @@ def file_of_type(path: Path, kind: blocks.BlockType, halves: list[int] | None = 
     return expected
 
 
-@pytest.mark.parametrize("kind", list(BLOCK_TYPES.values()), ids=lambda kind: kind.name)
+@each("kind", list(BLOCK_TYPES.values()), ids=lambda kind: kind.name)
 def test_every_type_is_stored_as_the_table_says_and_exactly(kind: blocks.BlockType, tmp_path: Path):
     extremes = [bits for name, list_ in SCALES.items() if name not in ("infinite", "nan") for bits in list_]
     for halves in (None, extremes):
@@ -110,9 +111,7 @@ def test_every_type_is_stored_as_the_table_says_and_exactly(kind: blocks.BlockTy
                 assert dense or kind.packing.group_size == 32
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in BLOCK_TYPES.values() if kind.packing.kind == "affine"], ids=lambda kind: kind.name
-)
+@each("kind", [kind for kind in BLOCK_TYPES.values() if kind.packing.kind == "affine"], ids=lambda kind: kind.name)
 def test_auto_takes_the_narrowest_scales_that_are_exact(kind: blocks.BlockType, tmp_path: Path):
     moderate = np.float16(np.random.default_rng(3).standard_normal(512)).view(np.uint16)
     expected = file_of_type(tmp_path / "m.gguf", kind, list(moderate))
@@ -129,7 +128,7 @@ def test_auto_takes_the_narrowest_scales_that_are_exact(kind: blocks.BlockType, 
             assert row.exact or relative < {"float16": 2e-3, "bfloat16": 1.5e-2}[dtype]
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0", "IQ4_NL"])
+@each("name", ["Q4_0", "Q5_0", "Q8_0", "IQ4_NL"])
 def test_auto_widens_a_tensor_whose_biases_float16_cannot_hold(name: str, tmp_path: Path):
     kind = next(kind for kind in BLOCK_TYPES.values() if kind.name == name)
     offset = blocks.FORMATS[name].offset
@@ -172,7 +171,7 @@ def test_encode_rounds_as_torch_does(dtype: str):
     np.testing.assert_array_equal(stored.view(np.uint16)[finite], theirs.view(torch.uint16).numpy()[finite])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@each("bits", [2, 3, 4, 5, 6, 8])
 def test_quantizing_again_is_no_worse_than_mlx_and_better_with_narrow_scales(bits: int):
     values = np.random.default_rng(bits).standard_normal((64, 512)).astype(np.float32)
     values[0] = 0
@@ -214,8 +213,8 @@ def mlx_lm_logits(folder: Path) -> mx.array:
     return model(mx.array(IDS))
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("shards", [1, "several"])
+@each("tied", [False, True], ids=["untied", "tied"])
+@each("shards", [1, "several"])
 def test_mixed_types_load_in_qwen_mlx_and_mlx_lm_with_transformers_logits(tied: bool, shards: int, tmp_path: Path):
     theirs = hf_model(**WIDE, tie_word_embeddings=tied)
     path = write_gguf(tmp_path / "m.gguf", theirs, MIXED)
@@ -449,7 +448,7 @@ def test_force_replaces_model_folders_only(tmp_path: Path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "out", "photos"]
 
 
-@pytest.mark.parametrize("name", ["n" * 300, "loop/out", "a\0b", "file/out"])
+@each("name", ["n" * 300, "loop/out", "a\0b", "file/out"])
 def test_an_output_that_no_disk_can_hold_is_one_sentence(name: str, tmp_path: Path):
     path = write_gguf(tmp_path / "m.gguf", RandomModel())
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -541,8 +540,8 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+@each("number", [signal.SIGINT, signal.SIGTERM])
+@each("existing", [False, True], ids=["new", "existing"])
 def test_an_interrupted_conversion_leaves_what_was_there(number: signal.Signals, existing: bool, tmp_path: Path):
     """The source is a sparse file of gigabytes, so that the signal finds the work under way."""
     path, large = write_gguf(tmp_path / "m.gguf", RandomModel()), tmp_path / "large.gguf"
@@ -597,7 +596,7 @@ def test_a_bad_source_is_one_sentence_and_exit_code_2(case: str, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "value", "message"),
     [
         ("blk.1.attn_k.bias", None, r"'blk\.1\.attn_k\.bias' missing"),
@@ -643,7 +642,7 @@ def test_check_prints_every_tensor_and_writes_nothing(tmp_path: Path, capsys: py
         main([str(path)])
 
 
-@pytest.mark.parametrize("kind", [T.Q8_0, T.Q4_K, T.Q6_K, T.F32, T.MXFP4], ids=lambda kind: kind.name)
+@each("kind", [T.Q8_0, T.Q4_K, T.Q6_K, T.F32, T.MXFP4], ids=lambda kind: kind.name)
 def test_damage_is_named_and_converted_on_request_only(kind: T, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """NaN in one scale (or value) of one tensor."""
     name, at = "blk.0.ffn_down.weight", {T.Q6_K: 208}.get(kind, 0)
@@ -674,9 +673,7 @@ def test_damage_is_named_and_converted_on_request_only(kind: T, tmp_path: Path, 
     assert np.isfinite(values[5, block:]).all()
 
 
-@pytest.mark.parametrize(
-    ("exponent", "code", "bad"), [(255, 0x11, 32), (254, 0x77, 32), (253, 0x77, 32), (252, 0x77, 0), (254, 0x11, 0)]
-)
+@each(("exponent", "code", "bad"), [(255, 0x11, 32), (254, 0x77, 32), (253, 0x77, 32), (252, 0x77, 0), (254, 0x11, 0)])
 def test_check_and_convert_agree_on_the_last_exponents_of_mxfp4(exponent: int, code: int, bad: int, tmp_path: Path):
     """6 * 2^(253 - 127) is infinite in float32; 255 is NaN in MLX and not in ggml."""
 

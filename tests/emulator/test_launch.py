@@ -19,10 +19,11 @@ from reference.emulator import (
     metal_kernel,
     source,
 )
+from tests.helpers.cases import each
 from tests.helpers.launching import I, run
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in source.TYPES if dtype != mx.float64], ids=str)
+@each("dtype", [dtype for dtype in source.TYPES if dtype != mx.float64], ids=str)
 def test_every_dtype_goes_in_and_out_unchanged(dtype):
     x = mx.array(np.arange(-6, 7)).astype(dtype)
     y = run(I + "y[i] = x[i];", {"x": x}, {"y": ((13,), dtype)}, (13, 1, 1), (4, 1, 1))
@@ -36,8 +37,8 @@ def test_scalars_have_no_axis_and_few_elements_are_constant():
     assert run(body, inputs, {"y": ((2,), mx.float32)}).tolist() == [7.25, 32.0]
 
 
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("kind", ["transposed", "strided", "reversed", "broadcast", "sliced"])
+@each("contiguous", [True, False])
+@each("kind", ["transposed", "strided", "reversed", "broadcast", "sliced"])
 def test_arrays_that_are_not_contiguous(kind, contiguous):
     base = mx.arange(48, dtype=mx.float32).reshape(6, 8)
     x = {
@@ -286,7 +287,7 @@ def test_many_threadgroup_variables():
         run(body(97), *call)
 
 
-@pytest.mark.parametrize("size", ["N > 7 ? N : 7", "(N < 7) ? 7 : N", "twice<20, (N > 7)>()", "N >> 0"])
+@each("size", ["N > 7 ? N : 7", "(N < 7) ? 7 : N", "twice<20, (N > 7)>()", "N >> 0"])
 def test_sizes_of_threadgroup_arrays_that_look_like_templates(size):
     body = I + "constexpr int N = 40; " + f"threadgroup float s[{size}], t[1]; s[i] = x[i]; "
     body += "threadgroup_barrier(mem_flags::mem_threadgroup); t[0] = 0.0f; y[i] = s[39u - i];"

@@ -17,6 +17,7 @@ from reference.emulator import (
     standin,
 )
 from tests.helpers import decoding_calls, shipped
+from tests.helpers.cases import each
 from tests.helpers.mlx_lm_kernels import module
 
 # rule: (rejected, accepted, what the finding says); a "|" divides header and body.
@@ -175,14 +176,14 @@ def findings(text: str) -> list[str]:
     return [str(finding) for finding in lint(source)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@each("rule", RULES)
 def test_rule(rule):
     rejected, accepted, words = RULES[rule]
     assert any(words in finding for finding in findings(rejected))
     assert findings(accepted) == []
 
 
-@pytest.mark.parametrize("rule", BOTH)
+@each("rule", BOTH)
 def test_the_executing_compiler_refuses_it_too(rule):
     for text, refused in zip(RULES[rule][:2], (True, False)):
         call = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1), "output_shapes": [(1,), (3,)], "init_value": 0}
@@ -230,7 +231,7 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@each("name", ACCEPTED)
 def test_no_false_alarm(name):
     assert findings(ACCEPTED[name]) == []
 
@@ -240,12 +241,12 @@ def test_another_text_is_refused():
         lint("kernel void f() {}")
 
 
-@pytest.mark.parametrize("index", range(len(shipped.calls())), ids=shipped.names())
+@each("index", range(len(shipped.calls())), ids=shipped.names())
 def test_shipped_kernels_have_no_findings(index):
     assert lint(shipped.texts()[index]) == []
 
 
-@pytest.mark.parametrize("name", decoding_calls.calls(mx.bfloat16))
+@each("name", decoding_calls.calls(mx.bfloat16))
 def test_decoding_kernels_have_no_findings(name, monkeypatch):
     ran: list[str] = []
     monkeypatch.setattr(standin, "on_text", lambda source: ran.append(source.text))

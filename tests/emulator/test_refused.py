@@ -23,6 +23,7 @@ from reference.emulator import (
     emulate,
     metal_kernel,
 )
+from tests.helpers.cases import each
 from tests.helpers.launching import I, run
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +35,8 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize("name", ENDLESS)
+@each("checked", [True, False])
+@each("name", ENDLESS)
 def test_a_thread_that_stands_still_is_a_runaway(name, checked):
     """The compiler counts no steps in a block without instructions."""
     body = I + f"if (i == 5u) {{\n{ENDLESS[name]}\n}}\ny[i] = x[i];"
@@ -51,7 +52,7 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDINGS)
+@each("name", ENDINGS)
 def test_what_would_end_python_is_an_error(name):
     statement, error, message = ENDINGS[name]
     header = "inline float deeper(float a) { return a > 1e30f ? a : deeper(a + 1.0f) + 1.0f; }\n"
@@ -94,7 +95,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@each("name", REFUSED)
 def test_launches_that_metal_refuses(name):
     sizes, message = REFUSED[name]
     with pytest.raises(InvalidLaunch, match=message):
@@ -115,7 +116,7 @@ REFUSED_CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_CALLS)
+@each("name", REFUSED_CALLS)
 def test_calls_that_are_refused(name):
     making, calling, message = REFUSED_CALLS[name]
     kernel = metal_kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qwen_mlx.cli import selftest_cases as selftest
 from qwen_mlx.ops import dispatch
 from reference.emulator import CompileError, OutOfBounds, emulate, lint, standin
 from tests.helpers import seeded_decoding
+from tests.helpers.cases import each
 from tests.helpers.decoding_calls import calls
 from tests.helpers.seeded import EDITS, Edit, WrongNumbers, case_inputs
 from tests.helpers.seeded_small import SMALL, Small
@@ -21,15 +23,13 @@ DECODING = calls(mx.bfloat16)
 CASES = case_inputs() | DECODING
 
 
-@pytest.fixture
-def kernels(tmp_path, monkeypatch):
-    """A copy of the shipped kernels that the operations use; returns its folder."""
+def copied_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a copy of the shipped kernels, which the operations then use."""
     folder = tmp_path / "metal"
     shutil.copytree(dispatch.SOURCES, folder)
     monkeypatch.setattr(dispatch, "SOURCES", folder)
-    dispatch._compiled.cache_clear()
-    yield folder
-    dispatch._compiled.cache_clear()
+    monkeypatch.setattr(dispatch, "_compiled", functools.cache(dispatch._compiled.__wrapped__))
+    return folder
 
 
 def compare(name: str) -> None:
@@ -52,20 +52,20 @@ def compare(name: str) -> None:
             raise WrongNumbers(f"{name}: {error} ulp, {different:.1%} of the elements differ")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_shipped_kernels_pass(kernels, name):
+@each("name", CASES)
+def test_shipped_kernels_pass(name):
     compare(name)
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_defects_of_shipped_kernels_are_seen(kernels, name):
-    with_defect(kernels, EDITS[name], name.split()[0].rstrip(":"))
+@each("name", EDITS)
+def test_defects_of_shipped_kernels_are_seen(tmp_path, monkeypatch, name):
+    with_defect(copied_kernels(tmp_path, monkeypatch), EDITS[name], name.split()[0].rstrip(":"))
 
 
-@pytest.mark.parametrize("name", seeded_decoding.EDITS)
-def test_defects_of_decoding_kernels_are_seen(kernels, name):
+@each("name", seeded_decoding.EDITS)
+def test_defects_of_decoding_kernels_are_seen(tmp_path, monkeypatch, name):
     call, edit = seeded_decoding.EDITS[name]
-    with_defect(kernels, edit, call)
+    with_defect(copied_kernels(tmp_path, monkeypatch), edit, call)
 
 
 def with_defect(kernels: Path, edit: Edit, name: str) -> None:
@@ -84,9 +84,9 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("part", LINES)
-def test_an_error_names_the_file_and_the_line(kernels, part, monkeypatch):
-    file, line = LINES[part]
+@each("part", LINES)
+def test_an_error_names_the_file_and_the_line(tmp_path, part, monkeypatch):
+    kernels, (file, line) = copied_kernels(tmp_path, monkeypatch), LINES[part]
     text = (kernels / file).read_text()
     assert text.count(line) == 1
     (kernels / file).write_text(text.replace(line, f"{line} undefined_name;"))
@@ -98,7 +98,8 @@ def test_an_error_names_the_file_and_the_line(kernels, part, monkeypatch):
     assert any(f.part == f"qwen_mlx/metal/{file}" and f.line == number for f in lint(ran[-1])), lint(ran[-1])
 
 
-def test_a_fault_names_the_file_and_the_line(kernels):
+def test_a_fault_names_the_file_and_the_line(tmp_path, monkeypatch):
+    kernels = copied_kernels(tmp_path, monkeypatch)
     text = (kernels / "rms.h").read_text()
     (kernels / "rms.h").write_text(text.replace("partial[simd] = sum;", "partial[simd + 1000u] = sum;"))
     number = text.partition("partial[simd] = sum;")[0].count("\n") + 1
@@ -119,7 +120,7 @@ def run(case: Small, source: str, **options) -> mx.array:
         )[0]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each("name", SMALL)
 def test_defects_of_small_kernels_are_seen(name):
     case: Small = SMALL[name]
     for order in ("forward", "reverse", "random"):

@@ -13,6 +13,7 @@ import pytest
 from qwen_mlx import ops
 from reference.emulator import InvalidLaunch, metal_kernel, metal_source, source
 from tests.helpers import shipped
+from tests.helpers.cases import each
 
 MLX_KERNEL = mx.fast.metal_kernel
 DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.int8, mx.uint8, mx.int32, mx.uint64, mx.bool_, mx.complex64)
@@ -49,7 +50,7 @@ def both(
     return theirs, metal_source(metal_kernel(**arguments), [*arrays, *scalars], dtypes, template)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each("seed", range(40))
 def test_synthetic_kernels(seed):
     choose = random.Random(seed)
     shapes = [(), (7,), (8,), (1,), (2, 4), (0, 3), (3, 1, 2), (1, 1, 1, 9), (2, 3, 2)]
@@ -81,7 +82,7 @@ def test_synthetic_kernels(seed):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("attribute", ATTRIBUTES)
+@each("attribute", ATTRIBUTES)
 def test_each_attribute(attribute):
     arguments = {"name": "k", "input_names": ["x"], "output_names": ["y"], "source": f"uint i = {attribute};"}
     theirs, ours = both(arguments, [mx.zeros((9,))], [], [mx.float32], [])
@@ -89,7 +90,7 @@ def test_each_attribute(attribute):
     assert f"{attribute} [[{attribute}]]" in ours
 
 
-@pytest.mark.parametrize("index", range(len(shipped.calls())), ids=shipped.names())
+@each("index", range(len(shipped.calls())), ids=shipped.names())
 def test_shipped_kernels(index, monkeypatch):
     """MLX's print of the kernels as ops launches them, against what the emulator ran for the same call."""
     name, call, arrays = shipped.calls()[index]

@@ -8,6 +8,7 @@ import pytest
 from qwen_mlx import ops
 from reference.emulator import InvalidLaunch, emulate, metal_kernel, metal_source, standin, strict
 from tests.helpers import decoding_calls, shipped
+from tests.helpers.cases import each
 
 # name: (refused, accepted, what the finding says); a "|" divides header and body.
 DEFECTS = {
@@ -52,7 +53,7 @@ def findings(text: str) -> list[str]:
     return [str(finding) for finding in strict(source)]
 
 
-@pytest.mark.parametrize("name", DEFECTS)
+@each("name", DEFECTS)
 def test_a_defect_is_seen(name: str):
     refused, accepted, words = DEFECTS[name]
     assert any(words in finding for finding in findings(refused)), findings(refused)

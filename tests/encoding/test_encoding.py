@@ -13,6 +13,7 @@ from qwen_mlx.cli.embed import main as embed_command
 from qwen_mlx.cli.score import main as score_command
 from reference.lazy import torch, transformers
 from reference.small_models import END_OF_TEXT, IM_END, TOKENS, RandomModel, save_folder, to_hf, write_gguf
+from tests.helpers.cases import each
 from tests.helpers.encoders import TEXTS, classifier, encoder_folder
 from tests.helpers.foreign import write_safetensors
 
@@ -69,8 +70,8 @@ POOLED = {
 }
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("mode", POOLED)
+@each("normalize", [True, False])
+@each("mode", POOLED)
 def test_pooling_is_what_modules_json_says(tmp_path: Path, mode: str, normalize: bool):
     folder = encoder_folder(tmp_path / "m")
     kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
@@ -275,7 +276,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("case", DAMAGE)
+@each("case", DAMAGE)
 def test_damaged_files_of_sentence_transformers(tmp_path: Path, case: str):
     damage, message = DAMAGE[case]
     folder = encoder_folder(tmp_path / "m")
@@ -301,7 +302,7 @@ def test_sizes_that_no_head_has(tmp_path: Path):
         load_encoder(huge)
 
 
-@pytest.mark.parametrize("wrong", ["", 3, ["a", "b", "c"], []], ids=str)
+@each("wrong", ["", 3, ["a", "b", "c"], []], ids=str)
 def test_inputs_that_are_none(tmp_path: Path, wrong):
     with pytest.raises(QwenMLXError, match="an input "):
         score(load_encoder(classifier(tmp_path / "m")), [wrong])

@@ -10,6 +10,7 @@ import pytest
 
 from qwen_mlx import GGUFError, QwenMLXError, convert, embed, load, load_encoder, score
 from reference.small_models import IM_END, RandomModel, save_folder, write_gguf
+from tests.helpers.cases import each
 from tests.helpers.encoders import TEXTS, classifier
 
 T = gguf.GGMLQuantizationType
@@ -33,7 +34,7 @@ def same_folder(path: Path, **config) -> Path:
     return save_folder(path, RandomModel(tie_word_embeddings=True, **config))
 
 
-@pytest.mark.parametrize(("kind", "pooling"), [(0, "last"), (1, "mean"), (2, "first"), (3, "last")])
+@each(("kind", "pooling"), [(0, "last"), (1, "mean"), (2, "first"), (3, "last")])
 def test_the_pooling_is_the_file_s(tmp_path: Path, kind: int, pooling: str):
     expected = embed(load_encoder(same_folder(tmp_path / "m")), TEXTS, pooling=pooling)
     np.testing.assert_allclose(
@@ -106,7 +107,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("case", DAMAGE)
+@each("case", DAMAGE)
 def test_damage_is_one_sentence(tmp_path: Path, case: str):
     tensors, fields, message = DAMAGE[case]
     with pytest.raises(QwenMLXError, match=message) as caught:

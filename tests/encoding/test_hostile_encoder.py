@@ -11,6 +11,7 @@ import pytest
 
 from qwen_mlx import QwenMLXError, embed, load_encoder
 from qwen_mlx.text import limits
+from tests.helpers.cases import each
 from tests.helpers.encoders import encoder_folder
 from tests.helpers.foreign import write_safetensors
 
@@ -23,7 +24,7 @@ def with_modules(path: Path, modules: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "{absolute}", "a\0b", "..\\secret", "/"])
+@each("name", ["../secret", "a/../../secret", "{absolute}", "a\0b", "..\\secret", "/"])
 def test_a_module_outside_of_the_folder_is_not_read(tmp_path: Path, name: str):
     secret = tmp_path / "secret"
     secret.mkdir()

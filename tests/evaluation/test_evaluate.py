@@ -14,6 +14,7 @@ from qwen_mlx.cli.evaluate import main
 from qwen_mlx.evaluation.perplexity import evaluate, exponential, mean, windows
 from reference.lazy import torch
 from reference.small_models import END_OF_TEXT, TOKENS, RandomModel, hf_model, write_gguf
+from tests.helpers.cases import each
 
 TEXT = "hello world, hello hell; the llama says hello to all of the world. " * 6
 
@@ -54,9 +55,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory):
     return models, {name: write_gguf(folder / f"{name}.gguf", model) for name, model in models.items()}
 
 
-@pytest.mark.parametrize(
-    ("context", "stride", "chunk"), [(64, 32, 23), (64, 63, 23), (16, 1, 512), (200, 7, 23), (256, 128, 512)]
-)
+@each(("context", "stride", "chunk"), [(64, 32, 23), (64, 63, 23), (16, 1, 512), (200, 7, 23), (256, 128, 512)])
 def test_perplexity_and_divergence_equal_transformers(pair, context: int, stride: int, chunk: int):
     theirs, files = pair
     (model, tokenizer), (reference, _) = load(files["small"]), load(files["original"])

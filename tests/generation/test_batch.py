@@ -16,6 +16,7 @@ from reference.emulator import emulate
 from reference.lazy import torch
 from reference.small_models import IM_END, TOKENS, RandomModel, save_folder, to_hf, write_gguf
 from tests.helpers.attending import attend
+from tests.helpers.cases import each
 
 LENGTHS = (3, 90, 1, 41, 17, 150, 2, 64, 33, 5, 120, 18)
 
@@ -132,8 +133,8 @@ FEATURES = {
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", FEATURES)
-@pytest.mark.parametrize("batch_size", [3, 8])
+@each("case", FEATURES)
+@each("batch_size", [3, 8])
 def test_what_is_asked_for_is_done_to_each_row_by_its_own_tokens(small, case, batch_size):
     """Rows of very different lengths that come and go: each as alone, log-probabilities too."""
     model, tokenizer = small
@@ -236,7 +237,7 @@ def test_padding_is_never_seen(window):
             np.testing.assert_allclose(second[then : then + 1], expected, atol=2e-6)
 
 
-@pytest.mark.parametrize(
+@each(
     ("prompts", "arguments", "message"),
     [
         ("one string", {}, "prompts is str, expected a list of prompts"),

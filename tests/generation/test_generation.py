@@ -19,6 +19,7 @@ from qwen_mlx.generation.settings import GenerationSettings
 from qwen_mlx.generation.text import TextStream, encode_prompt
 from reference.lazy import torch
 from reference.small_models import IM_END, IM_START, RandomModel, to_hf, write_gguf
+from tests.helpers.cases import each
 
 PROMPT = "hello world, hello"
 
@@ -101,7 +102,7 @@ def test_logprobs_are_those_of_the_model_s_own_logits(small):
         np.testing.assert_allclose([value for _, value in chunk.top_logprobs], best.values, atol=1e-4)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "words"),
     [
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9"),
@@ -277,7 +278,7 @@ def test_cache_is_continued(small):
     assert take(8, model, prompt[-4:], cache=cache) == whole
 
 
-@pytest.mark.parametrize(
+@each(
     ("prompt", "arguments", "words"),
     [
         ("", {}, "empty"),

@@ -23,6 +23,7 @@ from qwen_mlx.generation.chat import Chat
 from qwen_mlx.generation.prompt_cache import PromptCache, common_prefix, fingerprint
 from qwen_mlx.model.cache import KVCache
 from reference.small_models import TOKENS, RandomModel, write_gguf
+from tests.helpers.cases import each
 from tests.helpers.computing import count_computed
 
 
@@ -92,7 +93,7 @@ def test_the_penalty_sees_what_is_reused(small):
     assert answer(small, prompt[-1:], repetition_penalty=3.0)[0] != with_penalty
 
 
-@pytest.mark.parametrize("at", range(1, 12))
+@each("at", range(1, 12))
 def test_an_interrupt_anywhere_leaves_a_cache_that_serves(small, monkeypatch: pytest.MonkeyPatch, at: int):
     """Ctrl-C in the middle of a pass: some layers have the new tokens and some have not."""
     rng = np.random.default_rng(2)
@@ -226,7 +227,7 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("case", HEADERS)
+@each("case", HEADERS)
 def test_a_spoilt_header_is_one_sentence(small, saved: bytes, tmp_path: Path, case: str):
     edit, words = HEADERS[case]
     refused(small, tmp_path / "c", with_header(saved, edit), words)
@@ -293,7 +294,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(small, tmp_path: Path):
         cache.save(tmp_path / "absent" / "c")
 
 
-@pytest.mark.parametrize("order", ["old first", "new first", "old closed", "old forgotten"])
+@each("order", ["old first", "new first", "old closed", "old forgotten"])
 def test_a_cache_in_use_serves_a_second_generation_without_harm(small, order: str):
     model, _ = small
     first, second, cache = [3, 1, 4, 1, 5], [3, 1, 4, 9, 2], PromptCache(model)
@@ -409,16 +410,12 @@ def test_a_name_that_is_not_utf_8(small, saved: bytes, tmp_path: Path):
     assert len(PromptCache.load(file, small[0]).ids) > 1
 
 
-@pytest.mark.parametrize(
-    "shape", [["a", 2_500_000_000], [[1], 400_000_000], ["a", 10**12], [1.5], [-1], [2**64], None, {}, "12", [True]]
-)
+@each("shape", [["a", 2_500_000_000], [[1], 400_000_000], ["a", 10**12], [1.5], [-1], [2**64], None, {}, "12", [True]])
 def test_a_shape_that_is_none(small, saved: bytes, tmp_path: Path, shape: Any):
     refused(small, tmp_path / "c", with_header(saved, lambda header: header["ids"].update(shape=shape)), "damaged")
 
 
-@pytest.mark.parametrize(
-    "metadata", [{"format": 1}, {"format": "\ud800"}, {"format": float("inf")}, [], 5, {"a": None}]
-)
+@each("metadata", [{"format": 1}, {"format": "\ud800"}, {"format": float("inf")}, [], 5, {"a": None}])
 def test_metadata_that_is_none(small, saved: bytes, tmp_path: Path, metadata: Any):
     data = with_header(saved, lambda header: header.update(__metadata__=metadata))
     refused(small, tmp_path / "c", data, "not a prompt cache")

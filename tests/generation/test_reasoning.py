@@ -14,6 +14,7 @@ from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.reasoning import ThoughtLimit
 from qwen_mlx.generation.text import generate, repeated_tokens, stream_generate
 from reference.small_models import MERGES, RandomModel, write_gguf
+from tests.helpers.cases import each
 
 PROMPT = "hello world, hello"
 
@@ -176,7 +177,7 @@ def test_control_tokens_can_be_seen_and_stopped_on(small, tmp_path):
     assert (len(chunks), chunks[-1].finish_reason) == (plain.index(token) + 1, "stop")
 
 
-@pytest.mark.parametrize(
+@each(
     ("ids", "length"),
     [
         (list(range(200)), 0),

@@ -12,6 +12,7 @@ from qwen_mlx.model.batch_cache import BatchKVCache
 from qwen_mlx.model.cache import KVCache
 from reference.emulator import emulate
 from reference.small_models import IM_END, TOKENS, RandomModel, write_gguf
+from tests.helpers.cases import each
 
 DEFAULTS = {"max_tokens": 25, "logit_bias": {IM_END: -50.0}}
 REQUESTS = [
@@ -86,7 +87,7 @@ def same(mine: list[Token], theirs: list[Token]) -> None:
                 assert a == pytest.approx(b, abs=1e-4)
 
 
-@pytest.mark.parametrize(("chunk", "every"), [(7, 2), (512, 0), (16, 9), (16, 40)])
+@each(("chunk", "every"), [(7, 2), (512, 0), (16, 9), (16, 40)])
 def test_each_row_gets_what_it_gets_alone(small, prompts, chunk: int, every: int):
     for number, tokens in enumerate(together(small, prompts, chunk, every)):
         same(tokens, alone(small, prompts[number], REQUESTS[number]))

@@ -29,6 +29,7 @@ from qwen_mlx.generation.sampling import (
 )
 from reference.lazy import mlx_lm, mlx_lm_sample_utils, torch, transformers
 from reference.small_models import RandomModel, save_folder
+from tests.helpers.cases import each
 
 RNG = np.random.default_rng(3)
 LOGITS = (RNG.standard_normal((4, 500)) * 4).astype(np.float32)
@@ -39,12 +40,12 @@ def same(ours: mx.array, theirs: torch.Tensor) -> None:
     np.testing.assert_allclose(np.array(ours), theirs.numpy(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.8, 0.95, 0.9999])
+@each("p", [0.05, 0.5, 0.8, 0.95, 0.9999])
 def test_top_p(p: float):
     same(top_p(mx.array(LOGITS), p), transformers.TopPLogitsWarper(p)(None, torch.from_numpy(LOGITS)))
 
 
-@pytest.mark.parametrize("p", [0.001, 0.05, 0.3, 0.99])
+@each("p", [0.001, 0.05, 0.3, 0.99])
 def test_min_p(p: float):
     same(min_p(mx.array(LOGITS), p), transformers.MinPLogitsWarper(p)(None, torch.from_numpy(LOGITS)))
 
@@ -78,7 +79,7 @@ def test_top_p_and_min_p_are_their_definitions(values: list[int], p: float):
     np.testing.assert_array_equal(np.array(min_p(logits, p))[0] > -math.inf, exact > p * exact.max())
 
 
-@pytest.mark.parametrize("p", [1e-3, 0.05, 0.3, 1.0])
+@each("p", [1e-3, 0.05, 0.3, 1.0])
 def test_min_p_keeps_a_token_exactly_at_the_limit(p: float):
     limit = np.float32(math.log(p))
     logits = np.array([[0, limit, np.nextafter(limit, np.float32(-9)), 0]], np.float32)
@@ -93,14 +94,14 @@ def test_repetition_penalty(penalty: float):
     same(repetition_penalty(mx.array(LOGITS), mx.array(IDS), penalty), theirs)
 
 
-@pytest.mark.parametrize("p", [0.01, 0.2, 0.5, 0.9, 0.9999])
+@each("p", [0.01, 0.2, 0.5, 0.9, 0.9999])
 def test_typical_p(p: float):
     logits = np.concatenate([LOGITS, [[5.0] * 500, [9.0] + [-np.inf] * 499]]).astype(np.float32)
     # transformers' -inf * 0 is NaN, which its nansum leaves out.
     same(typical_p(mx.array(logits), p), transformers.TypicalLogitsWarper(p)(None, torch.from_numpy(logits)))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 31])
+@each("n", [1, 2, 3, 5, 31])
 def test_no_repeat_ngram(n: int):
     ids = np.random.default_rng(n).integers(0, 3, (4, 30))  # few tokens, so that runs repeat
     theirs = transformers.NoRepeatNGramLogitsProcessor(n)(torch.from_numpy(ids), torch.from_numpy(LOGITS.copy()))
@@ -125,7 +126,7 @@ def test_presence_and_frequency_look_at_what_was_generated_alone():
     assert (np.flatnonzero(found[0] != LOGITS[0]) == [5]).all()
 
 
-@pytest.mark.parametrize("threshold", [0.01, 0.05, 0.2, 0.5])
+@each("threshold", [0.01, 0.05, 0.2, 0.5])
 def test_xtc_is_mlx_lm_s(threshold: float):
     from mlx_lm.sample_utils import apply_xtc
 
@@ -180,7 +181,7 @@ def test_log_probabilities_are_torch_s(n: int):
         np.testing.assert_allclose(np.array(values), best.values.numpy(), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize(
+@each(
     ("settings", "message"),
     [
         ({"typical_p": 0}, "typical_p"),
@@ -200,7 +201,7 @@ def test_impossible_settings_beyond_the_basics(settings, message):
         SamplingSettings(**settings)
 
 
-@pytest.mark.parametrize("k", [1, 2, 20, 499, 500])
+@each("k", [1, 2, 20, 499, 500])
 def test_top_k(k: int):
     values, ids = top_k_candidates(mx.array(LOGITS), k)
     ours = np.full(LOGITS.shape, -np.inf, np.float32)
@@ -209,8 +210,8 @@ def test_top_k(k: int):
     assert (np.diff(np.array(values)) <= 0).all()
 
 
-@pytest.mark.parametrize("width", [4096, 151_936, 152_064])
-@pytest.mark.parametrize("k", [1, 20, 63])
+@each("width", [4096, 151_936, 152_064])
+@each("k", [1, 20, 63])
 def test_top_k_of_a_whole_vocabulary(width: int, k: int):
     logits = (np.random.default_rng(k).standard_normal((2, width)) * 4).astype(np.float32)
     logits[1, 100:160] += 50  # all of them in neighbouring runs
@@ -265,7 +266,7 @@ def test_bfloat16_logits_are_sampled_in_float32():
     assert ids.shape == (4,)
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "value"),
     [
         ("temperature", -0.1),

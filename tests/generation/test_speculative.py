@@ -27,6 +27,7 @@ from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.loading.load import load_draft
 from qwen_mlx.text.tokenizer import check_vocabulary
 from reference.small_models import END_OF_TEXT, TOKENS, RandomModel, write_gguf
+from tests.helpers.cases import each
 
 PROMPT = "hello world, hello"
 GREEDY = SamplingSettings()
@@ -79,10 +80,8 @@ def drafts(files: Path, small) -> dict[str, object]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["lookup", "itself", "near", "other"])
-@pytest.mark.parametrize(
-    "sampling", [GREEDY, SamplingSettings(repetition_penalty=1.1), ALL], ids=["plain", "penalty", "all"]
-)
+@each("name", ["lookup", "itself", "near", "other"])
+@each("sampling", [GREEDY, SamplingSettings(repetition_penalty=1.1), ALL], ids=["plain", "penalty", "all"])
 def test_greedy_ids_are_those_of_plain_greedy(small, drafts, name: str, sampling: SamplingSettings):
     model, tokenizer = small
     prompt = encode_prompt(tokenizer, PROMPT)

@@ -27,6 +27,7 @@ from qwen_mlx.generation.settings import GenerationSettings
 from qwen_mlx.generation.structured import check_grammar, constraint, tool_call_constraint
 from qwen_mlx.generation.tools import parse_tool_calls, tools_by_name
 from reference.small_models import IM_END, RandomModel, write_gguf
+from tests.helpers.cases import each
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -122,7 +123,7 @@ def test_an_answer_parses_and_satisfies_its_schema(small, schema, seed, temperat
     jsonschema.validate(value, schema)
 
 
-@pytest.mark.parametrize(
+@each(
     "settings",
     [
         {"temperature": 0},
@@ -196,7 +197,7 @@ def test_a_batch_of_prompts(small):
     assert len({result.text for result in results}) > 1
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "pattern"),
     [
         ({"regex": r"\d{3}-[a-f]+x"}, r"\d{3}-[a-f]+x"),
@@ -324,10 +325,8 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize("draft", [None, "prompt-lookup"])
-@pytest.mark.parametrize(
-    "schema", [PERSON, NESTED, {"type": "string"}, True], ids=["person", "nested", "string", "any"]
-)
+@each("draft", [None, "prompt-lookup"])
+@each("schema", [PERSON, NESTED, {"type": "string"}, True], ids=["person", "nested", "string", "any"])
 def test_json_that_max_tokens_ends_is_complete_and_says_so(small, schema, draft):
     """A random model does not end strings by itself."""
     ended = set()
@@ -383,7 +382,7 @@ def test_a_bias_against_all_that_is_allowed_ends_with_a_sentence(small, draft):
         )
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "words"),
     [
         ({}, "Nothing is given, expected one of json_schema"),

@@ -24,6 +24,7 @@ from qwen_mlx.generation.tools import (
     tools_by_name,
 )
 from reference.lazy import transformers
+from tests.helpers.cases import each
 
 
 class Unit(enum.Enum):
@@ -99,7 +100,7 @@ def returns_a_class(x: float) -> Unit:
     return Unit(x)
 
 
-@pytest.mark.parametrize("function", [weather, everything, nothing, returns_a_class], ids=lambda f: f.__name__)
+@each("function", [weather, everything, nothing, returns_a_class], ids=lambda f: f.__name__)
 def test_schema_equals_transformers(function):
     ours, theirs = function_schema(function), transformers.utils.get_json_schema(function)
     assert ours == theirs
@@ -138,7 +139,7 @@ def starred(*x: int):
     """
 
 
-@pytest.mark.parametrize(
+@each(
     ("function", "words"),
     [
         (untyped, ("'x'", "'untyped'", "type hint")),
@@ -178,7 +179,7 @@ def test_calls_are_found_in_order_between_text():
     assert parse_tool_calls('no call; {"name": "weather"} ```json\n{}```', TOOLS) == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("answer", "words"),
     [
         ("<tool_call>{", ("not closed",)),
@@ -268,7 +269,7 @@ def raises(error: BaseException):
     return function
 
 
-@pytest.mark.parametrize(
+@each(
     ("function", "expected"),
     [
         (raises(Odd()), "error: f failed (Odd)"),

@@ -23,6 +23,7 @@ from qwen_mlx.model.fused import FusedModel
 from qwen_mlx.parallel.shards import Shard
 from reference.small_models import RandomModel, save_folder, write_gguf
 from tests.helpers.adapters import adapt, random_parts, write, write_gguf_adapter, write_json, write_mlx_lm, write_peft
+from tests.helpers.cases import each
 
 IDS = [[3, 14, 15, 92, 65, 35, 89, 79, 32]]
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
@@ -81,9 +82,9 @@ def test_each_form_gives_the_changed_model(tmp_path: Path, base: Path, kind: str
     assert "lora_a" not in model.model.layers[0].mlp.up_proj  # merged
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("names", [PROJECTIONS, ["q_proj", "v_proj"], ["up_proj", "k_proj", "lm_head"]], ids=str)
-@pytest.mark.parametrize("kind", [T.Q8_0, T.F16, T.Q4_0], ids=lambda kind: kind.name)
+@each("dora", [False, True], ids=["lora", "dora"])
+@each("names", [PROJECTIONS, ["q_proj", "v_proj"], ["up_proj", "k_proj", "lm_head"]], ids=str)
+@each("kind", [T.Q8_0, T.F16, T.Q4_0], ids=lambda kind: kind.name)
 def test_beside_packed_weights(tmp_path: Path, kind: T, names: list[str], dora: bool):
     source = model_of()
     path = write_gguf(tmp_path / "m.gguf", source, kind)
@@ -175,8 +176,8 @@ def test_whole_parameters(tmp_path: Path, base: Path):
         load(base, adapter=[folder, full])
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("kind", ["peft", "mlx-lm", "gguf"])
+@each("packed", [False, True], ids=["dense", "packed"])
+@each("kind", ["peft", "mlx-lm", "gguf"])
 def test_an_embedding_of_a_tied_model(tmp_path: Path, kind: str, packed: bool):
     """mlx-lm's head follows the embedding; peft's and llama.cpp's does not, so that it becomes a matrix of its own."""
     source = model_of(tie_word_embeddings=True)

@@ -14,6 +14,7 @@ from qwen_mlx import load
 from reference.lazy import mlx_lm_tuner, mlx_lm_utils, peft, torch, transformers
 from reference.small_models import RandomModel, save_folder, to_hf, write_gguf
 from tests.helpers.adapters import write_json
+from tests.helpers.cases import each
 from tests.helpers.peers import IDS, distance, tolerance, torch_logits
 
 SIZES = {"num_hidden_layers": 2}
@@ -49,8 +50,8 @@ def peft_model(theirs, folder: Path, **settings: Any):
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@each("tied", [False, True], ids=["untied", "tied"])
+@each("kind", CONFIGS)
 def test_peft_computes_the_same_logits(tmp_path: Path, kind: str, tied: bool):
     source = RandomModel(**SIZES, tie_word_embeddings=tied)
     path = write_gguf(tmp_path / "m.gguf", source, T.Q8_0)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qwen_mlx.conversion.convert import convert
 from qwen_mlx.errors import GGUFError
 from qwen_mlx.loading.checkpoint import open_checkpoint
+from tests.helpers.cases import each
 from tests.helpers.gguf_bytes import text
 from tests.helpers.small_gguf import layout, small_fields, small_tensors, strings, u32
 
@@ -86,7 +87,7 @@ def mutate(rng: random.Random) -> bytes:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("quarter", range(4))
+@each("quarter", range(4))
 def test_mutated_headers_open_or_are_refused_by_name(quarter: int, tmp_path: Path):
     """20,000 mutations in all. What opens has been checked in everything but its tensors' bytes."""
     rng = random.Random(quarter)

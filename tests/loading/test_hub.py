@@ -30,6 +30,7 @@ import pytest
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.loading import hub
 from qwen_mlx.loading.hub.download import RANGE
+from tests.helpers.cases import each
 
 pytestmark = pytest.mark.heavy  # servers and processes
 
@@ -732,7 +733,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.resolve("~/my-model.gguf") == tmp_path / "my-model.gguf"
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "says"),
     [
         ("my-modle.gguf", "the nearest is {folder}/my-model.gguf"),

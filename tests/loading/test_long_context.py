@@ -12,6 +12,7 @@ from qwen_mlx import QwenMLXError, convert, load
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.model.config import ModelConfig, RopeScaling
 from reference.small_models import RandomModel, save_folder, write_gguf
+from tests.helpers.cases import each
 
 ONE_MILLION = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 
@@ -33,7 +34,7 @@ def distances(length: int, chunk_size: int, local_size: int) -> np.ndarray:
     return np.select([chunks == 0, chunks == 1], [within, successive], chunk_size - key % stride)
 
 
-@pytest.mark.parametrize(("chunk_size", "local_size"), [(16, 4), (32, 1), (32, 16), (10, 3)])
+@each(("chunk_size", "local_size"), [(16, 4), (32, 1), (32, 16), (10, 3)])
 def test_dual_chunk_attention_is_plain_attention_up_to_its_chunk(chunk_size: int, local_size: int):
     def equal(length: int) -> bool:
         causal = np.tril(np.ones((length, length), bool))
@@ -72,7 +73,7 @@ def test_the_model_is_not_told_to_extend_by_yarn_from_where_it_was_not_trained(t
     assert config.with_yarn(4).rope_scaling == RopeScaling("yarn", 4.0, 262144)
 
 
-@pytest.mark.parametrize("dual", [[], {}, {"chunk_size": 0}, {"chunk_size": "262144"}, {"chunk_size": True}], ids=str)
+@each("dual", [[], {}, {"chunk_size": 0}, {"chunk_size": "262144"}, {"chunk_size": True}], ids=str)
 def test_a_dual_chunk_attention_without_its_sizes(tmp_path: Path, dual: object):
     folder = folder_of(tmp_path / "m", dual_chunk_attention_config=dual)
     with pytest.raises(QwenMLXError, match=r"dual_chunk_attention_config is .*, expected an object with"):
@@ -92,7 +93,7 @@ SCALING = {
 }
 
 
-@pytest.mark.parametrize("case", SCALING)
+@each("case", SCALING)
 def test_rope_scaling_of_a_gguf_is_what_llama_cpp_reads(tmp_path: Path, case: str):
     fields, expected = SCALING[case]
 

@@ -17,13 +17,14 @@ from qwen_mlx import GGUFError, QwenMLXError
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading.checkpoint import open_checkpoint
 from qwen_mlx.loading.hub.names import _choose, _gguf_models, hub_id
+from tests.helpers.cases import each
 from tests.helpers.gguf_bytes import build, field, tensor, text
 
 REPO = "Qwen/Qwen2.5-7B-Instruct-GGUF"
 FILE = "qwen2.5-7b-instruct-q4_k_m.gguf"
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "meant"),
     [
         (REPO, (REPO, None)),
@@ -58,7 +59,7 @@ def test_a_name_of_the_hub(name: str, meant):
     assert hub_id(name) == meant
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "words"),
     [
         ("https://ollama.com/library/qwen2.5", "huggingface.co"),
@@ -93,7 +94,7 @@ def test_files_beside_a_model_are_not_chosen():
     assert list(_gguf_models(REPO, files)) == ["q4_k_m"]
 
 
-@pytest.mark.parametrize("choice", ["q4_k_m", "Q4_K", "q8_0", "k_m", "a-q4_k_m"])
+@each("choice", ["q4_k_m", "Q4_K", "q8_0", "k_m", "a-q4_k_m"])
 def test_a_choice_is_a_name_or_the_end_of_one_name_alone(choice: str):
     """Of any of these names."""
     every, lower = ["q4_k_m", "a-q4_k_m", "b-q4_k_m", "q4_k", "b.Q8_0", "im-q4_k", "Q8_0"], choice.lower()
@@ -114,7 +115,7 @@ def write(path: Path, fields: dict[str, str], tensors: dict[str, int] | None = N
     return path
 
 
-@pytest.mark.parametrize(
+@each(
     ("fields", "tensors", "words"),
     [
         ({"general.type": "adapter", "general.architecture": "qwen2"}, {}, "LoRA adapter.*merge"),
@@ -151,7 +152,7 @@ def test_the_vocabulary_of_llama_cpp_is_known_by_having_no_tensors(tmp_path: Pat
         open_checkpoint(tmp_path / "v.gguf")
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "words"),
     [
         ("m.gguf.part1of2", r"piece of m\.gguf.*cat"),
@@ -168,7 +169,7 @@ def test_a_file_that_is_no_model_says_what_it_is(tmp_path: Path, name: str, word
         open_checkpoint(tmp_path / name)
 
 
-@pytest.mark.parametrize(
+@each(
     ("files", "words"),
     [
         (
@@ -191,7 +192,7 @@ def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path, files, words:
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11\n"
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "data", "words"),
     [
         ("m.gguf", LFS, "git lfs pull"),

@@ -15,6 +15,7 @@ from qwen_mlx import QwenMLXError, convert, load
 from qwen_mlx.conversion.convert import check
 from qwen_mlx.loading.hub import default
 from reference.small_models import RandomModel, save_folder, write_gguf
+from tests.helpers.cases import each
 
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 64, "rope_theta": 1e4}
 NUMBERS: list[dict[str, Any]] = [
@@ -31,8 +32,8 @@ NUMBERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("read", [load, check], ids=["load", "check"])
-@pytest.mark.parametrize("changes", NUMBERS, ids=lambda changes: ",".join(changes) + str(len(str(changes))))
+@each("read", [load, check], ids=["load", "check"])
+@each("changes", NUMBERS, ids=lambda changes: ",".join(changes) + str(len(str(changes))))
 def test_numbers_of_a_configuration(tmp_path: Path, changes: dict[str, Any], read: Callable[[Path], Any]):
     path = save_folder(tmp_path / "m", RandomModel()) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -48,7 +49,7 @@ def test_the_caller_s_own_error_is_not_the_file_s(tmp_path: Path):
         load(write_gguf(tmp_path / "m.gguf", RandomModel()), progress=broken)
 
 
-@pytest.mark.parametrize("name", [5, ["a"], b"m.gguf", 1.5])
+@each("name", [5, ["a"], b"m.gguf", 1.5])
 def test_names_of_models_that_are_none(name: Any, tmp_path: Path):
     for read in (load, lambda name: convert(name, tmp_path / "out")):
         with pytest.raises(QwenMLXError, match="expected the name of"):

@@ -15,6 +15,7 @@ from qwen_mlx.model.layers import QuantizedLinear
 from qwen_mlx.parallel.shards import ALL
 from reference.small_models import RandomModel, save_folder
 from tests.helpers import foreign
+from tests.helpers.cases import each
 from tests.helpers.foreign import packed_folder
 
 CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
@@ -74,7 +75,7 @@ def projections_of(model) -> dict[str, object]:
     return {f"{name}.weight": module for name, module in model.named_modules() if name.endswith("_proj")}
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@each("kind", ALL_KINDS)
 def test_dense_values_are_the_definition_s(tmp_path: Path, kind: str, capsys):
     settings, pack, arguments = ALL_KINDS[kind]
     folder, expected = packed_folder(tmp_path / "m", settings, pack, **arguments)
@@ -85,7 +86,7 @@ def test_dense_values_are_the_definition_s(tmp_path: Path, kind: str, capsys):
     assert ("become dense" in said) == (kind in DENSE), said
 
 
-@pytest.mark.parametrize("kind", EXACT)
+@each("kind", EXACT)
 def test_packed_values_are_the_same_bit_for_bit(tmp_path: Path, kind: str):
     settings, pack, arguments, (bits, group) = EXACT[kind]
     folder, expected = packed_folder(tmp_path / "m", settings, pack, **arguments)
@@ -98,7 +99,7 @@ def test_packed_values_are_the_same_bit_for_bit(tmp_path: Path, kind: str):
         np.testing.assert_array_equal(dequantized(module), expected.state_dict()[name], err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq, act-order", "compressed-tensors w4a16, zero points", "fp8, blocks"])
+@each("kind", ["awq", "gptq, act-order", "compressed-tensors w4a16, zero points", "fp8, blocks"])
 def test_logits_are_those_of_the_dense_folder(tmp_path: Path, kind: str):
     settings, pack, arguments = ALL_KINDS[kind]
     folder, expected = packed_folder(tmp_path / "m", settings, pack, **arguments)
@@ -110,7 +111,7 @@ def test_logits_are_those_of_the_dense_folder(tmp_path: Path, kind: str):
     assert np.abs(packed - ours).max() < 1e-5 * np.abs(ours).max()
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@each("kind", ALL_KINDS)
 def test_a_rank_s_part_has_the_values_of_the_whole(tmp_path: Path, kind: str):
     settings, pack, arguments = ALL_KINDS[kind]
     folder, expected = packed_folder(tmp_path / "m", settings, pack, **arguments)
@@ -134,7 +135,7 @@ def test_a_rank_s_part_has_the_values_of_the_whole(tmp_path: Path, kind: str):
                 np.testing.assert_array_equal(np.array(values), whole[rows, columns])
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq, symmetric", "compressed-tensors w8a8", "bitsandbytes nf4"])
+@each("kind", ["awq", "gptq, symmetric", "compressed-tensors w8a8", "bitsandbytes nf4"])
 def test_conversion_keeps_what_is_exact(tmp_path: Path, kind: str):
     settings, pack, arguments = ALL_KINDS[kind]
     folder, expected = packed_folder(tmp_path / "m", settings, pack, **arguments)
@@ -178,9 +179,7 @@ def test_settings_beside_config_json(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize(
-    ("mode", "bits", "group"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("affine", 1, 64)]
-)
+@each(("mode", "bits", "group"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("affine", 1, 64)])
 def test_mlx_s_own_modes(tmp_path: Path, mode: str, bits: int, group: int):
     model = RandomModel(hidden_size=128, intermediate_size=256)
     folder = save_folder(tmp_path / "m", model)
@@ -245,7 +244,7 @@ def refused(folder: Path) -> str:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@each("kind", ALL_KINDS)
 def test_each_tensor_missing_or_of_another_dtype_or_shape(tmp_path: Path, kind: str):
     settings, pack, arguments = ALL_KINDS[kind]
     folder, _ = packed_folder(tmp_path / "m", settings, pack, **arguments)
@@ -303,7 +302,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@each("case", SETTINGS)
 def test_settings_that_are_not_read(tmp_path: Path, case: str):
     settings, pack, message = SETTINGS[case]
     folder, _ = packed_folder(tmp_path / "m", settings, pack)
@@ -326,7 +325,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("case", VALUES)
+@each("case", VALUES)
 def test_values_that_no_file_should_have(tmp_path: Path, case: str):
     kind, end, place, value, message = VALUES[case]
     settings, pack, arguments = ALL_KINDS[kind]
@@ -343,8 +342,8 @@ def test_values_that_no_file_should_have(tmp_path: Path, case: str):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("key", ["blocksize", "nested_blocksize", "nested_offset", "shape"])
-@pytest.mark.parametrize("value", [0, "x", None, -64, True, [1]], ids=str)
+@each("key", ["blocksize", "nested_blocksize", "nested_offset", "shape"])
+@each("value", [0, "x", None, -64, True, [1]], ids=str)
 def test_a_state_of_bitsandbytes_that_says_nonsense(tmp_path: Path, key: str, value: object):
     if (key, value) in (("nested_offset", 0), ("nested_offset", -64)):
         return  # it is a number

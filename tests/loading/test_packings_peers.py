@@ -13,6 +13,7 @@ from qwen_mlx.backend import mx
 from reference.lazy import bitsandbytes_functional, compressors, mlx_lm_utils, quantization, torch, transformers
 from reference.small_models import to_hf
 from tests.helpers import foreign
+from tests.helpers.cases import each
 from tests.helpers.foreign import Packed, packed_folder
 from tests.helpers.peers import IDS, distance, tolerance, torch_logits
 
@@ -35,7 +36,7 @@ FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
+@each("kind", FOLDERS)
 def test_transformers_reads_the_same_model(tmp_path: Path, kind: str):
     settings, pack, arguments = FOLDERS[kind]
     folder, expected = packed_folder(tmp_path / "m", settings, pack, **arguments)
@@ -56,8 +57,8 @@ def decompressed(tensors: Packed, layout: str, **weights: object) -> np.ndarray:
     return compressor.decompress(state, scheme)["weight"].float().numpy()
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@each("symmetric", [True, False], ids=["symmetric", "zero points"])
+@each("bits", [2, 4, 8])
 def test_compressed_tensors_unpacks_the_helper_s_tensors(bits: int, symmetric: bool):
     packed = foreign.pack_quantized(np.random.default_rng(bits), 36, 64, bits=bits, symmetric=symmetric)
     settings = {"num_bits": bits, "symmetric": symmetric, "strategy": "group", "group_size": 32}

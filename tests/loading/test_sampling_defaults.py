@@ -18,6 +18,7 @@ from qwen_mlx.loading.sampling_defaults import (
     folder_defaults,
     gguf_defaults,
 )
+from tests.helpers.cases import each
 
 
 def gguf(file: str = "model.gguf", /, **general: Any) -> SimpleNamespace:
@@ -25,7 +26,7 @@ def gguf(file: str = "model.gguf", /, **general: Any) -> SimpleNamespace:
     return SimpleNamespace(metadata=metadata, path=Path(file))
 
 
-@pytest.mark.parametrize(
+@each(
     ("file", "expected"),
     [
         (gguf(name="QwQ 32B"), QWQ_SETTINGS),
@@ -87,7 +88,7 @@ def folder(path: Path, generation: dict[str, Any] | None, config: dict[str, Any]
     return path
 
 
-@pytest.mark.parametrize(
+@each(
     "generation",
     [
         {"do_sample": True},
@@ -119,7 +120,7 @@ def test_generation_config_means_what_transformers_means(tmp_path: Path, generat
         assert settings.greedy
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "generation", "config", "expected"),
     [
         ("QwQ-32B", None, {}, QWQ_SETTINGS),
@@ -138,7 +139,7 @@ def test_settings_that_are_not_supported_are_named(tmp_path: Path):
         folder_defaults(folder(tmp_path, {"num_beams": 4, "penalty_alpha": 0.0}))
 
 
-@pytest.mark.parametrize("value", ["x", 1.5, -1, True])
+@each("value", ["x", 1.5, -1, True])
 def test_damaged_settings_are_named(tmp_path: Path, value: Any):
     with pytest.raises(QwenMLXError, match=r"generation_config\.json.*top_k"):
         folder_defaults(folder(tmp_path, {"do_sample": True, "top_k": value}))

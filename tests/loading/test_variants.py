@@ -14,6 +14,7 @@ from qwen_mlx import QwenMLXError, convert, load
 from qwen_mlx.backend import mx
 from reference.lazy import torch, transformers
 from reference.small_models import RandomModel, save_folder, to_hf, write_gguf
+from tests.helpers.cases import each
 from tests.helpers.foreign import Stored, write_safetensors
 from tests.helpers.peers import IDS, distance, tolerance, torch_logits
 
@@ -87,7 +88,7 @@ SAME = {  # the same model: what differs, and what is said
 }
 
 
-@pytest.mark.parametrize("kind", SAME)
+@each("kind", SAME)
 def test_the_same_model(tmp_path: Path, kind: str, capsys):
     change, said = SAME[kind]
     model = RandomModel()
@@ -283,8 +284,8 @@ def test_fields_that_config_json_leaves_out_are_transformers_s(tmp_path: Path):
     assert load(folder)[0].config.context_length == theirs.config.max_position_embeddings
 
 
-@pytest.mark.parametrize("name", ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "x.lora_b"])
-@pytest.mark.parametrize("alone", [True, False])
+@each("name", ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "x.lora_b"])
+@each("alone", [True, False])
 def test_an_adapter_that_is_not_merged(tmp_path: Path, name: str, alone: bool):
     def change(tensors: dict[str, Stored]) -> None:
         if alone:

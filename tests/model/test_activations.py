@@ -12,6 +12,7 @@ from qwen_mlx.backend import mx
 from qwen_mlx.model.activations import LAYER_TAPS
 from qwen_mlx.model.qwen2 import Qwen2
 from reference.small_models import RandomModel, hf_model, save_folder
+from tests.helpers.cases import each
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -62,7 +63,7 @@ def test_ids_are_lists_arrays_one_row_or_several(model: Qwen2):
 ROWS = [[], [[]], [[1], [2, 3]], [0.5], ["a"], [True], [[[1]]], [-1], [10**6]]
 
 
-@pytest.mark.parametrize("ids", [*ROWS, "abc", 5, None, mx.array([0.5]), mx.array(1)])
+@each("ids", [*ROWS, "abc", 5, None, mx.array([0.5]), mx.array(1)])
 def test_what_is_no_ids_is_refused(model: Qwen2, ids: object):
     with pytest.raises(QwenMLXError, match="input_ids"):
         model(ids)

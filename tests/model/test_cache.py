@@ -16,6 +16,7 @@ from qwen_mlx.model.cache import BLOCK, STEP, KVCache, QuantizedKVCache, Rotatin
 from reference.lazy import mlx_lm_cache, torch
 from reference.small_models import TOKENS, RandomModel, to_hf, write_gguf
 from tests.helpers.attending import attend
+from tests.helpers.cases import each
 
 HEADS, KV_HEADS, DIM, SCALE = 6, 2, 64, 0.125
 
@@ -65,9 +66,9 @@ def fed(cache: KVCache, q: mx.array, kv: mx.array, pieces: list[int], window: in
 PIECES = [[40], [1] * 40, [7, 1, 1, 20, 1, 10], [12, 13, 15], [16] + [1] * 24, [39, 1]]
 
 
-@pytest.mark.parametrize("pieces", PIECES, ids=str)
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(("max_size", "sinks"), [(None, 0), (16, 4), (16, 0), (9, 8), (40, 4), (64, 4)])
+@each("pieces", PIECES, ids=str)
+@each("window", [None, 5])
+@each(("max_size", "sinks"), [(None, 0), (16, 4), (16, 0), (9, 8), (40, 4), (64, 4)])
 def test_every_query_sees_what_the_definition_says(pieces, window, max_size, sinks):
     q, kv = drawn(40, 1, batch=2)
     cache = KVCache() if max_size is None else RotatingKVCache(max_size, sinks)
@@ -134,8 +135,8 @@ def stored(kv: mx.array, bits: int) -> np.ndarray:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("pieces", [[300], [1] * 300, [70, 1, 1, 128, 60, 40], [127, 1, 172], [64, 64, 172]], ids=len)
+@each("bits", [8, 4])
+@each("pieces", [[300], [1] * 300, [70, 1, 1, 128, 60, 40], [127, 1, 172], [64, 64, 172]], ids=len)
 def test_quantized_holds_old_blocks_in_bits_and_the_newest_in_floats(pieces, bits):
     q, kv = drawn(300, 6, batch=2)
     cache = QuantizedKVCache(bits)
@@ -154,7 +155,7 @@ def test_quantized_holds_old_blocks_in_bits_and_the_newest_in_floats(pieces, bit
             np.testing.assert_allclose(out[:, 299:], last, atol=3e-6)
 
 
-@pytest.mark.parametrize("left", [0, 1, 63, 64, 65, 192, 193, 255, 299, 300])
+@each("left", [0, 1, 63, 64, 65, 192, 193, 255, 299, 300])
 def test_quantized_is_trimmed_anywhere(left):
     q, kv = drawn(300, 7)
     cache, again = QuantizedKVCache(8), drawn(150, 8)
@@ -196,7 +197,7 @@ def test_the_buffer_grows_rarely_and_is_made_once_where_its_size_is_said():
         assert cache.nbytes == 4 * STEP * 2 * KV_HEADS * DIM * 4
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "message"),
     [
         ({"bits": 3}, "bits are 3, expected 8 or 4"),
@@ -222,8 +223,8 @@ def test_kinds():
         _ = QuantizedKVCache().state
 
 
-@pytest.mark.parametrize("window", [None, 30])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@each("window", [None, 30])
+@each("dtype", [mx.float32, mx.bfloat16])
 def test_a_long_chunk_is_attended_to_in_slices(dtype, window, monkeypatch):
     """Whose last is shorter, or that hold one query each; padding masks are cut too."""
     attention = importlib.import_module("qwen_mlx.ops.attention")
@@ -281,7 +282,7 @@ def test_rotating_model_equals_transformers_with_the_mask_written_out(small, the
     np.testing.assert_allclose(mx.concatenate(out, axis=1), wanted, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", [{}, {"max_size": 512}, {"max_size": 50}, {"bits": 8}], ids=str)
+@each("kind", [{}, {"max_size": 512}, {"max_size": 50}, {"bits": 8}], ids=str)
 def test_generation_continues_on_every_kind_of_cache(small, kind):
     """The token loop runs a step ahead and takes it back: what follows is as if all had been one prompt."""
     model, tokenizer = small
@@ -302,7 +303,7 @@ def test_generation_continues_on_every_kind_of_cache(small, kind):
     assert (second == answer([*prompt, *first, *more], 20, None)) == (kind != {"max_size": 50})
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "message"),
     [
         (["--kv-bits", "8", "--max-kv-size", "99"], "at most 99 tokens cannot be held in 8 bits"),

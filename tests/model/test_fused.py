@@ -16,6 +16,7 @@ from qwen_mlx.model.cache import KVCache
 from qwen_mlx.model.fused import FusedModel
 from qwen_mlx.model.layers import join_rows, matrix_of, temporary_bytes
 from reference.emulator import emulate
+from tests.helpers.cases import each
 from tests.helpers.packed_models import leaves_no_memory, model_of, nbytes, same
 
 PACKINGS = ["dense", "affine", "q4_k", "q6_k", "mixed"]
@@ -25,8 +26,8 @@ def fused(model: Qwen2, ids: list[list[int]], cache: list, keep: int = 0) -> mx.
     return FusedModel.of(model)(mx.array(ids), cache, keep)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("packing", PACKINGS)
+@each("biased", [False, True])
+@each("packing", PACKINGS)
 def test_a_chunk_gets_the_logits_of_the_plain_equations(packing: str, biased: bool):
     model = model_of(packing, True, mlp_bias=biased, sliding_window=3, max_window_layers=1)
     plain, joined, ids = model.make_cache(), model.make_cache(), [[5, 17, 200, 3, 9], [1, 2, 3, 4, 5]]
@@ -36,8 +37,8 @@ def test_a_chunk_gets_the_logits_of_the_plain_equations(packing: str, biased: bo
         same(mx.concatenate(mine.state), mx.concatenate(theirs.state))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("packing", PACKINGS)
+@each("tied", [True, False])
+@each("packing", PACKINGS)
 def test_a_token_gets_the_logits_of_the_plain_equations(packing: str, tied: bool):
     model = model_of(packing, tied)
     prompt, more = mx.array([[5, 17, 200, 3]]), [9, 250]
@@ -165,7 +166,7 @@ def test_a_copy_of_a_model_has_a_fused_form_of_its_own():
     same(fused(model, [[1, 2]], model.make_cache()), model(mx.array([[1, 2]])))
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@each("packing", PACKINGS)
 def test_joined_rows_are_held_once(packing: str):
     model = model_of(packing, False)
     attention = model.model.layers[0].self_attn
@@ -259,8 +260,8 @@ def tokens(step: int, rows: int) -> list[list[int]]:
     return [[(31 * step + 5 * row) % 300] for row in range(rows)]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("packing", ["dense", "affine", "q4_k", "mixed"])
+@each("tied", [True, False])
+@each("packing", ["dense", "affine", "q4_k", "mixed"])
 def test_rows_get_the_logits_of_the_plain_equations(packing: str, tied: bool):
     model, pads = model_of(packing, tied), [2, 0, 5]
     plain, stepped = read(model, pads, 6), read(model, pads, 6)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from qwen_mlx import load, stream_generate
 from qwen_mlx.backend import mx
 from reference import golden
+from tests.helpers.cases import each
 
 EXPECTED = load_file(golden.FOLDER / "expected.safetensors")
 NOISE = {
@@ -28,7 +29,7 @@ def device(request: pytest.FixtureRequest):
     mx.set_default_device(before)
 
 
-@pytest.mark.parametrize("name", golden.MODELS)
+@each("name", golden.MODELS)
 def test_logits_equal_stored_ones_of_transformers(name: str):
     """Each side may be off by the noise, so their difference by twice as much; the factor four is test_model's."""
     model, _ = load(golden.FOLDER / name, dtype="float32")

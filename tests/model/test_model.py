@@ -21,6 +21,7 @@ from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading.load import DTYPES
 from qwen_mlx.model.layers import QuantizedLinear, matrix_of
 from reference.small_models import hf_model, save_folder, write_gguf
+from tests.helpers.cases import each
 from tests.helpers.peers import IDS, distance, tolerance, torch_logits
 
 SHAPES = {
@@ -35,8 +36,8 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("source", ["gguf", "safetensors"])
+@each("shape", SHAPES)
+@each("source", ["gguf", "safetensors"])
 def test_logits_equal_transformers(shape: str, source: str, tmp_path: Path):
     theirs = hf_model(**SHAPES[shape])
     path = write_gguf(tmp_path / "m.gguf", theirs) if source == "gguf" else save_folder(tmp_path / "m", theirs)
@@ -47,8 +48,8 @@ def test_logits_equal_transformers(shape: str, source: str, tmp_path: Path):
 ROW_TYPES = [T.F16, T.BF16, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("kind", ROW_TYPES, ids=lambda kind: kind.name)
+@each("packed", [False, True], ids=["dense", "packed"])
+@each("kind", ROW_TYPES, ids=lambda kind: kind.name)
 def test_every_file_type_gives_the_logits_of_gguf_py_s_values(kind: T, packed: bool, tmp_path: Path):
     theirs = hf_model(hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     path = write_gguf(tmp_path / "m.gguf", theirs, kind)
@@ -207,9 +208,9 @@ def test_wrong_weights_are_seen(tmp_path: Path):
     assert len(seen) == 10
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("kind", [T.F32, *ROW_TYPES], ids=lambda kind: kind.name)
+@each("dtype", DTYPES)
+@each("packed", [False, True], ids=["dense", "packed"])
+@each("kind", [T.F32, *ROW_TYPES], ids=lambda kind: kind.name)
 def test_dtype_of_every_tap(kind: T, packed: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever the file's types, every module and every cache works in the dtype asked for."""
     theirs = hf_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
@@ -235,7 +236,7 @@ def test_dtype_of_every_tap(kind: T, packed: bool, dtype: str, tmp_path: Path, m
         assert array.dtype in {DTYPES[dtype], *stored} or name.endswith((".scales", ".biases", ".factors")), name
 
 
-@pytest.mark.parametrize("dtype", ["int4", "", 5, mx.int32])
+@each("dtype", ["int4", "", 5, mx.int32])
 def test_an_impossible_dtype_is_refused(dtype, tmp_path: Path):
     with pytest.raises(QwenMLXError, match="float32, bfloat16, float16"):
         load(write_gguf(tmp_path / "m.gguf", hf_model()), dtype=dtype)

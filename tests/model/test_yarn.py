@@ -20,6 +20,7 @@ from qwen_mlx.model.config import RopeScaling
 from qwen_mlx.model.qwen2 import rotary_of
 from reference.lazy import modeling_qwen2, torch, transformers
 from reference.small_models import RandomModel, hf_model, save_folder, write_gguf
+from tests.helpers.cases import each
 
 # https://qwen.readthedocs.io and the model cards of Qwen2.5-7B-Instruct and larger: "rope_scaling" in config.json.
 DOCUMENTED = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
@@ -30,10 +31,8 @@ def theirs(config: ModelConfig) -> modeling_qwen2.Qwen2RotaryEmbedding:
     return modeling_qwen2.Qwen2RotaryEmbedding(transformers.Qwen2Config(**config.to_hf()))
 
 
-@pytest.mark.parametrize(
-    "config", [QWEN, replace(QWEN, head_dim=64, hidden_size=896, num_attention_heads=14, num_key_value_heads=2)]
-)
-@pytest.mark.parametrize("factor", [4, 2.5])
+@each("config", [QWEN, replace(QWEN, head_dim=64, hidden_size=896, num_attention_heads=14, num_key_value_heads=2)])
+@each("factor", [4, 2.5])
 def test_tables_equal_transformers_to_float32_rounding_up_to_131072(config: ModelConfig, factor: float):
     config = config.with_yarn(factor)
     rotary, oracle = rotary_of(config), theirs(config)
@@ -164,7 +163,7 @@ def test_a_prompt_past_the_limit_says_how_to_extend(tmp_path: Path, capfd):
         generate(model, tokenizer, encode_prompt(tokenizer, "x" * 40 * 32))
 
 
-@pytest.mark.parametrize("factor", [0, 1, -4, 33, float("nan"), float("inf"), "4", True])
+@each("factor", [0, 1, -4, 33, float("nan"), float("inf"), "4", True])
 def test_factors_that_cannot_be_are_refused(factor):
     with pytest.raises(QwenMLXError, match=r"yarn is .*, expected more than 1 and at most 32; Qwen documents 4"):
         QWEN.with_yarn(factor)

@@ -10,6 +10,7 @@ import pytest
 from qwen_mlx import ops
 from qwen_mlx.cli import selftest_cases as selftest
 from reference.lazy import modeling_qwen2, torch, transformers
+from tests.helpers.cases import each
 
 CASES = list(selftest.cases(small=True))
 EPS = selftest.EPS
@@ -24,7 +25,7 @@ def to_torch(x: mx.array) -> torch.Tensor:
     return torch.tensor(np.array(x.astype(mx.float32))).to(torch_dtype(x.dtype))
 
 
-@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+@each("dtype", selftest.DTYPES, ids=str)
 def test_within_two_ulp_of_float64_and_never_worse_than_mlx(executor, dtype):
     rows = selftest.run([case for case in CASES if case.dtype == dtype])
     for row in rows:
@@ -36,7 +37,7 @@ def test_within_two_ulp_of_float64_and_never_worse_than_mlx(executor, dtype):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+@each("dtype", selftest.DTYPES, ids=str)
 def test_swiglu_on_a_dense_sweep(executor, dtype):
     """Gates whose silu is a normal number. Traced, in plain float32, e^-x, the sum, the quotient and the product round
     one after another: 3.08 ulp at the most in 30 million elements, the same as torch's."""
@@ -65,7 +66,7 @@ def test_a_compiler_that_contracts_products_and_sums_changes_no_verdict():
             assert row["ok"], row
 
 
-@pytest.mark.parametrize("break_it", ["row", "rounding", "nan", "shape", "dtype", "zero"])
+@each("break_it", ["row", "rounding", "nan", "shape", "dtype", "zero"])
 def test_the_measure_sees_what_is_wrong(break_it):
     case = next(case for case in CASES if case.name == "rms_norm (5, 897)" and case.dtype == mx.bfloat16)
     right = case.compute()[0]
@@ -92,7 +93,7 @@ def hardest_position() -> int:
     return int(positions[np.argmax(weights) % len(positions)])
 
 
-@pytest.mark.parametrize("position", [0, 1, 355, 103_993, 833_719, "hardest", 1_000_000, 2**28, 2**31 - 1])
+@each("position", [0, 1, 355, 103_993, 833_719, "hardest", 1_000_000, 2**28, 2**31 - 1])
 def test_rotation_against_200_bits(executor, position):
     position = hardest_position() if position == "hardest" else position
     with mpmath.workprec(200):
@@ -108,7 +109,7 @@ def test_rotation_against_200_bits(executor, position):
     assert selftest.ulp_error(got, want, mx.float32, selftest.pair_lengths(want)) <= selftest.LIMIT
 
 
-@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+@each("dtype", selftest.DTYPES, ids=str)
 def test_pairs_are_within_two_ulp_of_their_length(executor, dtype):
     """Random pairs, and pairs of which one element cancels almost wholly."""
     rotary, generator = ops.Rotary.plain(16, 1e4), np.random.default_rng(3)
@@ -148,7 +149,7 @@ def test_a_table_known_only_when_evaluated():
     assert selftest.ulp_error(compiled, selftest.to_float64(eager), mx.float32) <= 1
 
 
-@pytest.mark.parametrize(
+@each(
     ("parameters", "rotary"),
     [
         ({"rope_type": "default", "rope_theta": 1e6}, ops.Rotary.plain(64, 1e6)),
@@ -181,7 +182,7 @@ def test_frequencies_are_those_of_transformers(parameters, rotary):
     assert rotary.attention_factor == pytest.approx(embedding.attention_scaling, rel=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@each("dtype", [mx.bfloat16, mx.float16], ids=str)
 def test_rounding_order_is_that_of_transformers(executor, dtype):
     """The same bits as transformers; a rounding left out would change a tenth of them and more."""
     random = selftest._Random(5, dtype)
@@ -202,7 +203,7 @@ def test_rounding_order_is_that_of_transformers(executor, dtype):
     assert np.mean(selftest.to_float64(rounded_once) != selftest.to_float64(pairs["swiglu"][0])) > 0.1
 
 
-@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+@each("dtype", selftest.DTYPES, ids=str)
 def test_extremes_are_what_torch_gives(executor, dtype):
     random = selftest._Random(9, dtype)
     x = selftest.extremes(random, 12, 96)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qwen_mlx import ops
 from qwen_mlx.ops.best_token import PARTS
 from reference.emulator import emulate
+from tests.helpers.cases import each
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-45, -1e-45, float("inf"), float("-inf"), float("nan")]
 
@@ -19,8 +20,8 @@ def expected(logits: np.ndarray) -> list[int]:
     return [int(row.argmax()) if np.isfinite(row).all() else -1 for row in logits]
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [1, 2, PARTS - 1, PARTS + 1, 1000, 151_936])
+@each("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@each("count", [1, 2, PARTS - 1, PARTS + 1, 1000, 151_936])
 def test_the_largest_of_each_row(executor: str, dtype: mx.Dtype, count: int):
     logits = mx.random.normal((3, count), key=mx.random.key(count)).astype(dtype)  # 16 bits: with equal ones
     found = ops.best_token(logits)
@@ -28,8 +29,8 @@ def test_the_largest_of_each_row(executor: str, dtype: mx.Dtype, count: int):
     assert found.tolist() == expected(np.array(logits.astype(mx.float32)))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("at", [0, 700, 1999])
+@each("value", [float("nan"), float("inf"), float("-inf")])
+@each("at", [0, 700, 1999])
 def test_a_row_that_is_not_finite_is_told(executor: str, value: float, at: int):
     logits = np.linspace(-1, 1, 4000, dtype=np.float32).reshape(2, 2000)
     logits[1, at] = value

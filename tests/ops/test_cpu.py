@@ -15,6 +15,7 @@ from qwen_mlx.gguf.blocks import BY_KIND
 from qwen_mlx.gguf.packing import BLOCK_SIZES
 from qwen_mlx.ops import DENSE, Matrix, Packing
 from tests.helpers.blocks import SCALES, gguf_py, random_rows
+from tests.helpers.cases import each
 
 AFFINE = [(bits, size) for bits in (2, 3, 4, 5, 6, 8) for size in (32, 64, 128)]
 EPS = 2.0**-24
@@ -62,19 +63,19 @@ def assert_all_products(matrix: Matrix, values: np.ndarray) -> None:
     assert np.array_equal(np.array(ops.unpack(matrix, mx.float32, ids)), values[[[-1, 0]]])
 
 
-@pytest.mark.parametrize("kind", BLOCK_SIZES)
-@pytest.mark.parametrize("rows", [1, 7, 70])
+@each("kind", BLOCK_SIZES)
+@each("rows", [1, 7, 70])
 def test_blocks_are_multiplied_and_unpacked(kind: str, rows: int):
     assert_all_products(*blocks(kind, rows, 512, [0x2419, 0x9C00, 0x1234]))
 
 
-@pytest.mark.parametrize("kind", [kind for kind, size in BLOCK_SIZES.items() if size == 32])
+@each("kind", [kind for kind, size in BLOCK_SIZES.items() if size == 32])
 def test_rows_of_an_odd_number_of_blocks(kind: str):
     assert_all_products(*blocks(kind, 5, 7 * 32, [0x2419, 0x9C00]))
 
 
-@pytest.mark.parametrize("scales", ["zero", "subnormal", "largest", "negative"])
-@pytest.mark.parametrize("kind", BLOCK_SIZES)
+@each("scales", ["zero", "subnormal", "largest", "negative"])
+@each("kind", BLOCK_SIZES)
 def test_extreme_scales(kind: str, scales: str):
     assert_all_products(*blocks(kind, 3, 256, SCALES[scales]))
 
@@ -85,7 +86,7 @@ def test_a_scale_that_is_not_finite_reaches_the_product(kind: str):
     assert np.isnan(np.array(ops.multiply(mx.array(normal(1, 256)), matrix))).all()
 
 
-@pytest.mark.parametrize(("bits", "size"), AFFINE)
+@each(("bits", "size"), AFFINE)
 def test_affine_codes_are_multiplied_and_unpacked(bits: int, size: int):
     matrix, values = affine(bits, size, 9, 384)
     x = normal(3, 384)
@@ -141,9 +142,9 @@ def test_a_step_equals_plain_mlx():
         np.testing.assert_allclose(np.array(y), np.array(expected), rtol=0, atol=4e-6 * largest)
 
 
-@pytest.mark.parametrize("tokens", [1, 20, 300, 700])
-@pytest.mark.parametrize("window", [None, 5, 290])
-@pytest.mark.parametrize("padding", [None, [0, 9]])
+@each("tokens", [1, 20, 300, 700])
+@each("window", [None, 5, 290])
+@each("padding", [None, [0, 9]])
 def test_decode_attention_equals_plain_mlx(tokens: int, window: int | None, padding: list[int] | None):
     rows, room = 1 if padding is None else 2, -(-tokens // 256) * 256
     q, kv = mx.array(normal(rows, 6, 1, 48)), mx.array(normal(rows, 4, room, 48, seed=1))
@@ -156,9 +157,9 @@ def test_decode_attention_equals_plain_mlx(tokens: int, window: int | None, padd
     np.testing.assert_allclose(np.array(own), np.array(plain), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("length", [1, 5, 60])
-@pytest.mark.parametrize("before", [0, 13])
-@pytest.mark.parametrize("mask", ["causal", None, "shared", "each row's"])
+@each("length", [1, 5, 60])
+@each("before", [0, 13])
+@each("mask", ["causal", None, "shared", "each row's"])
 def test_attention_equals_plain_mlx(length: int, before: int, mask: str | None):
     q, kv = mx.array(normal(2, length, 6, 40)), mx.array(normal(2, 4, length + before, 40, seed=1))
     visible: mx.array | str | None = mask
@@ -265,12 +266,12 @@ def test_every_float16_is_read_by_the_processor_s_instructions_and_without_them(
     blocks[:, :2] = halves.view(np.uint8).reshape(-1, 2)
     read(Q80(blocks.reshape(-1)), one_by_one.reshape(-1))
     expected = halves.view(np.float16).astype(np.float32)
-    for each in (together, one_by_one[:, 31]):
-        np.testing.assert_array_equal(each, expected)
-        np.testing.assert_array_equal(np.signbit(each), np.signbit(expected))
+    for values in (together, one_by_one[:, 31]):
+        np.testing.assert_array_equal(values, expected)
+        np.testing.assert_array_equal(np.signbit(values), np.signbit(expected))
 
 
-@pytest.mark.parametrize("kind", [*BLOCK_SIZES, "float32", "float16", "bfloat16", "affine3", "affine4", "affine8"])
+@each("kind", [*BLOCK_SIZES, "float32", "float16", "bfloat16", "affine3", "affine4", "affine8"])
 def test_the_other_number_of_lanes_multiplies_alike(kind: str, monkeypatch: pytest.MonkeyPatch):
     """AVX-512's sums of 16 lanes on processors without it, and the other way round."""
     import numba

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qwen_mlx import ops
+from tests.helpers.cases import each
 
 RNG = np.random.default_rng(0)
 EPS = 1e-6
@@ -61,7 +62,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@each("name", OPERATIONS)
 def test_gradients_are_those_of_torch(executor, name):
     ours, theirs, shapes = OPERATIONS[name]
     inputs = [RNG.standard_normal(shape).astype(np.float32) for shape in shapes]

@@ -10,6 +10,7 @@ import pytest
 
 from qwen_mlx import ops
 from qwen_mlx.ops import DENSE, LowRank, Matrix
+from tests.helpers.cases import each
 from tests.helpers.packed import raw_blocks
 
 EPS = 1e-6
@@ -48,9 +49,9 @@ def close(got: mx.array, expected: mx.array) -> None:
     np.testing.assert_allclose(np.array(got), np.array(expected), rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("rank", [3, 32])
-@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+@each("scaled", [False, True], ids=["lora", "dora"])
+@each("rank", [3, 32])
+@each("kind", ["q4_k", "q6_k"])
 def test_products_and_rows(executor: str, kind: str, rank: int, scaled: bool):
     matrix, dense = pair(kind, 48, rank, scaled)
     x, norm, residual = random(1, 1, 256, seed=8), (random(256, seed=9), EPS), random(1, 1, 48, seed=10)
@@ -67,7 +68,7 @@ def test_products_and_rows(executor: str, kind: str, rank: int, scaled: bool):
     close(ops.multiply(several, part), ops.multiply(several, expected))
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["the first", "both"])
+@each("both", [False, True], ids=["the first", "both"])
 def test_the_step_of_attention(executor: str, both: bool):
     heads, kv_heads, head_dim = 2, 1, 16
     first, second = pair("q4_k", 48, 5, False), pair("q6_k", 16, 4, True, seed=20)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_mlx import ops
+from tests.helpers.cases import each
 from tests.helpers.decoding_calls import tiles
 
 MODULE = sys.modules["qwen_mlx.ops.matmul"]
@@ -40,10 +41,8 @@ def assert_right(x: mx.array, w: mx.array, y: mx.array) -> None:
     assert (np.abs(wide(y) - exact) <= np.abs(exact) * ULP[x.dtype] / 2 * 1.001 + 64 * 2**-24 * size).all()
 
 
-@pytest.mark.parametrize("dtype", ULP, ids=str)
-@pytest.mark.parametrize(
-    ("shape", "outputs"), [((2, 1, 896), 40), ((9, 64), 16), ((4, 8, 160), 37), ((33, 96), 1), ((64, 1, 512), 24)]
-)
+@each("dtype", ULP, ids=str)
+@each(("shape", "outputs"), [((2, 1, 896), 40), ((9, 64), 16), ((4, 8, 160), 37), ((33, 96), 1), ((64, 1, 512), 24)])
 def test_products(executor: str, shape: tuple[int, ...], outputs: int, dtype: mx.Dtype):
     x, w = random(*shape, dtype=dtype, seed=1), random(outputs, shape[-1], dtype=dtype, seed=2)
     assert (executor == "emulated") == MODULE.supports(x, w)
@@ -80,7 +79,7 @@ def test_gradients(executor: str):
         assert np.abs(wide(a) - wide(b)).max() <= 4 * ULP[mx.float16] * np.abs(wide(b)).max()
 
 
-@pytest.mark.parametrize(
+@each(
     ("x", "w"),
     [
         (mx.zeros((1, 64), mx.bfloat16), mx.zeros((8, 64), mx.bfloat16)),  # one row is matvec's
@@ -98,7 +97,7 @@ def test_what_the_kernel_does_not_support_is_mlx_own_product(x: mx.array, w: mx.
         assert ops.matmul(x, w).tolist() == (x @ w.T).tolist()
 
 
-@pytest.mark.parametrize(
+@each(
     ("x", "w"),
     [
         (mx.zeros((2, 64)), mx.zeros((8, 32))),

@@ -14,6 +14,7 @@ from reference.diagnose import diagnose
 from reference.noise import SMALL_SHAPES, small_runs
 from reference.small_models import hf_model, save_folder
 from tests.helpers.bugs_of_blocks import BUGS, Bug
+from tests.helpers.cases import each
 
 RUNS = {run.name: run for run in small_runs()}
 
@@ -35,7 +36,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory):
     return made
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@each("bug", BUGS, ids=lambda bug: bug.name)
 def test_bug_is_seen_at_its_tap_and_named(bug: Bug, prepared, monkeypatch: pytest.MonkeyPatch):
     folder, theirs = prepared(bug.shape, bug.run)
     run, limits = RUNS[bug.run], tolerances.tolerances("small", bug.dtype)

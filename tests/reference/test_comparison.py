@@ -26,12 +26,13 @@ from reference.measures import Measure, measure, measure_logits
 from reference.noise import SMALL_SHAPES, measure_floors, small_ids, small_runs
 from reference.small_models import hf_model, save_folder, write_gguf
 from reference.taps import CACHE_TAPS, LAYER_TAPS, Run, keys_of_call
+from tests.helpers.cases import each
 
 RUNS = {run.name: run for run in small_runs()}
 
 
-@pytest.mark.parametrize("dtype", tolerances.DTYPES)
-@pytest.mark.parametrize("shape", SMALL_SHAPES)
+@each("dtype", tolerances.DTYPES)
+@each("shape", SMALL_SHAPES)
 def test_every_tap_is_within_its_tolerance(shape: str, dtype: str, tmp_path: Path):
     """One pass, chunks, token by token, and padded rows, from safetensors and, in float32, from a GGUF."""
     theirs = hf_model(list(SMALL_SHAPES).index(shape), **SMALL_SHAPES[shape])
@@ -73,7 +74,7 @@ def test_mlp_biases_are_compared(tmp_path: Path):
     assert compare(ours, RUNS["prefill"], torch_side.record(again, RUNS["prefill"]), limits, "float32").passed
 
 
-@pytest.mark.parametrize("kind", [T.Q8_0, T.Q5_0, T.Q4_K, T.Q6_K], ids=lambda kind: kind.name)
+@each("kind", [T.Q8_0, T.Q5_0, T.Q4_K, T.Q6_K], ids=lambda kind: kind.name)
 def test_a_quantized_gguf_read_by_both_sides(kind: T, tmp_path: Path):
     """Each side with its own reader; packed weights too."""
     path = write_gguf(tmp_path / "m.gguf", hf_model(hidden_size=256, intermediate_size=256, num_hidden_layers=2), kind)

@@ -8,6 +8,7 @@ import torch
 
 from qwen_mlx import ops
 from qwen_mlx.backend import mx
+from tests.helpers.cases import each
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
@@ -25,7 +26,7 @@ def both(values) -> tuple[mx.array, torch.Tensor]:
     return mx.array(array), torch.tensor(array)
 
 
-@pytest.mark.parametrize("gate", [1e4, -1e4, 80.0, -80.0, 100.0, -100.0, 0.0, np.inf, 3e38, -3e38])
+@each("gate", [1e4, -1e4, 80.0, -80.0, 100.0, -100.0, 0.0, np.inf, 3e38, -3e38])
 def test_silu(gate: float):
     mine, theirs = both([gate, 1.0])
     out = np.array(ops.swiglu(mine, mx.ones_like(mine)))
@@ -38,7 +39,7 @@ def test_silu_of_nan_is_nan():
     assert np.isnan(np.array(ops.swiglu(mx.array([float("nan")]), mx.array([1.0])))).all()
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-3, 1e18, 1e38, np.nan])
+@each("value", [0.0, 1e-30, 1e-3, 1e18, 1e38, np.nan])
 def test_rms_norm(value: float):
     """Zeros give zero; the square of 1e38 overflows and both give zero; a NaN stays one."""
     mine, theirs = both([[value] * 64])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-
 from reference import families
+from tests.helpers.cases import each
 
 ROOT = Path(__file__).parents[2]
 NAMED = sorted({test for family in families.FAMILIES for test in family.tests})
@@ -18,7 +17,7 @@ def test_the_page_has_the_table():
     assert text.partition(families.START)[2].partition(families.END)[0] == families.table()
 
 
-@pytest.mark.parametrize("test", NAMED)
+@each("test", NAMED)
 def test_a_named_test_exists(test: str):
     file, _, function = test.partition("::")
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))

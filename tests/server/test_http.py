@@ -16,6 +16,7 @@ from qwen_mlx.generation.fill import stream_fill
 from qwen_mlx.server.limits import Limits
 from qwen_mlx.text.thoughts import Thoughts
 from reference.small_models import IM_END
+from tests.helpers.cases import each
 from tests.helpers.fim_model import FIM_IDS, save_fim_folder
 from tests.helpers.running_server import serving, wait_for
 
@@ -72,9 +73,7 @@ def test_chat_equals_the_library(small, client):
         )
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"n": 3, "temperature": 1, "seed": 4}, {"stop": ["e", "a"]}, {"logprobs": True}]
-)
+@each("fields", [{}, {"n": 3, "temperature": 1, "seed": 4}, {"stop": ["e", "a"]}, {"logprobs": True}])
 def test_a_stream_holds_what_comes_at_once(client, fields):
     asked = hello(max_tokens=12, **fields)
     whole = client.post(CHAT, json=asked).raise_for_status().json()
@@ -98,7 +97,7 @@ def test_several_choices_are_the_seeds_from_the_first_on(small, client):
         assert choice["message"]["content"] == expected
 
 
-@pytest.mark.parametrize("prompt", ["hello", [5, 6, 7], ["hello", "he"], [[5, 6], [7, 8]]], ids=str)
+@each("prompt", ["hello", [5, 6, 7], ["hello", "he"], [[5, 6], [7, 8]]], ids=str)
 def test_completions_take_text_and_ids(small, client, prompt):
     body = client.post(PLAIN, json={"prompt": prompt, "temperature": 0, "max_tokens": 5, "logprobs": 1}).json()
     prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
@@ -154,8 +153,8 @@ def test_a_thought_is_told_from_the_answer(small, monkeypatch, stream):
     assert answer.strip()
 
 
-@pytest.mark.parametrize("field", ["reasoning_budget", "thinking_token_budget", "thinking_budget_tokens", None])
-@pytest.mark.parametrize("stream", [True, False])
+@each("field", ["reasoning_budget", "thinking_token_budget", "thinking_budget_tokens", None])
+@each("stream", [True, False])
 def test_a_budget_ends_a_thought(small, monkeypatch, field, stream):
     """Given by a request, or by the server for all that give none."""
     monkeypatch.setattr(small[1], "think_marks", ("assistant", "§§"))
@@ -193,8 +192,8 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": SCHEMA, "s
 OTHER = {"type": "function", "function": {"name": "sub", "parameters": {"type": "object", "properties": {}}}}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("path", "stream"), [(CHAT, False), (CHAT, True), (PLAIN, False), ("/completion", True)])
+@each("form", FORMS)
+@each(("path", "stream"), [(CHAT, False), (CHAT, True), (PLAIN, False), ("/completion", True)])
 def test_answers_have_the_form_that_is_asked_for(client, form, path, stream):
     asked = hello() if path == CHAT else {"prompt": "hello"}
     asked |= {form: FORMS[form], "temperature": 1.5, "seed": 3, "max_tokens": 60, "stream": stream}
@@ -233,8 +232,8 @@ def test_rows_of_other_forms_do_not_meet(client):
         assert list(pool.map(send, cases)) == alone
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}], ids=str)
-@pytest.mark.parametrize("stream", [True, False])
+@each("choice", ["required", {"type": "function", "function": {"name": "add"}}], ids=str)
+@each("stream", [True, False])
 def test_a_call_can_be_forced(client, choice, stream):
     tools = [TOOL] if choice == "required" else [OTHER, TOOL]
     asked = hello() | {"tools": tools, "tool_choice": choice, "temperature": 1.5, "seed": 2, "max_tokens": 200}
@@ -367,7 +366,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "param"), REFUSED, ids=lambda value: str(value)[:60])
+@each(("path", "body", "param"), REFUSED, ids=lambda value: str(value)[:60])
 def test_what_is_not_done_is_refused(client, path, body, param):
     response = client.post(path, content=json.dumps(body))
     assert response.status_code == 400
@@ -382,8 +381,8 @@ RAW = [b"", b"{", b"[]", b"3", b'"x"', b"\xff\xfe", b'{"a": NaN}', b'{"a": 1e999
 RAW += [b'{"messages": ' + b"[" * 70 + b"]" * 70 + b"}", b'{"n": ' + b"9" * 5000 + b"}", b"\x00", b'{"messages": null}']
 
 
-@pytest.mark.parametrize("raw", RAW, ids=lambda raw: str(raw[:20]))
-@pytest.mark.parametrize("path", [CHAT, INFILL])
+@each("raw", RAW, ids=lambda raw: str(raw[:20]))
+@each("path", [CHAT, INFILL])
 def test_bytes_that_are_no_body_are_refused(client, raw, path):
     response = client.post(path, content=raw)
     if (path, raw) == (INFILL, b'{"messages": null}'):  # a null is a field that is not there
@@ -427,8 +426,8 @@ def test_the_page_asks_no_other_host(client):
     assert "://" not in response.text.replace("http://www.w3.org/2000/svg", "")
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("path", [CHAT, INFILL])
+@each("stream", [True, False])
+@each("path", [CHAT, INFILL])
 def test_a_client_that_hangs_up_ends_its_answer(service, client, path, stream):
     before = service.scheduler.metrics.cancelled
     asked = {"input_prefix": "a", "n_predict": 480} if path == INFILL else hello(max_tokens=480)

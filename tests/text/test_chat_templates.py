@@ -15,6 +15,7 @@ import pytest
 from qwen_mlx import QwenMLXError
 from qwen_mlx.text.tokenizer import Tokenizer
 from tests.helpers.byte_folder import write_byte_folder
+from tests.helpers.cases import each
 
 DATA = Path(__file__).parents[1] / "data" / "chat_templates.json"
 TEMPLATES = {entry["name"]: entry["template"] for entry in json.loads(DATA.read_text(encoding="utf-8"))["templates"]}
@@ -153,7 +154,7 @@ def test_there_are_sixty_templates_and_twelve_hundred_equal_conversations():
     assert len(TEMPLATES) * len(CONVERSATIONS) - sum(REFUSED.values()) >= 1200
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@each("name", TEMPLATES)
 def test_text_and_ids_equal_transformers(folder: Path, theirs, name: str):
     source = TEMPLATES[name]
     ours = Tokenizer.from_folder(folder)

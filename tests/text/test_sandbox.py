@@ -11,6 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.text import chat_template, sandbox
+from tests.helpers.cases import each
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<p>Grüße & 你好</p>\n"}]
 DOUBLE = "{%% set ns = namespace(s='x', t=[1], u=[1]) %%}{%% for i in range(60) %%}%s{%% endfor %%}{{ ns.s }}"
@@ -70,7 +71,7 @@ TIME = {
 }
 
 
-@pytest.mark.parametrize("template", [*MEMORY.values(), *TIME.values()], ids=[*MEMORY, *TIME])
+@each("template", [*MEMORY.values(), *TIME.values()], ids=[*MEMORY, *TIME])
 def test_a_template_cannot_take_the_machine(template: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sandbox, "SECONDS", 0.4)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -88,7 +89,7 @@ def test_all_renderings_of_a_slow_template_have_an_end(monkeypatch: pytest.Monke
             chat_template.render_normalized(TIME["macros"] + "{# a slow one #}", MESSAGES)
 
 
-@pytest.mark.parametrize(
+@each(
     "template",
     [
         "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ m.role }}{% endfor %}",

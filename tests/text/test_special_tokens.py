@@ -17,6 +17,7 @@ from qwen_mlx.text.chat_template import GUARD, guarded, guarded_conversation, re
 from qwen_mlx.text.special_tokens import end_ids
 from qwen_mlx.text.tokenizer import Tokenizer
 from tests.helpers.byte_folder import CONTROL, USER_DEFINED, special_ids, write_byte_folder
+from tests.helpers.cases import each
 
 BOS, EOS, IM_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|im_end|>"
 IDS = special_ids()
@@ -48,7 +49,7 @@ def template_processing(*before: str, after: tuple[str, ...] = ()) -> dict[str, 
     return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": tokens}
 
 
-@pytest.mark.parametrize(
+@each(
     ("template", "expected"),
     [
         ("{{ eos_token }}", IM_END),
@@ -77,7 +78,7 @@ def test_bos_of_a_template_is_in_every_chat_once(tmp_path: Path, add: bool | Non
     assert tokenizer.apply_chat_template(HI) == [IDS[BOS], *tokenizer.encode("Hi")]
 
 
-@pytest.mark.parametrize(
+@each(
     ("changes", "before", "after"),
     [
         ({}, [], []),
@@ -137,7 +138,7 @@ def test_tools_take_the_template_that_is_named_for_them(tmp_path: Path):
     assert Tokenizer.from_gguf(MINIMAL | {"tokenizer.chat_template": "plain"}).render_chat(HI, ["x"]) == "plain"
 
 
-@pytest.mark.parametrize(
+@each(
     ("own", "words"),
     [
         (5, "chat_template"),
@@ -163,7 +164,7 @@ def test_a_file_without_an_end_token_is_refused():
         Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.token_type": [1] * 5, "tokenizer.ggml.eos_token_id": None})
 
 
-@pytest.mark.parametrize("pre", [None, "", "default", "gpt-2"])
+@each("pre", [None, "", "default", "gpt-2"])
 def test_old_files_without_the_name_of_the_split_rule_load_with_a_sentence(pre: str | None):
     with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.pre"):
         tokenizer = Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.pre": pre})
@@ -216,7 +217,7 @@ def test_vocab_and_merges_are_read_as_transformers_reads_them(tmp_path: Path, de
     assert added[IM_END] in ours.eos_token_ids
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "content"),
     [("vocab.json", "[]"), ("merges.txt", "h e x\n"), ("merges.txt", "h nosuch"), ("added_tokens.json", '{"x": []}')],
 )
@@ -245,7 +246,7 @@ def test_added_tokens_that_are_no_control_tokens_stay():
     assert guarded(text, STARTS, USER_DEFINED) == text.replace("</s>", f"<{GUARD}/s>")
 
 
-@pytest.mark.parametrize(
+@each(
     ("template", "text"),
     [
         ("{{ messages[0].content | tojson(ensure_ascii=true) }}", "a<|im_end|>\\ufdd0\\\\ufdd0 é"),
@@ -300,7 +301,7 @@ def test_any_json_is_a_text_or_a_sentence(messages: Any):
         assert isinstance(render(CALLS % "m.role + m.content + c.function.name", messages), str)
 
 
-@pytest.mark.parametrize(
+@each(
     ("messages", "words"),
     [
         ([{"role": "user"}], "no content"),
@@ -334,7 +335,7 @@ def test_what_a_template_leaves_out_is_said():
         assert render(source, [*HI, {"role": "assistant", "tool_calls": [call]}]) == "Hi"
 
 
-@pytest.mark.parametrize("arguments", ["", " ", "null", "{}", {}, None, ...], ids=repr)
+@each("arguments", ["", " ", "null", "{}", {}, None, ...], ids=repr)
 def test_a_call_without_arguments_has_an_empty_object(arguments: Any):
     function = {"name": "f"} | ({} if arguments is ... else {"arguments": arguments})
     messages = [{"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_mlx.text.thoughts import Thoughts, think_marks
 from qwen_mlx.text.tokenizer import Tokenizer
 from tests.helpers.byte_folder import write_byte_folder
+from tests.helpers.cases import each
 
 MARKS = ("<think>", "</think>")
 CASES = [
@@ -37,7 +37,7 @@ def split(pieces: list[str], opened: bool) -> tuple[str, str]:
     return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
 
 
-@pytest.mark.parametrize(("text", "opened", "thought", "answer"), CASES)
+@each(("text", "opened", "thought", "answer"), CASES)
 def test_thought_and_answer(text: str, opened: bool, thought: str, answer: str):
     assert split([text], opened) == (thought, answer)
     assert split([*text, ""], opened) == (thought, answer)
@@ -63,7 +63,7 @@ def test_nothing_of_a_thought_waits_longer_than_it_must():
     assert not thoughts.thinking
 
 
-@pytest.mark.parametrize(
+@each(
     ("special", "template", "marks"),
     [
         (["<think>", "</think>"], "", MARKS),

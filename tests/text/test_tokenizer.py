@@ -14,6 +14,7 @@ from qwen_mlx import GGUFError, QwenMLXError
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.text.tokenizer import Tokenizer
 from reference.small_models import RandomModel, save_folder, write_gguf
+from tests.helpers.cases import each
 
 CORPUS = [
     "",
@@ -133,14 +134,14 @@ def random_strings(count: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("text", CORPUS, ids=range(len(CORPUS)))
+@each("text", CORPUS, ids=range(len(CORPUS)))
 def test_ids_equal_transformers_and_text_comes_back(ours, theirs, text: str):
     ids = ours.encode(text)
     assert ids == theirs.encode(text, add_special_tokens=False)
     assert ours.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-@pytest.mark.parametrize("text", SPECIAL)
+@each("text", SPECIAL)
 def test_special_tokens_are_recognised_only_when_allowed(ours, theirs, text: str):
     assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False)
     plain = ours.encode(text)
@@ -190,8 +191,8 @@ def test_stream_waits_for_a_whole_character(ours):
         assert shown == text
 
 
-@pytest.mark.parametrize("index", range(len(CONVERSATIONS)))
-@pytest.mark.parametrize("prompt", [True, False])
+@each("index", range(len(CONVERSATIONS)))
+@each("prompt", [True, False])
 def test_chat_template_equals_transformers(ours, theirs, index: int, prompt: bool):
     messages, tools = CONVERSATIONS[index]
     text = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
@@ -255,7 +256,7 @@ def metadata(tmp_path: Path, **changes: object) -> dict[str, object]:
     return found | {f"tokenizer.{key.replace('__', '.')}": value for key, value in changes.items()}
 
 
-@pytest.mark.parametrize(
+@each(
     ("changes", "word"),
     [
         ({"ggml__tokens": None}, "tokens"),
@@ -276,7 +277,7 @@ def test_wrong_metadata_is_named(tmp_path: Path, changes: dict, word: str):
         Tokenizer.from_gguf(metadata(tmp_path, **changes))
 
 
-@pytest.mark.parametrize(
+@each(
     "template",
     [
         "{{ raise_exception('no') }}",
