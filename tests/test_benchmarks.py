@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import pytest
 
 from benchmarks.cpu_generate import ENGINES
 from reference.small_models import RandomModel, write_gguf
+from tests.helpers.cases import each
+from tests.helpers.commands import run_here
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.linux  # mlx-lm would run on Apple's GPU
 def test_cpu_generate(tmp_path: Path):
     model, output = write_gguf(tmp_path / "small.gguf", RandomModel()), tmp_path / "results.json"
@@ -74,14 +77,15 @@ MISTAKES = {
 
 @pytest.mark.heavy
 @pytest.mark.linux  # a Mac has a GPU
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_sentence_before_anything_is_measured(name: str):
+@each("name", MISTAKES)
+def test_mistakes_are_one_sentence_before_anything_is_measured(name: str, monkeypatch: pytest.MonkeyPatch):
     (script, *arguments), message = MISTAKES[name]
-    command = [sys.executable, "-m", f"benchmarks.{script}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.chdir(Path(__file__).parents[1])
+    main = importlib.import_module(f"benchmarks.{script}").main
+    done = run_here(main)
     assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    assert message in done.stderr.decode().splitlines()[-1]
 
 
 def test_the_readme_s_speeds_are_those_of_the_stored_runs():

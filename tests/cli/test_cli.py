@@ -7,14 +7,17 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
+from qwen_mlx.cli import generate
 from reference.small_models import RandomModel, save_folder, write_gguf
+from tests.helpers import commands
+from tests.helpers.cases import each
 
 COMMAND = [sys.executable, "-W", "default", "-m", "qwen_mlx.generate"]
 
@@ -24,6 +27,11 @@ def run(*arguments: str | Path, stdin: bytes = b"", **variables: str) -> subproc
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, env=environment, timeout=120, check=False
     )
+
+
+def run_here(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    """The same in this process, for its mistakes."""
+    return commands.run_here(lambda: generate.main([*map(str, arguments)]))
 
 
 def refused(result: subprocess.CompletedProcess[bytes], *words: str) -> None:
@@ -71,23 +79,23 @@ def test_prompt_from_standard_input_and_file_give_the_same(small: Path, tmp_path
     file.write_text("héllo wörld\n")
     common = ["--model", small, "--temp", "0", "--max-tokens", "12"]
     texts = {
-        run(*common, "--prompt", "héllo wörld\n").stdout,
+        run_here(*common, "--prompt", "héllo wörld\n").stdout,
         run(*common, "--prompt", "-", stdin="héllo wörld\n".encode()).stdout,
-        run(*common, "--prompt-file", file).stdout,
+        run_here(*common, "--prompt-file", file).stdout,
     }
     assert len(texts) == 1
-    assert texts != {run(*common, "--prompt", "other").stdout}
+    assert texts != {run_here(*common, "--prompt", "other").stdout}
 
 
 @pytest.mark.heavy
 def test_seed_repeats(small: Path):
     common = ["--model", small, "--temp", "1.5", "--top-k", "0", "--max-tokens", "20", "--prompt", "hello"]
-    first, again, other = (run(*common, "--seed", seed).stdout for seed in "112")
+    first, again, other = (run_here(*common, "--seed", seed).stdout for seed in "112")
     assert first == again != other
 
 
 def test_verbose_says_what_is_used(small: Path):
-    error = run("--model", small, "--prompt", "x", "--max-tokens", "1", "--top-p", "0.5", "-v").stderr.decode()
+    error = run_here("--model", small, "--prompt", "x", "--max-tokens", "1", "--top-p", "0.5", "-v").stderr.decode()
     assert str(small) in error
     assert "(float32)" in error
     assert "top_p 0.5" in error
@@ -212,11 +220,11 @@ def test_progress_line_appears_on_a_terminal_and_is_cleared(small: Path):
 
 def test_folder_of_safetensors(tmp_path: Path):
     folder = save_folder(tmp_path / "model", RandomModel())
-    assert run("--model", folder, "--prompt", "hello", "--max-tokens", "3").returncode == 0
+    assert run_here("--model", folder, "--prompt", "hello", "--max-tokens", "3").returncode == 0
 
 
 def test_list_models_shows_the_default():
-    result = run("--list-models")
+    result = run_here("--list-models")
     assert result.returncode == 0
     assert b"Qwen2.5-Coder-0.5B-Instruct" in result.stdout
 
@@ -253,10 +261,10 @@ ARGUMENTS = {
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", ARGUMENTS)
+@each("case", ARGUMENTS)
 def test_bad_argument(case: str, small: Path):
     arguments, word = ARGUMENTS[case]
-    refused(run("--model", small, *arguments), word)
+    refused(run_here("--model", small, *arguments), word)
 
 
 MISTAKES_WITHOUT_WEIGHTS = {
@@ -270,14 +278,14 @@ MISTAKES_WITHOUT_WEIGHTS = {
 def test_arguments_are_checked_before_weights_are_read(case: str, tmp_path: Path):
     arguments, words = MISTAKES_WITHOUT_WEIGHTS[case]
     (tmp_path / "no_model.gguf").write_text("not a GGUF")
-    refused(run("--model", tmp_path / "no_model.gguf", *arguments), words)
+    refused(run_here("--model", tmp_path / "no_model.gguf", *arguments), words)
 
 
 def test_a_text_that_max_tokens_cuts_is_said_to_be_cut(small: Path):
-    error = run("--model", small, "--prompt", "hello", "--temp", "0", "--max-tokens", "1").stderr.decode()
+    error = run_here("--model", small, "--prompt", "hello", "--temp", "0", "--max-tokens", "1").stderr.decode()
     assert "generation: 1 token; " in error
     assert error.endswith("; cut off by --max-tokens 1\n")
-    ended = run("--model", small, "--prompt", "hello", "--logit-bias", "64=1e6", "--stop", "a")
+    ended = run_here("--model", small, "--prompt", "hello", "--logit-bias", "64=1e6", "--stop", "a")
     assert "cut off" not in ended.stderr.decode()
 
 
@@ -290,20 +298,20 @@ def test_a_text_that_max_tokens_cuts_is_said_to_be_cut(small: Path):
     ],
 )
 def test_a_model_s_short_name_is_answered_with_its_repository(asked: str, meant: str):
-    refused(run("--model", asked, "--prompt", "x"), f"did you mean {meant}?")
+    refused(run_here("--model", asked, "--prompt", "x"), f"did you mean {meant}?")
 
 
 def test_a_model_of_another_family_is_told_where_to_go(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    refused(run("--model", tmp_path, "--prompt", "x"), "'qwen3'", "mlx-lm")
+    refused(run_here("--model", tmp_path, "--prompt", "x"), "'qwen3'", "mlx-lm")
 
 
 def test_invalid_utf8(small: Path):
-    refused(run("--model", small, "--prompt", "-", stdin=b"abc\xff\xfe"), "standard input", "UTF-8", "0xff at 3")
+    refused(run_here("--model", small, "--prompt", "-", stdin=b"abc\xff\xfe"), "standard input", "UTF-8", "0xff at 3")
 
 
 def test_missing_model():
-    refused(run("--model", "/nonexistent/model.gguf", "--prompt", "x"), "/nonexistent/model.gguf")
+    refused(run_here("--model", "/nonexistent/model.gguf", "--prompt", "x"), "/nonexistent/model.gguf")
 
 
 def drop(name: str):
@@ -372,11 +380,11 @@ DAMAGED = {
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", DAMAGED)
+@each("case", DAMAGED)
 def test_damaged_file(case: str, tmp_path: Path):
     edit, *words = DAMAGED[case]
     path = write_gguf(tmp_path / "m.gguf", RandomModel(), edit=edit)
-    refused(run("--model", path, "--prompt", "x"), *words)
+    refused(run_here("--model", path, "--prompt", "x"), *words)
 
 
 @pytest.mark.heavy
@@ -391,7 +399,7 @@ def test_truncated_and_foreign_files(small: Path, tmp_path: Path):
     ):
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(content)
-        refused(run("--model", path, "--prompt", "x"), word, str(path))
+        refused(run_here("--model", path, "--prompt", "x"), word, str(path))
 
 
 def test_standard_output_on_a_full_disk(small: Path):
@@ -406,27 +414,30 @@ def test_standard_output_on_a_full_disk(small: Path):
 
 @pytest.mark.heavy
 def test_folder_that_is_no_model(small: Path, tmp_path: Path):
-    refused(run("--model", small.parent, "--prompt", "x"), "config.json", "m.gguf")
+    refused(run_here("--model", small.parent, "--prompt", "x"), "config.json", "m.gguf")
     (tmp_path / "empty").mkdir()
-    refused(run("--model", tmp_path / "empty", "--prompt", "x"), "config.json")
+    refused(run_here("--model", tmp_path / "empty", "--prompt", "x"), "config.json")
     folder = save_folder(tmp_path / "model", RandomModel())
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    refused(run("--model", folder, "--prompt", "x"), "model.safetensors")
+    refused(run_here("--model", folder, "--prompt", "x"), "model.safetensors")
     (folder / "model.safetensors").unlink()
-    refused(run("--model", folder, "--prompt", "x"), "safetensors")
+    refused(run_here("--model", folder, "--prompt", "x"), "safetensors")
     (folder / "config.json").write_text("{")
-    refused(run("--model", folder, "--prompt", "x"), "config.json", "JSON")
+    refused(run_here("--model", folder, "--prompt", "x"), "config.json", "JSON")
 
 
-def test_progress_takes_no_time_to_decide():
-    """The guard of the progress line itself: nothing is written before a second has passed."""
-    from qwen_mlx.cli.command import ProgressLine
+def test_progress_is_shown_after_a_second_on_a_terminal(monkeypatch, capsys):
+    from qwen_mlx.cli import command
 
-    line = ProgressLine("Loading")
-    line(1, 2)
-    assert not line.visible
-    assert time.monotonic() - line.start < 1
+    now = [5.0]
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    line = command.ProgressLine("Loading")
+    for now[0], visible in ((5.0, False), (5.99, False), (6.0, True)):
+        line(1, 2)
+        assert line.visible == visible
+    assert "Loading" in capsys.readouterr().err
 
 
 def test_long_work_is_named_in_a_pipe_in_one_line_and_short_work_is_not(monkeypatch, capsys):
