@@ -20,6 +20,7 @@ from qwen_mlx.gguf.blocks import BLOCK_TYPES, BlockType
 from qwen_mlx.gguf.packing import DENSE
 from qwen_mlx.gguf.reader import GGUFFile
 from tests.helpers.blocks import HALVES, ROUNDED_DATA, SCALES, assert_same_numbers, gguf_py, random_rows
+from tests.helpers.cases import each
 
 KINDS = list(BLOCK_TYPES.values())
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -63,7 +64,7 @@ def test_table_is_gguf_pys():
     assert {kind.name: kind.packing.bits for kind in AFFINE} == AFFINE_BITS
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=ids(KINDS))
+@each("kind", KINDS, ids=ids(KINDS))
 def test_values_of_random_blocks(kind: BlockType):
     raw = random_rows(kind, 61, 2 if kind.block_size > 1 else 96)
     found = blocks.dequantize(raw, kind)
@@ -71,8 +72,8 @@ def test_values_of_random_blocks(kind: BlockType):
     assert_same_bits(found, gguf_py(raw, kind))
 
 
-@pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("kind", [BY_NAME[name] for name in HALVES], ids=list(HALVES))
+@each("scales", SCALES)
+@each("kind", [BY_NAME[name] for name in HALVES], ids=list(HALVES))
 def test_values_with_extreme_scales(kind: BlockType, scales: str):
     raw = random_rows(kind, 31, 3, SCALES[scales])
     assert_same_bits(blocks.dequantize(raw, kind), gguf_py(raw, kind))
@@ -96,7 +97,7 @@ def test_values_of_blocks_from_ggmls_quantizers():
         assert error < min(0.9, 4 * 2 ** (-8 * kind.type_size / kind.block_size)), (kind.name, error)
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "F16", "BF16", "I8", "IQ4_XS", "IQ3_S"])
+@each("name", ["Q4_1", "Q6_K", "F16", "BF16", "I8", "IQ4_XS", "IQ3_S"])
 def test_chunks_threads_and_out(name: str, monkeypatch: pytest.MonkeyPatch):
     kind = BY_NAME[name]
     raw = random_rows(kind, 7, 37 if kind.block_size > 1 else 999)
@@ -129,6 +130,7 @@ def test_temporary_memory_is_small():
     assert peak < blocks.threads() * (4 << 20), peak
 
 
+@pytest.mark.slow
 def test_real_file_values_and_mlx_forms(real_gguf: Path):
     """All 291 tensors: values equal gguf-py's, and MLX's from the packed form equal them."""
     file = GGUFFile(real_gguf)
@@ -151,8 +153,8 @@ def test_real_file_values_and_mlx_forms(real_gguf: Path):
     assert (len(packed), sum(packed)) == (291, 158)
 
 
-@pytest.mark.parametrize("scales", ["random", "zero", "subnormal", "largest", "negative"])
-@pytest.mark.parametrize("kind", AFFINE, ids=ids(AFFINE))
+@each("scales", ["random", "zero", "subnormal", "largest", "negative"])
+@each("kind", AFFINE, ids=ids(AFFINE))
 def test_affine_is_exact(kind: BlockType, scales: str):
     raw = random_rows(kind, 24, 4, SCALES.get(scales))
     expected = gguf_py(raw, kind)
@@ -166,7 +168,7 @@ def test_affine_is_exact(kind: BlockType, scales: str):
     assert_same_numbers(in_mlx(codes, scale, bias, kind), expected)
 
 
-@pytest.mark.parametrize("kind", AFFINE, ids=ids(AFFINE))
+@each("kind", AFFINE, ids=ids(AFFINE))
 def test_quantized_matmul_is_x_times_w_transposed(kind: BlockType):
     """A square matrix, so that only values can tell W from its transpose."""
     raw = random_rows(kind, 256, 256 // kind.block_size, [0x1C00, 0x2000, 0x9D55])
@@ -223,8 +225,8 @@ def test_asked_for_scale_dtypes():
     )
 
 
-@pytest.mark.parametrize("scales", ["infinite", "nan"])
-@pytest.mark.parametrize("kind", AFFINE, ids=ids(AFFINE))
+@each("scales", ["infinite", "nan"])
+@each("kind", AFFINE, ids=ids(AFFINE))
 def test_affine_refuses_scales_that_are_not_numbers(kind: BlockType, scales: str):
     raw = random_rows(kind, 3, 2)
     raw[1, HALVES[kind.name][-1] :][:2] = np.array(SCALES[scales][:1], np.uint16).view(np.uint8)

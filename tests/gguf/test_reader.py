@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from qwen_mlx.errors import GGUFError
 from qwen_mlx.gguf.reader import GGUFFile
+from tests.helpers.cases import each
 from tests.helpers.gguf_bytes import Q8_0, build, field, tensor, text
 
 
@@ -139,7 +140,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@each("case", BAD)
 def test_bad_file_is_one_sentence_that_names_the_field(case: str, tmp_path: Path):
     data, expected = BAD[case]
     path = tmp_path / "bad.gguf"
@@ -244,6 +245,7 @@ def test_mutated_file_opens_or_is_refused(tmp_path: Path, data):
             assert file.raw(name).nbytes == info.nbytes
 
 
+@pytest.mark.slow
 def test_real_file_agrees_with_gguf_py(real_gguf: Path):
     """Every tensor's name, type, shape and place, and the whole vocabulary, by gguf-py's reading."""
     ours, theirs = GGUFFile(real_gguf), gguf.GGUFReader(real_gguf)
@@ -255,7 +257,7 @@ def test_real_file_agrees_with_gguf_py(real_gguf: Path):
             assert ours.metadata[name] == value.contents(), name
 
 
-@pytest.mark.parametrize(
+@each(
     ("fields", "counts", "word"),
     [
         ([field(f"a{n}", 9, struct.pack("<IQ", 0, 1 << 21) + bytes(1 << 21)) for n in range(3)], {}, "items"),

@@ -35,8 +35,11 @@ TYPES = {
 
 
 @contextmanager
-def compiled_kernels() -> Iterator[list[str]]:
-    """Within it, operations "run" as CUDA kernels that are only compiled; the list collects their PTX."""
+def compiled_kernels(optimized: bool = True) -> Iterator[list[str]]:
+    """Within it, operations "run" as CUDA kernels that are only compiled; the list collects their PTX.
+
+    optimized: as MLX has them; without, the compiler reads as strictly and takes half the time.
+    """
     ptx: list[str] = []
 
     def cuda_kernel(name, input_names, output_names, source, header):
@@ -56,7 +59,7 @@ def compiled_kernels() -> Iterator[list[str]]:
             )
             kernel = f"custom_kernel_{'_'.join([name, *values])}"  # MLX's name: a negative value would not compile
             text = f"__global__ void {kernel}({', '.join(arguments)}) {{\n{constants}{source}\n}}\n"
-            ptx.append(compile_cuda(f"{PREAMBLE}{header}namespace mlx::core::cu {{\n{text}}}\n"))
+            ptx.append(compile_cuda(f"{PREAMBLE}{header}namespace mlx::core::cu {{\n{text}}}\n", optimized))
             assert all(size % group == 0 for size, group in zip(grid, threadgroup)), "CUDA would launch more threads"
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
 
@@ -68,7 +71,7 @@ def compiled_kernels() -> Iterator[list[str]]:
 
 
 @functools.cache
-def compile_cuda(source: str) -> str:
+def compile_cuda(source: str, optimized: bool) -> str:
     """The PTX for compute capability 8.0; AssertionError with NVRTC's log if it does not compile or warns."""
     import nvidia.cu13
 
@@ -76,7 +79,7 @@ def compile_cuda(source: str) -> str:
     nvrtc = ctypes.CDLL(str(next(root.glob("lib/libnvrtc.so*"))))
     program = ctypes.c_void_p()
     assert _succeeded(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
-    options = ["--gpu-architecture=compute_80", "--std=c++17", f"-I{root}/include"]
+    options = ["--gpu-architecture=compute_80", "--std=c++17", f"-I{root}/include", *["-Ofc=max"] * (not optimized)]
     status = nvrtc.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_mlx import ops
+from tests.helpers.cases import each
 
 
 def exact(q: np.ndarray, kv: np.ndarray, offset: int, scale: float, window: int | None) -> np.ndarray:
@@ -19,22 +20,25 @@ def exact(q: np.ndarray, kv: np.ndarray, offset: int, scale: float, window: int 
     return np.einsum("hs,hsd->hd", weights / weights.sum(axis=-1, keepdims=True), values)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "room", "filled", "position", "window"),
-    [
-        (14, 2, 64, 256, 0, 0, None),  # the recent alone
-        (14, 2, 64, 256, 31, 31, None),
-        (4, 4, 128, 256, 256, 271, None),
-        (7, 1, 128, 256, 90, 97, 50),
-        (2, 1, 64, 256, 20, 30, 5),  # the window begins in the recent
-        (2, 1, 64, 256, 20, 30, 50),
-        (2, 1, 64, 2304, 40, 41, None),  # most splits have no keys
-        (6, 2, 64, 2304, 1999, 2010, None),
-        (129, 129, 16, 2304, 17, 18, None),  # more heads than splits
-    ],
-)
-def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, filled, position, window):
+SHAPES = [
+    (14, 2, 64, 256, 0, 0, None),  # the recent alone
+    (14, 2, 64, 256, 31, 31, None),
+    (4, 4, 128, 256, 256, 271, None),
+    (7, 1, 128, 256, 90, 97, 50),
+    (2, 1, 64, 256, 20, 30, 5),  # the window begins in the recent
+    (2, 1, 64, 256, 20, 30, 50),
+    (2, 1, 64, 2304, 40, 41, None),  # most splits have no keys
+    (6, 2, 64, 2304, 1999, 2010, None),
+    (129, 129, 16, 2304, 17, 18, None),  # more heads than splits
+]
+
+
+@each("half", [False, True])
+@each("number", range(len(SHAPES)))
+def test_attend_one(executor: str, number: int, half: bool):
+    """In float32, and in one of the dtypes of 16 bits."""
+    heads, kv_heads, head_dim, room, filled, position, window = SHAPES[number]
+    dtype = (mx.float16, mx.bfloat16)[number % 2] if half else mx.float32
     keys = mx.random.split(mx.random.key(position), 3)
     q = (2 * mx.random.normal((1, heads, 1, head_dim), key=keys[0])).astype(dtype)
     kv = mx.random.normal((1, 2 * kv_heads, room, head_dim), key=keys[1]).astype(dtype)
@@ -53,8 +57,8 @@ def test_attend_one(executor: str, dtype, heads, kv_heads, head_dim, room, fille
     np.testing.assert_allclose(wide[2][0, :, 0], expected, rtol=2 * ulp, atol=2 * ulp)
 
 
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("room", [256, 2304])
+@each("window", [None, 20])
+@each("room", [256, 2304])
 def test_rows_are_those_of_one_at_a_time(executor: str, room: int, window: int | None):
     """Padding holds NaN, which must not count."""
     heads, kv_heads, head_dim, filled, newest, firsts = 4, 2, 64, 40, 51, [0, 7, 39, 45]
@@ -85,7 +89,7 @@ def test_padding_of_another_batch_is_refused():
         ops.decode_attention(q, kv, recent, position, 1.0, None, mx.zeros(3, mx.int32))
 
 
-@pytest.mark.parametrize(
+@each(
     ("q", "kv", "recent", "message"),
     [
         ((1, 4, 2, 64), (1, 4, 256, 64), (1, 4, 16, 64), "q has shape"),

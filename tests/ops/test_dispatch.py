@@ -16,6 +16,7 @@ from qwen_mlx.cli import selftest_decoding
 from qwen_mlx.cli.selftest import main
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.ops import dispatch
+from tests.helpers.cases import each
 from tests.helpers.decoding_calls import TILED, calls
 from tests.helpers.nvrtc import compiled_kernels
 
@@ -128,8 +129,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("kind", ["reference", "metal"])
+@each("name", REFUSED)
+@each("kind", ["reference", "metal"])
 def test_wrong_arguments_are_refused_by_name_before_any_launch(name, kind):
     call, message = REFUSED[name]
     with ops.forced(kind), pytest.raises(ValueError, match=message):
@@ -320,7 +321,7 @@ def test_tiles_wait_for_what_they_copy(form):
 def test_every_case_of_the_self_test_compiles_as_cuda():
     launches = 0
     for case in selftest.cases():
-        with compiled_kernels() as ptx, ops.no_grad():
+        with compiled_kernels(optimized=False) as ptx, ops.no_grad():
             case.compute()
         launches += len(ptx)
     assert launches > 300

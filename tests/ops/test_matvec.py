@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 from qwen_mlx import ops
 from qwen_mlx.ops import Matrix, Packing
+from tests.helpers.cases import each
 from tests.helpers.packed import raw_blocks
 
 FORMATS = ["dense", *(f"affine{bits}" for bits in (2, 3, 4, 5, 6, 8)), "q4_k", "q6_k"]
@@ -42,9 +42,11 @@ def limit(values: np.ndarray, x: np.ndarray, y: np.ndarray, dtype: mx.Dtype) -> 
     return np.abs(y) * ULP[dtype] + 64 * 2**-24 * (np.abs(values) @ np.abs(x))
 
 
-@pytest.mark.parametrize("dtype", ULP, ids=str)
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("rows", [1, 37])
+# Each is a kernel of its own: every pair of a format, a dtype and a number of rows, not every three of them.
+@each(
+    ("form", "dtype", "rows"),
+    [(form, dtype, (1, 37)[(i + j) % 2]) for i, form in enumerate(FORMATS) for j, dtype in enumerate(ULP)],
+)
 def test_matvec(executor: str, form: str, dtype: mx.Dtype, rows: int):
     matrix, values = matrix_of(form, rows, 768, dtype)
     x = vector(768, dtype)
@@ -56,13 +58,12 @@ def test_matvec(executor: str, form: str, dtype: mx.Dtype, rows: int):
     assert (np.abs(wide(y) - exact) <= limit(values, wide(x), exact, dtype)).all()
 
 
-@pytest.mark.parametrize("dtype", ULP, ids=str)
-@pytest.mark.parametrize("form", FORMATS)
+@each(("form", "dtype"), list(zip(FORMATS, 3 * list(ULP))))
 def test_norm_before_and_residual_after(executor: str, form: str, dtype: mx.Dtype):
     is_normed_product(form, dtype, 512)
 
 
-@pytest.mark.parametrize(
+@each(
     ("form", "dtype", "columns"),
     [
         ("dense", mx.bfloat16, 8192),
@@ -89,7 +90,7 @@ def is_normed_product(form: str, dtype: mx.Dtype, columns: int) -> None:
     assert (np.abs(wide(y) - expected) <= slack + np.abs(expected) * ULP[dtype]).all()
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@each("form", FORMATS)
 def test_swiglu_is_what_the_separate_operations_give(executor: str, form: str):
     matrix, _ = matrix_of(form, 2 * 19, 512, mx.float32)
     x, weight = vector(512, mx.float32), vector(512, mx.float32, 2).reshape(-1)
@@ -100,8 +101,8 @@ def test_swiglu_is_what_the_separate_operations_give(executor: str, form: str):
     np.testing.assert_allclose(wide(y), wide(expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("forms", [*FORMATS, "affine5 affine8", "q4_k q6_k", "dense q4_k", "q6_k affine6"])
-@pytest.mark.parametrize("factor", [1.0, 1.1386])
+@each("forms", [*FORMATS, "affine5 affine8", "q4_k q6_k", "dense q4_k", "q6_k affine6"])
+@each("factor", [1.0, 1.1386])
 def test_qkv_is_what_the_separate_operations_give(executor: str, forms: str, factor: float):
     heads, kv_heads, head_dim = 3, 1, 16
     rows = (heads + 2 * kv_heads) * head_dim
@@ -127,7 +128,7 @@ def test_qkv_is_what_the_separate_operations_give(executor: str, forms: str, fac
         assert mx.array_equal(new_recent[:, :, slot], recent[:, :, slot])
 
 
-@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+@each("kind", ["q4_k", "q6_k"])
 def test_unpack_equals_gguf_py_bit_for_bit(executor: str, kind: str):
     raw, values = raw_blocks(7, 768, kind, 5)
     matrix = ops.raw_matrix(raw, kind)

@@ -9,6 +9,7 @@ from qwen_mlx import ops
 from qwen_mlx.cli import selftest_cases as selftest
 from qwen_mlx.cli.selftest_decoding import FORMATS
 from reference.emulator import emulate
+from tests.helpers.cases import each
 from tests.helpers.decoding_calls import tiles
 
 
@@ -21,7 +22,7 @@ def test_every_case_is_within_its_limit():
     assert len(rows) == 4 * len(FORMATS) + 2 * 5 + 6 + 2 + 2 + 4 + 1
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(mx.float16, marks=pytest.mark.slow), mx.bfloat16], ids=str)
 def test_long_rows_as_tiles(dtype):
     """As NVIDIA's GPUs compute them: several stages a simdgroup, all sizes of groups, a stage that ends early."""
     with emulate(checked=False), tiles():
@@ -31,7 +32,7 @@ def test_long_rows_as_tiles(dtype):
         assert row["ok"], row
 
 
-@pytest.mark.parametrize("break_it", ["element", "nan", "shape", "dtype", "number"])
+@each("break_it", ["element", "nan", "shape", "dtype", "number"])
 def test_the_measure_sees_what_is_wrong(break_it):
     case = next(case for case in selftest.decoding_cases(mx.bfloat16, small=True) if "q4_k, norm" in case.name)
     right = case.compute()[0]
