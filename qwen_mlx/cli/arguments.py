@@ -15,7 +15,7 @@ from ..errors import QwenMLXError, check_integer
 from ..loading import hub
 from ..parallel.control import launched
 from ..text.files import check_folder, check_utf8
-from .command import Parser, ProgressLine, program, require_at_least
+from .command import ProgressLine, require_at_least
 
 if TYPE_CHECKING:
     from ..backend import mx
@@ -42,12 +42,11 @@ OPTIONS = dict(zip(SETTINGS, SAMPLING)) | {
     name: "--" + name.replace("_", "-")
     for name in ("logit_bias", "max_tokens", "min_tokens", "stop", "logprobs", "reasoning_budget", "yarn")
 }
-OPTIONS["max_size"] = "--max-kv-size"
+OPTIONS |= {"max_size": "--max-kv-size", "json_schema": "--json-schema", "choices": "--choice"}
 
 
-def model_parser(command: str, description: str, max_tokens: int) -> Parser:
-    """A parser of `command` with the arguments that every command that generates has: model, sampling, limits."""
-    p = Parser(prog=program(command), description=description)
+def add_model_arguments(p: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Adds the arguments that every command that generates has: model, sampling, limits."""
     p.add_argument(
         "--model", "-m", metavar="MODEL", help=".gguf file, folder of safetensors, or hub id (org/repo[:quant])"
     )
@@ -97,7 +96,6 @@ def model_parser(command: str, description: str, max_tokens: int) -> Parser:
     )
     p.add_argument("--num-draft-tokens", type=int, metavar="N", help="guess at most N tokens at a time, 1 to 32")
     p.add_argument("--verbose", "-v", action="store_true", help="say what is used: model, dtype, sampling, libraries")
-    return p
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QwenMLXError
 from ..loading.hub import DEFAULT
 from ..parallel.control import alone, on_first
-from .arguments import model_parser, open_model, ranks
-from .command import ProgressLine, cut_at, require_at_least
+from .arguments import add_model_arguments, open_model, ranks
+from .command import Parser, ProgressLine, cut_at, program, require_at_least
 from .terminal import Pipe, Terminal
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ A message that begins with / is written with two of them.'''
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     description = "Talk to Qwen2.5. In a pipe each line of standard input is a message. /help lists the commands."
-    p = model_parser("chat", description, max_tokens=2048)
+    p = Parser(prog=program("chat"), description=description, usage="%(prog)s [options]")
+    add_model_arguments(p, max_tokens=2048)
     p.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
     p.add_argument(
         "--tools",

@@ -22,6 +22,24 @@ from ..errors import QwenMLXError, Stopped
 
 # Text of a model or a file must not move a terminal's cursor, nor do anything else to it.
 CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+# argparse's words for a value that an option does not take.
+WRONG_VALUE = re.compile(
+    r"argument (-[\w-]+)\S*: (?:invalid (?P<kind>int|float) value: (.+)|invalid choice: (.+) \(choose from (.+)\))"
+)
+KINDS = {"int": "an integer", "float": "a number"}
+# Options of mlx-lm and llama.cpp, and what stands for them here.
+OTHER_PROGRAMS = {
+    "--adapter-path": "--adapter",
+    "--hf-path": "qwen-mlx convert SOURCE OUTPUT",
+    "--ignore-chat-template": "--raw",
+    "--lora": "--adapter",
+    "--max-new-tokens": "--max-tokens",
+    "--n-predict": "--max-tokens",
+    "--q-bits": "--quantize",
+    "--q-group-size": "--group-size",
+    "--system-prompt": "--system",
+    "-q": "--quantize",
+}
 # Errors of writing to standard output, which name no file.
 CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -73,11 +91,21 @@ class Parser(argparse.ArgumentParser):
             import shlex
 
             return f"--prompt {shlex.quote(word)}" if "--prompt" in self._option_string_actions else None
-        asked, options = word.partition("=")[0].replace("_", "-"), [*self._option_string_actions]
-        begun = [option for option in options if len(asked) > 2 and option.startswith(asked)]
-        return next(iter(begun or difflib.get_close_matches(asked, options, 1)), None)
+        asked = word.partition("=")[0].replace("_", "-")
+        options = {option.lstrip("-"): option for option in self._option_string_actions}
+        meant = OTHER_PROGRAMS.get(asked, "")
+        if meant in options.values() or meant.startswith(self.prog):
+            return meant
+        name = asked.lstrip("-")
+        begun = [option for option in options if len(name) > 1 and option.startswith(name)]
+        near = begun or difflib.get_close_matches(name, options, 1, 0.7)
+        return options[near[0]] if near else None
 
     def error(self, message: str) -> NoReturn:
+        if wrong := WRONG_VALUE.match(message):
+            option, kind, value, choice, choices = wrong.groups()
+            expected = KINDS[kind] if kind else "one of " + choices.replace("'", "")
+            message = f"{option} is {value or choice}, expected {expected}"
         self.exit(2, f"error: {message}; see --help.\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     bits: dict[str, Any] = {"type": int, "choices": (2, 3, 4, 5, 6, 8)}
     p.add_argument("--requantize", **bits, help="pack the types that MLX cannot express (Q6_K, Q3_K, ...); else dense")
     p.add_argument("--quantize", **bits, help="pack every matrix, whatever its type")
-    p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="of both (default 64)")
+    p.add_argument("--group-size", type=int, choices=(32, 64, 128), help="of both (default 64)")
     p.add_argument("--dense", action="store_true", help="unpack every matrix, as transformers needs")
     p.add_argument("--force", action="store_true", help="replace an existing model folder")
     p.add_argument("--allow-nan", action="store_true", help="convert values and scales that are not finite")
@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise QwenMLXError("no output folder; give SOURCE and OUTPUT, or --check SOURCE.")
     if check_only and output is not None:
         raise QwenMLXError(f"--check writes nothing, so {output!r} is not needed; leave it out.")
+    if arguments["group_size"] is None:
+        arguments["group_size"] = 64
+    elif not arguments["quantize"] and not arguments["requantize"]:
+        raise QwenMLXError("--group-size goes with --quantize BITS or --requantize BITS.")
     stop_once()
     from ..conversion.convert import check, convert
 

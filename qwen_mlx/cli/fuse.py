@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
+from ..errors import QwenMLXError
 from .arguments import add_adapter_argument
 from .command import Parser, program
 from .convert import FLOATS, bar, print_report, stop_once
@@ -22,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", help="folder to write; it appears complete or not at all")
     add_adapter_argument(p, required=True)
     p.add_argument("--dtype", choices=FLOATS, default="bfloat16", help="of what is not packed (default bfloat16)")
-    p.add_argument("--quantize", type=int, choices=(2, 3, 4, 5, 6, 8), metavar="BITS", help="pack every matrix")
-    p.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="of --quantize (default 64)")
+    p.add_argument("--quantize", type=int, choices=(2, 3, 4, 5, 6, 8), help="pack every matrix")
+    p.add_argument("--group-size", type=int, choices=(32, 64, 128), help="of --quantize (default 64)")
     p.add_argument("--force", action="store_true", help="replace an existing model folder")
     return p
 
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
     arguments = vars(parser().parse_args(argv))
     source, output = arguments.pop("source"), arguments.pop("output")
+    if arguments["group_size"] is None:
+        arguments["group_size"] = 64
+    elif not arguments["quantize"]:
+        raise QwenMLXError("--group-size goes with --quantize BITS.")
     stop_once()
     from ..conversion.convert import convert
 

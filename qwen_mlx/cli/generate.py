@@ -12,8 +12,8 @@ from ..loading import hub
 from ..parallel.control import alone, launched, on_first
 from ..text.files import check_utf8, read_text
 from . import fim, structured
-from .arguments import check_length, model_parser, open_model, ranks
-from .command import ProgressLine, counted, cut_at, printable
+from .arguments import add_model_arguments, check_length, open_model, ranks
+from .command import Parser, ProgressLine, counted, cut_at, printable, program
 
 if TYPE_CHECKING:
     from ..backend import mx
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     description = "Generate text with Qwen2.5 on MLX. Without --model: Qwen2.5-Coder-0.5B-Instruct, fetched once."
-    p = model_parser("generate", description, max_tokens=512)
+    p = Parser(prog=program("generate"), description=description, usage="%(prog)s --prompt TEXT [options]")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads standard input")
     source.add_argument("--prompt-file", "-f", metavar="FILE", help="read the prompt from a UTF-8 file")
     source.add_argument("--list-models", action="store_true", help="list the models that are on this machine")
-    fim.add_arguments(p, source)
-    structured.add_arguments(p)
     p.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     p.add_argument(
         "--logprobs", type=int, metavar="N", help="list each token's ln p and the N likeliest, on standard error"
     )
+    add_model_arguments(p, max_tokens=512)
+    fim.add_arguments(p, source)
+    structured.add_arguments(p)
     return p
 
 
@@ -95,19 +96,20 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
-    if arguments.prompt_file is not None:
-        return read_text(arguments.prompt_file)
     prompt: str | None = arguments.prompt
-    if prompt == "" and not arguments.raw:
-        raise QwenMLXError("--prompt is empty; give at least one character.")
-    if prompt is None:
+    if arguments.prompt_file is not None:
+        prompt, source = read_text(arguments.prompt_file), f"--prompt-file {arguments.prompt_file}"
+    elif prompt == "-":
+        if launched():
+            raise QwenMLXError("--prompt - never ends under a launcher such as mlx.launch; use --prompt-file FILE.")
+        prompt, source = read_text("-"), "standard input"
+    elif prompt is not None:
+        check_utf8(prompt, source := "--prompt")
+    else:
         raise QwenMLXError("no prompt: give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE.")
-    if prompt != "-":
-        check_utf8(prompt, "--prompt")
-        return prompt
-    if launched():
-        raise QwenMLXError("--prompt - never ends under a launcher such as mlx.launch; use --prompt-file FILE.")
-    return read_text("-")
+    if prompt == "" and not arguments.raw:
+        raise QwenMLXError(f"{source} is empty; give at least one character.")
+    return prompt
 
 
 def _describe_token(tokenizer: Tokenizer, chunk: GenerationChunk) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -50,8 +51,13 @@ def dispatch(arguments: Sequence[str]) -> Any:
     """Runs the command that the first argument names. Raises QwenMLXError if it names none."""
     if arguments and arguments[0] in COMMANDS:
         return command(arguments[0], arguments[1:])
+    if arguments and arguments[0] == "help":
+        return dispatch([*arguments[1:2], "--help"])
     if arguments and not arguments[0].startswith("-"):
         refuse_unknown(arguments[:1], COMMANDS, "command")
+    if arguments and arguments[0] not in ("-h", "--help", "--version"):
+        wanted = f"qwen-mlx generate {shlex.join(arguments)}"
+        raise QwenMLXError(f"a command comes first, such as {wanted}; qwen-mlx --help lists the commands.")
     parser = Parser(prog="qwen-mlx", description="Qwen2.5 on Apple's MLX.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="qwen-mlx")
     for name, purpose in COMMANDS.items():

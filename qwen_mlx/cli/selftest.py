@@ -29,14 +29,22 @@ def parser() -> argparse.ArgumentParser:
         prog=program("selftest"),
         description="Run every kernel and two models on this machine's GPU, and say in a sentence whether it is right.",
     )
-    p.add_argument("--json", type=Path, default=Path("qwen_mlx_selftest.json"), help="where to write the results")
+    p.add_argument(
+        "--json",
+        type=Path,
+        default=Path("qwen_mlx_selftest.json"),
+        metavar="FILE",
+        help="write the results to this file (default %(default)s)",
+    )
     p.add_argument(
         "--trial",
         action="store_true",
         help="try a model's kernels on this machine once more, and say what is used, instead of the self-test",
     )
     p.add_argument("--model", "-m", metavar="MODEL", help="the model of --trial (default: the default model)")
-    p.add_argument("--jobs", type=int, help="processes that compile side by side (default: half the cores, at most 8)")
+    p.add_argument(
+        "--jobs", type=int, metavar="N", help="compile in N processes at a time (default: half the cores, at most 8)"
+    )
     return p
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
 from ..text.files import check_utf8, read_text
+from .arguments import named_as_options
 
 if TYPE_CHECKING:
     from ..generation.structured import Constraint
@@ -51,7 +52,8 @@ def check(form: dict[str, Any]) -> None:
     """Raises QwenMLXError for a form that no text can have, before a model is fetched."""
     from ..generation.structured import check_grammar
 
-    check_grammar(**form)
+    with named_as_options():
+        check_grammar(**form)
 
 
 def compiled(tokenizer: Tokenizer, form: dict[str, Any]) -> Constraint:

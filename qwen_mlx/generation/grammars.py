@@ -124,7 +124,7 @@ def _bounded(kind: str, text: Any) -> str:
 def _lark_of_choices(choices: Any) -> str:
     valid = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
     if not valid or not all(isinstance(choice, str) and choice for choice in choices):
-        raise QwenMLXError(f"choices is {str(choices)[:80]!r}, expected a list of strings that are not empty.")
+        raise QwenMLXError(f"choices is {choices!r:.80}, expected a list of strings that are not empty.")
     return "start: " + " | ".join(map(json.dumps, choices))
 
 

@@ -15,6 +15,8 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from qwen_mlx.cli import generate
+from qwen_mlx.cli.main import dispatch
+from qwen_mlx.errors import QwenMLXError
 from reference.small_models import RandomModel, save_folder, write_gguf
 from tests.helpers import commands
 from tests.helpers.cases import each
@@ -232,7 +234,7 @@ def test_list_models_shows_the_default():
 ARGUMENTS = {
     "no prompt": ([], "--prompt"),
     "max tokens 0": (["--prompt", "x", "--max-tokens", "0"], "--max-tokens is 0"),
-    "max tokens text": (["--prompt", "x", "--max-tokens", "many"], "--max-tokens"),
+    "max tokens text": (["--prompt", "x", "--max-tokens", "many"], "--max-tokens is 'many', expected an integer"),
     "negative seed": (["--prompt", "x", "--seed", "-1"], "--seed is -1"),
     "huge seed": (["--prompt", "x", "--seed", str(2**64)], "--seed is 18446744073709551616"),
     "negative temperature": (["--prompt", "x", "--temp", "-1"], "--temp is -1"),
@@ -256,7 +258,7 @@ ARGUMENTS = {
     "beginning of an option": (["--prompt", "x", "--num-draft", "1"], "did you mean --num-draft-tokens?"),
     "unlike any option": (["--prompt", "x", "--zzz"], "unrecognized arguments: --zzz; see --help"),
     "prompt without its option": (["two words"], "did you mean --prompt 'two words'?"),
-    "unknown dtype": (["--prompt", "x", "--dtype", "int8"], "int8"),
+    "unknown dtype": (["--prompt", "x", "--dtype", "int8"], "int8', expected one of float32, bfloat16, float16;"),
 }
 
 
@@ -269,6 +271,7 @@ def test_bad_argument(case: str, small: Path):
 
 MISTAKES_WITHOUT_WEIGHTS = {
     "empty prompt": (["--prompt", ""], "--prompt is empty"),
+    "empty input": (["--prompt", "-"], "standard input is empty"),
     "raw with system": (["--prompt", "x", "--raw", "--system", "s"], "leave out --raw"),
     "empty stop": (["--prompt", "x", "--stop", ""], "--stop is"),
 }
@@ -279,6 +282,31 @@ def test_arguments_are_checked_before_weights_are_read(case: str, tmp_path: Path
     arguments, words = MISTAKES_WITHOUT_WEIGHTS[case]
     (tmp_path / "no_model.gguf").write_text("not a GGUF")
     refused(run_here("--model", tmp_path / "no_model.gguf", *arguments), words)
+
+
+def test_a_wrong_option_is_answered_with_the_right_one(capsys: pytest.CaptureFixture[str]):
+    for line, words in (
+        ("generate --promt x", "did you mean --prompt?"),
+        ("generate -temp 1", "did you mean --temp?"),
+        ("generate --device cpu", "unrecognized arguments: --device cpu; see"),
+        ("generate --temp hot", "--temp is 'hot', expected a number; see"),
+        ("generate --n-predict 5", "did you mean --max-tokens?"),
+        ("evaluate --n-predict 5", "unrecognized arguments: --n-predict 5; see"),
+        ("convert --hf-path x --mlx-path y", "did you mean qwen-mlx convert SOURCE OUTPUT?"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            dispatch([*line.split(), *(["--text", "x"] if line.startswith("evaluate") else [])])
+        assert words in capsys.readouterr().err, line
+    for line, words in (
+        ("--prompt x", "such as qwen-mlx generate --prompt x;"),
+        ("convert a b --group-size 32", "--group-size goes with --quantize"),
+        ("fuse a b --adapter c --group-size 32", "--group-size goes with --quantize"),
+    ):
+        with pytest.raises(QwenMLXError, match=words):
+            dispatch(line.split())
+    with pytest.raises(SystemExit, match="0"):
+        dispatch(["help", "embed"])
+    assert "--pooling" in capsys.readouterr().out
 
 
 def test_a_text_that_max_tokens_cuts_is_said_to_be_cut(small: Path):
