@@ -164,7 +164,8 @@ def main() -> None:
                     continue
                 found = json.loads(_part(engine, str(gguf) if engine == "qwen_mlx" else folder, sizes))
                 runs[engine].append(found)
-                print(f"{repeat + 1}/{arguments.repeats} {engine}: {found}", file=sys.stderr)
+                speeds = f"prefill {found['prefill']:.1f} tok/s, decode {found['decode']:.2f} tok/s"
+                print(f"round {repeat + 1} of {arguments.repeats}, {engine}: {speeds}", file=sys.stderr, flush=True)
     same = {tuple(found[0]["tokens"][:SLOW_TOKENS]) for engine, found in runs.items() if "float16" not in engine}
     if len(same) > 1:
         sys.exit(f"The engines do not agree on the first tokens: { ({e: f[0]['tokens'] for e, f in runs.items()}) }")

@@ -3,7 +3,8 @@
 Random weights of the true shapes, so that no file is needed; or a file of yours. Each case is a prompt's length (which
 is the context that decoding starts from) and a number of sequences. Engines take turns, medians are compared. Prints a
 table, writes JSON with machine and versions, to send us, and with --plot a picture. `--full` is the whole matrix:
-prompts of 1 to 32,768 tokens and up to 64 sequences.
+prompts of 1 to 32,768 tokens and up to 64 sequences. On two cores `--models 0.5B` takes about 20 minutes, nearly all of
+them mlx-lm's, and with `--prompts 128 --tokens 32 --repeats 1` about two.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import itertools
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ MODELS = ("0.5B", "0.5B:4", "1.5B", "7B", "7B:4", "7B:q4_k_m")
 ENGINES = ("qwen_mlx", "mlx-lm", "transformers", "transformers-static")
 FULL_PROMPTS = (1, 128, 512, 2048, 8192, 32768)
 FULL_BATCHES = (1, 4, 16, 32, 64)
+COLUMNS = ("model", "prompt x n", "engine", "prefill", "ours", "decode", "least to most", "ours", "of copy", "peak GB")
+WIDTHS = (10, 10, 20, 7, 5, 7, 16, 5, 7, 7)
 BATCH_PROMPT = 128  # tokens of each prompt where there are several
 
 
@@ -122,6 +126,9 @@ def measure(model: Qwen2, makers: Any, cases: list[tuple[int, int]], tokens: int
                 peaks[engine.name] = engine.peak()
                 if repeat:  # the first round warms up
                     runs[engine.name].append((prefill, decode))
+                measured = f"prefill {prompt * batch / prefill:.0f} tok/s, decode {decode * batch:.1f} tok/s"
+                turn = f"round {repeat} of {repeats}" if repeat else "warm-up"
+                print(f"{prompt} x {batch}, {turn}, {engine.name}: {measured}", file=sys.stderr, flush=True)
         first = made[engines[0].name]
         for engine in engines:
             seconds, speeds = zip(*runs[engine.name])
@@ -140,10 +147,17 @@ def show(case: str, rows: list[dict[str, Any]], copy: float | None, weights: int
             prefill, decode = (statistics.median(row[key]) for key in ("prefill_seconds", "decode_tokens_per_second"))
             ours = ours or (prefill, decode)
             low, high = min(row["decode_tokens_per_second"]), max(row["decode_tokens_per_second"])
-            speed = f"{decode * batch:9.1f} ({low * batch:.0f} to {high * batch:.0f}) {ours[1] / decode:6.2f}"
-            share, peak = f"{weights * decode / copy:5.0%}" if copy else "    -", f"{row['peak_bytes'] / 1e9:6.2f} GB"
-            print(f"{case:10} {prompt:6} x {batch:<3} {row['engine']:20} {prompt * batch / prefill:9.0f}", end=" ")
-            print(f"{prefill / ours[0]:6.2f} {speed} {share} {peak}", flush=True)
+            spread = f"{low * batch:.1f} to {high * batch:.1f}"
+            cells = case, f"{prompt} x {batch}", row["engine"], f"{prompt * batch / prefill:.0f}"
+            cells += f"{prefill / ours[0]:.2f}", f"{decode * batch:.1f}", spread, f"{ours[1] / decode:.2f}"
+            cells += f"{weights * decode / copy:.0%}" if copy else "-", f"{row['peak_bytes'] / 1e9:.2f}"
+            print(line(cells), flush=True)
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of the table: names on the left of their columns, numbers on the right."""
+    columns = enumerate(zip(cells, WIDTHS))
+    return "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in columns)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -207,8 +221,9 @@ def main() -> None:
     report: dict[str, Any] = {"device": describe(), "system": platform.platform(), "versions": versions}
     report |= {"kernels": ops.explain(), "tokens": arguments.tokens, "copy_bytes_per_second": copy, "models": {}}
     print(f"{describe()}\n{ops.explain()}\n{f'copy: {copy / 1e9:.0f} GB/s' if copy else ''}\n")
-    print("model, prompt x sequences, engine; prefill tok/s, ours as a multiple of it; decode tok/s (least to most),")
-    print("ours as a multiple; the weights' bytes a second as a share of the copy's; peak memory\n")
+    print("Speeds are tokens a second. ours: qwen_mlx's, as a multiple of the engine's. of copy: the weights' bytes a")
+    print("second, as a share of a copy's.\n")
+    print(line(COLUMNS), flush=True)
     for case in arguments.models:
         model, fallback, bits, seconds = model_of(case)
         weights = weight_bytes(model)

@@ -30,6 +30,8 @@ def test_cpu_generate(tmp_path: Path):
     assert list(report["medians"]) == list(ENGINES)
     assert all(value > 0 for row in report["medians"].values() for value in row.values())
     assert report["start_to_first_token"][0]["seconds"] > 0
+    assert "round 1 of 1, qwen_mlx: prefill " in done.stderr
+    assert "'tokens'" not in done.stderr
     float32 = [runs[0]["tokens"] for engine, runs in report["runs"].items() if "float16" not in engine]
     assert float32 == [float32[0]] * 3
 
@@ -51,6 +53,11 @@ def test_run_compares_engines_that_make_the_same_tokens(tmp_path: Path):
     # bfloat16 rounds differently in each engine: the first token is nobody's luck.
     assert all(row["first_different_token"] != 0 for row in dense)
     assert picture.stat().st_size > 1000
+    table = [row for row in done.stdout.splitlines() if row.startswith(("model", "tiny"))]
+    assert table[0].split()[:2] == ["model", "prompt"]
+    assert len(table) == 1 + len(dense) + len(packed)
+    assert len({len(row) for row in table}) == 1, "the columns are not aligned"
+    assert "40 x 1, round 1 of 1, mlx-lm: prefill " in done.stderr
 
 
 def test_a_peer_gets_nothing_of_ours():
