@@ -110,7 +110,7 @@ def fits(value: Any, hint: Any) -> bool:
     kind = origin or (type(None) if hint is None else hint)
     if not isinstance(kind, type):  # Any, a type variable
         return True
-    if hasattr(value, "__array__") and kind in (Sequence, Iterable):
+    if hasattr(value, "__array__") and not isinstance(value, type) and kind in (Sequence, Iterable):
         return value.ndim > 0 and (not inner or not value.size or fits(value.tolist()[0], inner[0]))
     if not isinstance(value, kind) or (isinstance(value, bytes) and kind is not bytes):
         return False

@@ -26,7 +26,7 @@ WRONG = st.one_of(
     st.builds(lambda: np.array([[0.5]])),
     st.builds(lambda: mx.array([1, 2])),
     st.builds(lambda: mx.array(1.5)),
-    st.sampled_from([np.int64(3), np.float32(0.5), Path("nowhere"), slice(1), {1, 2}, range(3), iter(())]),
+    st.sampled_from([np.int64(3), np.float32(0.5), np.float32, Path("nowhere"), slice(1), {1, 2}, range(3), iter(())]),
     st.lists(st.sampled_from([None, 1, "x", 0.5, b"x", {"role": "user", "content": "x"}]), max_size=3),
 )
 
@@ -39,6 +39,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     (model, tokenizer), encoder = qwen_mlx.load(path), qwen_mlx.load_encoder(classifier(folder / "classifier"))
     both = {"model": model, "tokenizer": tokenizer}
     messages = [{"role": "user", "content": "hi"}]
+    (saved := folder / "saved").mkdir()
 
     def generate_of(name: str) -> Callable[..., Any]:
         return lambda **arguments: list(getattr(qwen_mlx, name)(**arguments))
@@ -76,6 +77,14 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "Tokenizer": (tokenizer.__call__, {"text": "hi"}),
         "Tokenizer.encode": (tokenizer.encode, {"text": "hi"}),
         "Tokenizer.decode": (tokenizer.decode, {"ids": [1]}),
+        "Tokenizer.read": (Tokenizer.read, {"path": path}),
+        "Tokenizer.save": (tokenizer.save, {"folder": saved}),
+        "Tokenizer.check_length": (tokenizer.check_length, {"text": "hi", "context_length": 9}),
+        "Tokenizer.token_bytes": (tokenizer.token_bytes, {"i": 1}),
+        "Tokenizer.with_prefix": (tokenizer.with_prefix, {"ids": [1]}),
+        "ModelConfig.from_folder": (qwen_mlx.ModelConfig.from_folder, {"folder": path}),
+        "ModelConfig.suggest_yarn": (model.config.suggest_yarn, {"n_tokens": 200}),
+        "PromptCache.keep": (PromptCache(model).keep, {"prompt": [1]}),
         "Tokenizer.render_chat": (tokenizer.render_chat, {"messages": messages}),
         "Tokenizer.apply_chat_template": (tokenizer.apply_chat_template, {"messages": messages}),
     }
@@ -85,8 +94,11 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 GENERATING = ["generate", "stream_generate", "batch_generate", "fill", "stream_fill", "Chat", "Chat.send"]
 FILES = ["Chat.save", "Chat.load", "PromptCache.save", "PromptCache.load", "load", "load_encoder", "convert"]
 VALUES = ["embed", "score", "step_scores", "activations", "hidden_states", "Qwen2"]
-TEXTS = ["Tokenizer", "Tokenizer.encode", "Tokenizer.decode", "Tokenizer.render_chat", "Tokenizer.apply_chat_template"]
-NAMES = [*GENERATING, *FILES, *VALUES, *TEXTS, "Chat.edit", "PromptCache", "SamplingSettings"]
+TEXTS = ["encode", "decode", "render_chat", "apply_chat_template", "read", "save"]
+TEXTS += ["check_length", "token_bytes", "with_prefix"]
+OTHERS = ["Chat.edit", "PromptCache", "PromptCache.keep", "SamplingSettings", "Tokenizer"]
+OTHERS += ["ModelConfig.from_folder", "ModelConfig.suggest_yarn"]
+NAMES = [*GENERATING, *FILES, *VALUES, *(f"Tokenizer.{name}" for name in TEXTS), *OTHERS]
 # Parameters that are written in the signature of another function.
 SAME = {"stream_generate": qwen_mlx.stream_generate, "stream_fill": qwen_mlx.stream_fill, "Chat": Chat}
 

@@ -46,6 +46,7 @@ class PromptCache:
         self.ids: list[int] = []
         self._in_use = False
 
+    @refuses_wrong_arguments
     def keep(self, prompt: Sequence[int]) -> int:
         """Forgets what differs from `prompt` and returns the number of its tokens that are left: all but one at most,
         because the model must compute something to go on from. `layers` are then the caller's until it calls

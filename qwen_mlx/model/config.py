@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import GGUFError, QwenMLXError
+from ..errors import GGUFError, QwenMLXError, refuses_wrong_arguments
 from ..gguf.reader import GGUFFile
 from ..text.files import read_json
 
@@ -126,6 +126,7 @@ class ModelConfig:
             return self.max_position_embeddings
         return min(self.max_position_embeddings, TRAINED_CONTEXT)
 
+    @refuses_wrong_arguments
     def with_yarn(self, factor: float) -> ModelConfig:
         """The same model with YaRN by `factor`, as Qwen documents it: from the 32,768 tokens that Qwen2.5 was trained
         on (fewer if the model has fewer; what its own YaRN says) to `factor` times as many. Short texts lose a little.
@@ -148,6 +149,7 @@ class ModelConfig:
         scaling = RopeScaling("yarn", float(factor), self._yarn_original, **beta)
         return replace(self, rope_scaling=scaling, max_position_embeddings=self._yarn_original)
 
+    @refuses_wrong_arguments
     def suggest_yarn(self, n_tokens: int) -> str:
         """The advice that makes room for `n_tokens`: the end of an error's sentence."""
         factor = max(DOCUMENTED_YARN, math.ceil(n_tokens / self._yarn_original))
@@ -196,6 +198,7 @@ class ModelConfig:
         return config
 
     @classmethod
+    @refuses_wrong_arguments
     def from_gguf(cls, file: GGUFFile) -> ModelConfig:
         """Reads the `qwen2.*` metadata; vocabulary size, tied head and FFN biases are what the tensors say.
 
@@ -286,6 +289,7 @@ class ModelConfig:
             raise GGUFError(f"{where}: {error}") from None
 
     @classmethod
+    @refuses_wrong_arguments
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Reads `config.json` as transformers writes it, before and since version 5 (`rope_parameters`).
 

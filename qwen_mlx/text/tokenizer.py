@@ -92,6 +92,7 @@ class Tokenizer:
         return len(self.names)
 
     @classmethod
+    @refuses_wrong_arguments
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From a GGUF's `tokenizer.*` metadata. Raises GGUFError naming the field that is missing or wrong."""
 
@@ -173,6 +174,7 @@ class Tokenizer:
         )
 
     @classmethod
+    @refuses_wrong_arguments
     def from_folder(cls, folder: Path) -> Tokenizer:
         """From tokenizer.json (or vocab.json and merges.txt), tokenizer_config.json, special_tokens_map.json, the chat
         templates' files and generation_config.json, as transformers writes them. Raises QwenMLXError naming the file
@@ -242,10 +244,12 @@ class Tokenizer:
         )
 
     @classmethod
+    @refuses_wrong_arguments
     def read(cls, path: Path) -> Tokenizer:
         """From a GGUF file or a folder, without its weights."""
         return cls.from_folder(path) if path.is_dir() else cls.from_gguf(GGUFFile(path).metadata)
 
+    @refuses_wrong_arguments
     def check_fits(self, vocab_size: int, path: Path) -> None:
         """Raises QwenMLXError if there are tokens for which a model of `vocab_size` has no embedding."""
         if self.vocab_size > vocab_size:
@@ -298,6 +302,7 @@ class Tokenizer:
                 raise QwenMLXError(f"The tokenizer cannot read the text ({shortened(str(error))}).") from None
         return ids
 
+    @refuses_wrong_arguments
     def check_length(self, text: str, context_length: int) -> None:
         """Raises QwenMLXError for a text that cannot fit into so many tokens, without reading it."""
         check_length(text, iter(self.names), context_length)
@@ -312,6 +317,7 @@ class Tokenizer:
         except TypeError:
             raise QwenMLXError(f"Token ids are {shortened(repr(ids), 80)}, expected a list of integers.") from None
 
+    @refuses_wrong_arguments
     def token_bytes(self, i: int) -> bytes:
         """The bytes that a token stands for: of one that is not ordinary text, its name."""
         return self._bytes(i, skip_special=False)
@@ -324,6 +330,7 @@ class Tokenizer:
         name = self.names[i]
         return name.encode() if i in self._special_ids else self._bytes_of_name(name)
 
+    @refuses_wrong_arguments
     def with_prefix(self, ids: list[int]) -> list[int]:
         """`ids` after prefix_ids, which are put before them once."""
         n = len(self.prefix_ids)
@@ -407,6 +414,7 @@ class Tokenizer:
                 ids += self._encode_special(piece, left_out=GUARD)
         return ids
 
+    @refuses_wrong_arguments
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat templates for transformers and mlx-lm."""
         data = json.loads(self._bpe.to_str())
@@ -439,6 +447,7 @@ class Tokenizer:
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
+    @refuses_wrong_arguments
     def save_chat_templates(self, folder: Path) -> None:
         """Writes chat_template.jinja and additional_chat_templates/NAME.jinja."""
         for name, text in self.chat_templates.items():
