@@ -584,7 +584,7 @@ def test_a_terminal(path: Path, tmp_path: Path):
         window.until(READY)
         messages = json.loads(saved.read_text())
         assert messages[0] == {"role": "user", "content": "hello"}
-        assert 10 < len(messages[1]["ids"]) < 7000, "the answer was not cut short"
+        assert 0 < len(messages[1]["ids"]) < 7000, "the answer was not cut short"
         window.send("\x1b[200~first line\nsecond line\x1b[201~\r")
         window.until(DRAWN)
         window.send("\x03")
