@@ -24,7 +24,7 @@ from qwen_mlx.model.activations import LAYER_TAPS  # noqa: E402
 # From the bottom up, as in the map of CONTRIBUTING.md.
 ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "encoding"]
 ROOMS += ["loading", "conversion", "server", "cli"]
-COMMANDS = ["generate", "chat", "convert", "fuse", "evaluate", "embed", "score", "selftest", "serve"]
+COMMANDS = ["generate", "chat", "convert", "fuse", "export", "evaluate", "embed", "score", "selftest", "serve"]
 
 project, author, release = "qwen_mlx", "the qwen_mlx authors", __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]

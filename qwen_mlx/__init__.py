@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion.convert import convert
+    from .conversion.export import export
     from .encoding.embed import embed
     from .encoding.encoder import Encoder
     from .encoding.score import score, step_scores
@@ -49,6 +50,7 @@ _MODULES = {
     "batch_generate": "generation.batch",
     "convert": "conversion.convert",
     "embed": "encoding.embed",
+    "export": "conversion.export",
     "fill": "generation.fill",
     "generate": "generation.text",
     "hidden_states": "model.activations",
@@ -76,6 +78,7 @@ __all__ = [
     "batch_generate",
     "convert",
     "embed",
+    "export",
     "fill",
     "generate",
     "hidden_states",

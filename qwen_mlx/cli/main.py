@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "answer editors and other programs over HTTP",
     "convert": "convert a GGUF or safetensors model to an MLX model folder",
     "fuse": "merge adapters into a model and write a folder",
+    "export": "write a model as a GGUF file",
     "embed": "turn texts into vectors with an embedding model",
     "score": "score texts with a classifier, a reranker or a reward model",
     "evaluate": "measure a model's perplexity, and what quantizing cost",

@@ -89,7 +89,7 @@ def convert(
     ):
         with ShardedWriter(folder, specs, shard_bytes) as writer, ThreadPoolExecutor(threads()) as pool:
             for tensor, form in forms.items():
-                with _naming(path):
+                with naming(path):
                     report.append(store(tensor, form, writer, pool, allow_nan))
                 done += tensor.nbytes
                 if progress:
@@ -122,10 +122,20 @@ def check(source: str | os.PathLike[str], progress: Progress | None = None) -> l
     return rows
 
 
-def _open(path: Path, adapter: Names = None) -> Checkpoint:
-    """A checkpoint that an MLX model folder can express, and that is not one already, merged with adapters."""
+def merged_checkpoint(path: Path, adapter: Names = None) -> Checkpoint:
+    """A checkpoint of a model that generates text, merged with adapters."""
     checkpoint = adapted(open_checkpoint(path), adapter)
     checkpoint.require_language_head()
+    parameters = {
+        name: merged(parameter, checkpoint.deltas[name]) if name in checkpoint.deltas else parameter
+        for name, parameter in checkpoint.parameters.items()
+    }
+    return dataclasses.replace(checkpoint, parameters=parameters)
+
+
+def _open(path: Path, adapter: Names = None) -> Checkpoint:
+    """A checkpoint that an MLX model folder can express, and that is not one already, merged with adapters."""
+    checkpoint = merged_checkpoint(path, adapter)
     if not checkpoint.adapter_digest and any(
         isinstance(tensor, PackedParameter) for tensor in checkpoint.parameters.values()
     ):
@@ -135,11 +145,7 @@ def _open(path: Path, adapter: Names = None) -> Checkpoint:
             f"{path}: tensor {ROPE_FACTORS!r} divides the rotary frequencies, which an MLX model folder cannot "
             "express; use the GGUF as it is."
         )
-    parameters = {
-        name: merged(parameter, checkpoint.deltas[name]) if name in checkpoint.deltas else parameter
-        for name, parameter in checkpoint.parameters.items()
-    }
-    return dataclasses.replace(checkpoint, parameters=parameters)
+    return checkpoint
 
 
 def _keep_freed_memory() -> None:
@@ -151,7 +157,7 @@ def _keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Puts the source's name before an error about one of its tensors."""
     try:
         yield

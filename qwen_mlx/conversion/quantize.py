@@ -143,7 +143,7 @@ def store(
     the form's dtype cannot hold.
     """
     specs = form.specs(tensor)
-    cost = _Cost()
+    cost = Cost()
     jobs = (lambda a=a, b=b: _encode(tensor, form, a, b, allow_nan) for a, b in pieces(tensor))
     for arrays, piece_cost in in_order(pool, jobs):
         for spec, array in zip(specs, arrays):
@@ -157,7 +157,7 @@ def store(
         str(form),
         tensor.shape,
         sum(spec.nbytes for spec in specs),
-        math.sqrt(cost.squares / cost.reference) if cost.reference else 0.0,
+        cost.relative_l2,
         cost.max_abs,
         cost.not_finite,
     )
@@ -185,13 +185,21 @@ def in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]]) -> Itera
 
 
 @dataclass
-class _Cost:
+class Cost:
+    """The error of storing a tensor's rows; see Stored. squares, reference: sums of squares of the differences and of
+    the source's values."""
+
     squares: float = 0.0
     reference: float = 0.0
     max_abs: float = 0.0
     not_finite: int = 0
 
-    def __iadd__(self, other: _Cost) -> _Cost:
+    @property
+    def relative_l2(self) -> float:
+        """||stored - source|| / ||source||."""
+        return math.sqrt(self.squares / self.reference) if self.reference else 0.0
+
+    def __iadd__(self, other: Cost) -> Cost:
         self.squares += other.squares
         self.reference += other.reference
         self.max_abs = max(self.max_abs, other.max_abs)
@@ -199,6 +207,7 @@ class _Cost:
         return self
 
     def compare(self, source: np.ndarray, stored: np.ndarray) -> None:
+        """Adds the error of `stored` against `source`, arrays of one shape."""
         with np.errstate(all="ignore"):
             difference = (stored - source).ravel()
         flat = source.ravel()
@@ -225,9 +234,9 @@ def _largest(x: np.ndarray) -> float:
 
 def _encode(
     tensor: Parameter, form: Form, start: int, stop: int, allow_nan: bool
-) -> tuple[tuple[np.ndarray, ...], _Cost]:
+) -> tuple[tuple[np.ndarray, ...], Cost]:
     """Rows start to stop as they are written, and their error."""
-    cost = _Cost()
+    cost = Cost()
     wide: Sequence[np.ndarray]
     if form.from_source:
         codes, *wide = tensor.arrays(form.packing, start, stop, finite=False)

@@ -55,7 +55,8 @@ class TensorInfo:
 class GGUFFile:
     """An open GGUF file, or all parts of a split one when given the first (`-00001-of-0000N.gguf`).
 
-    metadata: name -> int, float, bool, str or (nested) list of these. tensors: name -> TensorInfo, in file order.
+    metadata: name -> int, float, bool, str or (nested) list of these. value_types: name -> GGUF's number for that value's
+    type, and for its items' type if it is an array. tensors: name -> TensorInfo, in file order.
     Raises GGUFError if the file cannot be read or contradicts itself; it names the file and the field.
     """
 
@@ -66,6 +67,7 @@ class GGUFFile:
         first = self._open(self.path)
         self.version: int = first.version
         self.metadata: Mapping[str, Any] = MappingProxyType(first.metadata)
+        self.value_types: Mapping[str, tuple[int, int | None]] = MappingProxyType(first.value_types)
         count = self.metadata.get("split.count", 1)
         if isinstance(count, int) and count > 1:
             self._open_other_parts(count)
@@ -155,11 +157,15 @@ class _Header:
         n_tensors = self._count("tensor count", 8 + 4 + 8 + 4 + 8)
         n_keys = self._count("metadata count", 8 + 4 + 1)
         self.metadata: dict[str, Any] = {}
+        self.value_types: dict[str, tuple[int, int | None]] = {}
         for index in range(n_keys):
             key = self._string(f"name of metadata field {index}")
             if key in self.metadata:
                 raise GGUFError(f"{path}: metadata field {key!r} appears twice; the file is damaged.")
-            self.metadata[key] = self._value(self._scalar("I", key), key, 0)
+            kind, start = self._scalar("I", key), self.position
+            self.metadata[key] = self._value(kind, key, 0)
+            items = struct.unpack_from("<I", self.data, start)[0] if kind == _ARRAY else None
+            self.value_types[key] = (kind, items)
         self._directory = [self._tensor_entry(index) for index in range(n_tensors)]
         self.alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(self.alignment, int) or self.alignment < 1 or self.alignment & (self.alignment - 1):

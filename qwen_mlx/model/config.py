@@ -197,6 +197,44 @@ class ModelConfig:
             config["rope_scaling"] = {"rope_type": scaling.pop("type"), **scaling}
         return config
 
+    def to_gguf(self) -> dict[str, Any]:
+        """The same as the `qwen2.*` metadata of a GGUF; what its tensors say is left out. Raises QwenMLXError for a
+        sliding window, which llama.cpp's Qwen2 does not have."""
+        if self.sliding_window is not None and self.max_window_layers < self.num_hidden_layers:
+            raise QwenMLXError(
+                f"layers from {self.max_window_layers} on attend within {self.sliding_window} tokens, which a GGUF of "
+                "this architecture cannot say; use the folder as it is."
+            )
+        fields: dict[str, Any] = {
+            "block_count": self.num_hidden_layers,
+            "context_length": self.max_position_embeddings,
+            "embedding_length": self.hidden_size,
+            "feed_forward_length": self.intermediate_size,
+            "attention.head_count": self.num_attention_heads,
+            "attention.head_count_kv": self.num_key_value_heads,
+            "rope.freq_base": float(self.rope_theta),
+            "attention.layer_norm_rms_epsilon": float(self.rms_norm_eps),
+        }
+        if self.head_dim * self.num_attention_heads != self.hidden_size:
+            names = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+            fields |= dict.fromkeys(names, self.head_dim)
+        if self.rope_scaling is not None:
+            scaling = self.rope_scaling
+            fields |= {
+                "rope.scaling.type": scaling.type,
+                "rope.scaling.factor": float(scaling.factor),
+                "rope.scaling.original_context_length": scaling.original_max_position_embeddings,
+            }
+            if scaling.attention_factor is not None:
+                own = 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0  # see from_gguf
+                fields["rope.scaling.attn_factor"] = scaling.attention_factor / own
+            if (scaling.beta_fast, scaling.beta_slow) != (32, 1):
+                betas = (float(scaling.beta_fast), float(scaling.beta_slow))
+                fields |= dict(zip(("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"), betas))
+        if not self.is_causal:
+            fields["attention.causal"] = False
+        return {f"qwen2.{name}": value for name, value in fields.items()}
+
     @classmethod
     @refuses_wrong_arguments
     def from_gguf(cls, file: GGUFFile) -> ModelConfig:

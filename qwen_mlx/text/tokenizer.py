@@ -414,10 +414,20 @@ class Tokenizer:
                 ids += self._encode_special(piece, left_out=GUARD)
         return ids
 
+    @property
+    def control(self) -> tuple[str, ...]:
+        """The names of the control tokens; the other tokens of `special` are shown as text."""
+        return self._control
+
+    def library_json(self) -> dict[str, Any]:
+        """tokenizer.json's object, without added tokens."""
+        data: dict[str, Any] = json.loads(self._bpe.to_str())
+        return data
+
     @refuses_wrong_arguments
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat templates for transformers and mlx-lm."""
-        data = json.loads(self._bpe.to_str())
+        data = self.library_json()
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         data["added_tokens"] = [
             {"id": i, "content": name, **flags, "special": i in self._control_ids} for name, i in self.special.items()
