@@ -1,7 +1,7 @@
 """Float32 values become GGUF blocks: by gguf-py's quantizers, and by our own for the K-quants, which it lacks.
 
-A K-quant's group of weights x has codes q, a scale s and a minimum m such that the sum of w (s q + m - x)^2 is least, for
-weights w. Rounding x to codes needs s and m, and least squares gives s and m for known codes. So a few steps between
+A K-quant's group of values x has codes q, a scale s and a minimum m such that the sum of w (s q + m - x)^2 is least, w
+being each value's importance. Rounding x to codes needs s and m, and least squares gives s and m for known codes. So a few steps between
 codes are tried: one somewhat smaller than the group's range asks for, which clips its ends, up to one somewhat larger.
 Each gives codes, these give s and m, and the best of them counts. At that optimum the sum is that of w x^2 less
 s (sum of w q x) + m (sum of w x), which is how the steps are compared. The scales of a block are then rounded to

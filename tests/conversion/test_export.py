@@ -239,7 +239,7 @@ def test_the_same_text_here_and_the_same_logits_in_transformers(tmp_path: Path, 
     export(folder, out, "f16")
     exported, tokenizer = load(out, dtype="float32")
     rounded = RandomModel(**SIZES)
-    for name, value in rounded.state_dict().items():
+    for value in rounded.state_dict().values():
         np.copyto(value, value.astype(np.float16 if value.ndim == 2 else np.float32))
     expected = torch_logits(to_hf(rounded))
     assert distance(exported(mx.array(IDS)), expected) < 1e-4 * np.abs(expected).max()
