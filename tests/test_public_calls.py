@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import qwen_mlx
 from qwen_mlx import Chat, PromptCache, QwenMLXError, Tokenizer
 from qwen_mlx.backend import mx
+from reference.small_models import RandomModel, write_gguf
 from tests.helpers.encoders import classifier
 from tests.helpers.fim_model import save_fim_folder
 
@@ -36,6 +37,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     """Each public call by its name, with arguments that it takes."""
     folder = tmp_path_factory.mktemp("calls")
     path = save_fim_folder(folder / "model", max_position_embeddings=128)
+    base = write_gguf(folder / "base.gguf", RandomModel(num_hidden_layers=1))
     (model, tokenizer), encoder = qwen_mlx.load(path), qwen_mlx.load_encoder(classifier(folder / "classifier"))
     both = {"model": model, "tokenizer": tokenizer}
     messages = [{"role": "user", "content": "hi"}]
@@ -67,6 +69,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "load": (qwen_mlx.load, {"model": path}),
         "load_encoder": (qwen_mlx.load_encoder, {"model": folder / "classifier"}),
         "convert": (qwen_mlx.convert, {"source": path, "output": folder / "converted", "force": True}),
+        "export": (qwen_mlx.export, {"source": base, "output": folder / "exported.gguf", "force": True}),
         "embed": (qwen_mlx.embed, {"encoder": encoder, "texts": ["hi"]}),
         "score": (qwen_mlx.score, {"encoder": encoder, "texts": ["hi"]}),
         "step_scores": (qwen_mlx.step_scores, {"encoder": encoder, "texts": ["hi"], "step": "<|im_end|>"}),
@@ -92,7 +95,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 
 
 GENERATING = ["generate", "stream_generate", "batch_generate", "fill", "stream_fill", "Chat", "Chat.send"]
-FILES = ["Chat.save", "Chat.load", "PromptCache.save", "PromptCache.load", "load", "load_encoder", "convert"]
+FILES = ["Chat.save", "Chat.load", "PromptCache.save", "PromptCache.load", "load", "load_encoder", "convert", "export"]
 VALUES = ["embed", "score", "step_scores", "activations", "hidden_states", "Qwen2"]
 TEXTS = ["encode", "decode", "render_chat", "apply_chat_template", "read", "save"]
 TEXTS += ["check_length", "token_bytes", "with_prefix"]

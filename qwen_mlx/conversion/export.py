@@ -224,7 +224,7 @@ def _write(path: Path, fields: Fields, targets: list[Target], source: Path, prog
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        (file,) = writer.fout
+        file: BinaryIO = writer.fout[0]  # type: ignore[index]
         writer.write_padding(file, file.tell())
         report: list[Stored] = []
         done, total = 0, sum(target.source.nbytes for target in targets)

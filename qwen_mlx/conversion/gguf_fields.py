@@ -22,7 +22,7 @@ LARGEST_CARD = 1 << 20  # bytes of README.md
 CARD_FIELDS = ("license", "license_name", "license_link", "base_model", "tags", "language", "datasets")
 # What a file says of how it was quantized, which a file of another type must not repeat.
 OF_ONE_TYPE = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.")
-ARRAY = 9
+INT32, ARRAY = 5, 9
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def folder_fields(checkpoint: Checkpoint, source: str | os.PathLike[str]) -> Fie
     size = sum(math.prod(parameter.shape) for parameter in checkpoint.parameters.values())
     values = {"general.architecture": "qwen2", "general.type": "model"}
     values |= _origin(checkpoint.path, _model_name(checkpoint.path, source), size)
-    return Fields(values | _sampling(checkpoint) | shape | tokenizer, {})
+    return Fields(values | _sampling(checkpoint) | shape | tokenizer, {f"{GGUF_PREFIX}top_k": (INT32, None)})
 
 
 def add_fields(writer: Any, fields: Fields) -> None:
@@ -130,4 +130,5 @@ def _sampling(checkpoint: Checkpoint) -> dict[str, Any]:
     defaults = checkpoint.defaults
     if defaults.source != "generation_config.json" or defaults.temperature == 0:
         return {}
-    return {f"{GGUF_PREFIX}{key}": getattr(defaults, name) for key, name in GGUF_NAMES.items() if "xtc" not in key}
+    values = {key: float(getattr(defaults, name)) for key, name in GGUF_NAMES.items() if "xtc" not in key}
+    return {f"{GGUF_PREFIX}{key}": value for key, value in (values | {"top_k": defaults.top_k}).items()}

@@ -1,17 +1,18 @@
 """Float32 values become GGUF blocks: by gguf-py's quantizers, and by our own for the K-quants, which it lacks.
 
 A K-quant's group of values x has codes q, a scale s and a minimum m such that the sum of w (s q + m - x)^2 is least, w
-being each value's importance. Rounding x to codes needs s and m, and least squares gives s and m for known codes. So a few steps between
-codes are tried: one somewhat smaller than the group's range asks for, which clips its ends, up to one somewhat larger.
-Each gives codes, these give s and m, and the best of them counts. At that optimum the sum is that of w x^2 less
-s (sum of w q x) + m (sum of w x), which is how the steps are compared. The scales of a block are then rounded to
-multiples of one fp16 number, and the codes are chosen again for the rounded scales.
+being each value's importance. Rounding x to codes needs s and m, and least squares gives s and m for known codes. So a
+few steps between codes are tried: one somewhat smaller than the group's range asks for, which clips its ends, up to one
+somewhat larger. Each gives codes, these give s and m, and the best of them counts. At that optimum the sum is that of
+w x^2 less s (sum of w q x) + m (sum of w x), which is how the steps are compared. The scales of a block are then
+rounded to multiples of one fp16 number, and the codes are chosen again for the rounded scales.
 Source of w and of the range of steps: ggml's reference quantizers (ggml-quants.c).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -33,10 +34,10 @@ def quantize(values: np.ndarray, kind: BlockType) -> np.ndarray:
     """
     values = np.ascontiguousarray(values, np.float32)
     with np.errstate(all="ignore"):
-        if kind.name in K_TYPES:
+        if kind.name in _K_TYPES:
             blocks = values.reshape(-1, 256)
             chunks = [blocks[start : start + CHUNK // 256] for start in range(0, len(blocks), CHUNK // 256)]
-            raw = np.concatenate([K_TYPES[kind.name](chunk) for chunk in chunks]).reshape(len(values), -1)
+            raw = np.concatenate([_K_TYPES[kind.name](chunk) for chunk in chunks]).reshape(len(values), -1)
         else:
             from gguf import GGMLQuantizationType, quants  # 0.1 s to import
 
@@ -54,9 +55,9 @@ def _affine_k(values: np.ndarray, bits: int) -> np.ndarray:
     d, scales_q = _six_bits(scales)
     d_min, minima_q = _six_bits(-minima)
     scale = d[:, None].astype(np.float32) * scales_q
-    codes = groups.reshape(-1, 8, 32) + (d_min[:, None].astype(np.float32) * minima_q)[..., None]
-    codes /= np.where(scale == 0, _F32(np.inf), scale)[..., None]
-    codes = _rounded(codes, 0, 2**bits - 1).astype(np.uint8).reshape(-1, 256)
+    above = groups.reshape(-1, 8, 32) + (d_min[:, None].astype(np.float32) * minima_q)[..., None]
+    above /= np.where(scale == 0, _F32(np.inf), scale)[..., None]
+    codes = _rounded(above, 0, 2**bits - 1).astype(np.uint8).reshape(-1, 256)
     return affine_k_blocks(bits, codes, d, d_min, scales_q, minima_q)
 
 
@@ -77,8 +78,8 @@ def _q6_k(values: np.ndarray) -> np.ndarray:
     scales_q = _rounded(multiples, -128, 127).astype(np.int8)
     scale = d[:, None].astype(np.float32) * scales_q
     codes = groups.reshape(-1, 16, 16) / np.where(scale == 0, _F32(np.inf), scale)[..., None]
-    codes = (_rounded(codes, -32, 31) + 32).astype(np.uint8).reshape(-1, 256)
-    return q6_k_blocks(codes, d, scales_q)
+    whole = (_rounded(codes, -32, 31) + 32).astype(np.uint8).reshape(-1, 256)
+    return q6_k_blocks(whole, d, scales_q)
 
 
 def affine_steps(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,14 +131,20 @@ def symmetric_steps(x: np.ndarray, top: int) -> np.ndarray:
         np.copyto(scales, scale, where=better)
         np.copyto(best, gain, where=better)
     # Squares of the smallest numbers vanish; the group's range is then as good.
-    return np.where(np.isfinite(best) & (best > 0), scales, peak / _F32(-top))
+    steps: np.ndarray = np.where(np.isfinite(best) & (best > 0), scales, peak / _F32(-top))
+    return steps
 
 
 def _rounded(values: np.ndarray, low: int, high: int) -> np.ndarray:
     """`values`, rounded in place to whole numbers from low to high; NaN becomes low."""
     np.rint(values, out=values)
     np.fmax(values, _F32(low), out=values)
-    return np.minimum(values, _F32(high), out=values)
+    np.minimum(values, _F32(high), out=values)
+    return values
 
 
-K_TYPES = {"Q4_K": functools.partial(_affine_k, bits=4), "Q5_K": functools.partial(_affine_k, bits=5), "Q6_K": _q6_k}
+_K_TYPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Q4_K": functools.partial(_affine_k, bits=4),
+    "Q5_K": functools.partial(_affine_k, bits=5),
+    "Q6_K": _q6_k,
+}

@@ -55,8 +55,8 @@ class TensorInfo:
 class GGUFFile:
     """An open GGUF file, or all parts of a split one when given the first (`-00001-of-0000N.gguf`).
 
-    metadata: name -> int, float, bool, str or (nested) list of these. value_types: name -> GGUF's number for the type of
-    that value, and for its items' type if it is an array. tensors: name -> TensorInfo, in file order.
+    metadata: name -> int, float, bool, str or (nested) list of these. value_types: name -> GGUF's number for its type,
+    and for its items' type if it is an array. tensors: name -> TensorInfo, in file order.
     Raises GGUFError if the file cannot be read or contradicts itself; it names the file and the field.
     """
 

@@ -124,6 +124,8 @@ def test_a_folders_metadata(tmp_path: Path, folder: Path):
     assert ours.tokenizer.encode(text, allow_special=True) == theirs.tokenizer.encode(text, allow_special=True)
     assert (ours.defaults.temperature, ours.defaults.top_k, ours.defaults.top_p) == (0.5, 7, 0.75)
     assert fields["general.name"] == "Tiny 1M Instruct"
+    assert GGUFFile(out).value_types["general.sampling.top_k"] == (5, None)
+    assert GGUFFile(out).value_types["general.sampling.penalty_repeat"] == (6, None)
     assert fields["general.size_label"] == "1M"
     assert fields["general.license"] == "apache-2.0"
     assert fields["general.base_model.0.repo_url"] == "https://huggingface.co/Qwen/Qwen2.5-0.5B"
