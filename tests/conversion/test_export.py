@@ -19,8 +19,9 @@ from qwen_mlx.conversion.mixes import MIXES, tensor_type
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.loading.checkpoint import open_checkpoint
 from qwen_mlx.model.config import ModelConfig
+from qwen_mlx.text.special_tokens import post_processor
 from reference.lazy import torch, transformers
-from reference.small_models import RandomModel, save_folder, to_hf, write_gguf
+from reference.small_models import TOKENS, RandomModel, save_folder, to_hf, write_gguf
 from tests.helpers.adapters import adapt, random_parts, write_peft
 from tests.helpers.peers import IDS, distance, torch_logits
 
@@ -29,6 +30,8 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 COPIED = {"q_proj": T.Q4_K, "k_proj": T.Q5_0, "v_proj": T.Q6_K, "o_proj": T.Q8_0, "gate_proj": T.BF16, "up_proj": T.F16}
 PACKED = {"q_proj": T.Q4_K, "k_proj": T.Q5_0, "v_proj": T.Q4_0, "o_proj": T.Q8_0, "gate_proj": T.Q5_K}
 PACKED |= {"up_proj": T.Q4_1, "down_proj": T.Q5_1}
+
+GPT_2_RULE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def kinds_of(model: RandomModel, kinds: dict[str, T]) -> dict[str, T]:
@@ -307,21 +310,15 @@ def test_a_full_disk_is_told_first(tmp_path: Path, folder: Path, monkeypatch: py
     ("file", "change", "message"),
     [
         ("config.json", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "attend within 8"),
-        ("tokenizer.json", {"pre_tokenizer": {"type": "ByteLevel"}}, "splits text by another rule than Qwen2's"),
-        ("tokenizer_config.json", {"add_eos_token": True, "eos_token": "<|im_start|>"}, "around a text"),
+        ("tokenizer.json", {"pre_tokenizer": GPT_2_RULE}, "splits text by another rule than Qwen2's"),
+        ("tokenizer.json", {"post_processor": post_processor(dict(zip(TOKENS[-2:], (261, 262))), {})}, "around a text"),
     ],
 )
 def test_what_a_gguf_cannot_say(tmp_path: Path, folder: Path, file: str, change: dict, message: str):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     content = json.loads((other / file).read_text()) | change
-    if file == "tokenizer.json":
-        content["pre_tokenizer"] |= {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    if "layer_types" not in content and file == "config.json":
-        content["layer_types"] = None
     (other / file).write_text(json.dumps(content))
-    if file == "tokenizer_config.json":
-        (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 262}))
     with pytest.raises(QwenMLXError, match=message):
         export(other, tmp_path / "out.gguf", "q8_0")
     assert not (tmp_path / "out.gguf").exists()
