@@ -6,6 +6,8 @@ from qwen_mlx import ModelConfig, Qwen2, ops
 from qwen_mlx.backend import mx, nn
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.model.layers import QuantizedEmbedding, QuantizedLinear
+from qwen_mlx.text.tokenizer import Tokenizer
+from qwen_mlx.text.vocabulary import byte_level
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied: Qwen2.5's published config.json files
 SHAPES = {
@@ -87,6 +89,17 @@ def raw_model(size: str) -> Qwen2:
             owner[name] = new
         mx.eval(model.parameters())
     return model
+
+
+def byte_tokenizer(size: int) -> Tokenizer:
+    """A vocabulary of `size` tokens that reads a text as its bytes; the other tokens are words for what random weights
+    write, and the last one ends a text."""
+    from tokenizers import pre_tokenizers
+
+    end = "<|endoftext|>"
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"word{i}" for i in range(size - 257)), end]
+    ids = {name: i for i, name in enumerate(names[:-1])}
+    return Tokenizer(byte_level(ids, []), names, {end: size - 1}, [end], [size - 1], {})
 
 
 def random_blocks(kind: str, rows: int, columns: int) -> ops.Matrix:

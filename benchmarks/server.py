@@ -6,13 +6,18 @@
   extra `bench` and some GB of disk).
 - `keystroke`: the time to a fill's first token after a second keystroke in a file of about 1,500 tokens, as a share of
   the time after the first.
+- `scale`: what `--streams` streams make together, as a multiple of one stream's tokens a second. Their clients run in a
+  process of their own, and count what comes from the first request to the last token.
 - `mask`: what a JSON schema adds to a decoding step.
 - `memory`: the resident memory after `--requests` mixed requests less that after the hundredth, and the number of wrong
   answers.
 
 The two sides of a ratio alternate, `--repeats` times over, and the median of the ratios is printed. The server runs in
-a thread of this process, mlx_lm.server in a process of its own. The goals are those of the default model on a CPU.
-Takes about ten minutes on two cores.
+a thread of this process, mlx_lm.server in a process of its own. The goals are those of the default model on a CPU, and
+of `scale` those of 7B on an H200. Takes about ten minutes on two cores. `--size` takes random weights, packed as
+Q4_K_M, where no file is:
+
+    python -m benchmarks.server --size 7B --parts scale --streams 32 --tokens 256
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import multiprocessing
 import socket
 import statistics
 import subprocess
@@ -38,11 +44,13 @@ import uvicorn
 
 from benchmarks import structured
 from benchmarks.arguments import Parser, at_least, positive, require_module
-from benchmarks.server_load import answers_alone, mixed_cases, send_mixed
+from benchmarks.random_models import SHAPES, byte_tokenizer, raw_model
+from benchmarks.server_load import answers_alone, mixed_cases, send_mixed, streamed_speed
 from qwen_mlx import QwenMLXError, batch_generate, load, stream_generate
 from qwen_mlx.backend import describe
 from qwen_mlx.cli import command as cli
 from qwen_mlx.conversion.convert import convert
+from qwen_mlx.generation.sampling import SamplingSettings
 from qwen_mlx.generation.structured import constraint
 from qwen_mlx.generation.text import encode_prompt
 from qwen_mlx.loading import hub
@@ -50,11 +58,19 @@ from qwen_mlx.server.app import make_app
 from qwen_mlx.server.scheduler import Scheduler
 from qwen_mlx.server.service import Service
 
-PARTS = ("stream", "batch", "mlx-lm", "keystroke", "mask", "memory")
+PARTS = ("stream", "batch", "mlx-lm", "keystroke", "scale", "mask", "memory")
+OF_FILES = ("mlx-lm", "keystroke", "mask", "memory")  # parts that random weights cannot measure
 TEXT = "def reverse(text):\n    return text[::-1]\n\n\ndef count(text, letter):\n    return text.count(letter)\n\n\n"
 HUNDREDTH = 100
 LOAD_CACHE = 50_000_000  # bytes: full after a hundred requests, so that what grows afterwards is a leak
 PEER_TOKENS = 8  # mlx-lm takes seconds a token on a CPU
+
+
+def random_weights(size: str) -> Any:
+    """A model of random weights and a tokenizer of its vocabulary, as load() gives them."""
+    model = raw_model(size)
+    model.generation_defaults = SamplingSettings()
+    return model, byte_tokenizer(model.config.vocab_size)
 
 
 @contextlib.contextmanager
@@ -144,6 +160,27 @@ def keystroke_seconds(client: httpx.Client, number: int, typed: str) -> float:
     return time.perf_counter() - start
 
 
+def scaling(client: httpx.Client, prompts: Callable[[int], list[str]], repeats: int, tokens: int) -> None:
+    """Prints the speed of all prompts' streams at once as a multiple of one stream's. Their clients share a process, so
+    that their work takes none of the server's time."""
+    url = str(client.base_url)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
+
+        def speed(texts: list[str]) -> float:
+            return clients.submit(streamed_speed, url, texts, tokens).result()
+
+        for several in (prompts(-1), prompts(-2)[:1]):  # what a first time compiles is not measured
+            speed(several)
+        compare(
+            f"{len(prompts(0))} streams as a multiple of one",
+            "tok/s",
+            "at least 8 for 32 of 7B in Q4_K_M on an H200",
+            repeats,
+            lambda i: speed(prompts(2 * i)),
+            lambda i: speed(prompts(2 * i + 1)[:1]),
+        )
+
+
 def compare(title: str, unit: str, goal: str, repeats: int, ours: Callable[[int], float], theirs: Any) -> None:
     """Prints the medians of two measurements that take turns, and of their ratios."""
     pairs = [(ours(i), theirs(i)) for i in range(repeats)]
@@ -187,8 +224,10 @@ def memory_growth(loaded: Any, slots: int, count: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Prints a line for each part."""
     parser = Parser("server", __doc__)
-    parser.add_argument("--model", help="a GGUF or a folder (default: the built-in model)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="(default: all)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", help="a GGUF or a folder (default: the built-in model)")
+    source.add_argument("--size", choices=SHAPES, help="random weights of this size, for stream, batch and scale")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="(default: all)")
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--tokens", type=at_least(2), default=32, help="of each stream (%(default)s)")
     parser.add_argument("--streams", type=positive, default=8)
@@ -198,13 +237,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Measures the parts that are asked for."""
-    parts, repeats, tokens = arguments.parts, arguments.repeats, arguments.tokens
+    size, repeats, tokens = arguments.size, arguments.repeats, arguments.tokens
+    parts = arguments.parts or [part for part in PARTS if size is None or part not in OF_FILES]
+    if size is not None and (wrong := next((part for part in parts if part in OF_FILES), None)):
+        raise QwenMLXError(f"--parts {wrong} needs a file, and --size makes random weights; leave one of them out.")
     if "mlx-lm" in parts:
         require_module("mlx_lm", "install the extra bench, or leave mlx-lm out of --parts")
     if "memory" in parts:
         require_module("psutil", "install the extra bench, or leave memory out of --parts")
-    path = hub.resolve(arguments.model)
-    loaded = load(path)
+    path = "" if size else hub.resolve(arguments.model)
+    loaded = load(path) if size is None else random_weights(size)
     ids = loaded[1].encode(TEXT)
     several = f"{arguments.streams} streams"
 
@@ -252,6 +294,8 @@ def measure(arguments: argparse.Namespace) -> None:
             print(
                 f"a second keystroke as a share of the first: {ratio:.3f} (at most 0.1); {second:.3f} and {first:.3f} s"
             )
+        if "scale" in parts:
+            scaling(client, prompts, repeats, tokens)
     if "mask" in parts:
         mask_share(loaded, max(tokens, 32))
     if "memory" in parts:

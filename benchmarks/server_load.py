@@ -7,8 +7,11 @@ import asyncio
 import contextlib
 import json
 import random
+import re
+import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
@@ -91,6 +94,32 @@ async def send_mixed(
     async with httpx.AsyncClient(base_url=url, timeout=SECONDS) as client:
         await asyncio.gather(*(turn(client, *order) for order in orders))
     return mistakes
+
+
+def streamed_speed(url: str, prompts: list[str], tokens: int) -> float:
+    """Tokens a second of a stream for each prompt, all at once, from the first request to the last token."""
+    start = time.perf_counter()
+    counts = asyncio.run(_streamed(urlsplit(url), prompts, tokens))
+    return sum(counts) / (time.perf_counter() - start)
+
+
+async def _streamed(url: SplitResult, prompts: list[str], tokens: int) -> list[int]:
+    return await asyncio.gather(*(_tokens_of_stream(url, text, tokens) for text in prompts))
+
+
+async def _tokens_of_stream(url: SplitResult, prompt: str, tokens: int) -> int:
+    """The number of tokens that a stream says to have sent. Plain sockets: a client's parser for each event would take
+    more time than the server's."""
+    asked = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0, "stream_options": {"include_usage": True}}
+    body = json.dumps({"prompt": prompt, "stream": True, **asked}).encode()
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    headers = f"host: {url.netloc}\r\nconnection: close\r\ncontent-length: {len(body)}"
+    writer.write(f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body)
+    answer = await reader.read()
+    writer.close()
+    if not answer.startswith(b"HTTP/1.1 200") or not (counts := re.findall(rb'"completion_tokens":(\d+)', answer)):
+        raise ValueError(f"The server answers {answer[:300]!r}.")
+    return int(counts[-1])
 
 
 def _answer(path: str, text: str) -> Any:

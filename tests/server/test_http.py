@@ -11,6 +11,7 @@ import httpx
 import jsonschema
 import pytest
 
+from benchmarks.server_load import streamed_speed
 from qwen_mlx import load, stream_generate
 from qwen_mlx.generation.fill import stream_fill
 from qwen_mlx.server.limits import Limits
@@ -305,6 +306,8 @@ REFUSED = [
     (CHAT, hello(n=1.5), "n"),
     (CHAT, hello(max_tokens=0), "max_tokens"),
     (CHAT, hello(max_tokens=-7), "max_tokens"),
+    (CHAT, hello(max_completion_tokens=7), "max_tokens"),
+    (CHAT, hello(repeat_penalty=1.1, repetition_penalty=1.2), "repeat_penalty"),
     (CHAT, hello(stop=[""]), "stop"),
     (CHAT, hello(stop=7), "stop"),
     (CHAT, hello(logit_bias={"x": 1}), "logit_bias"),
@@ -401,6 +404,15 @@ def test_other_paths_methods_and_models(client):
     assert client.get("/v1/models/small").json()["id"] == "small"
     assert client.get("/v1/models/other").status_code == 404
     assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_the_benchmark_s_streams_count_what_came(service):
+    metrics = service.scheduler.metrics
+    before = metrics.generated_tokens
+    assert streamed_speed(service.url, ["hello", "he"], 5) > 0
+    assert metrics.generated_tokens == before + 10
+    with pytest.raises(ValueError, match="prompt is empty"):
+        streamed_speed(service.url, [""], 5)
 
 
 def test_props_tokens_and_metrics(small, client):
