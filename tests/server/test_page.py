@@ -86,6 +86,16 @@ def test_a_conversation_by_keyboard(page):
     assert page.locator(".message.error").count() == 0
 
 
+def test_clearing_while_an_answer_runs_begins_anew(page):
+    page.keyboard.type("hello")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".message.assistant:not(:empty)")
+    page.locator("#clear").click()
+    page.wait_for_function("() => !running")
+    assert page.evaluate("messages") == []
+    assert page.locator(".message").count() == 0
+
+
 def test_tab_completes_and_escape_leaves(page, small):
     page.locator("#tab-chat").focus()
     page.keyboard.press("ArrowRight")
