@@ -6,11 +6,12 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from .errors import RequestError
 
 DEEPEST = 64  # levels of arrays and objects
+T = TypeVar("T")
 
 
 class Body:
@@ -112,6 +113,15 @@ class Body:
                 self.refuse(f"{name}[{i}]", f"is {short(item)}, expected an object")
             bodies.append(Body(item, f"{self._where}{name}[{i}]."))
         return bodies
+
+    def same(self, values: Mapping[str, T | None]) -> T | None:
+        """The value of a field that has several names; two that differ are refused."""
+        given = {name: value for name, value in values.items() if value is not None}
+        first = next(iter(given), None)
+        for name, value in given.items():
+            if value != given[first]:  # type: ignore[index]  # there is one
+                self.refuse(name, f"is {short(value)} beside another {first}, which means the same; leave one out")
+        return None if first is None else given[first]
 
     def only(self, name: str, *values: Any) -> None:
         """A field that this server knows with certain values alone, those that ask for nothing."""

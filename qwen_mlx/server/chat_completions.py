@@ -157,11 +157,11 @@ class ChatRequest:
 
 def _limits(body: Body) -> dict[str, Any]:
     """max_tokens under both names; -1 and a missing one mean all that the context has room for."""
-    limits = [body.integer(name, -1) for name in ("max_completion_tokens", "max_tokens")]
-    given = next((limit for limit in limits if limit is not None), -1)
+    limits = {name: body.integer(name, -1) for name in ("max_completion_tokens", "max_tokens")}
+    given = body.same(limits)
     if given == 0:
-        body.refuse("max_completion_tokens" if limits[0] is not None else "max_tokens", "is 0, expected 1 or more")
-    return {"max_tokens": UNLIMITED if given == -1 else given}
+        body.refuse(next(name for name, limit in limits.items() if limit == 0), "is 0, expected 1 or more")
+    return {"max_tokens": UNLIMITED if given in (None, -1) else given}
 
 
 def _logprobs(body: Body) -> int | None:

@@ -47,8 +47,8 @@ class NativeRequest:
         self.service, self.path = service, "/infill" if infill else "/completion"
         self.stream, self._truncated = body.boolean("stream"), False
         service.check_model(body)
-        limits = [body.integer(name, -2) for name in ("n_predict", "max_tokens")]
-        limit = next((value for value in limits if value is not None), -1)
+        given = body.same({name: body.integer(name, -2) for name in ("n_predict", "max_tokens")})
+        limit = -1 if given is None else given
         arguments = {"max_tokens": UNLIMITED if limit < 0 else max(1, limit)} | sampling_arguments(body)
         arguments["stop"] = body.strings("stop", MOST_STOPS)
         if infill and arguments["temperature"] is None:
@@ -59,8 +59,7 @@ class NativeRequest:
         use_cache = body.boolean("cache_prompt", True)
         times = time_limits(body)
         n_indent = body.integer("n_indent", 0, 1000, 0) or 0
-        counts = [body.integer(name, 1, MOST_CHOICES) for name in ("n_cmpl", "n")]
-        self._count = next((value for value in counts if value is not None), 1)
+        self._count = body.same({name: body.integer(name, 1, MOST_CHOICES) for name in ("n_cmpl", "n")}) or 1
         body.integer("id_slot", -1)  # all slots share one prefix cache, so that any is as good
         for name, nothing in (("n_keep", 0), ("n_probs", 0), ("n_discard", 0)):
             body.only(name, nothing)

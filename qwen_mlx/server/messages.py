@@ -32,6 +32,7 @@ def read_message(body: Body) -> dict[str, Any]:
         body.refuse("content", "is missing, expected a string")
     if role == "tool":
         body.string("tool_call_id")
+        body.string("name")  # of the tool, which the call before it has too
     if role == "assistant":
         reasoning = body.string("reasoning_content")
         if reasoning:

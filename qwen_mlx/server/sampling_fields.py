@@ -51,16 +51,15 @@ def sampling_arguments(body: Body) -> dict[str, Any]:
         "logit_bias": _logit_bias(body),
         "min_tokens": body.integer("min_tokens", 0, default=0),
     }
-    penalties = [body.number(name, 0.01, 100) for name in ("repetition_penalty", "repeat_penalty")]
-    given["repetition_penalty"] = next((value for value in penalties if value is not None), None)
+    names = ("repetition_penalty", "repeat_penalty")
+    given["repetition_penalty"] = body.same({name: body.number(name, 0.01, 100) for name in names})
     if given["top_k"] == -1:
         given["top_k"] = 0
     if given["top_p"] == 0:  # of one token, the likeliest
         given["top_p"], given["top_k"] = 1.0, 1
     if given["typical_p"] == 0:
         body.refuse("typical_p", "is 0, expected a number above 0 and at most 1")
-    budgets = [body.integer(name, -1) for name in BUDGETS]
-    budget = next((value for value in budgets if value is not None), None)
+    budget = body.same({name: body.integer(name, -1) for name in BUDGETS})
     given["reasoning_budget"] = UNLIMITED if budget == -1 else budget
     seed = body.integer("seed", -(2**63), 2**64 - 1)
     given["seed"] = None if seed == -1 else None if seed is None else seed % 2**64
