@@ -34,7 +34,9 @@ def render_normalized(source: str, messages: list[Message], /, **variables: Any)
     import jinja2
 
     try:
-        return _sandbox().render(_compiled(source), **variables, messages=messages)
+        # Transformers defines these two in every conversation.
+        given = {"tools": None, "documents": None, **variables}
+        return _sandbox().render(_compiled(source), **given, messages=messages)
     except jinja2.TemplateError as error:
         raise QwenMLXError(f"The chat template cannot be used: {shortened(str(error))}.") from None
     except Exception as error:  # it can raise anything

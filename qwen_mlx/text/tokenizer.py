@@ -35,6 +35,9 @@ from .vocabulary import byte_level, byte_level_bytes, from_vocab_and_merges, sen
 
 SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2")  # tokenizer.ggml.pre of the files with Qwen2's rule
 OLD_SPLIT_NAMES = (None, "", "default", "gpt-2")  # of files from before there was a name for it
+# Arguments of transformers' apply_chat_template that a template would ignore.
+NOT_VARIABLES = ("continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding")
+NOT_VARIABLES += ("truncation", "max_length", "tokenizer_kwargs", "processor_kwargs")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type; the rest is padding
 
 
@@ -356,15 +359,28 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The conversation as the model's chat template writes it. Raises QwenMLXError if there is no template, or it
-        refuses the messages.
+        """The conversation as the model's chat template writes it. variables: the template's own, and transformers'
+        `chat_template`, a template or the name of one of the model's. Raises QwenMLXError if there is no template, or
+        it refuses the messages.
         """
+        source = self._template(tools, variables)
         variables = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
-        return chat_template.render(self._template(tools), messages, **{**self.special_tokens, **variables})
+        return chat_template.render(source, messages, **{**self.special_tokens, **variables})
 
-    def _template(self, tools: Any) -> str:
-        """The chat template for a conversation, with tools the one that is named for them. Raises QwenMLXError if there
-        is none."""
+    def _template(self, tools: Any, variables: dict[str, Any]) -> str:
+        """The chat template for a conversation: the one that `variables` ask for, which is taken out of them, else with
+        tools the one that is named for them. Raises QwenMLXError if there is none, and for what transformers takes
+        beside it and is not done here."""
+        other = next((name for name in NOT_VARIABLES if variables.pop(name, None) not in (None, False)), None)
+        if other is not None:
+            raise QwenMLXError(f"{other} is given, which transformers' apply_chat_template takes; leave it out here.")
+        asked = variables.pop("chat_template", None)
+        if asked is not None:
+            if not isinstance(asked, str):
+                raise QwenMLXError(
+                    f"chat_template is {type(asked).__name__}, expected a template or a template's name."
+                )
+            return self.chat_templates.get(asked, asked)
         template = self.chat_templates.get("tool_use" if tools is not None else "default") or self.chat_template
         if template:
             return template
@@ -383,13 +399,14 @@ class Tokenizer:
         """Token ids of render_chat's text; a control token's name inside a message or a tool stays text.
 
         A message may have "ids", the tokens that its content was generated as. They are kept, so that a prompt cache
-        that holds them is of use, unless the template changes a content (as DeepSeek-R1's drops thoughts).
+        that holds them is of use, unless the template changes a content (as DeepSeek-R1's drops thoughts). variables:
+        as render_chat's.
         """
         if not variables.pop("tokenize", True):
             raise QwenMLXError(
                 "apply_chat_template gives token ids; render_chat gives the text, and generate takes the messages."
             )
-        source = self._template(tools)
+        source = self._template(tools, variables)
         variables = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         others = [name for name, i in self.special.items() if i not in self._control_ids]
         safe, given = chat_template.guarded_conversation(

@@ -131,6 +131,10 @@ def test_tools_take_the_template_that_is_named_for_them(tmp_path: Path):
     entries = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with {{ tools[0] }}"}]
     tokenizer = folder(tmp_path / "a", chat_template=entries)
     assert (tokenizer.render_chat(HI), tokenizer.render_chat(HI, ["x"])) == ("plain", "with x")
+    assert tokenizer.render_chat(HI, ["x"], chat_template="default") == "plain"
+    assert tokenizer.apply_chat_template(HI, chat_template="{{ messages[0].role }}") == tokenizer.encode("user")
+    with pytest.raises(QwenMLXError, match="continue_final_message is given, which transformers'"):
+        tokenizer.render_chat(HI, continue_final_message=True)
     tokenizer.save(tmp_path / "a")
     assert Tokenizer.from_folder(tmp_path / "a").chat_templates == tokenizer.chat_templates
     metadata = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
