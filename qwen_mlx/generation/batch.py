@@ -13,13 +13,14 @@ from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .engine import NOT_FINITE, GenerationStats, Progress, Rows, Token
 from .settings import GenerationSettings
-from .text import CANNOT_GO_ON, Prompt, TextStream, encode_prompt, room_after, settings_of, with_budget
+from .text import CANNOT_GO_ON, Prompt, TextStream, encode_prompt, repeated_tokens, room_after, settings_of, with_budget
 
 
 @dataclass
 class BatchResult:
     """The answer to one prompt. token_ids: all that were generated, an end token included; finish_reason, and where
-    asked for each token's logprobs and top_logprobs: as GenerationChunk's; stats: the whole batch's."""
+    asked for each token's logprobs and top_logprobs: as GenerationChunk's; repeated_tokens: as GenerationStats', but of
+    this answer; stats: the whole batch's."""
 
     prompt_tokens: int
     stats: GenerationStats = field(repr=False)
@@ -28,10 +29,12 @@ class BatchResult:
     finish_reason: str | None = None
     logprobs: list[float] = field(default_factory=list, repr=False)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list, repr=False)
+    repeated_tokens: int = 0
 
     def _repr_html_(self) -> str:
         counts = f"{self.prompt_tokens} tokens read, {len(self.token_ids)} made"
-        return display.passage(self.text, f"{counts}; ended by {self.finish_reason}")
+        loop = f", repeats itself every {self.repeated_tokens} tokens" if self.repeated_tokens else ""
+        return display.passage(self.text, f"{counts}; ended by {self.finish_reason}{loop}")
 
 
 @dataclass
@@ -59,6 +62,8 @@ class _Row:
         if token.logprob is not None:
             self.result.logprobs.append(token.logprob)
             self.result.top_logprobs.append(token.top_logprobs)
+        if self.result.finish_reason == "length":
+            self.result.repeated_tokens = repeated_tokens(self.result.token_ids)
 
 
 @refuses_wrong_arguments

@@ -198,3 +198,5 @@ def test_a_repeated_text_is_said(small):
     chunks = greedy(small, 120, logit_bias={5: 1e6})
     assert {chunk.stats.repeated_tokens for chunk in chunks[-1:]} == {1}
     assert all(a.token == b.token for a, b in pairwise(chunks))
+    answers = batch_generate(*small, [PROMPT] * 2, max_tokens=[120, 60], temperature=0, logit_bias={5: 1e6})
+    assert [answer.repeated_tokens for answer in answers] == [1, 0]
