@@ -36,8 +36,10 @@ from .vocabulary import byte_level, byte_level_bytes, from_vocab_and_merges, sen
 SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2")  # tokenizer.ggml.pre of the files with Qwen2's rule
 OLD_SPLIT_NAMES = (None, "", "default", "gpt-2")  # of files from before there was a name for it
 # Arguments of transformers' apply_chat_template that a template would ignore.
-NOT_VARIABLES = ("continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding")
-NOT_VARIABLES += ("truncation", "max_length", "tokenizer_kwargs", "processor_kwargs")
+NOT_VARIABLES = (
+    *("continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding"),
+    *("truncation", "max_length", "tokenizer_kwargs", "processor_kwargs"),
+)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type; the rest is padding
 
 
