@@ -1,16 +1,20 @@
-"""`python -m benchmarks.cpu_generate`: qwen_mlx, mlx-lm and transformers on a CPU, the same weights, one run.
+"""`python -m benchmarks.cpu_generate`: qwen_mlx, llama.cpp, transformers and mlx-lm on a CPU, one file, one run.
 
 Every engine runs in a process of its own, in turn, `--repeats` times over, and medians are compared: what else the
-machine does hits all of them. mlx-lm runs as it comes, with the reference BLAS; it is so slow that it runs
-once, for a few tokens. The engines must agree on the first tokens in float32, or nothing is compared. Also: a process's
-start to its first text for a prompt of about 40 tokens, and its peak memory. Prints a table and writes JSON. Needs the
-extras `cpu` and `bench`, 2 GB of disk for the weights as mlx-lm and transformers read them, and about ten minutes.
+machine does hits all of them. A row is a prompt's length: reading it, and the tokens after it. llama.cpp runs where
+llama-cpp-python is installed (pip builds it from source for eight minutes or more); it multiplies activations of 8
+bits. mlx-lm runs as it comes, with the reference BLAS; it is so slow that it reads the shortest prompt, once. The
+engines must agree on the first tokens in float32, or nothing is compared. Also: a process's start to its first text for
+a prompt of about 40 tokens, and its peak memory. Prints a table, writes JSON. Needs the extras `cpu` and `bench`, 2 GB
+of disk for the weights as mlx-lm and transformers read them, and about fifteen minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -27,73 +31,89 @@ from typing import Any
 from benchmarks.arguments import positive, to_write
 from qwen_mlx.cli import command as cli
 
-ENGINES = ("qwen_mlx", "transformers float32", "mlx-lm float32", "mlx-lm float16")
+ENGINES = ("qwen_mlx", "llama.cpp", "transformers float32", "mlx-lm float32", "mlx-lm float16")
+READ_GGUF = ENGINES[:2]
+PROMPTS = (32, 64, 256, 2048)  # tokens
 WORDS = "The quick brown fox jumps over the lazy dog, and nobody minds. "
 PROMPT = "Write a function that reverses a string."  # 38 tokens with the chat template
 SLOW_TOKENS = 3  # mlx-lm takes seconds a token
-ROUNDS = 4  # in each process; the first warms up
+
+Start = Callable[[list[int]], Iterator[int]]  # a prompt's ids -> the tokens after it, greedy
 
 
-def measure(engine: str, model: Path, prefill: int, decode: int) -> dict[str, Any]:
-    """Runs in the engine's own process: tok/s of a prompt and of the tokens after it, peak resident GB, the tokens."""
-    note = ""
-    start: Callable[[], Iterator[int]]
-    if engine == "qwen_mlx":
-        from qwen_mlx import load
-        from qwen_mlx.generation.engine import generate_tokens
-        from qwen_mlx.generation.settings import GenerationSettings
+def qwen_mlx(model: Path, _: str) -> tuple[Callable[[str], list[int]], Start]:
+    """The engine's tokenizer, and what makes tokens."""
+    from qwen_mlx import load
+    from qwen_mlx.generation.engine import generate_tokens
+    from qwen_mlx.generation.settings import GenerationSettings
 
-        weights, tokenizer = load(model)
-        ids = tokenizer.encode(WORDS * prefill)[:prefill]
+    weights, tokenizer = load(model)
+    return tokenizer.encode, lambda ids: (token.id for token in generate_tokens(weights, ids, GenerationSettings()))
 
-        def start():
-            return (token.id for token in generate_tokens(weights, ids, GenerationSettings()))
 
-    elif engine.startswith("mlx-lm"):
-        import mlx.core as mx
-        from mlx_lm import load as mlx_lm_load
-        from mlx_lm.generate import generate_step
+def llama_cpp(model: Path, _: str) -> tuple[Callable[[str], list[int]], Start]:
+    """As qwen_mlx, on as many threads as there are cores."""
+    from llama_cpp import Llama
 
-        weights, tokenizer = mlx_lm_load(str(model))
-        weights.set_dtype(mx.float32 if engine.endswith("float32") else mx.float16)
-        mx.eval(weights.parameters())
-        ids = mx.array(tokenizer.encode(WORDS * prefill)[:prefill])
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    engine = Llama(str(model), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-        def start():
-            return (token for token, _ in generate_step(ids, weights, max_tokens=decode + 8))
+    def start(ids: list[int]) -> Iterator[int]:
+        engine.reset()
+        return engine.generate(ids, temp=0.0)
 
-    else:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    return lambda text: engine.tokenize(text.encode(), add_bos=False), start
 
-        weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        ids = torch.tensor([AutoTokenizer.from_pretrained(model).encode(WORDS * prefill)[:prefill]])
-        torch.set_grad_enabled(False)
 
-        def start():
-            token, cache = ids, None
-            while True:
-                out = weights(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-                yield int(token)
+def mlx_lm(model: Path, dtype: str) -> tuple[Callable[[str], list[int]], Start]:
+    """As qwen_mlx."""
+    import mlx.core as mx
+    from mlx_lm import load as mlx_lm_load
+    from mlx_lm.generate import generate_step
 
-    rounds = []
-    for _ in range(1 if engine.startswith("mlx-lm") else ROUNDS):
-        steps = start()
-        begin = time.perf_counter()
-        tokens = [next(steps)]
-        first = time.perf_counter()
-        tokens += [next(steps) for _ in range(decode)]
-        rounds.append((prefill / (first - begin), decode / (time.perf_counter() - first)))
-    warm = rounds[1:] or rounds
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "prefill": statistics.median(speed for speed, _ in warm),
-        "decode": statistics.median(speed for _, speed in warm),
-        "peak_gb": _bytes(peak) / 1e9,
-        "tokens": tokens,
-        "note": note,
-    }
+    weights, tokenizer = mlx_lm_load(str(model))
+    weights.set_dtype(getattr(mx, dtype))
+    mx.eval(weights.parameters())
+    return tokenizer.encode, lambda ids: (token for token, _ in generate_step(mx.array(ids), weights, max_tokens=4096))
+
+
+def transformers(model: Path, _: str) -> tuple[Callable[[str], list[int]], Start]:
+    """As qwen_mlx."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.set_grad_enabled(False)
+
+    def start(ids: list[int]) -> Iterator[int]:
+        token, cache = torch.tensor([ids]), None
+        while True:
+            out = weights(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            yield int(token)
+
+    return AutoTokenizer.from_pretrained(model).encode, start
+
+
+def measure(engine: str, model: Path, prompts: list[int], decode: int) -> dict[str, Any]:
+    """Runs in the engine's own process: for each prompt's length tok/s of it and of the tokens after it, and these; and
+    the process's peak resident GB."""
+    name, _, dtype = engine.partition(" ")
+    makers = {"qwen_mlx": qwen_mlx, "llama.cpp": llama_cpp, "transformers": transformers, "mlx-lm": mlx_lm}
+    tokenize, start = makers[name](model, dtype)
+    rows = {}
+    for prompt in prompts:
+        ids, speeds = tokenize(WORDS * prompt)[:prompt], []
+        for _ in range(1 if name == "mlx-lm" or prompt > 1000 else 3):
+            steps = start(ids)
+            begin = time.perf_counter()
+            tokens = [next(steps)]
+            first = time.perf_counter()
+            tokens += itertools.islice(steps, decode)
+            speeds.append((prompt / (first - begin), decode / (time.perf_counter() - first)))
+        best = [max(column) for column in zip(*speeds)]  # the first one warms up
+        rows[str(prompt)] = {"prefill": best[0], "decode": best[1], "tokens": list(map(int, tokens))}
+    return {"rows": rows, "peak_gb": _bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9}
 
 
 def start_to_first_token(model: Path) -> dict[str, Any]:
@@ -132,69 +152,87 @@ def main() -> None:
     """Parses the arguments, runs every engine in turn, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a GGUF in one file (default: the default model)")
-    parser.add_argument("--prefill", type=positive, default=256, help="tokens of the prompt (default 256)")
-    parser.add_argument("--decode", type=positive, default=16, help="tokens after it (default 16)")
+    parser.add_argument("--prompts", nargs="+", type=positive, default=PROMPTS, help="tokens (default 32 64 256 2048)")
+    parser.add_argument("--decode", type=positive, default=16, help="tokens after each (default 16)")
     parser.add_argument("--repeats", type=positive, default=3, help="interleaved runs of each engine (default 3)")
     parser.add_argument("--without", action="append", default=[], choices=ENGINES[1:], help="leave an engine out")
-    parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_generate.json"))
+    parser.add_argument("--output", type=to_write, default=Path("cpu_generate.json"))
     parser.add_argument("--part", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
         part, model = arguments.part
         if part == "prepare":
             reference_folder(Path(arguments.model), Path(model))
-            return
-        tokens = min(SLOW_TOKENS, arguments.decode) if part.startswith("mlx-lm") else arguments.decode
-        print(json.dumps(measure(part, Path(model), arguments.prefill, tokens)))
+        else:
+            slow = part.startswith("mlx-lm")
+            prompts = [min(arguments.prompts)] if slow else arguments.prompts
+            tokens = min(SLOW_TOKENS, arguments.decode) if slow else arguments.decode
+            print(json.dumps(measure(part, Path(model), prompts, tokens)))
         return
 
     from qwen_mlx.loading import hub
 
     gguf = hub.resolve(arguments.model)
-    engines = [engine for engine in ENGINES if engine not in arguments.without]
+    missing = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") is None else []
+    engines = [engine for engine in ENGINES if engine not in (*arguments.without, *missing)]
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     starts = []
-    sizes = ["--prefill", str(arguments.prefill), "--decode", str(arguments.decode), "--model", str(gguf)]
+    sizes = ["--prompts", *map(str, arguments.prompts), "--decode", str(arguments.decode), "--model", str(gguf)]
     with tempfile.TemporaryDirectory() as folder:
-        _part("prepare", folder, sizes)
+        if set(engines) - set(READ_GGUF):
+            _part("prepare", folder, sizes)
         for repeat in range(arguments.repeats):
             starts.append(start_to_first_token(gguf))
             for engine in engines:
                 if repeat and engine.startswith("mlx-lm"):
                     continue
-                found = json.loads(_part(engine, str(gguf) if engine == "qwen_mlx" else folder, sizes))
+                found = json.loads(_part(engine, str(gguf) if engine in READ_GGUF else folder, sizes))
                 runs[engine].append(found)
-                speeds = f"prefill {found['prefill']:.1f} tok/s, decode {found['decode']:.2f} tok/s"
-                print(f"round {repeat + 1} of {arguments.repeats}, {engine}: {speeds}", file=sys.stderr, flush=True)
-    same = {tuple(found[0]["tokens"][:SLOW_TOKENS]) for engine, found in runs.items() if "float16" not in engine}
-    if len(same) > 1:
-        sys.exit(f"The engines do not agree on the first tokens: { ({e: f[0]['tokens'] for e, f in runs.items()}) }")
-    medians = {
-        engine: {key: statistics.median(run[key] for run in found) for key in ("prefill", "decode", "peak_gb")}
-        for engine, found in runs.items()
-    }
-    ours = medians["qwen_mlx"]
-    print(f"{'':22} prefill {arguments.prefill}, tok/s       decode, tok/s        peak GB")
-    for engine, row in medians.items():
-        print(
-            f"{engine:22} {row['prefill']:8.1f} ({ours['prefill'] / row['prefill']:7.2f} x) "
-            f"{row['decode']:10.2f} ({ours['decode'] / row['decode']:7.2f} x) {row['peak_gb']:12.2f}"
-        )
-    first = statistics.median(start["seconds"] for start in starts)
-    peak = max(start["peak_gb"] for start in starts)
-    print(f"process start to first text: {first:.1f} s, peak {peak:.2f} GB; {runs['qwen_mlx'][0]['note']}")
-    packages = ("mlx", "mlx-lm", "torch", "transformers", "numpy", "numba")
+                for prompt, row in found["rows"].items():
+                    speeds = f"prefill {row['prefill']:.1f} tok/s, decode {row['decode']:.2f} tok/s"
+                    where = f"round {repeat + 1} of {arguments.repeats}, {engine}, prompt of {prompt}"
+                    print(f"{where}: {speeds}", file=sys.stderr, flush=True)
+    shortest = str(min(arguments.prompts))
+    exact = [engine for engine in engines if engine == "qwen_mlx" or engine.endswith("float32")]
+    first = {engine: runs[engine][0]["rows"][shortest]["tokens"][:SLOW_TOKENS] for engine in exact}
+    if len(set(map(tuple, first.values()))) > 1:
+        sys.exit(f"The engines do not agree on the first tokens: {first}")
+    medians = {engine: _medians(found) for engine, found in runs.items()}
+    show(medians)
+    seconds, peak = statistics.median(s["seconds"] for s in starts), max(s["peak_gb"] for s in starts)
+    print(f"process start to first text: {seconds:.1f} s, peak {peak:.2f} GB")
+    packages = ("mlx", "mlx-lm", "llama-cpp-python", "torch", "transformers", "numpy", "numba")
     report = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
-        "prefill_tokens": arguments.prefill,
         "decode_tokens": arguments.decode,
         "medians": medians,
         "runs": runs,
         "start_to_first_token": starts,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = {
+        prompt: {key: statistics.median(run["rows"][prompt][key] for run in runs) for key in ("prefill", "decode")}
+        for prompt in runs[0]["rows"]
+    }
+    return {"rows": rows, "peak_gb": statistics.median(run["peak_gb"] for run in runs)}
+
+
+def show(medians: dict[str, dict[str, Any]]) -> None:
+    """Prints a line for each prompt and engine; a ratio is qwen_mlx's speed over the engine's."""
+    print(f"{'prompt, engine':28} prefill tok/s  qwen_mlx  decode tok/s  qwen_mlx  peak GB")
+    for prompt, ours in medians["qwen_mlx"]["rows"].items():
+        for engine, found in medians.items():
+            row = found["rows"].get(prompt)
+            if row is not None:
+                ratios = [f"{ours[key] / row[key]:8.2f}x" for key in ("prefill", "decode")]
+                print(
+                    f"{prompt:>5} {engine:22} {row['prefill']:13.1f} {ratios[0]} {row['decode']:13.2f} {ratios[1]} "
+                    f"{found['peak_gb']:8.2f}"
+                )
 
 
 def processor() -> str:

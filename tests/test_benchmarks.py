@@ -21,18 +21,20 @@ from tests.helpers.commands import run_here
 def test_cpu_generate(tmp_path: Path):
     model, output = write_gguf(tmp_path / "small.gguf", RandomModel()), tmp_path / "results.json"
     command = [sys.executable, "-m", "benchmarks.cpu_generate", "--model", model, "--output", output]
-    sizes = ["--prefill", "24", "--decode", "3", "--repeats", "1"]
+    sizes = ["--prompts", "24", "40", "--decode", "3", "--repeats", "1", "--without", "llama.cpp"]
     done = subprocess.run(
         [*command, *sizes], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
-    assert list(report["medians"]) == list(ENGINES)
-    assert all(value > 0 for row in report["medians"].values() for value in row.values())
+    assert list(report["medians"]) == [engine for engine in ENGINES if engine != "llama.cpp"]
+    for engine, found in report["medians"].items():
+        assert list(found["rows"]) == ["24"] if engine.startswith("mlx-lm") else ["24", "40"]
+        assert all(value > 0 for row in found["rows"].values() for value in row.values())
     assert report["start_to_first_token"][0]["seconds"] > 0
-    assert "round 1 of 1, qwen_mlx: prefill " in done.stderr
+    assert "round 1 of 1, qwen_mlx, prompt of 40: prefill " in done.stderr
     assert "'tokens'" not in done.stderr
-    float32 = [runs[0]["tokens"] for engine, runs in report["runs"].items() if "float16" not in engine]
+    float32 = [runs[0]["rows"]["24"]["tokens"] for name, runs in report["runs"].items() if "float16" not in name]
     assert float32 == [float32[0]] * 3
 
 
