@@ -94,7 +94,7 @@ class Faulty:
             CUTS[spec] = CHOOSE_CUTS(spec, wanted)
         return CUTS[spec]
 
-    def seconds(self, call: Callable, inputs: tuple) -> float:
+    def seconds(self, call: Callable, inputs: tuple, traced: bool = True) -> float:
         """A clock that shows a second, and ten more for a launch of a slow kernel."""
         self.launched.clear()
         mx.eval(list(call(*inputs)))
