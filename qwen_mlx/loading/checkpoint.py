@@ -201,6 +201,8 @@ def _gguf_tensors(file: GGUFFile, config: ModelConfig) -> tuple[dict[str, Tensor
                 f"{file.path}: tensor {name!r} has shape {info.shape}, expected {shapes[hf_name]} (rows, columns)."
             )
         tensors[hf_name] = info
+    if config.lm_head_bias:  # of a head whose matrix may be the embedding's
+        tensors.setdefault(variants.HEAD, file.tensors["token_embd.weight"])
     zero = variants.missing_biases(config, tensors)
     have = {*tensors, *zero, *(name for name in own if (part := variants.fused_part(name, own)) and part[0] in tensors)}
     missing = [name for name in own if name not in have]

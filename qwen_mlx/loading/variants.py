@@ -89,7 +89,7 @@ def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tupl
     a model without a language head, which a `bare` one may lack.
 
     Takes what no parameter stands for: a second copy of a shared matrix, value heads, biases that are zero.
-    Raises QwenMLXError for a head with a bias.
+    Raises QwenMLXError for a bias of a head that is the embedding.
     """
     notes: list[str] = _own_code(folder)
     config = _with_rows(folder, config, tensors, notes)
@@ -106,17 +106,23 @@ def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tupl
         tensors.drop(*heads)
         notes.append(f"{folder}: the value head ({heads[0]}) is left out; it is of a trainer and not of the model")
     present = [name for name in list(tensors) if name.endswith(".bias") and _is_used(name, tensors)]
-    if "lm_head.bias" in present:
+    head_bias = "lm_head.bias" in present
+    if head_bias and (headless or config.tie_word_embeddings):
         raise QwenMLXError(
-            f"{folder}: tensor 'lm_head.bias' is not zero, and a Qwen2's head has no bias; take another checkpoint."
+            f"{folder}: tensor 'lm_head.bias' is not zero, and a head that shares the embedding's matrix has no bias; "
+            "take another checkpoint."
         )
     modules = {name.split(".")[-2]: name for name in present}
     mlp = modules.keys() & {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
     added = [modules[name] for name in sorted(mlp) if not config.mlp_bias]
     added += [modules["o_proj"]] if "o_proj" in modules and not config.o_proj_bias else []
+    added += ["lm_head.bias"] if head_bias and not config.lm_head_bias else []
     if added:
         config = replace(
-            config, mlp_bias=config.mlp_bias or bool(mlp), o_proj_bias=config.o_proj_bias or "o_proj" in modules
+            config,
+            mlp_bias=config.mlp_bias or bool(mlp),
+            o_proj_bias=config.o_proj_bias or "o_proj" in modules,
+            lm_head_bias=config.lm_head_bias or head_bias,
         )
         notes.append(f"{folder}: the checkpoint has biases that a Qwen2 lacks, such as {added[0]!r}; they are added")
     missing = missing_biases(config, tensors)
@@ -157,7 +163,7 @@ def missing_biases(config: ModelConfig, names: Tensors | Iterable[str]) -> list[
         fused = fused_part(name, shapes)
         return name in have or (fused is not None and fused[0] in have)
 
-    biases = [name for name in shapes if name.endswith("_proj.bias")]
+    biases = [name for name in shapes if name.endswith(("_proj.bias", "lm_head.bias"))]
     own = [name for name in biases if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
     some = any(map(is_there, own))
     return [name for name in biases if not is_there(name) and not (some and name in own)]

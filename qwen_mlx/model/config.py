@@ -78,6 +78,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     mlp_bias: bool = False
     o_proj_bias: bool = False
+    lm_head_bias: bool = False
     sliding_window: int | None = None  # tokens, for the layers from max_window_layers on
     max_window_layers: int = 0
     is_causal: bool = True  # False: each token sees all others, in some embedding models
@@ -93,7 +94,7 @@ class ModelConfig:
             raise QwenMLXError(f"sliding_window is {self.sliding_window!r}, expected a positive integer.")
         if not isinstance(self.max_window_layers, int):
             raise QwenMLXError(f"max_window_layers is {self.max_window_layers!r}, expected an integer.")
-        for name in ("tie_word_embeddings", "mlp_bias", "o_proj_bias", "is_causal"):
+        for name in ("tie_word_embeddings", "mlp_bias", "o_proj_bias", "lm_head_bias", "is_causal"):
             if not isinstance(getattr(self, name), bool):
                 raise QwenMLXError(f"{name} is {getattr(self, name)!r}, expected true or false.")
         for name in ("rms_norm_eps", "rope_theta"):
@@ -181,13 +182,15 @@ class ModelConfig:
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
+            if self.lm_head_bias:
+                shapes["lm_head.bias"] = (self.vocab_size,)
         return shapes
 
     def to_hf(self) -> dict[str, Any]:
         """The same as a Hugging Face config.json of a Qwen2ForCausalLM."""
         config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(self)}
         config["use_sliding_window"] = self.sliding_window is not None
-        for name in ("mlp_bias", "o_proj_bias"):
+        for name in ("mlp_bias", "o_proj_bias", "lm_head_bias"):
             if not config[name]:
                 del config[name]
         if self.is_causal:
@@ -315,10 +318,12 @@ class ModelConfig:
                 rms_norm_eps=get("attention.layer_norm_rms_epsilon", float),
                 rope_theta=get("rope.freq_base", float),
                 max_position_embeddings=context_length,
-                tie_word_embeddings="output.weight" not in file.tensors,
+                # A head with a bias is one of its own, even where its matrix is the embedding's.
+                tie_word_embeddings=not {"output.weight", "output.bias"} & file.tensors.keys(),
                 rope_scaling=scaling,
                 mlp_bias=any(f"blk.0.ffn_{name}.bias" in file.tensors for name in ("gate", "up", "down")),
                 o_proj_bias="blk.0.attn_output.bias" in file.tensors,
+                lm_head_bias="output.bias" in file.tensors,
                 is_causal=metadata.get("qwen2.attention.causal", True),
             )
         except GGUFError:
@@ -370,6 +375,7 @@ class ModelConfig:
                 rope_scaling=_rope_scaling(rope, sizes["max_position_embeddings"], path),
                 mlp_bias=raw.get("mlp_bias", False),
                 o_proj_bias=raw.get("o_proj_bias", False),
+                lm_head_bias=raw.get("lm_head_bias", False),
                 sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window") else None,
                 max_window_layers=raw.get("max_window_layers", 28),  # transformers' default
                 is_causal=raw.get("is_causal", not _is_gte(raw)),
@@ -392,7 +398,9 @@ def _rope_scaling(rope: Mapping[str, Any], context_length: int, path: Path) -> R
     if kind == "default":
         return None
     if kind not in ("linear", "yarn"):
-        raise QwenMLXError(f"{path}: rope type is {kind!r}, expected 'default', 'linear' or 'yarn'.")
+        raise QwenMLXError(
+            f"{path}: rope type is {kind!r:.80}, expected 'default', 'linear' or 'yarn'; mlx-lm runs others."
+        )
     for key, default in (("truncate", True), ("mscale", None), ("mscale_all_dim", None)):
         if rope.get(key, default) != default:
             raise QwenMLXError(f"{path}: rope scaling sets {key!r} to {rope[key]!r}, which Qwen2.5 models do not use.")

@@ -172,7 +172,9 @@ class FusedModel:
             return self._ranks is None and ops.executor("attend") != "reference"
         timed = self._ranks is not None and self._ranks.next_step_timed
         plain = all(type(layer) is KVCache and layer.offset for layer in cache)
-        return input_ids.size == 1 and plain and not timed and not (self._config.mlp_bias or self._config.o_proj_bias)
+        config = self._config
+        unusual = config.mlp_bias or config.o_proj_bias or config.lm_head_bias
+        return input_ids.size == 1 and plain and not timed and not unusual
 
     def _step(self, input_ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
         buffers, recent, n_buffered = recent_of(cache)

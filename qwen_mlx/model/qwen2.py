@@ -139,7 +139,7 @@ class Qwen2(nn.Module):
         self.ranks: Any = None  # a parallel.group.TensorParallelGroup, where others hold parts of the model
         self.model = Qwen2Model(config, rotary_of(config, rope_factors))
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
     def __call__(
         self, input_ids: InputIds, cache: Sequence[KVCache] | None = None, logits_to_keep: int = 0

@@ -12,6 +12,7 @@ import pytest
 
 from qwen_mlx import QwenMLXError, convert, load
 from qwen_mlx.backend import mx
+from qwen_mlx.model.fused import FusedModel
 from reference.lazy import torch, transformers
 from reference.small_models import RandomModel, save_folder, to_hf, write_gguf
 from tests.helpers.cases import each
@@ -308,22 +309,37 @@ def test_code_of_a_folder_s_own_is_not_run_and_said(tmp_path: Path, capsys):
         assert ("code of its own (modeling.Qwen2Model), which is not run" in capsys.readouterr().err) == said
 
 
-def test_a_head_with_a_bias(tmp_path: Path):
-    def change(tensors: dict[str, Stored]) -> None:
-        tensors["lm_head.bias"] = "F32", np.ones(263, np.float32)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_a_bias(tmp_path: Path, tied: bool):
+    """llama.cpp adds it to the logits of either head; a folder's tied head has none in any library."""
+    model, bias = RandomModel(tie_word_embeddings=tied), np.linspace(-3, 3, 263).astype(np.float32)
+    path = write_gguf(
+        tmp_path / "m.gguf", model, edit=lambda _, tensors: tensors.update({"output.bias": (bias, T.F32)})
+    )
+    expected = logits(folder_of(tmp_path / "plain", model)) + bias
+    # The tied head is another product, with sums in another order: 8.3e-7 of logits up to 8.
+    close = {"rtol": 0, "atol": 2e-6 if tied else 0}
+    np.testing.assert_allclose(logits(path), expected, **close)
+    convert(path, tmp_path / "out", dtype="float32")
+    np.testing.assert_allclose(logits(tmp_path / "out"), expected, **close)
 
-    with pytest.raises(QwenMLXError, match=r"'lm_head.bias' is not zero, .* has no bias"):
-        load(folder_of(tmp_path / "m", RandomModel(), change))
+    folder = folder_of(tmp_path / "m", model, lambda tensors: tensors.update({"lm_head.bias": ("F32", bias)}))
+    if tied:
+        with pytest.raises(QwenMLXError, match=r"'lm_head.bias' is not zero, and a head that shares the embedding's"):
+            load(folder)
+    else:
+        np.testing.assert_array_equal(logits(folder), expected)
 
 
-def test_decoding_adds_the_bias_of_o_proj(tmp_path: Path):
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj.bias", "lm_head.bias"])
+def test_decoding_adds_a_bias_that_a_qwen2_lacks(tmp_path: Path, name: str):
     """A token after others is computed in another way than a prompt."""
 
     def change(tensors: dict[str, Stored]) -> None:
-        tensors["model.layers.1.self_attn.o_proj.bias"] = "F32", np.ones(64, np.float32)
+        tensors[name] = "F32", np.ones(len(tensors[name.replace("bias", "weight")][1]), np.float32)
 
     model, _ = load(folder_of(tmp_path / "m", RandomModel(), change))
-    cache = model.make_cache()
+    fused, cache = FusedModel.of(model), model.make_cache()
     whole = np.array(model(mx.array(IDS)))[0, -1]
-    model(mx.array([IDS[0][:-1]]), cache)
-    assert np.abs(np.array(model(mx.array([IDS[0][-1:]]), cache))[0, -1] - whole).max() < 1e-4
+    fused(mx.array([IDS[0][:-1]]), cache)
+    assert np.abs(np.array(fused(mx.array([IDS[0][-1:]]), cache))[0, -1] - whole).max() < 1e-4
