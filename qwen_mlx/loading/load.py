@@ -350,10 +350,7 @@ def _set_rows(model: nn.Module, run: list[Parameter], matrix: Matrix, dtype: mx.
         elif isinstance(old, nn.Embedding):
             _set(model, path, QuantizedEmbedding(part, dtype))
         else:
-            new = QuantizedLinear(part)
-            if "bias" in old:
-                new.bias = old.bias
-            _set(model, path, new)
+            _set(model, path, QuantizedLinear(part))
         mx.eval(part.arrays)
         start = stop
 
