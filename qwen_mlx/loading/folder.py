@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, shortened
 from ..gguf.blocks import BLOCK_TYPES
 from ..gguf.packing import Packing
 from ..model.config import ModelConfig
@@ -84,6 +84,8 @@ def plain_parameters(
     """Dense parameters of other modules than the model's, under `prefix`. Raises QwenMLXError as folder_contents()."""
     tensors = Tensors(folder, stored)
     parameters = [_parameter(folder, name, shape, {}, tensors) for name, shape in shapes.items()]
+    if left := list(tensors):
+        raise QwenMLXError(f"{folder}: tensor {min(left)!r} is not part of the projection; download the folder again.")
     return {f"{prefix}.{p.name}": replace(p, name=f"{prefix}.{p.name}") for p in parameters}
 
 
@@ -97,6 +99,9 @@ def _packing_notes(folder: Path, method: Method, parameters: dict[str, Parameter
         notes.append(
             f"{folder}: MLX cannot express {len(dense)} of {len(packed)} packed matrices ({kinds}); they become dense"
         )
+    if method.unknown_settings:
+        names = shortened(", ".join(method.unknown_settings), 80)
+        notes.append(f"{folder}: left out of quantization_config, because it is not known here: {names}")
     if method.drop_activations([parameter.name.removesuffix(".weight") for parameter in packed], tensors):
         notes.append(f"{folder}: the model was made for quantized activations; here only its weights are quantized")
     return notes

@@ -22,15 +22,30 @@ CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 32,
+    "iters": 200,
+    "packing_format": "auto_round:auto_gptq",
+}
 # Settings, packer, its arguments, and the bits and group in which MLX expresses it exactly.
 EXACT = {
     "awq": (AWQ, foreign.awq, {}, (4, 32)),
-    "awq, groups of 128": (AWQ, foreign.awq, {"group": 128}, (4, 128)),
+    "awq, groups of 128": (AWQ | {"group_size": 128}, foreign.awq, {"group": 128}, (4, 128)),
     "gptq": (GPTQ, foreign.gptq, {}, (4, 32)),
-    "gptq, 8 bits": (GPTQ | {"bits": 8}, foreign.gptq, {"bits": 8, "group": 64}, (8, 64)),
+    "gptq, 8 bits": (GPTQ | {"bits": 8, "group_size": 64}, foreign.gptq, {"bits": 8, "group": 64}, (8, 64)),
     "gptq, 2 bits": (GPTQ | {"bits": 2}, foreign.gptq, {"bits": 2}, (2, 32)),
-    "gptq, symmetric": (GPTQ, foreign.gptq, {"group": 128, "symmetric": True}, (4, 128)),
+    "gptq, symmetric": (GPTQ | {"group_size": 128}, foreign.gptq, {"group": 128, "symmetric": True}, (4, 128)),
     "gptq, format 2": (GPTQ | {"checkpoint_format": "gptq_v2"}, foreign.gptq, {"version": "gptq_v2"}, (4, 32)),
+    "auto-round": (ROUND, foreign.gptq, {}, (4, 32)),
+    "auto-round, zero points as they are": (
+        ROUND | {"quant_method": "intel/auto-round", "packing_format": "auto_round"},
+        foreign.gptq,
+        {"version": "gptq_v2"},
+        (4, 32),
+    ),
+    "auto-round, awq": (ROUND | {"packing_format": "auto_round:auto_awq"}, foreign.awq, {}, (4, 32)),
     "compressed-tensors w4a16": (CT, foreign.pack_quantized, {}, (4, 32)),
     "compressed-tensors w4a16, zero points": (CT, foreign.pack_quantized, {"symmetric": False}, (4, 32)),
     "compressed-tensors w8a16, rows": (CT, foreign.pack_quantized, {"bits": 8, "group": None}, (8, 128)),
@@ -158,12 +173,14 @@ def test_rotations_that_the_weights_hold_already(tmp_path: Path):
 
 
 def test_activations_that_would_be_quantized_are_said(tmp_path: Path, capsys):
-    settings = CT | {"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}
+    settings = CT | {"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}, "spin": [1], "odd": None}
     folder, _ = packed_folder(tmp_path / "m", settings, foreign.int_quantized, input_scale=True)
     one = np.ones(1, np.uint32)
     damaged(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.k_scale": ("F32", one)}))
     load(folder)
-    assert "only its weights are quantized" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "only its weights are quantized" in said
+    assert "left out of quantization_config, because it is not known here: spin\n" in said
 
 
 def test_settings_beside_config_json(tmp_path: Path):
@@ -282,7 +299,29 @@ SETTINGS = {
         foreign.pack_quantized,
         r"num_bits are 3, expected 2, 4 or 8; take the original",
     ),
+    "compressed-tensors' format": (
+        CT | {"format": "marlin-24"},
+        foreign.pack_quantized,
+        r"format is 'marlin-24', expected",
+    ),
+    "auto-round's format": (
+        ROUND | {"packing_format": "auto_round:llm_compressor"},
+        foreign.gptq,
+        r"packing_format is 'auto_round:llm_compressor', expected one of auto_round:auto_gptq, auto_round, ",
+    ),
+    "auto-round of 3 bits": (ROUND | {"bits": 3}, foreign.gptq, r"GPTQ's bits are 3, expected 2, 4 or 8; take another"),
+    "compressed-tensors' groups": (
+        CT | {"config_groups": [1]},
+        foreign.pack_quantized,
+        r"config_groups are \[1\], expected an object",
+    ),
+    "compressed-tensors of other bits": (
+        CT | {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
+        foreign.pack_quantized,
+        r"weight_packed' has codes of 4 bits, but the configuration says 8",
+    ),
     "gptq of other bits": (GPTQ | {"bits": 8}, foreign.gptq, r"codes of 4 bits, but the configuration says 8"),
+    "gptq of other groups": (GPTQ | {"group_size": 64}, foreign.gptq, r"scales' has groups of 32, but the .* says 64"),
     "sparse": (
         CT | {"sparsity_config": {"format": "sparse-24-bitmask"}},
         foreign.pack_quantized,
@@ -385,6 +424,8 @@ def test_a_scale_that_is_not_finite(tmp_path: Path):
     damaged(folder, change)
     with pytest.raises(QwenMLXError, match=f"'{MODULE}.qweight'.* has a scale that is inf or NaN"):
         load(folder, quantized=True)
+    with pytest.raises(QwenMLXError, match=f"'{MODULE}.qweight'.* has a value that is inf or NaN"):
+        load(folder, quantized=False)
     with pytest.raises(QwenMLXError, match=f"'{MODULE}.qweight'.* not finite"):
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Folders whose matrices another library packed: AWQ, GPTQ, compressed-tensors, bitsandbytes, FP8.
+"""Folders whose matrices another library packed: AWQ, GPTQ, AutoRound, compressed-tensors, bitsandbytes, FP8.
 
 config.json's `quantization_config` names the method. Integers with 16-bit scales become MLX's affine quantization, the
 same numbers bit for bit, where a group of theirs is a whole number of MLX's; everything else becomes dense.
@@ -13,21 +13,38 @@ from typing import Any
 
 from ...errors import QwenMLXError
 from ...text.files import read_json
-from . import awq, bitsandbytes, compressed_tensors, fp8, gptq
+from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq
 from .tensors import Tensors
 from .weights import ForeignParameter, IntegerWeights, TableWeights
 
 __all__ = ["ForeignParameter", "Method", "Tensors", "find_method"]
 
 _METHODS = {
+    "auto-round": auto_round,
     "awq": awq,
     "bitsandbytes": bitsandbytes,
     "compressed-tensors": compressed_tensors,
     "fbgemm_fp8": fp8,
     "fp8": fp8,
     "gptq": gptq,
+    "intel/auto-round": auto_round,
     "modelopt": fp8,
 }
+# Settings that are read here, or only say how the folder was made or how its own library runs it.
+_NAMES = """
+act_bits act_data_type act_dynamic act_group_aware act_group_size act_sym activation_scale_ub activation_scheme amp
+autoround_version backend batch_size bits block_name_to_quantize cache_block_outputs checkpoint_format config_groups
+damp_auto_increment damp_percent data_type dataset dequantize desc_act disable_exllama do_fuse dynamic
+enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input exclude_modules exllama_config extra_config fmt
+format fuse_max_seq_len global_compression_ratio gradient_accumulate_steps group_size ignore ignored_layers
+is_marlin_format iters kv_cache_quant_algo kv_cache_scheme lm_head load_in_4bit load_in_8bit low_gpu_mem_usage lr
+max_input_length meta minmax_lr model_file_base_name model_name_or_path model_seqlen
+module_name_preceding_first_block modules_in_block_to_quantize modules_to_fuse modules_to_not_convert mse nsamples
+pack_dtype packing_format pad_token_id producer q_group_size quant_algo quant_method quantization_status quantizer
+scale_dtype scale_fmt seqlen sparsity_config static_groups super_bits super_group_size sym to_quant_block_names
+tokenizer transform_config true_sequential use_cuda_fp16 use_exllama uuid version w_bit weight_block_size zero_point
+"""
+_KNOWN = frozenset(_NAMES.split())
 # A module's activations, which stay as they are here.
 _ACTIVATIONS = (
     *("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "output_scale", "activation_scale"),
@@ -59,7 +76,15 @@ class Method:
         groups = self.settings.get("config_groups")
         asked = [group for group in (groups.values() if isinstance(groups, dict) else ()) if isinstance(group, dict)]
         said = any(group.get("input_activations") for group in asked) or "activation_scheme" in self.settings
+        said = said or bool(self.settings.get("kv_cache_scheme")) or self.settings.get("act_bits", 16) != 16
         return tensors.drop(*names) or said
+
+    @property
+    def unknown_settings(self) -> list[str]:
+        """The names of settings that say something and are not known here."""
+        own = ("bnb_4bit_", "llm_int8_", "_load_in_")  # of bitsandbytes, whose tensors say all that counts
+        names = (key for key, value in self.settings.items() if value is not None and value not in (False, "", [], {}))
+        return sorted(name for name in names if name not in _KNOWN and not name.startswith(own))
 
 
 def find_method(folder: Path) -> Method | None:

@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import QwenMLXError
 from ..safetensors_files import FLOATS
 from .tensors import Tensors
-from .weights import IntegerWeights, even_groups, floats, has_exact_products, unpack_words
+from .weights import IntegerWeights, check_group_size, even_groups, floats, has_exact_products, unpack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PLACES = [ORDER.index(output) for output in range(8)]
@@ -43,6 +43,7 @@ def read(module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[s
             f"{scales.file}: tensor {scales.name!r} has shape {scales.shape}, expected (groups, {rows}) with groups of "
             f"equally many of {columns} columns; download the folder again."
         )
+    check_group_size(settings, columns, scales)
     qzeros = tensors.take(f"{module}.qzeros", ("I32",), (scales.shape[0], rows // 8))
 
     def outputs(words: np.ndarray, start: int, stop: int) -> np.ndarray:

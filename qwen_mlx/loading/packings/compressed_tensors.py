@@ -21,19 +21,33 @@ from .tensors import Tensors
 from .weights import IntegerWeights, TableWeights, even_groups, floats, has_exact_products, unpack_words
 
 BITS = (2, 4, 8)
+FORMATS = (
+    *("dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp4-pack-quantized", "naive-quantized"),
+    *("nvfp4-pack-quantized", "pack-quantized"),
+)
 
 
 def check(settings: dict[str, Any], where: str) -> None:
-    """Raises QwenMLXError for sparse weights, other numbers of bits, and rotations of activations (SpinQuant, QuIP)."""
+    """Raises QwenMLXError for sparse weights, other formats and numbers of bits, and rotations of activations
+    (SpinQuant, QuIP)."""
     sparsity = settings.get("sparsity_config") or {}
     layout = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
     if layout != "dense":
         raise QwenMLXError(f"{where}: the weights are sparse ({layout!r}), expected dense; take the original model.")
+    layout = settings.get("format") or "dense"
+    if layout not in FORMATS:
+        raise QwenMLXError(
+            f"{where}: compressed-tensors' format is {layout!r:.80}, expected one of {', '.join(FORMATS)}; take the "
+            "original model or another packing of it."
+        )
     groups = settings.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        bits = weights.get("num_bits") if isinstance(weights, dict) else None
-        if bits is not None and bits not in BITS:
+    if not isinstance(groups, dict | None):
+        raise QwenMLXError(
+            f"{where}: compressed-tensors' config_groups are {groups!r:.80}, expected an object; download the folder "
+            "again."
+        )
+    for bits in _said_bits(settings):
+        if bits not in BITS:
             raise QwenMLXError(
                 f"{where}: compressed-tensors' num_bits are {bits!r}, expected 2, 4 or 8; take the original model or "
                 "another packing of it."
@@ -52,6 +66,13 @@ def check(settings: dict[str, Any], where: str) -> None:
         )
 
 
+def _said_bits(settings: dict[str, Any]) -> list[Any]:
+    """The numbers of bits of weights that the configuration names."""
+    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, dict)]
+    weights = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
+    return [own["num_bits"] for own in weights if own.get("num_bits") is not None]
+
+
 def read(
     module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[str, Any]
 ) -> IntegerWeights | TableWeights | None:
@@ -60,13 +81,13 @@ def read(
     if packed is not None and packed.dtype == "U8":
         return _fp4(module, shape, tensors)
     if packed is not None or f"{module}.weight_shape" in tensors:
-        return _packed_integers(module, shape, tensors)
+        return _packed_integers(module, shape, tensors, _said_bits(settings))
     if weight is not None and weight.dtype == "I8":
         return _bytes(module, shape, tensors)
     return fp8.read(module, shape, tensors, settings)
 
 
-def _packed_integers(module: str, shape: tuple[int, ...], tensors: Tensors) -> IntegerWeights:
+def _packed_integers(module: str, shape: tuple[int, ...], tensors: Tensors, said_bits: list[Any]) -> IntegerWeights:
     rows, columns = shape
     said = tensors.take(f"{module}.weight_shape", ("I64", "I32"), (2,))
     if tuple(said.array.tolist()) != shape:
@@ -77,6 +98,11 @@ def _packed_integers(module: str, shape: tuple[int, ...], tensors: Tensors) -> I
     sizes = [(rows, columns * bits // 32) for bits in BITS if columns * bits % 32 == 0]
     words = tensors.take(f"{module}.weight_packed", ("I32",), *sizes)
     bits = words.shape[1] * 32 // columns
+    if said_bits and bits not in said_bits:
+        raise QwenMLXError(
+            f"{words.file}: tensor {words.name!r} has codes of {bits} bits, but the configuration says "
+            f"{' and '.join(map(str, said_bits))}; download the folder again."
+        )
     scales, groups, n_groups = _scales(module, shape, tensors)
     zeros = None
     if f"{module}.weight_zero_point" in tensors:

@@ -15,7 +15,7 @@ import numpy as np
 from ...errors import QwenMLXError
 from ..safetensors_files import FLOATS
 from .tensors import Tensors
-from .weights import IntegerWeights, even_groups, floats, has_exact_products, unpack_words
+from .weights import IntegerWeights, check_group_size, even_groups, floats, has_exact_products, unpack_words
 
 BITS = (2, 4, 8)
 
@@ -64,6 +64,7 @@ def read(module: str, shape: tuple[int, ...], tensors: Tensors, settings: dict[s
             f"{scales.file}: tensor {scales.name!r} has shape {scales.shape}, expected (groups, {rows}) with groups of "
             f"equally many of {columns} columns; download the folder again."
         )
+    check_group_size(settings, columns, scales)
     qzeros = tensors.take(f"{module}.qzeros", ("I32",), (n_groups, -(-rows * bits // 32)))
     per_word = 32 // bits
     minus_one = (settings.get("checkpoint_format") or settings.get("format") or "gptq") == "gptq"

@@ -113,6 +113,14 @@ class ForeignParameter(Parameter):
     def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         return self.weights.values(*self._rows(start, stop))[:, self.columns]
 
+    def fill(self, out: np.ndarray) -> None:
+        super().fill(out)
+        if not np.isfinite(out).all():
+            raise QwenMLXError(
+                f"{self.weights.tensors[0].file}: tensor {self.source_name!r} ({self.type_name}) has a value that is "
+                "inf or NaN; the file is damaged, download it again."
+            )
+
     def arrays(
         self, packing: Packing, start: int = 0, stop: int | None = None, finite: bool = True
     ) -> tuple[np.ndarray, ...]:
@@ -188,6 +196,16 @@ def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes: np.ndarray = (bytes_[..., None] >> shifts) & np.uint8(2**bits - 1)
     return codes.reshape(len(words), -1)
+
+
+def check_group_size(settings: dict[str, Any], columns: int, scales: StoredTensor) -> None:
+    """Raises QwenMLXError where the configuration says another group than the scales (groups, rows) have."""
+    said, own = settings.get("group_size", settings.get("q_group_size")), columns // max(scales.shape[0], 1)
+    if not settings.get("dynamic") and type(said) is int and said > 0 and said != own:
+        raise QwenMLXError(
+            f"{scales.file}: tensor {scales.name!r} has groups of {own}, but the configuration says {said}; download "
+            "the folder again."
+        )
 
 
 def even_groups(columns: int, n_groups: int) -> np.ndarray | None:
