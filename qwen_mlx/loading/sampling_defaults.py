@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, shortened
 from ..generation.sampling import SamplingSettings
 from ..gguf.reader import GGUFFile
 from ..text.files import read_json
@@ -75,6 +75,24 @@ UNSUPPORTED = {
     "sequence_bias": (),
     "dola_layers": (),
     "top_h": (1,),
+    "exponential_decay_length_penalty": (),
+    "forced_eos_token_id": (),
+    "max_length": (20,),
+    "max_new_tokens": (),
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "num_return_sequences": (1,),
+    "stop_strings": (),
+    "token_healing": (False,),
+    "watermarking_config": (),
+}
+# Settings that change no token here: where a file is from, names of tokens, beams' and what transformers gives back.
+NO_EFFECT = {
+    *("_from_model_config", "transformers_version", "do_sample", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("decoder_start_token_id", "use_cache", "cache_implementation", "early_stopping", "length_penalty"),
+    *("remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "output_attentions"),
+    *("output_hidden_states", "output_logits", "output_scores"),
 }
 
 
@@ -127,9 +145,13 @@ def folder_defaults(folder: Path) -> SamplingSettings:
     path = folder / "generation_config.json"
     raw = read_json(path) if path.exists() else {}
     own = {name: raw[name] for name in FOLDER_NAMES if raw.get(name) is not None}
+    if not isinstance(raw.get("do_sample"), bool | None):
+        raise QwenMLXError(f"{path}: do_sample is {shortened(repr(raw['do_sample']), 80)}, expected true or false.")
+    known = NO_EFFECT | UNSUPPORTED.keys() | set(FOLDER_NAMES)
     ignored = [name for name, off in UNSUPPORTED.items() if raw.get(name) not in (None, *off)]
+    ignored += sorted(name for name, value in raw.items() if name not in known and value not in (None, False))
     if ignored:
-        warnings.warn(f"{path}: the settings {', '.join(ignored)} are ignored.", stacklevel=2)
+        warnings.warn(f"{path}: the settings {shortened(', '.join(ignored), 200)} are ignored.", stacklevel=2)
     if raw.get("do_sample"):
         # Transformers' own defaults, for what the file leaves out.
         return _settings({"temperature": 1.0, "top_k": 50} | own, path.name, path)

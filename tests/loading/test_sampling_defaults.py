@@ -135,11 +135,21 @@ def test_a_folder_without_settings_has_its_familys(tmp_path: Path, name: str, ge
 
 
 def test_settings_that_are_not_supported_are_named(tmp_path: Path):
-    with pytest.warns(UserWarning, match=r"num_beams.*ignored"):
-        folder_defaults(folder(tmp_path, {"num_beams": 4, "penalty_alpha": 0.0}))
+    generation = {
+        "num_beams": 4,
+        "penalty_alpha": 0.0,
+        "stop_strings": ["x"],
+        "odd": 1,
+        "use_cache": True,
+        "none": None,
+    }
+    with pytest.warns(UserWarning, match=r"settings num_beams, stop_strings, odd are ignored"):
+        folder_defaults(folder(tmp_path, generation))
 
 
 @each("value", ["x", 1.5, -1, True])
 def test_damaged_settings_are_named(tmp_path: Path, value: Any):
     with pytest.raises(QwenMLXError, match=r"generation_config\.json.*top_k"):
         folder_defaults(folder(tmp_path, {"do_sample": True, "top_k": value}))
+    with pytest.raises(QwenMLXError, match=r"generation_config\.json: do_sample is 'x', expected true or false"):
+        folder_defaults(folder(tmp_path, {"do_sample": "x"}))
