@@ -24,7 +24,8 @@ class EncoderSettings:
     """The way from hidden states to a vector, as a folder's modules.json says, and to scores, as its config.json does.
 
     pooling: the position that counts, or what is taken over all. prompts: texts to put before an input, by name.
-    pad_token_id: trailing tokens with this id are no part of a text that is scored, as in transformers.
+    pad_token_id: trailing tokens with this id are no part of a text that is scored, as in transformers. scores_tokens:
+    the head is for each token, as a process reward model's, and not for a text.
     """
 
     pooling: str = "last"
@@ -34,6 +35,7 @@ class EncoderSettings:
     default_prompt: str | None = None
     pad_token_id: int | None = None
     labels: tuple[str, ...] = ()
+    scores_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:

@@ -20,9 +20,12 @@ def score(encoder: Encoder, texts: Sequence[Text], *, batch_size: int = BATCH_SI
 
     encoder: of load_encoder(), with a classification or reward head. texts: texts, pairs of texts (a query and a
     document, for a reranker), or conversations. The last token decides, trailing padding tokens left out.
-    Raises QwenMLXError for a model without a head, an empty text and one beyond the model's context.
+    Raises QwenMLXError for a model without a head or with one for each token, an empty text and one beyond the model's
+    context.
     """
     _require_head(encoder)
+    if encoder.settings.scores_tokens:
+        raise QwenMLXError("the model scores single tokens and no whole text; take step_scores (score --steps TOKEN).")
     rows: dict[int, np.ndarray] = {}
     pad = encoder.settings.pad_token_id
     for numbers, hidden, lengths in batches(encoder, texts, batch_size):

@@ -9,40 +9,26 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from ..backend import mx, nn
-from ..encoding.encoder import Dense, Encode, Encoder, EncoderSettings
+from ..encoding.encoder import Encode, Encoder, EncoderSettings
 from ..errors import GGUFError, QwenMLXError, refuses_wrong_arguments, shortened
 from ..gguf.reader import GGUFFile
 from ..model.layers import Linear
-from ..text.files import LARGEST_JSON, read_json, read_text
+from ..text.files import read_json
 from ..text.limits import PIECE, is_panic, pieces_for
 from ..text.tokenizer import Tokenizer
 from . import hub
 from .checkpoint import Checkpoint, open_checkpoint
-from .folder import plain_parameters
 from .hub.client import say
 from .load import UNFORESEEN, fill, target_dtype
-from .parameters import Parameter
-from .safetensors_files import open_files, read_tensors
+from .sentence_transformers import sentence_transformers
 
-MOST_MODULES = 64  # of modules.json; sentence-transformers' models have 2 to 5
-_ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh"}
-# sentence-transformers' names in 1_Pooling/config.json, before and since it names one of them.
-_POOLINGS = {
-    "pooling_mode_lasttoken": "last",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_max_tokens": "max",
-    "lasttoken": "last",
-    "mean": "mean",
-    "cls": "first",
-    "max": "max",
-}
+_TOKEN_HEADS = ("ForTokenClassification", "ForProcessRewardModel")  # of architectures whose head is for each token
 # llama.cpp's llama_pooling_type: none (its default), mean, cls, last, and rank, of rerankers.
 _GGUF_POOLINGS = {0: "last", 1: "mean", 2: "first", 3: "last", 4: "last"}
 
@@ -75,12 +61,17 @@ def _load(path: Path, dtype: mx.Dtype, packed: bool) -> Encoder:
         say(note)
     config = replace(checkpoint.config, tie_word_embeddings=True)  # the language head is left out
     if path.is_dir():
-        settings, dense, arrays = _sentence_transformers(path)
+        settings, dense, arrays = sentence_transformers(path)
         settings = _with_labels(settings, path)
     else:
         settings, dense, arrays = _gguf_settings(GGUFFile(path)), [], {}
     encode = _encode(path, checkpoint.tokenizer, settings.max_length, config.context_length)
     score = _score_layers(checkpoint, config.hidden_size)
+    outputs = score[-1].weight.shape[0] if score else 0
+    if outputs != len(settings.labels):
+        if outputs and settings.labels:
+            say(f"{path}: has names for {len(settings.labels)} of the head's {outputs} labels; none is used")
+        settings = replace(settings, labels=())
     width = config.hidden_size
     for projection in dense:
         size, expected = projection.linear.weight.shape
@@ -138,11 +129,20 @@ def _gguf_settings(file: GGUFFile) -> EncoderSettings:
 
 
 def _with_labels(settings: EncoderSettings, folder: Path) -> EncoderSettings:
-    """The names of the scores, and the padding token, as config.json has them."""
+    """The names of the scores, what they are of, and the padding token, as config.json has them."""
     config = read_json(folder / "config.json")
-    names, pad = config.get("id2label"), config.get("pad_token_id")
-    labels = tuple(str(name) for name in names.values()) if isinstance(names, dict) else ()
-    return replace(settings, labels=labels, pad_token_id=pad if isinstance(pad, int) else None)
+    names, pad = config.get("id2label") or {}, config.get("pad_token_id")
+    try:
+        labels = tuple(str(names[key]) for key in sorted(names, key=int))
+    except (TypeError, ValueError):
+        raise QwenMLXError(
+            f"{folder / 'config.json'}: id2label is {names!r:.80}, expected names by number; download the folder again."
+        ) from None
+    kinds = config.get("architectures")
+    tokens = any(str(kind).endswith(_TOKEN_HEADS) for kind in kinds) if isinstance(kinds, list) else False
+    if pad is not None and type(pad) is not int:
+        raise QwenMLXError(f"{folder / 'config.json'}: pad_token_id is {pad!r:.80}, expected a token's id.")
+    return replace(settings, labels=labels, pad_token_id=pad, scores_tokens=tokens)
 
 
 def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None, context_length: int) -> Encode:
@@ -150,7 +150,7 @@ def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None, context_le
     with what the tokenizer's post-processor adds, for which a text that is too long makes room."""
     most = max_length or context_length
     if not path.is_dir():
-        return functools.partial(_encode_gguf, tokenizer)
+        return functools.partial(_encode_gguf, tokenizer, _gguf_separator(GGUFFile(path), tokenizer))
     from tokenizers import Tokenizer as Library
 
     data = read_json(path / "tokenizer.json") | {"truncation": None, "padding": None}
@@ -192,125 +192,33 @@ def _library_errors(sentence: str) -> Iterator[None]:
         raise QwenMLXError(f"{sentence} ({shortened(repr(error))}).") from None
 
 
-def _encode_gguf(tokenizer: Tokenizer, text: str, pair: str | None) -> list[int]:
-    """The ids of a text, or of two one after the other, with what the file puts around a text, once."""
-    ids = tokenizer.with_prefix(tokenizer.encode(text + (pair or ""), allow_special=True))
+def _gguf_separator(file: GGUFFile, tokenizer: Tokenizer) -> list[int]:
+    """The token that a GGUF puts between the texts of a pair, if it asks for one. Raises GGUFError for another value
+    than a token's id."""
+    if file.metadata.get("tokenizer.ggml.add_sep_token", False) is not True:
+        return []
+    token = file.metadata.get("tokenizer.ggml.seperator_token_id")  # as GGUF spells it
+    if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+        raise GGUFError(
+            f"{file.path}: 'tokenizer.ggml.add_sep_token' is true, but 'tokenizer.ggml.seperator_token_id' is "
+            f"{token!r:.80}, expected 0 to {tokenizer.vocab_size - 1}; convert the model again."
+        )
+    return [token]
+
+
+def _encode_gguf(tokenizer: Tokenizer, separator: list[int], text: str, pair: str | None) -> list[int]:
+    """The ids of a text with what the file puts around it, once. A pair is what llama.cpp's server makes of a query and
+    a document: the file's template `rerank` with both put in, else one after the other, each with the end token that
+    the file adds, and the separator between."""
+    template = tokenizer.chat_templates.get("rerank")
+    if pair is not None and template is not None:
+        texts = {"{query}": text, "{document}": pair}
+        filled = re.sub(r"\{query\}|\{document\}", lambda match: texts[match[0]], template)
+        return tokenizer.encode(filled, allow_special=True)
     suffix = list(tokenizer.suffix_ids)
-    return ids if ids[len(ids) - len(suffix) :] == suffix else ids + suffix
 
+    def ended(ids: list[int]) -> list[int]:
+        return ids if ids[len(ids) - len(suffix) :] == suffix else ids + suffix
 
-def _sentence_transformers(folder: Path) -> tuple[EncoderSettings, list[Dense], dict[str, Parameter]]:
-    """The contents of modules.json and of the files it names: settings, projections, and their parameters."""
-    settings = EncoderSettings(**_prompts(folder))
-    settings = replace(settings, max_length=_max_length(folder))
-    bert = folder / "sentence_bert_config.json"
-    modalities = read_json(bert).get("modality_config") if bert.exists() else None
-    if isinstance(modalities, dict) and "message" in modalities:
-        raise QwenMLXError(
-            f"{bert}: modality_config has 'message', expected 'text' alone: its texts go through a chat template, "
-            "which is not done here; pin modality_config to text and save it again."
-        )
-    if not (folder / "modules.json").exists():
-        return settings, [], {}
-    dense: list[Dense] = []
-    arrays: dict[str, Parameter] = {}
-    settings = replace(settings, normalize=False)
-    for module in _modules(folder):
-        kind, where = module["type"].rpartition(".")[2], _within(folder, module["path"])
-        if kind == "Pooling":
-            settings = replace(settings, pooling=_pooling(where / "config.json"))
-        elif kind == "Normalize":
-            settings = replace(settings, normalize=True)
-        elif kind == "Dense":
-            projection, own = _dense(where)
-            arrays |= own(f"dense.{len(dense)}")
-            dense.append(projection)
-        elif kind != "Transformer":
-            raise QwenMLXError(
-                f"{folder / 'modules.json'}: module {module['type']!r} is not known, expected Transformer, Pooling, "
-                "Dense or Normalize."
-            )
-    return settings, dense, arrays
-
-
-def _max_length(folder: Path) -> int | None:
-    """The longest input in tokens; transformers writes 1e30 where there is no limit."""
-    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        length = read_json(folder / name).get(key) if (folder / name).exists() else None
-        if isinstance(length, int) and 0 < length < 10**9:
-            return length
-    return None
-
-
-def _modules(folder: Path) -> list[dict[str, str]]:
-    path = folder / "modules.json"
-    if path.exists() and not path.is_file():
-        raise QwenMLXError(f"{path}: is not a regular file; download the folder again.")
-    text = read_text(str(path), largest=LARGEST_JSON)
-    try:
-        modules = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise QwenMLXError(f"{path}: not valid JSON ({error}); download it again.") from None
-    if isinstance(modules, list) and len(modules) > MOST_MODULES:
-        raise QwenMLXError(f"{path}: has {len(modules)} modules, expected at most {MOST_MODULES}.")
-    fits = isinstance(modules, list) and all(
-        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
-        for module in modules
-    )
-    if not fits:
-        raise QwenMLXError(f"{path}: holds {modules!r:.80}, expected a list of modules with 'type' and 'path'.")
-    return list(modules)
-
-
-def _within(folder: Path, name: str) -> Path:
-    """The folder of a module. Raises QwenMLXError for a name that leads out of the model's."""
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
-        raise QwenMLXError(
-            f"{folder / 'modules.json'}: a module's path is {shortened(repr(name), 80)}, expected a folder within the "
-            "model's; do not use this model."
-        )
-    return folder / name
-
-
-def _prompts(folder: Path) -> dict[str, Any]:
-    path = folder / "config_sentence_transformers.json"
-    own = read_json(path) if path.exists() else {}
-    prompts = own.get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise QwenMLXError(f"{path}: 'prompts' is {prompts!r:.80}, expected texts by name.")
-    default = own.get("default_prompt_name")
-    if default is not None and not isinstance(default, str):
-        raise QwenMLXError(f"{path}: 'default_prompt_name' is {default!r:.80}, expected a name.")
-    return {"prompts": prompts, "default_prompt": default}
-
-
-def _pooling(path: Path) -> str:
-    settings = read_json(path)
-    said = settings.get("pooling_mode")
-    modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
-    if said is not None:
-        modes = list(map(str, said)) if isinstance(said, list) else [str(said)]
-    known = [_POOLINGS[mode] for mode in modes if mode in _POOLINGS]
-    if len(modes) != 1 or not known:
-        raise QwenMLXError(f"{path}: pooling is {modes}, expected one of {', '.join(_POOLINGS)}.")
-    if settings.get("include_prompt") is False and known[0] != "last":
-        raise QwenMLXError(f"{path}: include_prompt is false, expected true; prompts are always part of the text here.")
-    return known[0]
-
-
-def _dense(folder: Path) -> tuple[Dense, Any]:
-    """A projection, and the function that gives its parameters under a prefix."""
-    settings = read_json(folder / "config.json")
-    name = str(settings.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
-    sizes = settings.get("in_features"), settings.get("out_features")
-    if settings.get("use_residual"):
-        raise QwenMLXError(f"{folder / 'config.json'}: use_residual is true, expected false; it is not known here.")
-    if name not in _ACTIVATIONS or not all(isinstance(size, int) and 0 < size < 1 << 20 for size in sizes):
-        raise QwenMLXError(
-            f"{folder / 'config.json'}: the projection is {sizes} with {name!r}, expected sizes and Identity or Tanh."
-        )
-    width, size, bias = int(sizes[0] or 0), int(sizes[1] or 0), settings.get("bias", True) is True
-    shapes: dict[str, tuple[int, ...]] = {"linear.weight": (size, width)} | ({"linear.bias": (size,)} if bias else {})
-    tensors = read_tensors(open_files([folder / "model.safetensors"]))
-    return Dense(width, size, bias, _ACTIVATIONS[name]), functools.partial(plain_parameters, folder, tensors, shapes)
+    first = ended(tokenizer.with_prefix(tokenizer.encode(text, allow_special=True)))
+    return first if pair is None else first + separator + ended(tokenizer.encode(pair, allow_special=True))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from qwen_mlx import QwenMLXError, convert, embed, load, load_encoder, score, st
 from qwen_mlx.cli.embed import main as embed_command
 from qwen_mlx.cli.score import main as score_command
 from reference.lazy import torch, transformers
-from reference.small_models import END_OF_TEXT, IM_END, TOKENS, RandomModel, save_folder, to_hf, write_gguf
+from reference.small_models import END_OF_TEXT, IM_END, TOKENS, RandomModel, save_folder, write_gguf
 from tests.helpers.cases import each
-from tests.helpers.encoders import TEXTS, classifier, encoder_folder
+from tests.helpers.encoders import TEXTS, classifier, close_to_exact, encoder_folder
 from tests.helpers.foreign import write_safetensors
+from tests.helpers.peers import in_float64
 
 ST = "sentence_transformers.models."
 
@@ -43,10 +46,15 @@ def ids_of(path: Path, text: str) -> list[int]:
     return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
 
 
-def hidden_states(path: Path, text: str) -> np.ndarray:
-    """transformers' last hidden states of one text alone, (tokens, hidden_size)."""
-    with torch.no_grad():
-        return theirs_of(path)(torch.tensor([ids_of(path, text)])).last_hidden_state[0].numpy()
+def expected_of(path: Path, texts: list[str], result: Callable[[np.ndarray, str], Any]) -> list[np.ndarray]:
+    """What `result` makes of transformers' last hidden states (tokens, hidden_size) of each text alone: in float32, and
+    with every step in float64."""
+    model, both = theirs_of(path), []
+    for precise in (model, in_float64(model)):
+        with torch.no_grad():
+            states = [precise(torch.tensor([ids_of(path, text)])).last_hidden_state[0].numpy() for text in texts]
+        both.append(np.stack([result(hidden, text) for hidden, text in zip(states, texts)]))
+    return both
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -55,11 +63,11 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def test_the_last_token_normalised_is_transformers_s(tmp_path: Path):
     folder = encoder_folder(tmp_path / "m")
-    expected = np.stack([unit(hidden_states(folder, text)[-1]) for text in TEXTS])
+    expected = expected_of(folder, TEXTS, lambda hidden, _: unit(hidden[-1]))
     vectors = embed(load_encoder(folder), TEXTS)
     assert vectors.dtype == np.float32
-    np.testing.assert_allclose(vectors, expected, atol=2e-6)
-    np.testing.assert_allclose(embed(load_encoder(folder), TEXTS, batch_size=2), expected, atol=2e-6)
+    close_to_exact(vectors, *expected)
+    close_to_exact(embed(load_encoder(folder), TEXTS, batch_size=2), *expected)
 
 
 POOLED = {
@@ -76,10 +84,10 @@ def test_pooling_is_what_modules_json_says(tmp_path: Path, mode: str, normalize:
     folder = encoder_folder(tmp_path / "m")
     kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     modules(folder, *kinds, **dict.fromkeys(POOLED, False) | {mode: True})
-    expected = np.stack([POOLED[mode](hidden_states(folder, text)) for text in TEXTS])
-    vectors = embed(load_encoder(folder), TEXTS)
-    np.testing.assert_allclose(vectors, unit(expected) if normalize else expected, atol=1e-5)
-    np.testing.assert_allclose(embed(load_encoder(folder), TEXTS, normalize=True), unit(expected), atol=2e-6)
+    expected = expected_of(folder, TEXTS, lambda hidden, _: POOLED[mode](hidden))
+    units = [unit(vectors) for vectors in expected]
+    close_to_exact(embed(load_encoder(folder), TEXTS), *(units if normalize else expected))
+    close_to_exact(embed(load_encoder(folder), TEXTS, normalize=True), *units)
 
 
 def test_a_projection_after_pooling(tmp_path: Path):
@@ -98,20 +106,22 @@ def test_a_projection_after_pooling(tmp_path: Path):
     write_safetensors(
         folder / "2_Dense" / "model.safetensors", {"linear.weight": ("F32", weight), "linear.bias": ("F32", bias)}
     )
-    expected = np.stack([np.tanh(weight @ hidden_states(folder, text).mean(0) + bias) for text in TEXTS])
-    np.testing.assert_allclose(embed(load_encoder(folder), TEXTS), expected, atol=1e-5)
+    expected = expected_of(folder, TEXTS, lambda hidden, _: np.tanh(weight @ hidden.mean(0) + bias))
+    close_to_exact(embed(load_encoder(folder), TEXTS), *expected)
 
 
 def test_a_bidirectional_model_sees_what_comes_later(tmp_path: Path):
     folder = encoder_folder(tmp_path / "m", is_causal=False)
-    model = theirs_of(folder)
+    model, expected = theirs_of(folder), []
     vectors = embed(load_encoder(folder), TEXTS, pooling="first", normalize=False)
-    for vector, text in zip(vectors, TEXTS):
-        ids = ids_of(folder, text)
-        everything = torch.zeros(1, 1, len(ids), len(ids))
-        with torch.no_grad():
-            expected = model(torch.tensor([ids]), attention_mask=everything).last_hidden_state[0, 0].numpy()
-        np.testing.assert_allclose(vector, expected, atol=2e-5)
+    for precise, dtype in ((model, torch.float32), (in_float64(model), torch.float64)):
+        rows = []
+        for ids in (ids_of(folder, text) for text in TEXTS):
+            everything = torch.zeros(1, 1, len(ids), len(ids), dtype=dtype)
+            with torch.no_grad():
+                rows.append(precise(torch.tensor([ids]), attention_mask=everything).last_hidden_state[0, 0].numpy())
+        expected.append(np.stack(rows))
+    close_to_exact(vectors, *expected)
     causal = embed(load_encoder(encoder_folder(tmp_path / "causal")), TEXTS, pooling="first", normalize=False)
     assert np.abs(causal - vectors).max() > 0.1
 
@@ -151,10 +161,9 @@ def test_dimensions_are_the_first_ones_normalised_again(tmp_path: Path):
 def test_a_language_model_embeds_too_as_a_folder_and_as_a_gguf(tmp_path: Path):
     model = RandomModel()
     folder, path = save_folder(tmp_path / "m", model), write_gguf(tmp_path / "m.gguf", model)
-    with torch.no_grad():
-        theirs = to_hf(model).model(torch.tensor([ids_of(folder, "hello x")])).last_hidden_state[0, -1].numpy()
+    expected = expected_of(folder, ["hello x"], lambda hidden, _: unit(hidden[-1]))
     for source in (folder, path):
-        np.testing.assert_allclose(embed(load_encoder(source), ["hello x"])[0], unit(theirs), atol=2e-6)
+        close_to_exact(embed(load_encoder(source), ["hello x"]), *expected)
 
 
 @pytest.mark.parametrize("pad", [None, END_OF_TEXT])
@@ -165,10 +174,12 @@ def test_scores_are_transformers_s(tmp_path: Path, pad: int | None):
     encoder = load_encoder(folder)
     scores = score(encoder, texts, batch_size=3)
     assert encoder.settings.labels == ("label 0", "label 1", "label 2")
-    for row, text in zip(scores, texts):
-        with torch.no_grad():
-            expected = theirs(torch.tensor([ids_of(folder, text)])).logits[0].numpy()
-        np.testing.assert_allclose(row, expected, atol=2e-5)
+    with torch.no_grad():
+        expected = [
+            np.concatenate([precise(torch.tensor([ids_of(folder, text)])).logits.numpy() for text in texts])
+            for precise in (theirs, in_float64(theirs))
+        ]
+    close_to_exact(scores, *expected)
 
 
 def test_a_pair_is_one_text_after_the_other_and_a_conversation_is_rendered(tmp_path: Path):
@@ -198,8 +209,8 @@ def in_numpy(head: dict[str, np.ndarray], hidden: np.ndarray) -> np.ndarray:
 def test_a_reward_model_of_two_layers(tmp_path: Path):
     head = reward_head(1)
     folder = encoder_folder(tmp_path / "m", head, bare=False, architectures=["Qwen2ForRewardModel"])
-    expected = np.stack([in_numpy(head, hidden_states(folder, text)[-1]) for text in TEXTS])
-    np.testing.assert_allclose(score(load_encoder(folder), TEXTS), expected, rtol=1e-5, atol=1e-4)
+    expected = expected_of(folder, TEXTS, lambda hidden, _: in_numpy(head, hidden[-1]))
+    close_to_exact(score(load_encoder(folder), TEXTS), *expected)
 
 
 def test_a_process_reward_model_scores_each_step(tmp_path: Path):
@@ -208,12 +219,18 @@ def test_a_process_reward_model_scores_each_step(tmp_path: Path):
     step = TOKENS[END_OF_TEXT]
     texts = [f"hello{step} x{step}", f"a{step}b{step}c{step}", "no step"]
     found = step_scores(load_encoder(folder), texts, step=step)
-    for row, text in zip(found, texts):
-        logits = in_numpy(head, hidden_states(folder, text))[np.array(ids_of(folder, text)) == END_OF_TEXT]
-        odds = np.exp(logits - logits.max(-1, keepdims=True, initial=-np.inf))
-        np.testing.assert_allclose(row, (odds / odds.sum(-1, keepdims=True))[:, 1], atol=2e-5)
+    assert [row.shape for row in found] == [(2,), (3,), (0,)]
+
+    def odds(hidden: np.ndarray, text: str) -> np.ndarray:
+        logits = in_numpy(head, hidden)[np.array(ids_of(folder, text)) == END_OF_TEXT]
+        return 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
+
+    expected = [np.concatenate(rows, axis=1)[0] for rows in zip(*(expected_of(folder, [t], odds) for t in texts))]
+    close_to_exact(np.concatenate(found), *expected)
     with pytest.raises(QwenMLXError, match="step is '<extra_0>', expected a token of the model's vocabulary"):
         step_scores(load_encoder(folder), texts)
+    with pytest.raises(QwenMLXError, match="scores single tokens and no whole text; take step_scores"):
+        score(load_encoder(folder), texts)
 
 
 def test_commands(tmp_path: Path, capsys):
@@ -245,8 +262,35 @@ def test_what_generates_no_text_says_what_it_is(tmp_path: Path, read):
         score(load_encoder(tmp_path / "m"), ["x"])
 
 
+def test_labels_are_those_of_the_numbers(tmp_path: Path, capsys):
+    names = {"2": "c", "0": "a", "1": "b"}
+    assert load_encoder(classifier(tmp_path / "m", id2label=names)).settings.labels == ("a", "b", "c")
+    assert load_encoder(classifier(tmp_path / "n", id2label={"0": "a"})).settings.labels == ()
+    with pytest.raises(QwenMLXError, match=r"config.json: id2label is \['a'\], expected names by number"):
+        load_encoder(classifier(tmp_path / "o", id2label=["a"]))
+    with pytest.raises(QwenMLXError, match=r"config.json: pad_token_id is 'x', expected a token's id"):
+        load_encoder(classifier(tmp_path / "p", pad_token_id="x"))
+    assert "has names for 1 of the head's 3 labels; none is used" in capsys.readouterr().err
+
+
+def test_settings_that_are_not_known_are_said(tmp_path: Path, capsys):
+    folder = encoder_folder(tmp_path / "m")
+    modules(folder, "Transformer", "Pooling", pooling_mode="mean", odd=1, pooling_mode_cls_token=False)
+    load_encoder(folder)
+    assert "1_Pooling/config.json: left out, because it is not known here: odd\n" in capsys.readouterr().err
+
+
 def damage_modules(folder: Path, text: str) -> None:
     (folder / "modules.json").write_text(text)
+
+
+def damage_dense(folder: Path, **settings: object) -> None:
+    modules(folder, "Transformer", "Pooling", "Dense", pooling_mode="mean")
+    (folder / "2_Dense" / "config.json").write_text(json.dumps({"in_features": 64, "out_features": 8} | settings))
+    arrays = {"linear.weight": (8, 64), "linear.bias": (8,)}
+    write_safetensors(
+        folder / "2_Dense" / "model.safetensors", {n: ("F32", np.ones(s, np.float32)) for n, s in arrays.items()}
+    )
 
 
 DAMAGE = {
@@ -268,6 +312,28 @@ DAMAGE = {
     "messages": (
         lambda f: (f / "sentence_bert_config.json").write_text('{"modality_config": {"text": {}, "message": {}}}'),
         r"modality_config has 'message', expected 'text' alone",
+    ),
+    "another order": (
+        lambda f: modules(f, "Transformer", "Pooling", "Normalize", "Dense", pooling_mode="mean"),
+        r"modules.json: the modules are Transformer Pooling Normalize Dense, expected Transformer, Pooling, any number",
+    ),
+    "a projection of each token": (
+        lambda f: damage_dense(f, module_input_name="token_embeddings"),
+        r"2_Dense/config.json: module_input_name is 'token_embeddings', expected 'sentence_embedding'",
+    ),
+    "a bias that is not used": (lambda f: damage_dense(f, bias=False), r"'linear.bias' is not part of the projection"),
+    "a bias that is no bool": (lambda f: damage_dense(f, bias="yes"), r"bias is 'yes', expected True or False"),
+    "small letters": (
+        lambda f: (f / "sentence_bert_config.json").write_text('{"do_lower_case": true}'),
+        r"do_lower_case is True, expected False",
+    ),
+    "a length": (
+        lambda f: (f / "sentence_bert_config.json").write_text('{"max_seq_length": "512"}'),
+        r"max_seq_length is '512', expected a positive integer",
+    ),
+    "a default that is no prompt": (
+        lambda f: (f / "config_sentence_transformers.json").write_text('{"default_prompt_name": "q"}'),
+        r"'default_prompt_name' is 'q', expected one of the prompts \(none\)",
     ),
     "prompts": (
         lambda f: (f / "config_sentence_transformers.json").write_text('{"prompts": [1]}'),
@@ -296,8 +362,8 @@ def test_sizes_that_no_head_has(tmp_path: Path):
     with pytest.raises(QwenMLXError, match=r"tensor 'score.weight' is not part of this model"):
         load_encoder(empty)
     huge = encoder_folder(tmp_path / "huge")
-    modules(huge, "Transformer", "Dense")
-    (huge / "1_Dense" / "config.json").write_text(json.dumps({"in_features": 2**70, "out_features": 8}))
+    modules(huge, "Transformer", "Pooling", "Dense", pooling_mode="mean")
+    (huge / "2_Dense" / "config.json").write_text(json.dumps({"in_features": 2**70, "out_features": 8}))
     with pytest.raises(QwenMLXError, match=r"the projection is \(1180591620717411303424, 8\) .*, expected sizes"):
         load_encoder(huge)
 

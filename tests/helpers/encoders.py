@@ -13,6 +13,16 @@ from tests.helpers.foreign import Stored, write_safetensors
 TEXTS = ["hello", "a much longer text, of which the tokens are many", "x", "hello hello", "hellx"]
 
 
+def close_to_exact(ours: np.ndarray, float32: np.ndarray, float64: np.ndarray) -> None:
+    """Asserts that `ours` is as near to the values in float64 as four times the largest error of another library's
+    float32, the noise floor of this comparison."""
+    assert float32.dtype == np.float32
+    assert float64.dtype == np.float64
+    noise = float(np.abs(float32 - float64).max())
+    assert 0 < noise < 1e-4 * np.abs(float64).max()
+    np.testing.assert_allclose(ours, float64, rtol=0, atol=4 * noise)
+
+
 def encoder_folder(path: Path, head: dict[str, np.ndarray] | None = None, bare: bool = True, **config) -> Path:
     """A folder of a Qwen2Model, or of one with a head: no lm_head, and the names of the bare model."""
     model = RandomModel(tie_word_embeddings=False)
@@ -29,15 +39,10 @@ def encoder_folder(path: Path, head: dict[str, np.ndarray] | None = None, bare: 
     return path
 
 
-def classifier(path: Path, labels: int = 3, **config) -> Path:
-    head = np.random.default_rng(1).standard_normal((labels, 64)).astype(np.float32)
+def classifier(path: Path, labels: int = 3, head: np.ndarray | None = None, **config) -> Path:
+    if head is None:
+        head = np.random.default_rng(1).standard_normal((labels, 64)).astype(np.float32)
     names = {str(i): f"label {i}" for i in range(labels)}
-    return encoder_folder(
-        path,
-        {"score.weight": head},
-        bare=False,
-        architectures=["Qwen2ForSequenceClassification"],
-        id2label=names,
-        label2id={name: int(i) for i, name in names.items()},
-        **config,
-    )
+    settings = {"architectures": ["Qwen2ForSequenceClassification"], "id2label": names}
+    settings["label2id"] = {name: int(i) for i, name in names.items()}
+    return encoder_folder(path, {"score.weight": head}, bare=False, **settings | config)

@@ -20,7 +20,7 @@ def torch_logits(model, ids=IDS) -> np.ndarray:
 def in_float64(model):
     """The same model with every step in float64, the rotary angles too (transformers forms those in float32 always)."""
     exact = copy.deepcopy(model).double()
-    rotary = exact.model.rotary_emb
+    rotary = getattr(exact, "model", exact).rotary_emb
 
     def forward(x, position_ids):
         angles = position_ids[..., None].double() * rotary.inv_freq.double()
