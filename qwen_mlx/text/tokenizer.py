@@ -226,10 +226,11 @@ class Tokenizer:
             ) from None
 
         eos = end_ids(special) | {special[name] for name in (named.get("eos_token"),) if name in special}
-        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
+        for file, own in (("generation_config.json", generation), ("config.json", config)):
+            value = own.get("eos_token_id")
             values = value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(i) is int and 0 <= i < len(names) for i in values):
-                raise QwenMLXError(f"{folder}: eos_token_id is {value!r}, expected ids below {len(names)}.")
+                raise QwenMLXError(f"{folder / file}: eos_token_id is {value!r:.80}, expected ids below {len(names)}.")
             eos |= set(values)
         if not eos:
             raise QwenMLXError(
