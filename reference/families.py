@@ -116,7 +116,7 @@ FAMILIES = (
         "ChatML",
     ),
     Family("AWQ", "packed", "same bits in MLX", "", (_EXACT, f"{_PEERS}test_mlx_lm_reads_the_same_awq_matrices")),
-    Family("GPTQ of 2, 4 and 8 bits", "packed", "same bits in MLX; act-order: dense", "", (_EXACT, _DENSE)),
+    Family("GPTQ and AutoRound, 2, 4, 8 bits", "packed", "same bits in MLX; act-order: dense", "", (_EXACT, _DENSE)),
     Family(
         "compressed-tensors w4a16, w8a16, w8a8",
         "packed",
@@ -151,6 +151,7 @@ FAMILIES = (
         (
             f"{_VARIANTS}test_the_same_model",
             f"{_VARIANTS}test_biases_that_are_not_zero_are_added",
+            f"{_VARIANTS}test_a_head_with_a_bias",
             f"{_VARIANTS}test_gguf",
         ),
     ),
@@ -175,6 +176,7 @@ FAMILIES = (
         (
             f"{_ENCODING}test_scores_are_transformers_s",
             f"{_GGUF_ENCODING}test_a_classification_head_gives_the_folder_s_scores",
+            f"{_GGUF_ENCODING}test_a_pair_is_what_llama_cpp_s_server_makes_of_it",
         ),
     ),
     Family(
