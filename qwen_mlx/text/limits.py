@@ -34,6 +34,34 @@ _PARTS = {
     "pre_tokenizer": ("Sequence", "Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"),
 }
 LONGEST_REPLACEMENT = 4  # characters; SentencePiece's is one
+LONGEST_PATTERN = 16  # characters of a text that is searched for
+LONGEST_RULES = 1000  # characters of all regular expressions of a field
+MOST_PARTS = 16
+
+
+def _linear_rules() -> re.Pattern[str]:
+    """The regular expressions that take a time in proportion to the text: those of GPT-2, GPT-4, Llama 3, Qwen and the
+    like.
+
+    Each of their alternatives is a few characters, then at most one run of a class of characters, then what may be
+    left out: where the run begins, the alternative matches, and nothing is read twice. Alternatives of two runs, which
+    can fail after a long way, are those of these models only, together with what matches the same characters then.
+    """
+    escape = r"\\p\{\^?\w+\}|\\[sSdDwWrnt]|\\[^\w\s]"
+    item = rf"(?:{escape}|\[\^?(?:{escape}|[^\[\]\\])+\]|[^\\\[\](){{}}*+?|^$])"
+    group = r"\(\?i?:['\w|\[\]]+\)"  # such as (?i:'s|'t)
+    run = rf"(?:{item}(?:\?\+?)?){{0,3}}{item}(?:[+*]\+?|\?|\{{\d\d?(?:,\d?\d?)?\}})?(?:{item}[*?]|{group}\?)*"
+    start = r"[^\r\n\p{L}\p{N}]?"
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    words = "\\|".join(
+        re.escape(f"{start}{two}") + rf"(?:{group}\?)?" for two in (f"{upper}*{lower}+", f"{upper}+{lower}*")
+    )
+    blanks = r"(?:(?:\\s\*\[\\r\\n\]\+?\|)?\\s\+\(\?!\\S\)\|\\s\+|\\s\+\(\?!\\S\))"
+    one = f"(?:{run}|'?{group}|{words})"
+    return re.compile(rf"{one}(?:\|{one})*(?:\|{blanks})?")
+
+
+_LINEAR = _linear_rules()
 
 
 def splits_after_lines(library: Any) -> bool:
@@ -80,28 +108,45 @@ def is_panic(error: BaseException) -> bool:
 
 def check_parts(data: Mapping[str, Any]) -> None:
     """Raises ValueError for a tokenizer.json that may take all memory, or that no Qwen2 model has."""
+    for field in ("normalizer", "pre_tokenizer", "decoder"):
+        _check_patterns(field, [part.get("pattern") for part in _parts(data.get(field))])
     for field, kinds in _PARTS.items():
         growing = 0
         for part in _parts(data.get(field)):
             if part.get("type", "BPE") not in kinds:
                 raise ValueError(f"a {field} of type {part.get('type')!r:.40}, expected {', '.join(kinds)}")
-            added = str(part.get("content", "")) + str(part.get("prepend", ""))
+            texts = ("content", "prepend", "continuing_subword_prefix", "end_of_word_suffix")
+            added = "".join(str(part.get(name) or "") for name in texts)
             growing += part.get("type") in ("Prepend", "Replace")
             if len(added) > LONGEST_REPLACEMENT or growing > 2:
                 raise ValueError(f"a {field} that lengthens the text")
 
 
+def _check_patterns(field: str, patterns: list[Any]) -> None:
+    """Raises ValueError for patterns that may take the library much longer than a text is long: of some regular
+    expressions it tries all ways to match, for minutes."""
+    patterns = [pattern for pattern in patterns if isinstance(pattern, Mapping)]
+    rules, texts = ([str(pattern[kind]) for pattern in patterns if kind in pattern] for kind in ("Regex", "String"))
+    odd = next((rule for rule in rules if not _LINEAR.fullmatch(rule[: LONGEST_RULES + 1])), None)
+    if odd is not None:
+        raise ValueError(f"a {field} with the rule {odd!r:.80}, which could take very long; known ones are accepted")
+    if sum(map(len, rules)) > LONGEST_RULES or max(map(len, texts), default=0) > LONGEST_PATTERN:
+        raise ValueError(f"a {field} with patterns of too many characters")
+
+
 def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
     """A part of a tokenizer.json, with those that a sequence holds."""
-    waiting = [part]
+    waiting, count = [part], 0
     while waiting:
-        part = waiting.pop()
+        part, count = waiting.pop(), count + 1
         if part is None:
             continue
         if not isinstance(part, Mapping):
             raise ValueError(f"{part!r:.40} in place of an object")
+        if count > MOST_PARTS:
+            raise ValueError(f"more than {MOST_PARTS} parts in a sequence")
         yield part
-        for inner in ("normalizers", "pretokenizers"):
+        for inner in ("normalizers", "pretokenizers", "decoders"):
             waiting += part.get(inner) or []
 
 

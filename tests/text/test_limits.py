@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from qwen_mlx.errors import GGUFError, QwenMLXError
-from qwen_mlx.text.limits import LONGEST_PIECE, PIECE, pieces, splits_after_lines
+from qwen_mlx.text.limits import LONGEST_PIECE, PIECE, check_parts, pieces, splits_after_lines
 from qwen_mlx.text.tokenizer import Tokenizer
-from qwen_mlx.text.vocabulary import sentencepiece
+from qwen_mlx.text.vocabulary import SPLIT, sentencepiece
 from reference.small_models import RandomModel, save_folder, write_gguf
 
 
@@ -95,7 +97,56 @@ def spoil(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+START = r"[^\r\n\p{L}\p{N}]?"
+RULES = {
+    "Qwen2": SPLIT,
+    "Qwen3.5": SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"),
+    "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "GPT-4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
+    r"\s+(?!\S)|\s+",
+    "GPT-4o": f"{START}{UPPER}*{LOWER}+{CONTRACTIONS}?|{START}{UPPER}+{LOWER}*{CONTRACTIONS}?|\\p{{N}}{{1,3}}|"
+    rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{BLANKS}",
+    "Llama 3": SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),
+    "Nemo": rf"{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{BLANKS}",
+    "DeepSeek V3": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+    rf" ?[\p{{P}}\p{{S}}]+[\r\n]*|{BLANKS}",
+    "DeepSeek V3's digits": r"\p{N}{1,3}",
+    "DeepSeek V3's letters": "[一-龥\u3040-ゟ゠-ヿ]+",
+    "StarCoder": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_rules_of_known_models_are_accepted(rule: str):
+    check_parts({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": rule}}, "model": {}})
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "GPT-4o", "Nemo"])
+def test_a_rule_with_two_runs_reads_a_text_once(name: str):
+    """Each of these runs, read again from every of its characters, would take more than 5 seconds."""
+    text = "".join(one * 60_000 + "-" for one in (" ", "A", "a", "\u0301")) + "x"
+    rule = pre_tokenizers.Split(Regex(RULES[name]), "isolated")
+    started = time.thread_time()
+    assert len(rule.pre_tokenize_str(text)) < 60_100
+    assert time.thread_time() - started < 3
+
+
+HOSTILE = ["(a+)+", "a*a*b", "a+b", "(a|b)*", "a{1,99}a{1,99}b", r"(a)\1", "(?=a*)", r"\s+$", "^a*b", r"\s*[\r\n]+"]
+HOSTILE += [r"\s*[\r\n]+|\s|\s+", "a?" * 30 + "b", "[[a]]*", "(?i:a*)*", "(?i:a|b)+", r".*x", "a|" * 499 + "a|aa"]
+HOSTILE += [f"{START}{UPPER}*{LOWER}+", f"{START}{UPPER}*{LOWER}+|{UPPER}|{START}{UPPER}+{LOWER}*"]
+
+
+@pytest.mark.parametrize("rule", HOSTILE)
+def test_a_rule_that_is_not_known_to_be_harmless_is_refused(rule: str):
+    with pytest.raises(ValueError, match=r"rule|too many"):
+        check_parts({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": rule}}, "model": {}})
+
+
 DOUBLING = {"type": "Replace", "pattern": {"Regex": "."}, "content": "xxxx"}
+SPLITTING = {"type": "Split", "behavior": "Isolated", "invert": False}
 BOMBS: dict[str, dict[str, Any]] = {
     "doubling": {"normalizer": {"type": "Sequence", "normalizers": [DOUBLING] * 40}},
     "a long prefix": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
@@ -104,6 +155,16 @@ BOMBS: dict[str, dict[str, Any]] = {
     "a list for a normalizer": {"normalizer": [1]},
     "nested": {
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [DOUBLING] * 9}]}
+    },
+    "a rule that tries all ways": {"pre_tokenizer": SPLITTING | {"pattern": {"Regex": "(a+)+[bc]"}}},
+    "a rule that reads in vain": {"normalizer": {"type": "Replace", "pattern": {"Regex": r"\s*[xy]"}, "content": ""}},
+    "a rule of a decoder": {
+        "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"Regex": "((a{999}){999}){999}"}}]}
+    },
+    "a long text to search for": {"pre_tokenizer": SPLITTING | {"pattern": {"String": "b" + "a" * 50_000}}},
+    "many parts": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 10_000}},
+    "a long prefix of subwords": {
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "continuing_subword_prefix": "x" * 100_000}
     },
     "no model": {"model": None},
     "another model": {"model": {"type": "Unigram", "vocab": []}},
