@@ -64,8 +64,13 @@ def alone(cache: str) -> dict[str, str]:
 
 
 def watch(kind: str, seed: int, first: int, cases: int) -> list[str]:
-    """Runs all cases of a kind, going on after one that ended or held its process. Returns the findings."""
+    """Runs all cases of a kind, going on after one that ended or held its process. Prints and returns the findings."""
     findings: list[str] = []
+
+    def add(finding: str) -> None:
+        findings.append(f"{kind} {seed} {case}: {finding}")
+        print(findings[-1], flush=True)
+
     while first < cases:
         command = [sys.executable, "-m", "tests.fuzz", "--work", kind, str(seed), str(first), str(cases)]
         with (
@@ -81,7 +86,7 @@ def watch(kind: str, seed: int, first: int, cases: int) -> list[str]:
                 if not select.select([process.stdout], [], [], limit)[0]:
                     process.kill()
                     stopped = True
-                    findings.append(f"{kind} {seed} {case}: more than {SECONDS} s")
+                    add(f"more than {SECONDS} s")
                     break
                 data = process.stdout.read(1 << 16)
                 if not data:
@@ -91,9 +96,9 @@ def watch(kind: str, seed: int, first: int, cases: int) -> list[str]:
                     number, _, finding = line.decode().partition(" ")
                     case = int(number)
                     if finding:
-                        findings.append(f"{kind} {seed} {case}: {finding}")
+                        add(finding)
         if process.returncode and not stopped:  # a signal, or the system's own SIGKILL where memory ran out
-            findings.append(f"{kind} {seed} {case}: ended with {process.returncode}")
+            add(f"ended with {process.returncode}")
         elif not process.returncode:
             return findings
         first = case + 1
@@ -108,7 +113,7 @@ def main() -> int:
     found = 0
     for kind in given.kind or KINDS:
         findings = watch(kind, given.seed, given.first, given.cases)
-        print(f"{kind}: {given.cases - given.first} cases, {len(findings)} findings", *findings, sep="\n  ", flush=True)
+        print(f"{kind}: {given.cases - given.first} cases, {len(findings)} findings", flush=True)
         found += len(findings)
     return 1 if found else 0
 
