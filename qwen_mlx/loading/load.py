@@ -216,7 +216,8 @@ def fill(
     dense = [(run, _dense_dtype(run, dtype, narrow)) for group in runs for run, packing in group if packing == DENSE]
     packings = {packing for group in runs for _, packing in group}
     compiled = ops.compile_ahead(packings, {d for run, d in dense if len(run[0].shape) == 2}, dtype)
-    buffers = _buffers([(_stacked_shape(r), mx.uint16 if _is_stored_as(r, d) else mx.float32) for r, d in dense])
+    needed = (_buffer(run, packing, dtype, narrow) for group in runs for run, packing in group)
+    buffers = _buffers([buffer for buffer in needed if buffer is not None])
     done, total = 0, sum(parameter.nbytes for parameter in parameters.values())
     for group, group_runs in zip(groups, runs):
         names = [parameter.name for parameter in group]
@@ -286,6 +287,18 @@ def _is_stored_as(run: list[Parameter], dtype: mx.Dtype) -> bool:
     return dtype != mx.float32 and stored == {dtype}
 
 
+def _buffer(
+    run: list[Parameter], packing: Packing, dtype: mx.Dtype, narrow: bool
+) -> tuple[tuple[int, ...], mx.Dtype] | None:
+    """The shape and dtype of the buffer that a run is read into; None where it is packed, but for blocks on a CPU."""
+    shape = _stacked_shape(run)
+    if packing == DENSE:
+        return shape, mx.uint16 if _is_stored_as(run, _dense_dtype(run, dtype, narrow)) else mx.float32
+    if packing.kind not in BLOCK_SIZES or not narrow:
+        return None
+    return (shape[0], sum(parameter.nbytes for parameter in run) // shape[0]), mx.uint8
+
+
 def _buffers(shapes: list[tuple[tuple[int, ...], mx.Dtype]]) -> Iterator[mx.array]:
     """Uninitialised arrays to read into. The next one is allocated meanwhile: the system takes longer to hand out fresh
     memory than a core takes to fill it.
@@ -304,11 +317,14 @@ def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iter
     n_rows, n_columns = _stacked_shape(run)
     if packing == DENSE:
         return Matrix(DENSE, n_rows, n_columns, (_read_dense(run, next(buffers), _dense_dtype(run, dtype, narrow)),))
-    columns = list(zip(*(parameter.arrays(packing) for parameter in run)))
     if packing.kind in BLOCK_SIZES:
-        (blocks,) = columns
-        matrix = ops.raw_matrix(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], packing.kind)
+        if narrow:  # a CPU's blocks are read to where they stay
+            matrix = ops.raw_matrix(_read_into(run, next(buffers)), packing.kind)
+        else:
+            blocks = [parameter.arrays(packing)[0] for parameter in run]
+            matrix = ops.raw_matrix(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], packing.kind)
     else:
+        columns = zip(*(parameter.arrays(packing) for parameter in run))
         arrays = [[_as_mlx(array) for array in column] for column in columns]
         codes, *scales = (mx.concatenate(column) if len(column) > 1 else column[0] for column in arrays)
         # Scales of another dtype than the activations' would be converted for every product: float32 is exact.
@@ -322,6 +338,14 @@ def _read(run: list[Parameter], packing: Packing, dtype: mx.Dtype, buffers: Iter
 
 def _read_dense(run: list[Parameter], buffer: mx.array, dtype: mx.Dtype) -> mx.array:
     """The values of a run's parameters, one above the other."""
+    buffer = _read_into(run, buffer)
+    array = buffer.view(dtype) if buffer.dtype == mx.uint16 else buffer.astype(dtype)
+    mx.eval(array)
+    return array
+
+
+def _read_into(run: list[Parameter], buffer: mx.array) -> mx.array:
+    """Reads a run's parameters, one above the other, into a buffer of MLX's."""
     rows = np.array(buffer, copy=False)
     start = 0
     for parameter in run:
@@ -329,9 +353,7 @@ def _read_dense(run: list[Parameter], buffer: mx.array, dtype: mx.Dtype) -> mx.a
         parameter.fill(rows[start:stop].reshape(parameter.rows, -1))
         parameter.release()
         start = stop
-    array = buffer.view(dtype) if buffer.dtype == mx.uint16 else buffer.astype(dtype)
-    mx.eval(array)
-    return array
+    return buffer
 
 
 def _as_mlx(array: np.ndarray) -> mx.array:

@@ -87,7 +87,7 @@ class Parameter(abc.ABC):
 
     def fill(self, out: np.ndarray) -> None:
         """Writes the values, by several threads, into contiguous float32 (rows, columns), which may be MLX's memory; or
-        the elements of a `stored_dtype` of two bytes, as they are, into uint16."""
+        what the file has, as it is: elements of a `stored_dtype` of two bytes into uint16, GGUF's blocks into uint8."""
 
         def work(rows: slice) -> None:
             out[rows] = self.values(rows.start, rows.stop)
@@ -150,7 +150,7 @@ class BlockParameter(Parameter):
         return next((dtype for dtype in dtypes if dtype != "float16"), "float16")
 
     def fill(self, out: np.ndarray) -> None:
-        as_stored = out.dtype == np.uint16 or self.kind.name == "F32"
+        as_stored = out.dtype != np.float32 or self.kind.name == "F32"
 
         def work(rows: slice) -> None:
             part = out[rows]

@@ -147,15 +147,17 @@ def packing_kinds(dtype: mx.Dtype) -> frozenset[str]:
     return frozenset(("affine", *(BLOCK_SIZES if computes_on_cpu(dtype) else BLOCKS)))
 
 
-def raw_matrix(raw: np.ndarray, kind: str) -> Matrix:
-    """The matrix of a GGUF tensor's bytes, uint8 (rows, bytes of a row), packed as `kind`, "q4_k" for example."""
+def raw_matrix(raw: np.ndarray | mx.array, kind: str) -> Matrix:
+    """The matrix of a GGUF tensor's bytes, uint8 (rows, bytes of a row), packed as `kind`, "q4_k" for example. Where it
+    can, it shares the memory of an array of MLX's."""
     rows, size = raw.shape[0], BY_KIND[kind].type_size
     columns = raw.shape[1] // size * BLOCK_SIZES[kind]
-    if kind not in BLOCKS:
-        return Matrix(Packing(kind), rows, columns, (mx.array(raw),))
-    blocks = raw.reshape(rows, -1, size)
-    if kind == "q4_k":
-        return Matrix(Packing(kind), rows, columns, (mx.array(blocks.view(np.uint32)),))
+    if kind != "q6_k":
+        array = raw if isinstance(raw, mx.array) else mx.array(raw)
+        if kind == "q4_k":
+            array = array.reshape(rows, -1, size).view(mx.uint32)
+        return Matrix(Packing(kind), rows, columns, (array,))
+    blocks = np.array(raw, copy=False).reshape(rows, -1, size)
     fields = ((0, 128, np.uint32), (128, 192, np.uint32), (192, 208, np.uint32), (208, 210, np.float16))
     parts = (np.ascontiguousarray(blocks[..., a:b]).view(dtype).reshape(rows, -1) for a, b, dtype in fields)
     return Matrix(Packing(kind), rows, columns, tuple(map(mx.array, parts)))
