@@ -31,6 +31,7 @@ def each(names: str | Sequence[str], cases: Iterable[Any], ids: Ids = None) -> C
         else:
             label = reprlib.repr(case) if ids is None else str(list(ids)[index])
         axis.append((label, values))
+    assert axis, "no cases"
 
     def decorate(function: Callable) -> Callable:
         test, axes = getattr(function, "each", (function, []))
