@@ -295,9 +295,8 @@ def test_nothing_of_a_process_is_left(monkeypatch, tmp_path):
     pids, waited = tmp_path / "pids", tmp_path / "waited"
     child = f"import subprocess; file = open({str(pids)!r}, 'w'); p = subprocess.Popen(['sleep', '60'])"
     child += "; file.write(f'{p.pid} {os.getpid()}'); file.close()"
-    monkeypatch.setattr(
-        session, "command", lambda: script(f"say(start=name); {child}; time.sleep(30); open({str(waited)!r}, 'w')")
-    )
+    fault = f"{child}; say(start=name); time.sleep(30); open({str(waited)!r}, 'w')"
+    monkeypatch.setattr(session, "command", lambda: script(fault))
     monkeypatch.setattr(session, "CASE_SECONDS", 1.0)
     session.hold(SPEC)
     assert not waited.exists(), "it was waited for, not ended"
