@@ -38,7 +38,7 @@ ENGINES = ("qwen_mlx", "mlx-lm", "transformers", "transformers-static")
 FULL_PROMPTS = (1, 128, 512, 2048, 8192, 32768)
 FULL_BATCHES = (1, 4, 16, 32, 64)
 COLUMNS = ("model", "prompt x n", "engine", "prefill", "ours", "decode", "least to most", "ours", "of copy", "peak GB")
-WIDTHS = (10, 10, 20, 7, 5, 7, 16, 5, 7, 7)
+WIDTHS = (12, 10, 20, 8, 6, 8, 18, 6, 7, 7)
 BATCH_PROMPT = 128  # tokens of each prompt where there are several
 
 

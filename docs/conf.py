@@ -36,6 +36,8 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence"]
 default_role = "code"
+smartquotes = False  # what is copied from a page has to run
+html_static_path, html_css_files = ["_static"], ["narrow.css"]
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -106,11 +108,23 @@ def rooms(folder):
 
 
 def plain(app, what, name, obj, options, lines):
-    """Makes reStructuredText of a docstring, in which only `code` between single backticks has a meaning."""
-    pieces = "\n".join(lines).split("`")
-    for i, piece in enumerate(pieces):
-        pieces[i] = rf"\ ``{piece.strip()}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)
-    lines[:] = "".join(pieces).split("\n")
+    """Makes reStructuredText of a docstring, in which these have a meaning: `code` between single backticks; an
+    indented paragraph, which is code; and a paragraph of arguments, each with its name and a colon on its own line."""
+    paragraphs = "\n".join(lines).split("\n\n")
+    arguments = inspect.signature(obj).parameters if what in ("function", "method", "class") else ()
+    for n, paragraph in enumerate(paragraphs):
+        if n and paragraph.startswith("    "):
+            paragraphs[n] = f"::\n\n{paragraph}"
+            continue
+        items = re.split(r"^(\w+): ", paragraph, flags=re.M)
+        if not items[0] and all(name in arguments for name in items[1::2]):
+            names = [f":param {name}: {text}" for name, text in zip(items[1::2], items[2::2])]
+            paragraph = "\n".join(line.rstrip() for line in names)
+        pieces = paragraph.split("`")
+        for i, piece in enumerate(pieces):
+            pieces[i] = rf"\ ``{piece.strip()}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)
+        paragraphs[n] = "".join(pieces)
+    lines[:] = "\n\n".join(paragraphs).split("\n")
 
 
 def help_of(command):

@@ -62,12 +62,20 @@ def convert(
     """Converts a GGUF (or a folder of safetensors, dense or packed by another library, or a hub id) to an MLX model
     folder; returns how each tensor is stored and its error, which the folder's conversion.json lists too.
 
-    dtype: of dense tensors, "bfloat16", "float16" or "float32" (which is exact). scales: of packed tensors; "auto" is
-    the narrowest that is exact: float16 for the legacy types, float32 for K-quants. requantize: bits for the quantized
-    types that MLX cannot express (Q6_K, Q3_K, ...), which are dense otherwise. quantize: bits for every matrix.
-    group_size: of both, 32, 64 or 128. dense: unpack every matrix, as transformers needs. adapter: as load()'s, merged
-    into the model in float32; the errors are those of storing the merged values. force: replace an existing model
-    folder. allow_nan: convert values and scales that are not finite. shard_bytes: of a safetensors file.
+        convert("model.gguf", "folder/")
+
+    dtype: of dense tensors, "bfloat16", "float16" or "float32" (which is exact).
+    scales: of packed tensors; "auto" is the narrowest that is exact: float16 for the legacy types, float32 for
+        K-quants.
+    requantize: bits for the quantized types that MLX cannot express (Q6_K, Q3_K, ...), which are dense otherwise.
+    quantize: bits for every matrix.
+    group_size: of both, 32, 64 or 128.
+    dense: unpack every matrix, as transformers needs.
+    adapter: as load()'s, merged into the model in float32; the errors are those of storing the merged values.
+    force: replace an existing model folder.
+    allow_nan: convert values and scales that are not finite.
+    shard_bytes: of a safetensors file.
+
     The folder appears complete or not at all. Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor,
     its fault and what was expected.
     """

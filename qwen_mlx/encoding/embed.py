@@ -27,10 +27,15 @@ def embed(
 ) -> np.ndarray:
     """Vectors of texts, float32 (texts, hidden_size or dimensions).
 
-    encoder: of load_encoder(). prompt: put before each text; a name among the model's own prompts stands for that one;
-    None: the model's default. pooling: "last", "mean", "first" or "max" over the tokens; normalize: to length 1; None:
-    as the model's modules.json says, else the last token, normalised. dimensions: only the first ones, normalised again
-    where `normalize` (Matryoshka representations). batch_size: texts computed together.
+        vectors = embed(encoder, ["What is MLX?", "An array framework."])
+
+    encoder: of load_encoder().
+    prompt: put before each text; a name among the model's own prompts stands for that one; None: the model's default.
+    pooling: "last", "mean", "first" or "max" over the tokens; None: as the model's modules.json says, else "last".
+    normalize: to length 1; None: as modules.json says, else True.
+    dimensions: only the first ones, normalised again where `normalize` (Matryoshka representations).
+    batch_size: texts computed together.
+
     Raises QwenMLXError for a wrong argument, an empty text and one beyond the model's context.
     """
     settings = encoder.settings if pooling is None else replace(encoder.settings, pooling=pooling)

@@ -101,11 +101,18 @@ def batch_generate(
 ) -> list[BatchResult]:
     """Answers all prompts, `batch_size` at a time, and returns the results in their order.
 
-    prompts: each as stream_generate takes it; max_tokens: for all, or one for each; prefill_step_size: tokens of all
-    rows read in one pass; progress: called with (prompts answered, prompts in all). The other arguments are
-    stream_generate's. A prompt's tokens are those that it gets alone, up to the rounding of sums: greedy ones, and
-    sampled ones if the prompts are given `seed`, `seed` + 1, ... alone. A row that has ended leaves, and prompts that
-    wait take its place.
+        [answer.text for answer in batch_generate(model, tokenizer, ["1 + 1?", "2 + 2?"], max_tokens=20)]
+
+    prompts: each as stream_generate takes it.
+    max_tokens: for all, or one for each.
+    batch_size: rows computed together at most.
+    prefill_step_size: tokens of all rows read in one pass.
+    progress: called with (prompts answered, prompts in all).
+
+    The other arguments are stream_generate's. A prompt's tokens are those that it gets alone, up to the rounding of
+    sums: greedy ones, and sampled ones if the prompts are given `seed`, `seed` + 1, ... alone. A row that has ended
+    leaves, and prompts that wait take its place.
+
     Raises QwenMLXError for an impossible argument or a prompt without room in the context, before any work.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("max_tokens", "min_tokens")}

@@ -74,6 +74,18 @@ class Chat:
     """A conversation. Every token of it is computed once: answers stay the ids that the model made, and each turn
     continues the prompt cache.
 
+        chat = Chat(model, tokenizer, tools=[get_weather])
+        for chunk in chat.send("Hi"):
+            print(chunk.text, end="")
+
+    tools: Python functions with type hints and Google docstrings, or JSON schemas.
+    tool_choice: "auto", "required" (a turn begins with a call) or the name of the tool that it calls.
+    max_tool_rounds: answers of a turn whose calls are run.
+    seed: of the first answer; the next takes seed + 1.
+
+    The other arguments are stream_generate's. Raises QwenMLXError for an argument that stream_generate refuses, a tool
+    that cannot be described, or tools that the model's chat template ignores.
+
     messages: {"role", "content"} in order, the system message first if there is one; an assistant's has "ids" too.
     turn: statistics of the last turn's generations, one more than it had rounds of tool calls.
     settings, progress: of the next answer.
@@ -115,14 +127,6 @@ class Chat:
         prefill_step_size: int | None = None,
         progress: Progress | None = None,
     ):
-        """tools: Python functions with type hints and Google docstrings, or JSON schemas. tool_choice: "auto",
-        "required" (a turn begins with a call) or the name of the tool that it calls. max_tool_rounds: answers of a turn
-        whose calls are run. seed: of the first answer; the next takes seed + 1. The others are
-        stream_generate's.
-
-        Raises QwenMLXError for an argument that stream_generate refuses, a tool that cannot be described, or tools that
-        the model's chat template ignores.
-        """
         self.settings = settings_of(model, tokenizer, locals())
         self.max_tool_rounds = check_integer("max_tool_rounds", max_tool_rounds, 1, float("inf"), "1 or more")
         self.model, self.tokenizer, self.progress = model, tokenizer, progress

@@ -226,11 +226,19 @@ def stream_fill(
 ) -> Generator[GenerationChunk, None, None]:
     """Generates the text between prefix and suffix, and yields it as it becomes complete.
 
-    files: (path, text) of other files, the most useful one last; repository, path: names of the repository and of the
-    file that is filled. max_prompt_tokens: cuts the context around the cursor as fill_prompt does; None leaves room
-    for max_tokens in the model's context. stop_at: "line" ends with the first line that is not blank, "indent" before a
-    line that is indented less than the cursor's. The other arguments are stream_generate's, but that fills are greedy
-    unless a temperature is given. A prompt_cache that is used again computes what changed since the last call.
+        for chunk in stream_fill(model, tokenizer, "def gcd(a, b):\n    ", "\n    return a\n", stop_at="indent"):
+            print(chunk.text, end="")
+
+    files: (path, text) of other files, the most useful one last.
+    repository: the name of the repository that the files belong to.
+    path: the path of the file that is filled.
+    max_prompt_tokens: cuts the context around the cursor as fill_prompt does; None leaves room for max_tokens.
+    stop_at: "line" ends with the first line that is not blank, "indent" before a line indented less than the cursor's.
+    temperature: 0, greedy, unless it is given.
+    prompt_cache: computes only what changed since the last call that used it.
+
+    The other arguments are stream_generate's.
+
     Raises QwenMLXError for an impossible argument or a model that cannot fill, before any work.
     """
     settings = replace(settings_of(model, tokenizer, locals()), eos_token_ids=fill_ends(tokenizer))

@@ -133,22 +133,47 @@ def stream_generate(
 ) -> Generator[GenerationChunk, None, None]:
     """Generates text and yields it as it becomes complete: never half a character, never part of a stop string.
 
-    prompt, system, raw: see encode_prompt. stop: strings that end the text and are left out of it, also the name of a
-    control token; stop_token_ids: tokens that end it beside the model's own. skip_special_tokens: leave control tokens
-    out of the text. reasoning_budget: tokens of a thought at most, after which the closing mark is written for the
-    model. Sampling arguments that are None keep the model's own defaults (`model.generation_defaults`);
-    temperature 0 is greedy; for the others see SamplingSettings. A draft does not go with sampler and
-    logits_processors. min_tokens: no end token before so many. logprobs: 0
-    to 100, chunks then carry the token's ln p and so many of the likeliest. prefill_step_size: tokens of the prompt
-    read in one pass; None chooses by the device. progress: called with (prompt tokens done, prompt tokens in all).
+        for chunk in stream_generate(model, tokenizer, "Count to 9.", temperature=0, stop=["5"]):
+            print(chunk.text, end="")
+
+    Arguments that are None keep the model's own setting, of sampling `model.generation_defaults`.
+
+    prompt: a user's message, a list of messages or token ids, see encode_prompt.
+    system: a system message, put first.
+    raw: take a text as it is, without the chat template.
+    max_tokens: tokens of the answer at most.
+    min_tokens: no end token before so many.
+    stop: a string or several that end the text and are left out of it, also the name of a control token.
+    stop_token_ids: tokens that end the text beside the model's own.
+    skip_special_tokens: leave control tokens out of the text.
+    reasoning_budget: tokens of a thought at most; then the closing mark is written for the model.
+    temperature: 0 is greedy.
+    top_k: choose among so many of the likeliest tokens; 0 is off.
+    top_p: choose among the likeliest tokens that together reach this probability; 1 is off.
+    min_p: drop tokens less likely than so many times the likeliest; 0 is off.
+    repetition_penalty: over 1 discourages repeats, of the prompt too; 1 is off.
+    typical_p: keep tokens of expected surprise; 1 is off.
+    presence_penalty: subtracted from the logits of tokens that were generated.
+    frequency_penalty: subtracted for each time that a token was generated.
+    no_repeat_ngram_size: never generate so many tokens in a row twice; 0 is off.
+    xtc_probability: how often to exclude top choices; 0 is off.
+    xtc_threshold: the probability that makes a top choice.
+    logit_bias: numbers to add to logits, by token id.
+    logits_processors: functions of (ids so far, logits (1, V)) that return logits, as mlx-lm's.
+    sampler: a function of log-probabilities (1, V) that returns an id (1,), in place of all sampling above.
+    logprobs: 0 to 100; chunks then carry the token's ln p and so many of the likeliest.
+    seed: makes sampling repeatable on one backend.
     schema: a JSON schema (a mapping, JSON text, a class of pydantic's, True for any JSON) that the text satisfies, or a
-    Constraint that structured.constraint made of a regular expression, choices or a grammar. JSON is
-    complete even where max_tokens ends it, as finish_reason says.
-    cache: continues it, the prompt being new tokens. prompt_cache: the prompt is the whole text, and the beginning that
-    the cache shares with it is not computed again; afterwards it holds the prompt and the answer.
-    draft_model: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or an
-    object of drafts.py: the same tokens (greedy) or distribution (sampling) in fewer passes. num_draft_tokens: at most
-    so many at a time, 1 to 32.
+        Constraint of structured.constraint. JSON is complete even where max_tokens ends it, as finish_reason says.
+    cache: continues it, the prompt being new tokens.
+    prompt_cache: what it shares with the prompt is not computed again; afterwards it holds the prompt and the answer.
+    draft_model: a smaller model with the same vocabulary, "prompt-lookup" for what the text already holds, or a draft
+        of generation.drafts: the same tokens (greedy) or distribution (sampling) in fewer passes. Not with sampler and
+        logits_processors.
+    num_draft_tokens: guess at most so many at a time, 1 to 32.
+    prefill_step_size: tokens of the prompt read in one pass; None chooses by the device.
+    progress: called with (prompt tokens done, prompt tokens in all).
+
     Raises QwenMLXError for an impossible argument or a prompt that leaves no room in the context, before any work.
     """
     settings = settings_of(model, tokenizer, locals())
@@ -198,8 +223,14 @@ def generate(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> str:
-    """Generates the text and returns it; arguments and errors as for stream_generate. verbose: print the text as it is
-    generated, and what it took."""
+    """Generates the text and returns it.
+
+        generate(model, tokenizer, "Reverse a string in Python.", max_tokens=200)
+
+    verbose: print the text as it is generated, and what it took.
+
+    The other arguments and the errors are stream_generate's.
+    """
     arguments = {name: value for name, value in locals().items() if name != "verbose"}
     text = ""
     for chunk in stream_generate(**arguments):

@@ -56,16 +56,21 @@ def load(
 ) -> tuple[Qwen2, Tokenizer]:
     """Loads a Qwen2.5 model and its tokenizer.
 
-    model: a .gguf file (the first part, if split), a folder with config.json and safetensors, a hub id such as
-    "Qwen/Qwen2.5-7B-Instruct-GGUF:q4_k_m", or None for the default, Qwen2.5-Coder-0.5B-Instruct Q4_K_M.
-    dtype: of activations and dense weights, "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on GPU.
-    quantized: keep packed weights packed, on a CPU those of 16 bits as they are; None: on a GPU, and on a CPU with
-    numba; False: all in `dtype`. yarn: extends the context so many times, see ModelConfig.with_yarn; None: as the file
-    says. adapter: PATH or PATH:SCALE of a LoRA or DoRA adapter (a folder of peft's or mlx-lm's, a .gguf, or a hub id),
-    or several: it stays beside packed weights, and is merged into dense ones. progress: called with (bytes done, bytes
-    in all).
+        model, tokenizer = load("Qwen/Qwen2.5-7B-Instruct-GGUF:q4_k_m")
+
+    model: a .gguf file (the first part, if split), a folder with config.json and safetensors, or a hub id; None for the
+        default, Qwen2.5-Coder-0.5B-Instruct Q4_K_M.
+    dtype: of activations and dense weights, "float32", "bfloat16" or "float16"; None: float32 on a CPU, bfloat16 on a
+        GPU.
+    quantized: keep packed weights packed, on a CPU those of 16 bits as they are; False: all in `dtype`; None: packed on
+        a GPU, and on a CPU with numba.
+    yarn: extends the context so many times, see ModelConfig.with_yarn; None: as the file says.
+    adapter: PATH or PATH:SCALE of a LoRA or DoRA adapter (a folder of peft's or mlx-lm's, a .gguf, or a hub id), or
+        several: it stays beside packed weights, and is merged into dense ones.
+    progress: called with (bytes done, bytes in all).
     group: of mx.distributed.init(); every rank calls this, reads its own part of the files (see shards.Shard) and then
-    runs the same program. The end of one rank ends all.
+        runs the same program. The end of one rank ends all.
+
     Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its fault and what was expected.
     """
     check_process()
