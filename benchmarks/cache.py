@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "qwen_mlx" / "text" / "tokenizer.py")
     parser.add_argument("--tokens", type=at_least(2), default=768, help="of the text, for the error")
     parser.add_argument("--context", type=at_least(2), default=4096, help="tokens in the cache, for memory and time")
-    parser.add_argument("--output", type=to_write, default=Path(__file__).parent / "results" / "cache.json")
+    parser.add_argument("--output", type=to_write, default=Path("cache.json"))
     arguments = parser.parse_args(argv)
     model, tokenizer = load(hub.resolve(arguments.model), dtype=arguments.dtype)
     ids = tokenizer.encode(arguments.text.read_text(encoding="utf-8"))[: arguments.tokens]

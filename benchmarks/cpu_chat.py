@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--model", help="as for qwen_mlx.generate (default: the default model)")
     parser.add_argument("--max-tokens", type=positive, default=40, help="of an answer (default 40)")
     parser.add_argument("--saved-tokens", type=positive, default=2000, help="of the saved prompt (default 2000)")
-    parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_chat.json"))
+    parser.add_argument("--output", type=to_write, default=Path("cpu_chat.json"))
     parser.add_argument("--load", metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:

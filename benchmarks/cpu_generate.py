@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive, to_write
+from benchmarks.arguments import positive, require_module, to_write
 from qwen_mlx.cli import command as cli
 
 ENGINES = ("qwen_mlx", "llama.cpp", "transformers float32", "mlx-lm float32", "mlx-lm float16")
@@ -172,6 +172,8 @@ def main() -> None:
 
     from qwen_mlx.loading import hub
 
+    for module in ("torch", "transformers", "mlx_lm"):
+        require_module(module, "pip install -e '.[cpu,bench]'")
     gguf = hub.resolve(arguments.model)
     missing = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") is None else []
     engines = [engine for engine in ENGINES if engine not in (*arguments.without, *missing)]

@@ -189,7 +189,7 @@ def markdown(report: dict) -> str:
 def main() -> None:
     """Runs every part in a process of its own, prints the tables and writes them."""
     parser = Parser("cpu_primitives", __doc__)
-    parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_primitives.json"))
+    parser.add_argument("--output", type=to_write, default=Path("cpu_primitives.json"))
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--num-draft-tokens", type=positive, help="at a time at most (default: prompt-lookup's own)")
     parser.add_argument("--repeats", type=positive, default=3, help="interleaved runs of each (default 3)")
     parser.add_argument("--task", action="append", choices=TASKS, help="only these (default: all)")
-    parser.add_argument("--output", type=to_write, default=Path("benchmarks/results/cpu_speculative.json"))
+    parser.add_argument("--output", type=to_write, default=Path("cpu_speculative.json"))
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
     report: dict[str, Any] = {

@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("kernels", __doc__)
     parser.add_argument("--tokens", type=positive, default=8192, help="tokens of the prefill shapes (default 8192)")
     parser.add_argument("--repeats", type=positive, default=9)
-    parser.add_argument("--json", type=to_write, default=Path("benchmarks/results/kernels.json"))
+    parser.add_argument("--json", type=to_write, default=Path("kernels.json"))
     options = parser.parse_args(arguments)
     if ops.executor() in ("reference", "cpu"):
         print(

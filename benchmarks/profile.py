@@ -16,9 +16,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-
-from benchmarks.arguments import Parser, positive, to_write
+from benchmarks.arguments import Parser, positive, require_module, to_write
 from benchmarks.engines import QwenMLX
 from benchmarks.run import copy_bandwidth, model_of
 from qwen_mlx import Qwen2, ops
@@ -30,6 +28,8 @@ from qwen_mlx.model.layers import join_rows
 
 def traced(tokens, count: int) -> list[tuple[str, int, int]]:
     """Name, start and duration in ns of every kernel that ran while `count` tokens were made."""
+    import torch
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         list(itertools.islice(tokens, count))
         mx.synchronize()
@@ -83,6 +83,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=16, help="tokens traced (default 16)")
     parser.add_argument("--output", type=to_write, default=Path("profile.json"))
     arguments = parser.parse_args()
+    require_module("torch", "pip install -e '.[bench]'")
+    import torch
+
     if not torch.cuda.is_available():
         raise QwenMLXError("This needs an NVIDIA GPU, and a PyTorch with CUDA to read its clock.")
     torch.cuda.init()

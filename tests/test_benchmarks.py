@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,11 @@ def test_mistakes_are_one_sentence_before_anything_is_measured(name: str, monkey
     done = run_here(main)
     assert done.returncode == 2
     assert message in done.stderr.decode().splitlines()[-1]
+
+
+def test_a_benchmark_overwrites_no_stored_result_unasked():
+    for script in (Path(__file__).parents[1] / "benchmarks").glob("*.py"):
+        assert not re.search(r"default=.*results", script.read_text()), script.name
 
 
 def test_the_readme_s_speeds_are_those_of_the_stored_runs():

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..server.app import make_app
         from ..server.connection import Connection
     except ModuleNotFoundError as error:
-        raise QwenMLXError(f"The server needs {error.name}; install it with pip install 'qwen_mlx[server]'.") from None
+        raise QwenMLXError(f"The server needs {error.name}: pip install '.[server]' in qwen_mlx's folder.") from None
     from ..server.limits import Limits
 
     key = _api_key(arguments.api_key_file)

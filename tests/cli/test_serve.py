@@ -116,5 +116,5 @@ def test_a_port_in_use_is_said_before_the_model_is_read():
 
 def test_without_the_extra_the_sentence_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(QwenMLXError, match=r"install it with pip install 'qwen_mlx\[server\]'"):
+    with pytest.raises(QwenMLXError, match=r"pip install '\.\[server\]' in qwen_mlx's folder"):
         serve.main([])
