@@ -26,10 +26,11 @@ def summary(model: nn.Module, config: ModelConfig) -> dict[str, str]:
     arrays = {id(array): array for _, array in named_arrays(model)}
     vectors = sum(array.size for array in arrays.values() if array.ndim == 1)
     total = sum(packings.values())
+    head = "the embedding is the head too" if config.tie_word_embeddings else "the head is a matrix of its own"
     return {
         "layers": f"{config.num_hidden_layers} of hidden size {config.hidden_size}, MLP {config.intermediate_size}",
         "heads": f"{config.num_attention_heads} of {config.head_dim}, {config.num_key_value_heads} for keys and values",
-        "vocabulary": f"{config.vocab_size}{', the embedding is the head too' if config.tie_word_embeddings else ''}",
+        "vocabulary": f"{config.vocab_size}, {head}",
         "context": f"{config.context_length} tokens",
         "parameters": f"{(total + vectors) / 1e6:.0f} million",
         "matrices": ", ".join(f"{100 * count / total:.0f} % {name}" for name, count in packings.most_common()),

@@ -39,6 +39,7 @@ def test_a_packed_model_says_how(tmp_path: Path, real_gguf: Path):
     found = summary(model, model.config)
     size = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(real_gguf).tensors)  # its head is stored apart
     assert found["parameters"] == f"{size / 1e6:.0f} million"
+    assert found["vocabulary"] == "151936, the head is a matrix of its own"
     most = "Q5_0" if ops.executor() == "cpu" else "5 bits, group 32"
     assert re.match(rf"\d+ % {most}, ", found["matrices"])
     assert {"Q4_K", "Q6_K"} <= set(re.split(r"[ ,]+", found["matrices"]))
