@@ -4,43 +4,43 @@ PYTHON ?= .venv/bin/python
 CPU = $(if $(filter Darwin,$(shell uname)),,cpu,)
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*/make \1/p' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install:
+install: ## everything, in .venv (PyTorch too)
 	python3 -m venv .venv
 	.venv/bin/pip install -q -e '.[$(CPU)test,dev]'
 
-install-fast:
+install-fast: ## what the fast tests need, in .venv
 	python3 -m venv .venv
 	.venv/bin/pip install -q -e '.[$(CPU)test-fast]'
 
 # The three tiers of tests: CONTRIBUTING.md says what each takes.
-test-fast:
+test-fast: ## tests without PyTorch and the real model: 2 minutes
 	$(PYTHON) -m pytest --fast
 
-test:
+test: ## all tests but the slow ones: half an hour
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
 
-slow:
+slow: ## the slow tests
 	$(PYTHON) -m pytest -m slow
 
-lint:
+lint: ## ruff and mypy
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
-docs:
+docs: ## the pages, in docs/_build
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build
 	$(PYTHON) .ci/check_site.py docs/_build
 
-notebooks:
+notebooks: ## run the notebooks: no cell may fail
 	$(PYTHON) .ci/check_notebooks.py
 
-wheel:
+wheel: ## build and check a wheel
 	rm -rf dist
 	$(PYTHON) -m build --wheel --no-isolation
 	$(PYTHON) .ci/check_wheel.py dist/*.whl
 
-bench:
+bench: ## two short benchmarks
 	$(PYTHON) -m benchmarks.launches
 	$(PYTHON) -m benchmarks.run --models 0.5B --repeats 1 --tokens 32
