@@ -75,7 +75,7 @@ def add_fields(writer: Any, fields: Fields) -> None:
 def _model_name(path: Path, source: str | os.PathLike[str]) -> str:
     """A folder's name, or the repository's of what came from the Hub, in characters that UTF-8 has."""
     local = os.path.exists(os.path.expanduser(source))
-    name = path.absolute().name if local else Path(re.split("[:?#]", str(source))[0]).name
+    name = Path(os.path.abspath(path)).name if local else Path(re.split("[:?#]", str(source))[0]).name
     return name.encode("utf-8", "replace").decode() or "model"
 
 
@@ -84,25 +84,19 @@ def _origin(folder: Path, name: str, size: int) -> dict[str, Any]:
     model card."""
     from gguf import GGUFWriter
     from gguf.metadata import Metadata
+    from gguf.utility import size_label
 
-    writer = GGUFWriter(None, "qwen2")
     for card in (_card(folder), {}):  # a card that gguf-py cannot read says nothing
+        writer = GGUFWriter(None, "qwen2")
         try:
             metadata = Metadata.apply_metadata_heuristic(Metadata(), card, {}, Path(name), size)
             metadata.name = metadata.name or name
-            metadata.size_label = metadata.size_label or _size_label(size)
+            metadata.size_label = metadata.size_label or size_label(size, size, 0, 0)
             metadata.set_gguf_meta_model(writer)
             break
         except (AttributeError, LookupError, TypeError, ValueError):
             continue
     return {key: field.value for key, field in writer.kv_data[0].items() if key != "general.architecture"}
-
-
-def _size_label(size: int) -> str:
-    from gguf.utility import size_label
-
-    text: str = size_label(size, size, 0, 0)
-    return text
 
 
 def _card(folder: Path) -> dict[str, Any]:
