@@ -287,7 +287,7 @@ def test_each_tensor_missing_or_of_another_dtype_or_shape(tmp_path: Path, kind: 
 
 
 SETTINGS = {
-    "another method": ({"quant_method": "hqq"}, foreign.gptq, r"quant_method is 'hqq', expected one of auto-round, awq, "),
+    "another method": ({"quant_method": "hqq"}, foreign.gptq, r"quant_method is 'hqq', expected one of auto-round, "),
     "no name": ({"quant_method": 3}, foreign.gptq, r"quant_method is 3, expected one of"),
     "not an object": ([1], foreign.gptq, r"'quantization_config' is \[1\], expected an object"),
     "awq for another kernel": (AWQ | {"version": "gemv"}, foreign.awq, r"version is 'gemv', expected 'gemm'"),
