@@ -83,20 +83,26 @@ FUNCTION metal::float2 reduce_simdgroups(Partial partial, uint lane, uint simd) 
 template <int STEP, int DEPTH, int R, typename Matrix, typename X>
 FUNCTION Pack<R> lane_products(Matrix matrix, X x, Rows<R> rows, uint first) {
   Pack<R> sums = zeros<R>();
-  for (int start = 0; start < int(Matrix::CHUNKS); start += STEP * DEPTH) {
-    typename Matrix::Chunk chunks[DEPTH];
-    UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const uint index = first + uint(start + d * STEP);
-      if (index < uint(Matrix::CHUNKS)) {
-        chunks[d] = matrix.load_chunk(rows, index);
-      }
+  if (DEPTH == 1) {  // apart: a chunk that might not be loaded would hold its registers throughout the loop
+    for (uint index = first; index < uint(Matrix::CHUNKS); index += uint(STEP)) {
+      sums = matrix.add_chunk(matrix.load_chunk(rows, index), index, x, sums);
     }
-    UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const uint index = first + uint(start + d * STEP);
-      if (index < uint(Matrix::CHUNKS)) {
-        sums = matrix.add_chunk(chunks[d], index, x, sums);
+  } else {
+    for (int start = 0; start < int(Matrix::CHUNKS); start += STEP * DEPTH) {
+      typename Matrix::Chunk chunks[DEPTH];
+      UNROLL
+      for (int d = 0; d < DEPTH; ++d) {
+        const uint index = first + uint(start + d * STEP);
+        if (index < uint(Matrix::CHUNKS)) {
+          chunks[d] = matrix.load_chunk(rows, index);
+        }
+      }
+      UNROLL
+      for (int d = 0; d < DEPTH; ++d) {
+        const uint index = first + uint(start + d * STEP);
+        if (index < uint(Matrix::CHUNKS)) {
+          sums = matrix.add_chunk(chunks[d], index, x, sums);
+        }
       }
     }
   }
