@@ -26,24 +26,42 @@ struct Affine {
 
   template <typename X>
   FUNCTION Pack<R> add_chunk(Chunk chunk, uint index, X x, Pack<R> sums) const {
-    constexpr int LOAD = 16 / sizeof(T);
     Pack<R> dots = zeros<R>();
+    Pack<R> upper = zeros<R>();  // of the upper halves of bytes
     float total = 0.0f;
     UNROLL
-    for (int part = 0; part < 32 / LOAD; ++part) {
-      const Pack<LOAD> xs = x.at(index * 32u + uint(part * LOAD));
+    for (int part = 0; part < 4; ++part) {
+      const Pack<8> xs = elements<T, 8>(x, index * 32u + uint(part * 8));
       UNROLL
-      for (int k = 0; k < LOAD; ++k) {
+      for (int k = 0; k < 8; ++k) {
         total += xs.v[k];
-        UNROLL
-        for (int r = 0; r < R; ++r) {
-          dots.v[r] = metal::fma(code_of(chunk.codes[r], part * LOAD + k), xs.v[k], dots.v[r]);
+      }
+      UNROLL
+      for (int r = 0; r < R; ++r) {
+        if (BITS == 4) {
+          const uint word = chunk.codes[r].v[part % BITS];
+          const uint above = word >> 8;
+          dots.v[r] = add_bytes(word, above, 0x000f000fu, xs.v[0], xs.v[2], xs.v[4], xs.v[6], dots.v[r]);
+          upper.v[r] = add_bytes(word, above, 0x00f000f0u, xs.v[1], xs.v[3], xs.v[5], xs.v[7], upper.v[r]);
+        } else if (BITS == 8) {
+          UNROLL
+          for (int k = 0; k < 8; k += 4) {
+            const uint word = chunk.codes[r].v[(part * 2 + k / 4) % BITS];
+            dots.v[r] = add_bytes(word, word >> 8, 0x00ff00ffu, xs.v[k], xs.v[k + 1], xs.v[k + 2], xs.v[k + 3], dots.v[r]);
+          }
+        } else {
+          UNROLL
+          for (int k = 0; k < 8; ++k) {
+            dots.v[r] = metal::fma(code_of(chunk.codes[r], part * 8 + k), xs.v[k], dots.v[r]);
+          }
         }
       }
     }
     UNROLL
     for (int r = 0; r < R; ++r) {
-      const float dot = (dots.v[r] - total) * float(1 << BITS);
+      const float dot = BITS == 4   ? metal::fma(1048576.0f, upper.v[r], 16777216.0f * dots.v[r])
+                        : BITS == 8 ? 16777216.0f * dots.v[r]
+                                    : (dots.v[r] - total) * float(1 << BITS);
       sums.v[r] = metal::fma(chunk.scales[r], dot, metal::fma(chunk.biases[r], total, sums.v[r]));
     }
     return sums;

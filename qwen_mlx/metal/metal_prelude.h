@@ -62,6 +62,12 @@ FUNCTION void store(Pointer to, uint index, Pack<N> pack) {
   }
 }
 
+// The two float16 numbers in a word, its lower half first. Subnormal ones are kept, as float32's are not.
+FUNCTION metal::float2 halves(uint word) {
+  const metal::half2 pair = as_type<metal::half2>(word);
+  return metal::float2(float(pair.x), float(pair.y));
+}
+
 // (word & mask) | bits
 FUNCTION uint masked_or(uint word, uint mask, uint bits) {
   return (word & mask) | bits;

@@ -25,9 +25,10 @@ FUNCTION Q4KGroup q4_k_group(metal::uint4 head, uint group) {
   return result;
 }
 
-// d times a number of six bits that `mantissa` reads. This is exact, since d has 11 bits.
-FUNCTION float q4_k_times(uint pair, int shift, float d) {
-  return metal::fma(mantissa<6>(pair, shift), 64.0f * d, -64.0f * d);
+// d times the numbers of six bits in the two lower bytes of a word. This is exact, since d has 11 bits.
+FUNCTION metal::float2 q4_k_times(uint pair, float d) {
+  const metal::float2 numbers = halves((pair & 63u) | ((pair << 8) & 0x003f0000u));
+  return metal::float2(16777216.0f * d * numbers.x, 16777216.0f * d * numbers.y);
 }
 
 template <typename T, int K, int R, typename W>
@@ -54,46 +55,48 @@ struct Q4K {
 
   template <typename X>
   FUNCTION Pack<R> add_chunk(Chunk chunk, uint index, X x, Pack<R> sums) const {
-    constexpr int LOAD = 16 / sizeof(T);
-    Pack<R> low = zeros<R>();
-    Pack<R> high = zeros<R>();
+    Pack<R> low = zeros<R>();   // of the low halves of bytes, over 2^24
+    Pack<R> high = zeros<R>();  // of the high ones, over 2^20
     float low_total = 0.0f;
     float high_total = 0.0f;
     UNROLL
-    for (int part = 0; part < 32 / LOAD; ++part) {
-      const uint from = index * 64u + uint(part * LOAD);
-      const Pack<LOAD> xs = x.at(from);
-      const Pack<LOAD> ys = x.at(from + 32u);
+    for (int part = 0; part < 4; ++part) {
+      const Pack<8> xs = elements<T, 8>(x, index * 64u + uint(part * 8));
+      const Pack<8> ys = elements<T, 8>(x, index * 64u + 32u + uint(part * 8));
       UNROLL
-      for (int k = 0; k < LOAD; ++k) {
-        const int i = part * LOAD + k;
+      for (int k = 0; k < 8; ++k) {
         low_total += xs.v[k];
         high_total += ys.v[k];
+      }
+      UNROLL
+      for (int k = 0; k < 8; k += 4) {
         UNROLL
         for (int r = 0; r < R; ++r) {
-          const uint word = i < 16 ? chunk.first[r][i % 16 / 4] : chunk.second[r][i % 16 / 4];
-          low.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8), xs.v[k], low.v[r]);
-          high.v[r] = metal::fma(mantissa<4>(word, i % 4 * 8 + 4), ys.v[k], high.v[r]);
+          const int i = part * 2 + k / 4;
+          const uint word = i < 4 ? chunk.first[r][i % 4] : chunk.second[r][i % 4];
+          const uint above = word >> 8;
+          low.v[r] = add_bytes(word, above, 0x000f000fu, xs.v[k], xs.v[k + 1], xs.v[k + 2], xs.v[k + 3], low.v[r]);
+          high.v[r] = add_bytes(word, above, 0x00f000f0u, ys.v[k], ys.v[k + 1], ys.v[k + 2], ys.v[k + 3], high.v[r]);
         }
       }
     }
-    // Both groups' scales stand in one word, their minima in another, as bytes.
+    // Both groups' scales stand in one half of a word, their minima in another's, as bytes.
     const bool lower = index % 4u < 2u;
-    const uint shift = index % 2u * 16u;
+    const bool first_half = index % 2u == 0u;
     UNROLL
     for (int r = 0; r < R; ++r) {
       const metal::uint4 head = chunk.heads[r];
-      const uint tops = head.w >> shift;
-      const uint scale = head.y >> shift;
-      const uint minimum = head.z >> shift;
+      const uint tops = first_half ? head.w : head.w >> 16;
+      const uint scale = first_half ? head.y : head.y >> 16;
+      const uint minimum = first_half ? head.z : head.z >> 16;
       const uint scales = lower ? scale : (tops & 0x0f0fu) | ((scale >> 2) & 0x3030u);
       const uint minima = lower ? minimum : ((tops >> 4) & 0x0f0fu) | ((minimum >> 2) & 0x3030u);
-      const float d = low_half(head.x);
-      const float d_min = low_half(head.x >> 16);
-      const float a = metal::fma(16.0f * q4_k_times(scales, 0, d), low.v[r] - low_total, sums.v[r]);
-      const float b = metal::fma(16.0f * q4_k_times(scales, 8, d), high.v[r] - high_total, a);
-      const float c = metal::fma(-q4_k_times(minima, 0, d_min), low_total, b);
-      sums.v[r] = metal::fma(-q4_k_times(minima, 8, d_min), high_total, c);
+      const metal::float2 d = halves(head.x);
+      const metal::float2 by = q4_k_times(scales, d.x);
+      const metal::float2 less = q4_k_times(minima, -d.y);
+      const float a = metal::fma(16777216.0f * by.x, low.v[r], sums.v[r]);
+      const float b = metal::fma(1048576.0f * by.y, high.v[r], a);
+      sums.v[r] = metal::fma(less.y, high_total, metal::fma(less.x, low_total, b));
     }
     return sums;
   }

@@ -3,13 +3,6 @@
 // An element is factor * scale * (code - 32). A chunk is 64 elements of a block's half: those from 0, 32, 64 and 96 on, 16 each,
 // or the 16 after each of them.
 
-// As `mantissa<6>` of a code whose low 4 and high 2 bits lie in two words.
-FUNCTION float mantissa6(uint low, int low_shift, uint high, int high_shift) {
-  const uint bottom = low_shift > 17 ? low >> uint(low_shift - 17) : low << uint(17 - low_shift);
-  const uint top = high_shift > 21 ? high >> uint(high_shift - 21) : high << uint(21 - high_shift);
-  return as_type<float>(masked_or(bottom, 0x001e0000u, masked_or(top, 0x00600000u, 0x3f800000u)));
-}
-
 // The int8 in the lowest byte of a word.
 FUNCTION float low_int8(uint word) {
   return float(int(word << 24) >> 24);
@@ -47,32 +40,53 @@ struct Q6K {
 
   template <typename X>
   FUNCTION Pack<R> add_chunk(Chunk chunk, uint index, X x, Pack<R> sums) const {
-    constexpr int LOAD = 16 / sizeof(T);
     const uint second = index % 2u;
+    Pack<R> scales[4];  // over 2^24
+    UNROLL
+    for (int r = 0; r < R; ++r) {
+      UNROLL
+      for (int half_block = 0; half_block < 2; ++half_block) {
+        const uint word = chunk.scales[r][half_block];
+        // An int8 with 128 added is a code of 8 bits.
+        const metal::float2 pair = halves(((second == 0u ? word : word >> 8) ^ 0x00800080u) & 0x00ff00ffu);
+        scales[2 * half_block].v[r] = chunk.factors[r] * (pair.x - 128.0f / 16777216.0f);
+        scales[2 * half_block + 1].v[r] = chunk.factors[r] * (pair.y - 128.0f / 16777216.0f);
+      }
+    }
     UNROLL
     for (int quarter = 0; quarter < 4; ++quarter) {
       const uint from = index / 2u * 128u + second * 16u + uint(quarter * 32);
-      Pack<R> dots = zeros<R>();
+      Pack<R> low = zeros<R>();
+      Pack<R> high = zeros<R>();
       float total = 0.0f;
       UNROLL
-      for (int part = 0; part < 16 / LOAD; ++part) {
-        const Pack<LOAD> xs = x.at(from + uint(part * LOAD));
+      for (int part = 0; part < 2; ++part) {
+        const Pack<8> xs = elements<T, 8>(x, from + uint(part * 8));
         UNROLL
-        for (int k = 0; k < LOAD; ++k) {
-          const int i = part * LOAD + k;
+        for (int k = 0; k < 8; ++k) {
           total += xs.v[k];
+        }
+        UNROLL
+        for (int k = 0; k < 8; k += 4) {
           UNROLL
           for (int r = 0; r < R; ++r) {
-            const uint low_word = quarter % 2 == 0 ? chunk.near_low[r][i / 4] : chunk.far_low[r][i / 4];
-            const float code = mantissa6(low_word, i % 4 * 8 + quarter / 2 * 4, chunk.high[r][i / 4], i % 4 * 8 + quarter * 2);
-            dots.v[r] = metal::fma(code, xs.v[k], dots.v[r]);
+            const int i = part * 2 + k / 4;
+            const uint word = quarter % 2 == 0 ? chunk.near_low[r][i] : chunk.far_low[r][i];
+            const uint top = chunk.high[r][i];
+            const uint low_mask = quarter < 2 ? 0x000f000fu : 0x00f000f0u;
+            const uint mask = 0x00030003u << uint(quarter * 2);
+            low.v[r] = add_bytes(word, word >> 8, low_mask, xs.v[k], xs.v[k + 1], xs.v[k + 2], xs.v[k + 3], low.v[r]);
+            high.v[r] = add_bytes(top, top >> 8, mask, xs.v[k], xs.v[k + 1], xs.v[k + 2], xs.v[k + 3], high.v[r]);
           }
         }
       }
+      // low and high are the sums over 2^24 and, by the quarter, over 2^20 to 2^24.
+      const float low_factor = quarter < 2 ? 16777216.0f : 1048576.0f;
+      const float high_factor = 268435456.0f / float(1 << (quarter * 2));
       UNROLL
       for (int r = 0; r < R; ++r) {
-        const float scale = low_int8(chunk.scales[r][quarter / 2] >> (uint(quarter % 2 * 16) + second * 8u));
-        sums.v[r] = metal::fma(chunk.factors[r] * scale, metal::fma(64.0f, dots.v[r], -96.0f * total), sums.v[r]);
+        const float dot = metal::fma(high_factor, high.v[r], metal::fma(low_factor, low.v[r], -32.0f * total));
+        sums.v[r] = metal::fma(16777216.0f * scales[quarter].v[r], dot, sums.v[r]);
       }
     }
     return sums;

@@ -91,6 +91,31 @@ FUNCTION float mantissa(uint word, int shift) {
   return as_type<float>(masked_or(moved, ((1u << BITS) - 1u) << (23 - BITS), 0x3f800000u));
 }
 
+// Adds to a sum the products of four numbers with the codes in a word's bytes, each code / 2^24 times the value of the mask's
+// lowest bit. `mask` covers the code in bytes 0 and 2; `above` is word >> 8. The mask leaves two float16 numbers, subnormal ones:
+// that is half an instruction a code, and an Apple GPU multiplies float16 by float32 without a conversion.
+FUNCTION float add_bytes(uint word, uint above, uint mask, float x0, float x1, float x2, float x3, float sum) {
+  const metal::float2 even = halves(word & mask);
+  const metal::float2 odd = halves(above & mask);
+  return metal::fma(odd.y, x3, metal::fma(even.y, x2, metal::fma(odd.x, x1, metal::fma(even.x, x0, sum))));
+}
+
+// Elements i to i + N - 1 of a vector; N is a multiple of 16 bytes.
+template <typename T, int N, typename X>
+FUNCTION Pack<N> elements(X x, uint i) {
+  constexpr int LOAD = 16 / sizeof(T);
+  Pack<N> result;
+  UNROLL
+  for (int part = 0; part < N / LOAD; ++part) {
+    const Pack<LOAD> xs = x.at(i + uint(part * LOAD));
+    UNROLL
+    for (int k = 0; k < LOAD; ++k) {
+      result.v[part * LOAD + k] = xs.v[k];
+    }
+  }
+  return result;
+}
+
 template <int R>
 FUNCTION Pack<R> zeros() {
   Pack<R> pack;

@@ -59,7 +59,11 @@ EDITS: dict[str, tuple[str, Edit]] = {
         "unpack q4_k",
         Edit("q4_k.h", "const uint middle = (head.z >> shift)", "const uint middle = head.z", WrongNumbers),
     ),
-    "Q6_K: highest bit only": ("matvec q6_k", Edit("q6_k.h", "top, 0x00600000u", "top, 0x00400000u", WrongNumbers)),
+    "Q6_K: highest bit only": ("matvec q6_k", Edit("q6_k.h", "0x00030003u <<", "0x00020002u <<", WrongNumbers)),
+    "codes of even bytes for those of odd ones": (
+        "matvec affine4",
+        Edit("rows.h", "halves(above & mask)", "halves(word & mask)", WrongNumbers),
+    ),
     "affine unpacked: a code's bits in the second word lost": (
         "unpack affine5",
         Edit("affine.h", "code |= w[word + 1u] << (32u - bit % 32u);", "", WrongNumbers),

@@ -205,6 +205,11 @@ FUNCTION void store(T* to, uint index, Pack<N> pack) {
   }
 }
 
+FUNCTION metal::float2 halves(uint word) {
+  const float2 pair = __half22float2(as_type<__half2>(word));
+  return metal::float2(pair.x, pair.y);
+}
+
 // One instruction; two constants would make it two.
 FUNCTION uint masked_or(uint word, uint mask, uint bits) {
   uint result;

@@ -44,6 +44,7 @@ struct vec<T, 4> {
   vec(T x, T y, T z, T w);
   T operator[](int) const;
 };
+typedef vec<half, 2> half2;
 typedef vec<float, 2> float2;
 typedef vec<float, 4> float4;
 typedef vec<uint, 2> uint2;
