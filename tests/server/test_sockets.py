@@ -17,7 +17,6 @@ from qwen_mlx.generation.engine import PromptReader
 from qwen_mlx.server.connection import Connection
 from qwen_mlx.server.limits import Limits
 from reference.small_models import IM_END
-from tests.helpers.cases import each
 from tests.helpers.fim_model import FIM_IDS, save_fim_folder
 from tests.helpers.running_server import serving, wait_for
 
@@ -107,7 +106,7 @@ def test_requests_in_a_row_are_answered_in_order(service):
     assert answer.index(b'"completion_tokens":9,') < answer.index(b'"completion_tokens":4,')
 
 
-@each(
+@pytest.mark.parametrize(
     "sent",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
