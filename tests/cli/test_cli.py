@@ -72,7 +72,8 @@ def test_text_goes_to_standard_output_and_statistics_to_standard_error(small: Pa
     assert "generation: 12 tokens" in error
     assert "backend: CPU" in error
     assert "\r" not in error
-    assert error.count("\n") == 1
+    # Work of more than ten seconds is named in a line of its own: the first compilation on a busy machine.
+    assert len([line for line in error.splitlines() if not line.endswith("...")]) == 1
 
 
 @pytest.mark.heavy
