@@ -31,9 +31,9 @@ def run(*arguments: str | Path, stdin: bytes = b"", **variables: str) -> subproc
     )
 
 
-def run_here(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
-    """The same in this process, for its mistakes."""
-    return commands.run_here(lambda: generate.main([*map(str, arguments)]))
+def run_here(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """The same in this process, where only its words matter."""
+    return commands.run_here(lambda: generate.main([*map(str, arguments)]), stdin)
 
 
 def refused(result: subprocess.CompletedProcess[bytes], *words: str) -> None:

@@ -6,21 +6,28 @@ import contextlib
 import io
 import signal
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from qwen_mlx.cli import command
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
 
-def run_here(main: Callable[[], Any]) -> subprocess.CompletedProcess[bytes]:
+def run_here(main: Callable[[], Any], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """What a process that runs this command would give; the signal handlers stay those of this process."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    given, out, err = (io.TextIOWrapper(io.BytesIO(data), encoding="utf-8") for data in (stdin, b"", b""))
     handlers = [signal.getsignal(number) for number in SIGNALS]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        with (
+            mock.patch.object(sys, "stdin", given),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("default")
             command.run(main)
     except SystemExit as end:
