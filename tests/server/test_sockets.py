@@ -24,14 +24,14 @@ pytestmark = pytest.mark.heavy  # it waits for time limits
 
 COMPLETIONS = "/v1/completions"
 NO_END = {str(i): -100 for i in (IM_END, IM_END - 2, *FIM_IDS.values())}
-LIMITS = Limits(body_seconds=0.4)
+LIMITS = Limits(body_seconds=1.0)
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory):
     small = load(save_fim_folder(tmp_path_factory.mktemp("raw") / "m", seed=3, max_position_embeddings=512))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Connection, "head_seconds", 0.4)
+        patch.setattr(Connection, "head_seconds", 1.0)
         with serving(small, LIMITS, slots=4, queue_size=20, prefill_step_size=16) as service:
             yield service
 
@@ -167,7 +167,7 @@ def test_more_answers_than_can_wait_are_no_matter_of_waiting(service):
     assert "25 answers, expected at most 24" in answer.json()["error"]["message"]
 
 
-def test_a_field_of_megabytes_is_named_in_short(service):
-    answer = httpx.post(service.url + COMPLETIONS, json={"prompt": "hello", "x" * 5_000_000: 1})
+def test_a_long_field_is_named_in_short(service):
+    answer = httpx.post(service.url + COMPLETIONS, json={"prompt": "hello", "x" * 200_000: 1})
     assert answer.status_code == 400
     assert len(answer.text) < 400
