@@ -71,12 +71,17 @@ def export(
 ) -> list[Stored]:
     """Writes a GGUF file of a model; returns how each tensor is stored and its error.
 
-    source: a GGUF file, a folder of safetensors (dense, MLX's or packed by another library) or a hub id. type: "f16",
-    "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m" or "q6_k", mixed as llama.cpp mixes them; a tensor that has its type
-    already is copied. "keep" changes no value: a GGUF's tensors are copied, and what MLX has packed becomes a GGUF type
-    with the same arithmetic. adapter: as load()'s, merged in float32. force: replace an existing GGUF file. The file
-    appears complete or not at all.
-    Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its fault and what was expected.
+        export("folder/", "model.gguf", "q4_k_m")
+
+    source: a GGUF file, a folder of safetensors (dense, MLX's or packed by another library) or a hub id.
+    type: "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m" or "q6_k", mixed as llama.cpp mixes them; a tensor that has
+        its type already is copied. "keep" changes no value: a GGUF's tensors are copied, and what MLX has packed
+        becomes a GGUF type with the same arithmetic.
+    adapter: as load()'s, merged in float32.
+    force: replace an existing GGUF file.
+
+    The file appears complete or not at all. Raises QwenMLXError (GGUFError for a GGUF) naming the file, the tensor, its
+    fault and what was expected.
     """
     refuse_unknown([type], TYPE_NAMES, "type")
     path = hub.resolve(source)
@@ -134,10 +139,10 @@ def _check_target(output: str | os.PathLike[str], checkpoint: Checkpoint, force:
 def _mixed(checkpoint: Checkpoint, name: str) -> list[Target]:
     """Every parameter in the type that a mix gives it."""
     targets = []
-    for parameter in checkpoint.parameters.values():
-        kind = tensor_type(MIXES[name], parameter.name, parameter.shape, checkpoint.config)
+    for hf_name, parameter in checkpoint.parameters.items():
+        kind = tensor_type(MIXES[name], hf_name, parameter.shape, checkpoint.config)
         encode = _copy if _stored_type(parameter) == kind else _quantize
-        targets.append(Target(to_gguf(parameter.name), kind, parameter, encode))
+        targets.append(Target(to_gguf(hf_name), kind, parameter, encode))
     if checkpoint.rope_factors is not None:
         targets += [target for target in _copies(GGUFFile(checkpoint.path)) if target.name == ROPE_FACTORS]
     return targets
@@ -159,7 +164,7 @@ def _exact(checkpoint: Checkpoint) -> list[Target]:
     Raises QwenMLXError for one that no type can hold.
     """
     targets = []
-    for parameter in checkpoint.parameters.values():
+    for name, parameter in checkpoint.parameters.items():
         kind, encode = _stored_type(parameter), _copy
         if len(parameter.shape) == 1:
             kind, encode = TYPES["F32"], _quantize
@@ -170,7 +175,7 @@ def _exact(checkpoint: Checkpoint) -> list[Target]:
                 f"tensor {parameter.source_name!r} ({parameter.type_name}) has no exact form in a GGUF; give another "
                 "type than keep, such as q4_k_m or q8_0."
             )
-        targets.append(Target(to_gguf(parameter.name), kind, parameter, encode))
+        targets.append(Target(to_gguf(name), kind, parameter, encode))
     return targets
 
 

@@ -12,7 +12,9 @@ Source of w and of the range of steps: ggml's reference quantizers (ggml-quants.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 
@@ -32,7 +34,7 @@ def quantize(values: np.ndarray, kind: BlockType) -> np.ndarray:
     Blocks of values that the type's fp16 scales cannot hold stand for infinity or NaN. Raises GGUFError for a type for
     which there is no quantizer.
     """
-    values = np.ascontiguousarray(values, np.float32)
+    values = np.require(values, np.float32, ["C", "W"])
     with np.errstate(all="ignore"):
         if kind.name in _K_TYPES:
             blocks = values.reshape(-1, 256)
@@ -82,11 +84,32 @@ def _q6_k(values: np.ndarray) -> np.ndarray:
     return q6_k_blocks(whole, d, scales_q)
 
 
+@functools.cache
+def _numbas() -> ModuleType | None:
+    """compiled_steps, six times as fast as NumPy, where numba is installed and QWEN_MLX_KERNELS is not off."""
+    if os.environ.get("QWEN_MLX_KERNELS") == "off":
+        return None
+    try:
+        from . import compiled_steps
+    except Exception:  # numba has errors of its own, and NumPy gives the same
+        return None
+    return compiled_steps
+
+
 def affine_steps(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Scales and minima (n,) for codes 0 to `top` of groups x (n, size), float32; no minimum is above zero.
 
     A weight's square counts in proportion to its magnitude plus the group's root mean square.
     """
+    compiled = _numbas()
+    if compiled is None:
+        return _affine_steps(x, top)
+    scales, minima = np.empty((2, len(x)), np.float32)
+    compiled.affine_steps(x, _F32(top), np.array(STEPS, np.float32), scales, minima)
+    return scales, minima
+
+
+def _affine_steps(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     x = np.ascontiguousarray(x.T)  # sums over a group's weights are then sums of rows
     weights = np.abs(x)
     weights += np.sqrt(np.einsum("ij,ij->j", x, x) / _F32(len(x)))
@@ -116,6 +139,15 @@ def affine_steps(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
 def symmetric_steps(x: np.ndarray, top: int) -> np.ndarray:
     """Scales (n,) for codes -`top` to `top` - 1 of groups x (n, size), float32: the weight of the largest magnitude has
     the code near -`top`, so a scale can be negative. A weight's square counts in proportion to its own square."""
+    compiled = _numbas()
+    if compiled is None:
+        return _symmetric_steps(x, top)
+    scales = np.empty(len(x), np.float32)
+    compiled.symmetric_steps(x, _F32(top), np.array(STEPS, np.float32), scales)
+    return scales
+
+
+def _symmetric_steps(x: np.ndarray, top: int) -> np.ndarray:
     x = np.ascontiguousarray(x.T)
     peak = np.take_along_axis(x, np.abs(x).argmax(0)[None], 0)[0]
     weights = x * x

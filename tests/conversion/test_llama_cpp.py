@@ -53,12 +53,15 @@ def rms(x: np.ndarray) -> float:
 
 @pytest.mark.parametrize("tensor", ["blk.0.ffn_down.weight", "blk.11.ffn_down.weight", "output.weight"])
 def test_errors_on_the_real_models_tensors(real_gguf: Path, theirs: Callable, tensor: str):
-    """At most 1.02 times llama.cpp's root mean square error, for all types that export() chooses."""
+    """At most 1.02 times llama.cpp's root mean square error, for all types that export() chooses, but for the tensor's
+    own: that is copied."""
     file = GGUFFile(real_gguf)
     values = dequantize(file.raw(tensor)[:4096], file.tensors[tensor].type)
     values = np.ascontiguousarray(values[:, : values.shape[1] // 256 * 256])
     for name in ("Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q5_1", "Q8_0"):
         kind = TYPES[name]
+        if kind is file.tensors[tensor].type:
+            continue
         ours = rms(dequantize(quantize(values, kind), kind) - values)
         assert ours <= 1.02 * rms(dequantize(theirs(values, kind), kind) - values), name
 

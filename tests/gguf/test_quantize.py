@@ -88,16 +88,32 @@ def test_no_weight_is_far_from_its_value(name: str, seed: int, spread: str, expo
     assert (error.reshape(groups.shape).max(-1) <= bound + 1e-6).all()
 
 
-def rows_of(name: str) -> np.ndarray:
-    """Seeded rows (64, 1024) of a spread, of which the table below has llama.cpp's errors."""
+# Root mean square errors of llama.cpp's quantizers (ggml_quantize_chunk of llama-cpp-python 0.3.36) on rows_of(spread).
+LLAMA_CPP = {
+    "normal": {"Q4_K": 1.416613e-03, "Q5_K": 7.193388e-04, "Q6_K": 3.536943e-04, "Q4_0": 1.711920e-03},
+    "heavy": {"Q4_K": 5.418429e-03, "Q5_K": 2.811570e-03, "Q6_K": 1.558719e-03, "Q4_0": 7.138199e-03},
+    "shifted": {"Q4_K": 1.605936e-03, "Q5_K": 7.973397e-04, "Q6_K": 6.869558e-04, "Q4_0": 3.276193e-03},
+}
+
+
+def rows_of(spread: str) -> np.ndarray:
+    """Seeded rows (64, 1024)."""
     rng = np.random.default_rng(5)
     x = rng.standard_normal((64, 1024)) * 0.02
-    if name == "heavy":
+    if spread == "heavy":
         x *= np.exp(rng.standard_normal(x.shape))
-    elif name == "shifted":
+    elif spread == "shifted":
         x += 0.05
     return x.astype(np.float32)
 
 
-def rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+@pytest.mark.parametrize("numba", [True, False], ids=["as installed", "NumPy"])
+@pytest.mark.parametrize("spread", LLAMA_CPP)
+def test_the_error_is_llama_cpps(spread: str, numba: bool, monkeypatch: pytest.MonkeyPatch):
+    """At most 1.02 times as large, by the compiled steps and by NumPy's."""
+    if not numba:
+        monkeypatch.setattr("qwen_mlx.gguf.quantize._numbas", lambda: None)
+    x = rows_of(spread)
+    for name, theirs in LLAMA_CPP[spread].items():
+        error = dequantize(quantize(x, TYPES[name]), TYPES[name]) - x
+        assert np.sqrt(np.mean(np.square(error, dtype=np.float64))) <= 1.02 * theirs, name
