@@ -57,7 +57,7 @@ def test_what_is_packed_is_unpacked(seed: int):
     st.sampled_from(["normal", "heavy", "positive", "constant", "zero", "sparse", "one outlier"]),
     st.floats(-1, 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_weight_is_far_from_its_value(name: str, seed: int, spread: str, exponent: float):
     """A group's step, and that of the block's scales, bound a weight's error whatever the values are."""
     rng = np.random.default_rng(seed)
