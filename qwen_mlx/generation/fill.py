@@ -226,7 +226,7 @@ def stream_fill(
 ) -> Generator[GenerationChunk, None, None]:
     """Generates the text between prefix and suffix, and yields it as it becomes complete.
 
-        for chunk in stream_fill(model, tokenizer, "def gcd(a, b):\n    ", "\n    return a\n", stop_at="indent"):
+        for chunk in stream_fill(model, tokenizer, "def gcd(a, b):", "return a", stop_at="indent"):
             print(chunk.text, end="")
 
     files: (path, text) of other files, the most useful one last.
