@@ -38,6 +38,7 @@ def page(browser, small):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(service.url)
+        page.wait_for_function("() => document.activeElement.id === 'input'")  # keys typed before are lost
         yield page
         page.close()
         assert not errors
