@@ -179,8 +179,9 @@ async def _at_once(service: Service, asked: Answering, log: Log, request: Reques
 
     async def compute() -> None:
         async with service.answer(asked.tasks) as events:
-            async for index, chunk in events:
-                asked.add(index, chunk)
+            async for batch in events:
+                for index, chunk in batch:
+                    asked.add(index, chunk)
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -220,9 +221,10 @@ async def _streamed(service: Service, asked: Answering, log: Log) -> Response:
         try:
             for event in asked.opening():
                 yield _line(event)
-            async for index, chunk in events:
-                for event in asked.events(index, chunk):
-                    yield _line(event)
+            async for batch in events:
+                text = "".join(_line(event) for index, chunk in batch for event in asked.events(index, chunk))
+                if text:
+                    yield text
             for event in asked.closing():
                 yield _line(event)
             if asked.path.startswith("/v1/"):

@@ -36,6 +36,10 @@ class QueueFull(Exception):
     """As many requests wait as may wait."""
 
 
+class FormTooLarge(QwenMLXError):
+    """The form that a request asks for outgrows its bounds while the answer is written."""
+
+
 @dataclass(eq=False)
 class Job:
     """A prompt to be answered in a row of its own.
@@ -214,8 +218,9 @@ class Scheduler:
     def _read(self, rows: Rows) -> None:
         """Reads a chunk of the prompt whose turn it is, and the next ones as long as all of their rest fits into the
         same chunk: a step of few rows costs hardly less than one of all."""
-        # Shorter chunks while others wait for their next token.
-        left = max(64, self._chunk // 4) if self._running else self._chunk
+        # Shorter chunks while others wait for their next token, unless one chunk lets more rows go on than it holds up.
+        crowd = len(self._reading) > len(self._running) and sum(map(_unread, self._reading)) <= self._chunk
+        left = max(64, self._chunk // 4) if self._running and not crowd else self._chunk
         read = 0
         while self._reading and (not read or read + _unread(self._reading[0]) <= left):
             read += self._read_chunk(rows, left)
@@ -275,8 +280,8 @@ class Scheduler:
         if stream is None:
             raise ValueError("The job has not begun.")
         if token.id < 0 or token.error is not None:
-            sentence = NOT_FINITE if token.id < 0 else CANNOT_GO_ON.format(token.error)
-            self._post(job, QwenMLXError(sentence))
+            broken = QwenMLXError(NOT_FINITE) if token.id < 0 else FormTooLarge(CANNOT_GO_ON.format(token.error))
+            self._post(job, broken)
             job.failed = True
             return True
         stats.generated_tokens += 1

@@ -17,7 +17,7 @@ from ..model.qwen2 import Qwen2
 from ..text.tokenizer import Tokenizer
 from .body import Body, short
 from .errors import RequestError
-from .scheduler import Job, QueueFull, Scheduler
+from .scheduler import FormTooLarge, Job, QueueFull, Scheduler
 
 Event = tuple[int, GenerationChunk]
 
@@ -85,10 +85,10 @@ class Service:
         return replace(task, settings=with_budget(settings, self.tokenizer, task.ids))
 
     @contextlib.asynccontextmanager
-    async def answer(self, tasks: Sequence[Task]) -> AsyncIterator[AsyncIterator[Event]]:
-        """Submits the tasks and gives their (index, chunk) as they come, each index until its finish_reason. Leaving
-        the block ends what still runs. Raises RequestError for more answers than can ever wait (400), and where too
-        many wait now (503)."""
+    async def answer(self, tasks: Sequence[Task]) -> AsyncIterator[AsyncIterator[list[Event]]]:
+        """Submits the tasks and gives their (index, chunk) as they come, those that are there at once together, each
+        index until its finish_reason. Leaving the block ends what still runs. Raises RequestError for more answers than
+        can ever wait (400), and where too many wait now (503)."""
         most = self.scheduler.slots + self.scheduler.queue_size
         if len(tasks) > most:
             raise RequestError(400, f"The request asks for {len(tasks)} answers, expected at most {most} at a time.")
@@ -111,12 +111,20 @@ class Service:
 
 async def _events(
     queue: asyncio.Queue[tuple[int, GenerationChunk | Exception]], numbers: Iterable[int]
-) -> AsyncIterator[Event]:
+) -> AsyncIterator[list[Event]]:
     left = set(numbers)
     while left:
-        index, event = await queue.get()
-        if isinstance(event, Exception):
-            raise RequestError(500, f"The answer could not be computed: {event}") from None
-        if event.finish_reason is not None:
-            left.discard(index)
-        yield index, event
+        batch: list[Event] = []
+        # A loop that lags behind the model catches up: the more tokens wait, the less is written for each.
+        while not (batch and queue.empty()):
+            index, event = await queue.get()
+            if isinstance(event, Exception):
+                if batch:
+                    yield batch
+                if isinstance(event, FormTooLarge):
+                    raise RequestError(400, str(event)) from None
+                raise RequestError(500, f"The answer could not be computed: {event}") from None
+            if event.finish_reason is not None:
+                left.discard(index)
+            batch.append((index, event))
+        yield batch

@@ -220,6 +220,16 @@ def test_other_forms(client):
     assert text(response_format={"type": "text"})
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_form_that_outgrows_its_bounds_is_the_request_s_mistake(client, stream):
+    asked = hello(max_tokens=400, structured_outputs={"regex": "(a{1000}){1000}"}, stream=stream)
+    response = client.post(CHAT, json=asked)
+    error = (events(response)[-1] if stream else response.json())["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith("The structured output cannot go on: ")
+    assert stream or response.status_code == 400
+
+
 def test_rows_of_other_forms_do_not_meet(client):
     """Answers with forms beside others without: each is what it is alone."""
     cases = [hello() | {"max_tokens": 30, "temperature": 1, "seed": i} for i in range(8)]

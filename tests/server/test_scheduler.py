@@ -130,9 +130,9 @@ def test_a_long_prompt_lets_running_rows_go_on_and_short_prompts_pass(small, mon
 
 
 def test_short_prompts_join_together_and_no_turn_reads_more_than_a_chunk(small, monkeypatch):
-    """Eight prompts of 20 tokens: where they wait together they are read in one turn, beside a running row in turns of
-    64 tokens."""
-    scheduler = Scheduler(*small, slots=9, prefill_step_size=256)
+    """Eight prompts of 20 tokens: where they wait together they are read in one turn, also beside a running row, and
+    beside as many running rows in turns of 64 tokens."""
+    scheduler = Scheduler(*small, slots=17, prefill_step_size=256)
     sizes: list[int] = []
     step = Rows.step
 
@@ -154,14 +154,19 @@ def test_short_prompts_join_together_and_no_turn_reads_more_than_a_chunk(small, 
         scheduler.submit([running])
         await running.events.get()
         sizes.clear()
-        together = [job(small, [i, i + 1] * 10, asked) for i in range(8)]
+        first = [job(small, [i, i + 1] * 10, asked | {"max_tokens": 400}) for i in range(8)]
+        scheduler.submit(first)
+        for one in first:
+            await one.events.get()
+        assert set(sizes) == {1, 9}
+        together = [job(small, [i, i + 2] * 10, asked) for i in range(8)]
         scheduler.submit(together)
         for one in together:
             await result(one)
-        joining = sizes[: sizes.index(9)]
+        joining = sizes[: sizes.index(17)]
         assert joining == sorted(joining)
-        assert {4, 7} <= set(joining) <= {1, 4, 7}
-        scheduler.cancel([running])
+        assert {12, 15} <= set(joining) <= {1, 9, 12, 15}
+        scheduler.cancel([running, *first])
 
     run(scheduler, body)
 
