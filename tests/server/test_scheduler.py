@@ -158,7 +158,7 @@ def test_short_prompts_join_together_and_no_turn_reads_more_than_a_chunk(small, 
         scheduler.submit(first)
         for one in first:
             await one.events.get()
-        assert set(sizes) == {1, 9}
+        assert set(sizes) - {1} == {9}  # all eight in one turn
         together = [job(small, [i, i + 2] * 10, asked) for i in range(8)]
         scheduler.submit(together)
         for one in together:
