@@ -18,7 +18,7 @@ from ..errors import GGUFError, QwenMLXError, refuses_wrong_arguments, shortened
 from ..gguf.reader import GGUFFile
 from . import chat_template
 from .chat_template import GUARD, MARK
-from .files import read_json
+from .files import check_folder, read_json
 from .limits import check_ids, check_length, check_parts, is_panic, pieces_for
 from .special_tokens import (
     END_TOKENS,
@@ -446,7 +446,11 @@ class Tokenizer:
 
     @refuses_wrong_arguments
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and the chat templates for transformers and mlx-lm."""
+        """Writes tokenizer.json, tokenizer_config.json and the chat templates for transformers and mlx-lm into a folder.
+
+        Raises QwenMLXError where there is none.
+        """
+        check_folder(Path(folder) / "tokenizer.json", "the tokenizer's")
         data = self.library_json()
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         data["added_tokens"] = [
