@@ -17,9 +17,11 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +58,21 @@ class NoPeers(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname in ("torch", "transformers"):
             raise ModuleNotFoundError(f"{fullname} is not for tests of the fast tier", name=fullname)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Compiles the CPU's functions before the workers start: each would compile them for itself, and time its tests
+    by it."""
+    code = """
+        from qwen_mlx.backend import mx
+        from qwen_mlx.gguf.packing import DENSE, Packing
+        from qwen_mlx.ops.cpu.rehearsal import rehearse
+        packed = [(Packing(kind), mx.float32) for kind in ("q5_0", "q8_0", "q4_k", "q6_k")]
+        rehearse([*packed, (DENSE, mx.float32), (DENSE, mx.float16)])
+    """
+    if importlib.util.find_spec("numba") is not None:
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, stderr=subprocess.DEVNULL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

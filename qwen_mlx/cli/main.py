@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -57,6 +56,8 @@ def dispatch(arguments: Sequence[str]) -> Any:
     if arguments and not arguments[0].startswith("-"):
         refuse_unknown(arguments[:1], COMMANDS, "command")
     if arguments and arguments[0] not in ("-h", "--help", "--version"):
+        import shlex
+
         wanted = f"qwen-mlx generate {shlex.join(arguments)}"
         raise QwenMLXError(f"a command comes first, such as {wanted}; qwen-mlx --help lists the commands.")
     parser = Parser(prog="qwen-mlx", description="Qwen2.5 on Apple's MLX.")

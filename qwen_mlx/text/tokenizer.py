@@ -446,7 +446,7 @@ class Tokenizer:
 
     @refuses_wrong_arguments
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and the chat templates for transformers and mlx-lm into a folder.
+        """Writes the files of a tokenizer into a folder, as transformers and mlx-lm read them.
 
         Raises QwenMLXError where there is none.
         """

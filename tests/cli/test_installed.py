@@ -99,7 +99,7 @@ MISTAKES = {
     "no command": ([], "no command is given; qwen-mlx --help lists them"),
     "wrong command": (["genrate"], "There is no command 'genrate': did you mean 'generate'?"),
     "unlike any command": (["xyz"], "choose from chat, convert, embed, evaluate, export, fuse, generate"),
-    "the old name of an option": (["--prompt", "x"], "see --help"),
+    "the old name of an option": (["--prompt", "x"], "a command comes first, such as qwen-mlx generate --prompt x;"),
     "wrong option": (["generate", "--promt-file", "x"], "--promt-file x; did you mean --prompt-file?"),
     "no prompt": (["generate"], "no prompt: give --prompt"),
     "no model": (["generate", "--model", "/nonexistent.gguf", "--prompt", "x"], "/nonexistent.gguf"),
