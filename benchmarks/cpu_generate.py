@@ -172,11 +172,12 @@ def main() -> None:
 
     from qwen_mlx.loading import hub
 
-    for module in ("torch", "transformers", "mlx_lm"):
-        require_module(module, "pip install -e '.[cpu,bench]'")
-    gguf = hub.resolve(arguments.model)
     missing = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") is None else []
     engines = [engine for engine in ENGINES if engine not in (*arguments.without, *missing)]
+    if set(engines) - set(READ_GGUF):
+        for module in ("torch", "transformers", "mlx_lm"):
+            require_module(module, "pip install -e '.[cpu,bench]'")
+    gguf = hub.resolve(arguments.model)
     runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     starts = []
     sizes = ["--prompts", *map(str, arguments.prompts), "--decode", str(arguments.decode), "--model", str(gguf)]

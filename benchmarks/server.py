@@ -39,8 +39,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import uvicorn
+try:
+    import httpx
+    import llguidance  # noqa: F401
+    import uvicorn
+except ModuleNotFoundError as missing:
+    print(f"error: {missing.name} is not installed: pip install -e '.[cpu,bench]'.", file=sys.stderr)
+    sys.exit(2)
 
 from benchmarks import structured
 from benchmarks.arguments import Parser, at_least, positive, require_module
