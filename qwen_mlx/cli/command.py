@@ -118,6 +118,14 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
+def _working_folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def run(main: Callable[[], Any]) -> NoReturn:
     """Runs a command and exits with what it returns. Exits with 2 after a mistake of the user's (one sentence, no
     traceback), 130 after Ctrl-C, 141 where the reader of standard output went away, and 143 after SIGTERM, each time
@@ -154,12 +162,15 @@ def run(main: Callable[[], Any]) -> NoReturn:
             raise
         code = 130
     except OSError as error:
-        if error.filename is not None or error.errno not in CANNOT_WRITE:
+        if _working_folder_is_gone():
+            code, sentence = 2, "the working folder is gone; change to one that is there."
+        elif error.filename is not None or error.errno not in CANNOT_WRITE:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
-        code = 141
-        if not isinstance(error, BrokenPipeError):
-            code, sentence = 2, f"standard output cannot be written ({error.strerror})."
+        else:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
+            code = 141
+            if not isinstance(error, BrokenPipeError):
+                code, sentence = 2, f"standard output cannot be written ({error.strerror})."
     if sentence is not None:
         with contextlib.suppress(OSError):
             print(printable(f"error: {sentence}", sys.stderr), file=sys.stderr)

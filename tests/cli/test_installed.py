@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -120,6 +121,15 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(script: Path, case: str, tmp_
     assert error.startswith("error: ")
     assert error.count("\n") == 1, error
     assert words in error
+
+
+def test_a_working_folder_that_is_gone_is_said_to_be(script: Path, tmp_path: Path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    shell = f"rmdir {folder} && exec {shlex.quote(str(script))} convert model.gguf out"
+    done = subprocess.run(["sh", "-c", shell], cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the working folder is gone; change to one that is there.\n"
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_130(script: Path, small: Path):
