@@ -674,6 +674,29 @@ MARKDOWN = (
 )
 
 
+def test_drawing_markdown_takes_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch):
+    """A long block is drawn again as a whole, which took half of the time of a chat."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from qwen_mlx.cli import terminal
+
+    now, drawing = 0.0, 0.0
+
+    def update(*_: object, **__: object) -> None:
+        nonlocal now, drawing
+        now, drawing = now + 0.05, drawing + 0.05
+
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    monkeypatch.setattr(Live, "update", update)
+    answer = terminal.StreamedMarkdown(Console(file=io.StringIO(), force_terminal=True))
+    for _ in range(200):
+        now += 0.04
+        answer.add("word ")
+    answer.finish()
+    assert 0 < drawing < 0.15 * now
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("height", [10, 40])
 def test_streamed_markdown_ends_as_the_whole_would_be_shown(monkeypatch: pytest.MonkeyPatch, height: int):

@@ -16,7 +16,7 @@ from qwen_mlx.generation.sampling import sample
 from qwen_mlx.generation.settings import GenerationSettings
 from qwen_mlx.text.tokenizer import Tokenizer
 from reference.lazy import safetensors_torch, torch, transformers
-from reference.small_models import IM_END, IM_START, RandomModel, save_folder
+from reference.small_models import IM_END, IM_START, RandomModel, save_folder, write_gguf
 
 
 @pytest.fixture
@@ -206,3 +206,11 @@ def test_an_index_that_names_what_no_disk_can_hold(folder: Path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(QwenMLXError, match="is missing, which"):
         load(folder)
+
+
+def test_an_error_of_the_callers_progress_is_not_the_files(tmp_path: Path):
+    def progress(done: int, total: int) -> None:
+        raise ValueError("the caller's own")
+
+    with pytest.raises(ValueError, match="the caller's own"):
+        load(write_gguf(tmp_path / "m.gguf", RandomModel()), progress=progress)
