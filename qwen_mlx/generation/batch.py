@@ -29,7 +29,7 @@ class BatchResult:
     finish_reason: str | None = None
     logprobs: list[float] = field(default_factory=list, repr=False)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list, repr=False)
-    repeated_tokens: int = 0
+    repeated_tokens: int = field(default=0, repr=False)
 
     def _repr_html_(self) -> str:
         counts = f"{self.prompt_tokens} tokens read, {len(self.token_ids)} made"
