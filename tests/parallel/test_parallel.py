@@ -245,7 +245,9 @@ def test_command_line_prints_once_and_the_end_is_quiet(jobs):
         [sys.executable, *command(jobs, "--max-tokens", "5")], capture_output=True, text=True, check=True
     )
     assert (code, out) == (0, alone.stdout)
-    said = re.fullmatch(r"prompt: .* tok/s; communication: (\d+)% of the time; .*\n", err)
+    # A busy machine takes so long that the command says what it waits for.
+    lines = [line for line in err.splitlines() if not line.startswith(("Loading ", "Compiling "))]
+    said = re.fullmatch(r"prompt: .* tok/s; communication: (\d+)% of the time; .*", "\n".join(lines))
     assert said, err
     assert 0 < int(said[1]) <= 100
 
