@@ -160,7 +160,10 @@ def folder_defaults(folder: Path) -> SamplingSettings:
     }
     if "do_sample" not in raw and not penalties:
         config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-        settings = family_settings([str(config.get("_name_or_path", "")), *map(str, folder.absolute().parts[-4:])])
+        own_folder = folder.absolute()
+        if own_folder.parent.name == "snapshots":  # of the Hub's cache, where a hash stands for the name
+            own_folder = own_folder.parent.parent
+        settings = family_settings([own_folder.name, str(config.get("_name_or_path", ""))])
         if settings is not GREEDY_SETTINGS:
             return settings
     return _settings(penalties, path.name, path) if path.exists() else GREEDY_SETTINGS

@@ -66,7 +66,8 @@ def zeros(name: str, shape: tuple[int, ...]) -> Parameter:
 def with_plain_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors under the names of a Qwen2ForCausalLM: without the prefix of a wrapper ("language_model.",
     "base_model.model."), and with "model." where the file is of the bare Qwen2Model."""
-    embedding = next((name for name in sorted(tensors) if name.endswith("embed_tokens.weight")), EMBEDDING)
+    candidates = [EMBEDDING] if EMBEDDING in tensors else sorted(tensors)  # others beside it are copies
+    embedding = next((name for name in candidates if name.endswith("embed_tokens.weight")), EMBEDDING)
     if embedding.endswith(EMBEDDING):
         prefix = embedding.removesuffix(EMBEDDING)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

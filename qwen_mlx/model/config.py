@@ -356,9 +356,14 @@ class ModelConfig:
             )
         if raw.get("hidden_act", "silu") != "silu":
             raise QwenMLXError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'.")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise QwenMLXError(f"{path}: the rope parameters are {rope!r}, expected an object.")
+        rope: dict[str, Any] = {}
+        for name in ("rope_parameters", "rope_scaling"):  # what is edited by hand, as Qwen's README says, wins
+            given = raw.get(name) or {}
+            if not isinstance(given, dict):
+                raise QwenMLXError(f"{path}: the rope parameters are {given!r}, expected an object.")
+            if {"type", "rope_type"} & given.keys():
+                rope = {key: value for key, value in rope.items() if key == "rope_theta"}
+            rope |= given
         if not isinstance(raw.get("use_sliding_window", False), bool):
             raise QwenMLXError(f"{path}: use_sliding_window is {raw['use_sliding_window']!r}, expected true or false.")
         rope_theta = rope.get("rope_theta", get("rope_theta"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ class Accepted:
 
     def __init__(self, render: Render, names_developer: bool):
         self._render, self._names_developer = render, names_developer
+        self._parts: dict[str, bool] = {}
 
     def rendered(self, messages: list[Message]) -> str | None:
         """The text of `messages`, None if the template refuses them."""
@@ -34,12 +36,26 @@ class Accepted:
         except Exception:  # it can raise anything
             return None
 
-    @functools.cached_property
-    def parts(self) -> bool:
-        """True if a list of one text part is written as its text."""
-        parts = [{"type": "text", "text": "a text"}]
-        text, listed = (self.rendered([{"role": "user", "content": form}]) for form in ("a text", parts))
-        return text is not None and text == listed
+    def parts(self, role: str) -> bool:
+        """True if lists of text parts are written in a message of this role: one as its text, and all of several."""
+        if role not in self._parts:
+            forms = ("a text", [_part("a text")], [_part("some text "), _part("and more")])
+            text, one, two = (self.rendered(self._said(role, form)) for form in forms)
+            whole = two is not None and "some text " in two and "and more" in two
+            self._parts[role] = (
+                text is not None and text == one and whole and not re.search("['\"]type['\"]", two or "")
+            )
+        return self._parts[role]
+
+    def _said(self, role: str, content: Any) -> list[Message]:
+        """A conversation in which this role says `content`."""
+        if role != "tool":
+            before = [{"role": "user", "content": "a question"}] * (role == "assistant")
+            return [*before, {"role": role, "content": content}]
+        call = {"id": "call00000", "type": "function", "function": {"name": "probed_function", "arguments": {}}}
+        answer = {"role": "assistant", "tool_calls": [call], **self.no_content}
+        result = {"role": "tool", "content": content, "tool_call_id": "call00000", "name": "probed_function"}
+        return [{"role": "user", "content": "a question"}, answer, result]
 
     @functools.cached_property
     def developer(self) -> bool:
@@ -119,7 +135,7 @@ def _normalized(message: Any, accepted: Accepted) -> Message:
     if reasoning is not None:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     if "content" in plain:
-        plain["content"] = _content(plain["content"], accepted)
+        plain["content"] = _content(plain["content"], plain["role"], accepted)
     elif plain["role"] != "assistant":
         raise QwenMLXError(f"The message of the role {plain['role']!r} has no content, expected a string.")
     else:
@@ -131,7 +147,11 @@ def _normalized(message: Any, accepted: Accepted) -> Message:
     return plain
 
 
-def _content(content: Any, accepted: Accepted) -> str | list[Any]:
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _content(content: Any, role: str, accepted: Accepted) -> str | list[Any]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
@@ -142,7 +162,8 @@ def _content(content: Any, accepted: Accepted) -> str | list[Any]:
         raise QwenMLXError(
             f"A part of a message is {_short(kind)}, expected {{'type': 'text', 'text': ...}}; this is a model of text."
         )
-    return [dict(part) for part in content] if accepted.parts else "".join(part["text"] for part in content)
+    texts = [part["text"] for part in content]
+    return list(map(_part, texts)) if accepted.parts(role) else "".join(texts)
 
 
 def _is_text(part: Any) -> bool:
