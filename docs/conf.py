@@ -1,6 +1,7 @@
 """Sphinx's configuration: `make docs`. Pages are Markdown and the notebooks as they are stored; the API comes from
 docstrings, tables and the commands' options from the code."""
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -111,15 +112,18 @@ def plain(app, what, name, obj, options, lines):
     """Makes reStructuredText of a docstring, in which these have a meaning: `code` between single backticks; an
     indented paragraph, which is code; and a paragraph of arguments, each with its name and a colon on its own line."""
     paragraphs = "\n".join(lines).split("\n\n")
-    arguments = inspect.signature(obj).parameters if what in ("function", "method", "class") else ()
+    arguments = ()
+    if what in ("function", "method", "class"):
+        with contextlib.suppress(ValueError):  # a class of Python's own has no signature
+            arguments = inspect.signature(obj).parameters
     for n, paragraph in enumerate(paragraphs):
         if n and paragraph.startswith("    "):
             paragraphs[n] = f"::\n\n{paragraph}"
             continue
         items = re.split(r"^(\w+): ", paragraph, flags=re.M)
         if not items[0] and all(name in arguments for name in items[1::2]):
-            names = [f":param {name}: {text}" for name, text in zip(items[1::2], items[2::2])]
-            paragraph = "\n".join(line.rstrip() for line in names)
+            names = [f":param {name}: {' '.join(text.split())}" for name, text in zip(items[1::2], items[2::2])]
+            paragraph = "\n".join(names)
         pieces = paragraph.split("`")
         for i, piece in enumerate(pieces):
             pieces[i] = rf"\ ``{piece.strip()}``\ " if i % 2 else re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", piece)

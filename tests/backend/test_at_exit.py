@@ -29,4 +29,5 @@ while len(tokens) < int(sys.argv[1]):
 @pytest.mark.parametrize("tokens", [1, 9, 30])
 def test_the_process_ends_without_a_signal(tokens: int):
     run = subprocess.run([sys.executable, "-c", PROGRAM, str(tokens)], capture_output=True, text=True, timeout=300)
-    assert (run.returncode, run.stderr) == (0, "")
+    said = [line for line in run.stderr.splitlines() if not line.startswith("Compiling ")]
+    assert (run.returncode, said) == (0, [])
