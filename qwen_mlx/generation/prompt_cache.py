@@ -147,7 +147,7 @@ class PromptCache:
             arrays = cast("dict[str, mx.array]", mx.load(file, format="safetensors"))
             mx.eval(arrays)
         except Exception as error:  # what MLX's own reader refuses, and a file that was cut meanwhile
-            raise QwenMLXError(f"{where}: damaged or not a prompt cache ({_short(error)}); delete the file.") from None
+            raise QwenMLXError(_not_a_cache(where, error)) from None
         if _checksum(arrays) != metadata["crc32"]:
             raise QwenMLXError(f"{where}: damaged; its bytes are not those that were written; delete the file.")
         cache = cls(model)
@@ -185,7 +185,7 @@ def _header(where: Path, opened: BinaryIO) -> tuple[dict[str, tuple[str, list[in
     except (OSError, safetensors_header.SafetensorError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise QwenMLXError(f"{where}: cannot be read ({error.strerror}).") from None
-        raise QwenMLXError(f"{where}: damaged or not a prompt cache ({_short(error)}); delete the file.") from None
+        raise QwenMLXError(_not_a_cache(where, error)) from None
     metadata: dict[str, str] = header.pop("__metadata__", None) or {}
     tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     if metadata.get("format") != FORMAT:
@@ -236,6 +236,10 @@ def _checksum(arrays: dict[str, mx.array]) -> str:
 
 def _dtype(model: Qwen2) -> str:
     return str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
+
+
+def _not_a_cache(where: object, error: Exception) -> str:
+    return f"{where}: damaged or not a prompt cache ({_short(error)}); give another name, or delete the file."
 
 
 def _short(value: object) -> str:
