@@ -13,6 +13,7 @@ from ..errors import QwenMLXError, shortened
 from ..generation.sampling import SamplingSettings
 from ..gguf.reader import GGUFFile
 from ..text.files import read_json
+from ..text.special_tokens import chat_templates
 from ..text.thoughts import THINK_MARKS
 
 # Qwen's settings for its instruction-tuned models (generation_config.json of Qwen2.5-*-Instruct; 1.05 is the value of
@@ -105,9 +106,13 @@ def gguf_defaults(file: GGUFFile) -> SamplingSettings:
     ignored = sorted(stored.keys() - GGUF_NAMES.keys())
     if ignored:
         warnings.warn(f"{file.path.name}: the sampling settings {', '.join(ignored)} are ignored.", stacklevel=2)
-    if own:
-        return _settings(own, f"general.sampling of {file.path.name}", file.path)
-    return family_settings([*_described(metadata), file.path.stem], str(metadata.get("tokenizer.chat_template", "")))
+    names = [*_described(metadata), file.path.stem]
+    family = family_settings(names, str(metadata.get("tokenizer.chat_template", "")))
+    if not own:
+        return family
+    if "temperature" not in own:  # the rest of them says nothing against the family's
+        own = {name: getattr(family, name) for name in GGUF_NAMES.values()} | own
+    return _settings(own, f"general.sampling of {file.path.name}", file.path)
 
 
 def _described(metadata: Mapping[str, Any]) -> Iterable[str]:
@@ -163,7 +168,10 @@ def folder_defaults(folder: Path) -> SamplingSettings:
         own_folder = folder.absolute()
         if own_folder.parent.name == "snapshots":  # of the Hub's cache, where a hash stands for the name
             own_folder = own_folder.parent.parent
-        settings = family_settings([own_folder.name, str(config.get("_name_or_path", ""))])
+        tokenizer = folder / "tokenizer_config.json"
+        templates = chat_templates(folder, read_json(tokenizer) if tokenizer.exists() else {})
+        names = [own_folder.name, str(config.get("_name_or_path", ""))]
+        settings = family_settings(names, templates.get("default", ""))
         if settings is not GREEDY_SETTINGS:
             return settings
     return _settings(penalties, path.name, path) if path.exists() else GREEDY_SETTINGS

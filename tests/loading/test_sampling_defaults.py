@@ -134,6 +134,27 @@ def test_a_folder_without_settings_has_its_familys(tmp_path: Path, name: str, ge
     assert (settings.temperature, settings.top_p) == (expected.temperature, expected.top_p)
 
 
+def test_a_folder_is_what_it_is_called_and_not_what_it_lies_in(tmp_path: Path):
+    for path, expected in (
+        ("chat/QwQ-32B", QWQ_SETTINGS),
+        ("instruct/base", GREEDY_SETTINGS),
+        ("models--Qwen--QwQ-32B/snapshots/0a1b", QWQ_SETTINGS),
+    ):
+        (tmp_path / path).mkdir(parents=True)
+        assert folder_defaults(tmp_path / path) == expected, path
+    (tmp_path / "instruct/base/chat_template.jinja").write_text(
+        "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+    )
+    assert folder_defaults(tmp_path / "instruct/base").temperature == R1_SETTINGS.temperature
+
+
+def test_a_part_of_a_gguf_s_settings_leaves_the_family_s(tmp_path: Path):
+    file = gguf(name="QwQ 32B")
+    file.metadata["general.sampling.top_k"] = 20
+    settings = gguf_defaults(file)
+    assert (settings.temperature, settings.top_k, settings.top_p) == (QWQ_SETTINGS.temperature, 20, QWQ_SETTINGS.top_p)
+
+
 def test_settings_that_are_not_supported_are_named(tmp_path: Path):
     generation = {
         "num_beams": 4,
