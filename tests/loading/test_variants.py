@@ -89,6 +89,14 @@ SAME = {  # the same model: what differs, and what is said
 }
 
 
+def test_a_copy_beside_the_model_is_not_taken_for_it(tmp_path: Path):
+    def change(tensors: dict[str, Stored]) -> None:
+        tensors.update({f"ema.{name}": (kind, array * 0) for name, (kind, array) in list(tensors.items())})
+
+    with pytest.raises(QwenMLXError, match=r"tensor 'ema\.lm_head\.weight' is not part"):
+        load(folder_of(tmp_path / "copied", RandomModel(), change))
+
+
 @each("kind", SAME)
 def test_the_same_model(tmp_path: Path, kind: str, capsys):
     change, said = SAME[kind]

@@ -74,12 +74,15 @@ def test_config_json_gguf_and_argument_give_what_is_documented(tmp_path: Path):
 
     scaled = write_gguf(tmp_path / "scaled.gguf", plain, edit=with_scaling)
     documented = save_folder(tmp_path / "documented", plain)
+    edited = save_folder(tmp_path / "edited", plain)  # as transformers 5 saves it, then by hand
     raw = json.loads((documented / "config.json").read_text())
+    (edited / "config.json").write_text(json.dumps(raw | {"rope_scaling": DOCUMENTED}))
     raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
     (documented / "config.json").write_text(json.dumps(raw | {"rope_scaling": DOCUMENTED}))
 
     configs = [
         ModelConfig.from_folder(documented),
+        ModelConfig.from_folder(edited),
         ModelConfig.from_gguf(GGUFFile(scaled)),
         ModelConfig.from_gguf(GGUFFile(gguf)).with_yarn(4),
         load(folder, yarn=4)[0].config,
