@@ -63,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise QwenMLXError("no output folder; give SOURCE and OUTPUT, or --check SOURCE.")
     if check_only and output is not None:
         raise QwenMLXError(f"--check writes nothing, so {output!r} is not needed; leave it out.")
-    if arguments["group_size"] is None:
-        arguments["group_size"] = 64
-    elif not arguments["quantize"] and not arguments["requantize"]:
-        raise QwenMLXError("--group-size goes with --quantize BITS or --requantize BITS.")
+    settle_group_size(arguments, "quantize", "requantize")
     stop_once()
     from ..conversion.convert import check, convert
 
@@ -82,8 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     undivided = [row.name for row in report if len(row.shape) == 2 and row.shape[1] % group_size]
     if undivided and (arguments["quantize"] or arguments["requantize"]):
         print(f"{len(undivided)} matrices have rows that --group-size {group_size} does not divide: not quantized")
-    print(f"{output}: {program('generate')} --model {shlex.quote(output)} --prompt ...")
+    print_use(output)
     return 0
+
+
+def settle_group_size(arguments: dict[str, Any], *options: str) -> None:
+    """Puts the default of --group-size where it is not given. Raises QwenMLXError where it is, and none of the options
+    that it belongs to."""
+    if arguments["group_size"] is None:
+        arguments["group_size"] = 64
+    elif not any(arguments[option] for option in options):
+        raise QwenMLXError(f"--group-size goes with {' or '.join(f'--{option} BITS' for option in options)}.")
+
+
+def print_use(output: str) -> None:
+    """The command that generates with what was written."""
+    print(f"{output}: {program('generate')} --model {shlex.quote(output)} --prompt ...")
 
 
 def stop_once() -> None:

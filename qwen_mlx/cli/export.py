@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 
 from .arguments import add_adapter_argument
 from .command import Parser, program
-from .convert import bar, print_report, stop_once
+from .convert import bar, print_report, print_use, stop_once
 
 TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "keep")
 
@@ -44,5 +43,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     with bar("Exporting") as progress:
         report = export(source, output, **arguments, progress=progress)
     print_report(report)
-    print(f"{output}: {program('generate')} --model {shlex.quote(output)} --prompt ...")
+    print_use(output)
     return 0

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 
-from ..errors import QwenMLXError
 from .arguments import add_adapter_argument
 from .command import Parser, program
-from .convert import FLOATS, bar, print_report, stop_once
+from .convert import FLOATS, bar, print_report, print_use, settle_group_size, stop_once
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,15 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; mistakes raise QwenMLXError."""
     arguments = vars(parser().parse_args(argv))
     source, output = arguments.pop("source"), arguments.pop("output")
-    if arguments["group_size"] is None:
-        arguments["group_size"] = 64
-    elif not arguments["quantize"]:
-        raise QwenMLXError("--group-size goes with --quantize BITS.")
+    settle_group_size(arguments, "quantize")
     stop_once()
     from ..conversion.convert import convert
 
     with bar("Fusing") as progress:
         report = convert(source, output, **arguments, dense=not arguments["quantize"], progress=progress)
     print_report(report)
-    print(f"{output}: {program('generate')} --model {shlex.quote(output)} --prompt ...")
+    print_use(output)
     return 0
