@@ -12,20 +12,15 @@ from . import replay
 SMALL = 1 << 16  # elements that are copied sooner than MLX makes room for them
 
 
-def values(x: mx.array) -> np.ndarray:
+def elements(x: mx.array) -> np.ndarray:
     """The elements of an array, row by row. Waits for what computes it."""
     tape = replay.current()
     return np.ascontiguousarray(np.asarray(x)) if tape is None else tape.values(x)
 
 
-def floats(x: mx.array) -> np.ndarray:
-    """The elements of a float32 array, row by row."""
-    return values(x)
-
-
 def as_bytes(x: mx.array) -> np.ndarray:
     """The bytes of an array, uint8 (nbytes,)."""
-    return values(x).reshape(-1).view(np.uint8)
+    return elements(x).reshape(-1).view(np.uint8)
 
 
 def later(x: mx.array) -> Callable[[], np.ndarray]:
@@ -33,8 +28,8 @@ def later(x: mx.array) -> Callable[[], np.ndarray]:
     tape = replay.current()
     if tape is not None:
         return tape.later(x)
-    elements = values(x)
-    return lambda: elements
+    own = elements(x)
+    return lambda: own
 
 
 class Output:

@@ -11,7 +11,7 @@ import numpy as np
 from ...backend import mx
 from ..matrix import Matrix
 from . import kernels, packings
-from .arrays import as_bytes, floats
+from .arrays import as_bytes, elements
 
 APART = 3  # vectors that a packed matrix is multiplied by one after the other: unpacking it would take longer
 UNPACKED = 1 << 20  # weights that are unpacked at a time: 4 MiB stay in the processor's cache until they are multiplied
@@ -93,9 +93,9 @@ def _compiled_form(matrix: Matrix) -> Any:
     packing, arrays = matrix.packing, matrix.arrays
     if packing.kind == "dense":
         if arrays[0].dtype == mx.float32:
-            return packings.Floats(floats(arrays[0]).reshape(-1))
+            return packings.Floats(elements(arrays[0]).reshape(-1))
         return _HALVES[arrays[0].dtype](as_bytes(arrays[0].view(mx.uint16)))
     if packing.kind != "affine":
         return _BLOCKS[packing.kind](*map(as_bytes, arrays))
-    scales, biases = (floats(array).reshape(-1) for array in arrays[1:])
+    scales, biases = (elements(array).reshape(-1) for array in arrays[1:])
     return _AFFINE[packing.bits](as_bytes(arrays[0]), scales, biases, packing.group_size.bit_length() - 6)

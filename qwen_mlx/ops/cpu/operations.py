@@ -10,7 +10,7 @@ import numpy as np
 from ...backend import mx
 from ..matrix import Matrix
 from . import kernels, matrices
-from .arrays import Output, floats, later, values
+from .arrays import Output, elements, later
 from .replay import perform
 
 supports = matrices.supports
@@ -20,21 +20,21 @@ _NOTHING, _NO_ELEMENTS = np.empty((0, 0), np.float32), np.empty(0, np.float32)
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """ops.rms_norm."""
     out = Output(*x.shape)
-    _norm(floats(x), _NOTHING, weight, eps, _NOTHING, out.values)
+    _norm(elements(x), _NOTHING, weight, eps, _NOTHING, out.values)
     return out.array()
 
 
 def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """ops.add_rms_norm."""
     h, y = Output(*x.shape), Output(*x.shape)
-    _norm(floats(x), floats(residual), weight, eps, h.values, y.values)
+    _norm(elements(x), elements(residual), weight, eps, h.values, y.values)
     return h.array(), y.array()
 
 
 def _norm(x: np.ndarray, residual: np.ndarray, weight: mx.array, eps: float, h: np.ndarray, y: np.ndarray) -> None:
     arrays = (array.reshape(-1, x.shape[-1]) if array.size else _NOTHING for array in (x, residual, h, y))
     x, residual, h, y = arrays
-    kernels.rms_norm(x, residual, floats(weight), eps, h if residual.size else x, y)
+    kernels.rms_norm(x, residual, elements(weight), eps, h if residual.size else x, y)
 
 
 def qkv_rope(
@@ -44,7 +44,7 @@ def qkv_rope(
     batch, length, width = qkv.shape
     head_dim = width // (n_heads + 2 * n_kv_heads)
     q, kv = Output(batch, length, n_heads, head_dim), Output(batch, length, 2, n_kv_heads, head_dim)
-    _qkv_rope(floats(qkv).reshape(-1, width), bias, floats(table), n_heads + n_kv_heads, q.values, kv.values)()
+    _qkv_rope(elements(qkv).reshape(-1, width), bias, elements(table), n_heads + n_kv_heads, q.values, kv.values)()
     return q.array(), kv.array()
 
 
@@ -52,7 +52,7 @@ def _qkv_rope(
     qkv: np.ndarray, bias: mx.array | None, table: np.ndarray, n_rotated: int, q: np.ndarray, kv: np.ndarray
 ) -> Callable[[], None]:
     half, n_tokens = table.shape[-2], len(qkv)
-    added = np.zeros(qkv.shape[1], np.float32) if bias is None else floats(bias)
+    added = np.zeros(qkv.shape[1], np.float32) if bias is None else elements(bias)
     q, kv = q.reshape(n_tokens, -1), kv.reshape(n_tokens, -1)
     return partial(kernels.qkv_rope, qkv, added, table.reshape(-1, half, 2), q.shape[1] // (2 * half), n_rotated, q, kv)
 
@@ -60,14 +60,15 @@ def _qkv_rope(
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """ops.swiglu without biases."""
     out, width = Output(*gate.shape), gate.shape[-1]
-    perform(partial(kernels.swiglu, *(array.reshape(-1, width) for array in (floats(gate), floats(up), out.values))))
+    arrays = (array.reshape(-1, width) for array in (elements(gate), elements(up), out.values))
+    perform(partial(kernels.swiglu, *arrays))
     return out.array()
 
 
 def swiglu_joined(gate_up: mx.array) -> mx.array:
     """ops.swiglu_joined without a bias."""
     width = gate_up.shape[-1] // 2
-    both, out = floats(gate_up).reshape(-1, 2, width), Output(*gate_up.shape[:-1], width)
+    both, out = elements(gate_up).reshape(-1, 2, width), Output(*gate_up.shape[:-1], width)
     kernels.swiglu(both[:, 0], both[:, 1], out.values.reshape(-1, width))
     return out.array()
 
@@ -75,7 +76,7 @@ def swiglu_joined(gate_up: mx.array) -> mx.array:
 def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     """ops.multiply."""
     out = Output(*x.shape[:-1], matrix.rows)
-    matrices.multiply(floats(x).reshape(-1, matrix.columns), matrix, out.values.reshape(-1, matrix.rows))
+    matrices.multiply(elements(x).reshape(-1, matrix.columns), matrix, out.values.reshape(-1, matrix.rows))
     return out.array()
 
 
@@ -83,14 +84,14 @@ def matmul(x: mx.array, w: mx.array) -> mx.array:
     """ops.matmul, for a multiple of 8 columns."""
     rows, columns = w.shape
     out = Output(*x.shape[:-1], rows)
-    kernels.multiply(floats(w).reshape(-1), floats(x).reshape(-1), columns, 0, out.values.reshape(-1), rows)
+    kernels.multiply(elements(w).reshape(-1), elements(x).reshape(-1), columns, 0, out.values.reshape(-1), rows)
     return out.array()
 
 
 def unpack(matrix: Matrix, ids: mx.array | None) -> mx.array:
     """ops.unpack of a packed matrix, or of rows of any."""
     # An id may be -1, where a step is launched ahead on a logit that is not finite.
-    rows = np.arange(matrix.rows) if ids is None else values(ids)
+    rows = np.arange(matrix.rows) if ids is None else elements(ids)
     out = Output(*rows.shape, matrix.columns)
     flat, to = rows.reshape(-1), out.values.reshape(-1, matrix.columns)
     perform(lambda: matrices.unpack(matrix, flat.astype(np.int64) % matrix.rows, to))
@@ -111,14 +112,14 @@ def attention(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask:
         seen = np.ascontiguousarray(np.asarray(mask), np.uint8).reshape(-1, length, tokens)
     out = Output(*q.shape)
     shape = (batch, length, n_heads, n_kv_heads, head_dim, room)
-    flat = (array.reshape(-1) for array in (floats(q), padded[0], padded[1]))
+    flat = (array.reshape(-1) for array in (elements(q), padded[0], padded[1]))
     kernels.attention(shape, *flat, seen, masked, isinstance(mask, str), np.float32(scale), out.values.reshape(-1))
     return out.array()
 
 
 def best_token(logits: mx.array) -> mx.array:
     """ops.best_token."""
-    values = floats(logits)
+    values = elements(logits)
     finite = np.isfinite(values.sum(axis=-1))
     return mx.array(np.where(finite, values.argmax(axis=-1), -1).astype(np.int32))
 
@@ -130,15 +131,15 @@ def best_token(logits: mx.array) -> mx.array:
 def matvec(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float] | None, residual: mx.array | None) -> mx.array:
     """ops.matvec."""
     out = Output(1, 1, matrix.rows)
-    added = _NO_ELEMENTS if residual is None else floats(residual).reshape(-1)
-    _multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), added, out.values[0, 0])
+    added = _NO_ELEMENTS if residual is None else elements(residual).reshape(-1)
+    _multiply_one(elements(x).reshape(-1), matrix, _norm_of(norm), added, out.values[0, 0])
     return out.array()
 
 
 def matvec_swiglu(x: mx.array, matrix: Matrix, norm: tuple[mx.array, float]) -> mx.array:
     """ops.matvec_swiglu."""
     both, out = np.empty((2, 1, matrix.rows // 2), np.float32), Output(1, 1, matrix.rows // 2)
-    _multiply_one(floats(x).reshape(-1), matrix, _norm_of(norm), _NO_ELEMENTS, both.reshape(-1))
+    _multiply_one(elements(x).reshape(-1), matrix, _norm_of(norm), _NO_ELEMENTS, both.reshape(-1))
     perform(partial(kernels.swiglu, both[0], both[1], out.values[0]))
     return out.array()
 
@@ -154,15 +155,15 @@ def matvec_qkv(
     n_heads: int,
 ) -> tuple[mx.array, mx.array]:
     """ops.matvec_qkv."""
-    vector, weight, start = floats(x).reshape(-1), _norm_of(norm), 0
+    vector, weight, start = elements(x).reshape(-1), _norm_of(norm), 0
     qkv = np.empty((1, sum(matrix.rows for matrix in pieces)), np.float32)
     for matrix in pieces:
         _multiply_one(vector, matrix, weight, _NO_ELEMENTS, qkv[0, start : start + matrix.rows])
         start += matrix.rows
     heads, head_dim = recent_kv.shape[1], recent_kv.shape[3]
     q, kv, recent = Output(1, n_heads, 1, head_dim), np.empty((heads, head_dim), np.float32), Output(*recent_kv.shape)
-    perform(_qkv_rope(qkv, bias, floats(table), n_heads + heads // 2, q.values, kv))
-    older, at = later(recent_kv), values(position)
+    perform(_qkv_rope(qkv, bias, elements(table), n_heads + heads // 2, q.values, kv))
+    older, at = later(recent_kv), elements(position)
 
     def put() -> None:
         recent.values[...] = older()  # a copy: the caller may go back to the old one
@@ -184,8 +185,8 @@ def decode_attention(
     """ops.decode_attention for a head_dim that 16 divides."""
     n_rows, n_heads, _, head_dim = q.shape
     shape, float_scale, out = (n_rows, n_heads, kv.shape[1] // 2, head_dim), np.float32(scale), Output(*q.shape)
-    queries, older, recent, at = floats(q).reshape(-1), later(kv), later(recent_kv), values(position)
-    firsts = np.zeros(n_rows, np.int64) if first is None else values(first)
+    queries, older, recent, at = elements(q).reshape(-1), later(kv), later(recent_kv), elements(position)
+    firsts = np.zeros(n_rows, np.int64) if first is None else elements(first)
 
     def attend() -> None:
         newest, buffered = int(at[0]), int(at[1])
@@ -207,7 +208,7 @@ def decode_attention(
 
 
 def _norm_of(norm: tuple[mx.array, float] | None) -> tuple[np.ndarray, float]:
-    return (_NO_ELEMENTS, 0.0) if norm is None else (floats(norm[0]), norm[1])
+    return (_NO_ELEMENTS, 0.0) if norm is None else (elements(norm[0]), norm[1])
 
 
 def _multiply_one(
@@ -222,11 +223,11 @@ def _multiply_one(
     perform(matrices.one_product(x, a, norm, _NO_ELEMENTS, small))
     perform(matrices.one_product(x, matrix, norm, residual if row_scale is None else _NO_ELEMENTS, out))
     if row_scale is not None:
-        perform(partial(np.multiply, out, floats(row_scale), out))
+        perform(partial(np.multiply, out, elements(row_scale), out))
         if residual.size:
             perform(partial(np.add, out, residual, out))
     if supports(b):
         perform(matrices.one_product(small, b, (_NO_ELEMENTS, 0.0), out, out))
     else:
-        columns = floats(b.arrays[0])
+        columns = elements(b.arrays[0])
         perform(lambda: np.add(out, columns @ small, out))
