@@ -49,13 +49,10 @@ class Accepted:
 
     def _said(self, role: str, content: Any) -> list[Message]:
         """A conversation in which this role says `content`."""
-        if role != "tool":
-            before = [{"role": "user", "content": "a question"}] * (role == "assistant")
-            return [*before, {"role": role, "content": content}]
-        call = {"id": "call00000", "type": "function", "function": {"name": "probed_function", "arguments": {}}}
-        answer = {"role": "assistant", "tool_calls": [call], **self.no_content}
-        result = {"role": "tool", "content": content, "tool_call_id": "call00000", "name": "probed_function"}
-        return [{"role": "user", "content": "a question"}, answer, result]
+        if role == "tool":
+            return _called({}, self.no_content, content)
+        before = [{"role": "user", "content": "a text"}] * (role == "assistant")
+        return [*before, {"role": role, "content": content}]
 
     @functools.cached_property
     def developer(self) -> bool:
@@ -64,12 +61,8 @@ class Accepted:
         return self._names_developer and "probed text" in (self.rendered(messages) or "")
 
     def _call(self, arguments: Any, content: Message) -> str:
-        """A call between a question and the call's result."""
-        function = {"name": "probed_function", "arguments": arguments}
-        call = {"id": "call00000", "type": "function", "function": function}
-        answer = {"role": "assistant", "tool_calls": [call], **content}
-        result = {"role": "tool", "content": "a result", "tool_call_id": "call00000", "name": "probed_function"}
-        return self.rendered([{"role": "user", "content": "a text"}, answer, result]) or ""
+        """The text of a call, in an answer with this content."""
+        return self.rendered(_called(arguments, content, "a result")) or ""
 
     @functools.cached_property
     def no_content(self) -> Message:
@@ -102,6 +95,15 @@ class Accepted:
         other = {**messages[i], "content": "a text" if messages[i].get("content") != "a text" else "another text"}
         text = self.rendered(messages)
         return text is not None and text == self.rendered([*messages[:i], other, *messages[i + 1 :]])
+
+
+def _called(arguments: Any, content: Message, result: Any) -> list[Message]:
+    """A call between a question and the call's result; content: of the answer that calls."""
+    function = {"name": "probed_function", "arguments": arguments}
+    call = {"id": "call00000", "type": "function", "function": function}
+    answer = {"role": "assistant", "tool_calls": [call], **content}
+    returned = {"role": "tool", "content": result, "tool_call_id": "call00000", "name": "probed_function"}
+    return [{"role": "user", "content": "a text"}, answer, returned]
 
 
 def normalized(messages: Any, accepted: Accepted) -> list[Message]:
