@@ -106,11 +106,11 @@ def gguf_defaults(file: GGUFFile) -> SamplingSettings:
     ignored = sorted(stored.keys() - GGUF_NAMES.keys())
     if ignored:
         warnings.warn(f"{file.path.name}: the sampling settings {', '.join(ignored)} are ignored.", stacklevel=2)
-    names = [*_described(metadata), file.path.stem]
-    family = family_settings(names, str(metadata.get("tokenizer.chat_template", "")))
-    if not own:
-        return family
     if "temperature" not in own:  # the rest of them says nothing against the family's
+        names = [*_described(metadata), file.path.stem]
+        family = family_settings(names, str(metadata.get("tokenizer.chat_template", "")))
+        if not own:
+            return family
         own = {name: getattr(family, name) for name in GGUF_NAMES.values()} | own
     return _settings(own, f"general.sampling of {file.path.name}", file.path)
 
@@ -168,10 +168,11 @@ def folder_defaults(folder: Path) -> SamplingSettings:
         own_folder = folder.absolute()
         if own_folder.parent.name == "snapshots":  # of the Hub's cache, where a hash stands for the name
             own_folder = own_folder.parent.parent
-        tokenizer = folder / "tokenizer_config.json"
-        templates = chat_templates(folder, read_json(tokenizer) if tokenizer.exists() else {})
-        names = [own_folder.name, str(config.get("_name_or_path", ""))]
-        settings = family_settings(names, templates.get("default", ""))
+        settings = family_settings([own_folder.name, str(config.get("_name_or_path", ""))])
+        if settings is GREEDY_SETTINGS:
+            tokenizer = folder / "tokenizer_config.json"
+            templates = chat_templates(folder, read_json(tokenizer) if tokenizer.exists() else {})
+            settings = family_settings([], templates.get("default", ""))
         if settings is not GREEDY_SETTINGS:
             return settings
     return _settings(penalties, path.name, path) if path.exists() else GREEDY_SETTINGS
