@@ -1,4 +1,4 @@
-"""What the decoding kernels cost an Apple GPU, counted on any machine: instructions and cycles a number, and registers.
+"""The cost of the decoding kernels for an Apple GPU, counted on any machine: instructions, cycles and registers.
 
 Each kernel's Metal text for a 7B model, as MLX would compile it, goes through clang (as C++ for OpenCL) and LLVM. The
 instructions of the innermost loop that reads most of the weights are counted, for each weight that the loop reads;
@@ -175,7 +175,7 @@ def others() -> list[Launch]:
 
 
 def numbers(launch: Launch) -> tuple[int, str]:
-    """How many numbers a thread reads in a round of the kernel's loop (or writes, without a loop), and their name."""
+    """The count of numbers that a thread reads in a round of the kernel's loop (or writes), and their name."""
     values = launch.template
     if launch.name.startswith("matvec"):
         kind = next(kind for kind in CHUNKS if kind in launch.name)
@@ -343,7 +343,7 @@ def _priced(line: str) -> tuple[str, float, float]:
 
 
 def cost(launch: Launch) -> Cost:
-    """What a launch costs."""
+    """The cost of a launch."""
     code = compiled(launch.source.text)
     each, of = numbers(launch)
     limits = {limit: registers(code, launch.threads, limit) for limit in LIMITS}

@@ -1,4 +1,4 @@
-"""What benchmarks.metal_cost counts, on code whose counts are known. Nothing is downloaded."""
+"""The counts of benchmarks.metal_cost, on code whose counts are known. Nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from ..text.to_gguf import tokenizer_metadata
 LARGEST_CARD = 1 << 20  # bytes of README.md
 # Fields of a model card that gguf-py knows and that name a model's origin.
 CARD_FIELDS = ("license", "license_name", "license_link", "base_model", "tags", "language", "datasets")
-# What a file says of how it was quantized, which a file of another type must not repeat.
+# A file says by these how it was quantized, which a file of another type must not repeat.
 OF_ONE_TYPE = ("general.file_type", "general.quantization_version", "general.quantized_by", "quantize.imatrix.")
 INT32, ARRAY = 5, 9
 

@@ -258,7 +258,7 @@ def test_the_same_text_here_and_the_same_logits_in_transformers(tmp_path: Path, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused, and what a failure leaves
+# Refusals, and the state after a failure
 
 
 def test_files_that_are_not_replaced(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture):

@@ -47,8 +47,8 @@ def ids_of(path: Path, text: str) -> list[int]:
 
 
 def expected_of(path: Path, texts: list[str], result: Callable[[np.ndarray, str], Any]) -> list[np.ndarray]:
-    """What `result` makes of transformers' last hidden states (tokens, hidden_size) of each text alone: in float32, and
-    with every step in float64."""
+    """The outcome of `result` on transformers' last hidden states (tokens, hidden_size) of each text alone, in float32
+    and with every step in float64."""
     model, both = theirs_of(path), []
     for precise in (model, in_float64(model)):
         with torch.no_grad():

@@ -57,7 +57,7 @@ def each(names: str | Sequence[str], cases: Iterable[Any], ids: Ids = None) -> C
 
 
 def fresh(fixtures: dict[str, Any], number: int, stack: ExitStack) -> dict[str, Any]:
-    """What pytest would make anew for each test."""
+    """The fixtures that pytest would make anew for each test."""
     own: dict[str, Any] = {}
     if "tmp_path" in fixtures:
         own["tmp_path"] = Path(fixtures["tmp_path"]) / f"case{number}"

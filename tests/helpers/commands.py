@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTE
 
 
 def run_here(main: Callable[[], Any], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """What a process that runs this command would give; the signal handlers stay those of this process."""
+    """The result of a process that runs this command; the signal handlers stay those of this process."""
     given, out, err = (io.TextIOWrapper(io.BytesIO(data), encoding="utf-8") for data in (stdin, b"", b""))
     handlers = [signal.getsignal(number) for number in SIGNALS]
     try:
