@@ -8,6 +8,7 @@ at most.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -223,37 +224,51 @@ class Scheduler:
         left = max(64, self._chunk // 4) if self._running and not crowd else self._chunk
         read = 0
         while self._reading and (not read or read + _unread(self._reading[0]) <= left):
-            read += self._read_chunk(rows, left)
+            read += self._read_chunk(rows, left - read)
 
     def _read_chunk(self, rows: Rows, length: int) -> int:
-        """Reads a chunk of the first prompt, and returns how many tokens it had."""
+        """Reads a chunk of the first prompt, or at once all of it and of others, and returns how many tokens it had."""
         job = self._reading[0]
-        reader = job.prompts.reader  # type: ignore[union-attr]  # _begin made it
-        now = time.monotonic()
-        late = job.deadline is not None and now > job.deadline
-        late |= job.prompt_seconds is not None and reader.done > 0 and now - job.began > job.prompt_seconds
-        if late or (job.read_only and reader.total - reader.done <= 1):
+        prompts = _prompts(job)
+        reader = prompts.reader
+        left = reader.total - reader.done
+        if _late(job) or (job.read_only and left <= 1):
             self._end_reading(job)
             self._post(job, GenerationChunk("", -1, "length", job.stats))
             return 0
-        before = reader.done
-        if job.read_only:
-            length = min(length, reader.total - reader.done - 1)
-        logits = reader.read(length)
-        self.metrics.prompt_tokens += reader.done - before
-        self._reading.rotate(-1)
+        jobs = self._together(length)
+        if len(jobs) > 1:
+            prompts = Prompts(self.model, [job.ids for job in jobs], [job.settings for job in jobs])
+            count, logits = sum(len(job.ids) for job in jobs), prompts.reader.read(length)
+        else:
+            count = min(length, left - 1 if job.read_only else left)
+            logits = reader.read(count)
+        self.metrics.prompt_tokens += count
         if logits is None:
-            return reader.done - before
+            self._reading.rotate(-1)
+            return count
         if job.followed and job.use_cache:
-            self.cache.add(job.ids, job.prompts.state.cache)  # type: ignore[union-attr]
-        rows.join(job.prompts, logits)  # type: ignore[arg-type]
-        self._reading.remove(job)
-        job.prompts, job.started = None, True
-        self._running.append(job)
+            self.cache.add(job.ids, prompts.state.cache)
+        rows.join(prompts, logits)
         now = time.monotonic()
-        job.stats.prompt_seconds, job.began = now - job.began, now
-        self.metrics.prompt_seconds += job.stats.prompt_seconds
-        return reader.done - before
+        for job in jobs:
+            self._reading.remove(job)
+            self._running.append(job)
+            job.prompts, job.started = None, True
+            job.stats.prompt_seconds, job.began = now - job.began, now
+            self.metrics.prompt_seconds += job.stats.prompt_seconds
+        return count
+
+    def _together(self, length: int) -> list[Job]:
+        """The first job, and the next ones if a pass of `length` tokens reads all of their prompts, at most half of it
+        padding: a pass of few tokens costs hardly less than one of many."""
+        jobs = list(itertools.takewhile(_is_new, self._reading)) or [self._reading[0]]
+        while len(jobs) > 1:
+            sizes = [len(job.ids) for job in jobs]
+            if max(sizes) * len(jobs) <= min(length, 2 * sum(sizes)):
+                break
+            jobs.pop()
+        return jobs
 
     def _end_reading(self, job: Job) -> None:
         """Ends a job whose prompt is read in part; what is read is kept for the next request."""
@@ -353,10 +368,29 @@ class Scheduler:
         self._outbox = []
 
 
+def _prompts(job: Job) -> Prompts:
+    if job.prompts is None:
+        raise ValueError("The job has not begun.")
+    return job.prompts
+
+
 def _unread(job: Job) -> int:
     """Tokens of a job's prompt that are still to be read."""
-    reader = job.prompts.reader  # type: ignore[union-attr]  # _begin made it
+    reader = _prompts(job).reader
     return reader.total - reader.done
+
+
+def _is_new(job: Job) -> bool:
+    """True for a whole prompt, none of which is known, that nothing but its answer is wanted of."""
+    known = job.stats.reused_tokens + _prompts(job).reader.done
+    return not (known or job.read_only or job.followed or _late(job))
+
+
+def _late(job: Job) -> bool:
+    """True where a job's time for reading is over."""
+    now, done = time.monotonic(), _prompts(job).reader.done
+    late = job.deadline is not None and now > job.deadline
+    return late or (job.prompt_seconds is not None and done > 0 and now - job.began > job.prompt_seconds)
 
 
 def _deliver(events: list[tuple[Job, GenerationChunk | Exception]]) -> None:

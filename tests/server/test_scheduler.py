@@ -131,16 +131,24 @@ def test_a_long_prompt_lets_running_rows_go_on_and_short_prompts_pass(small, mon
 
 def test_short_prompts_join_together_and_no_turn_reads_more_than_a_chunk(small, monkeypatch):
     """Eight prompts of 20 tokens: where they wait together they are read in one turn, also beside a running row, and
-    beside as many running rows in turns of 64 tokens."""
+    beside as many running rows in turns of 64 tokens. One pass reads all of a turn, but for prompts of other lengths
+    and those that begin as a known one."""
     scheduler = Scheduler(*small, slots=17, prefill_step_size=256)
     sizes: list[int] = []
-    step = Rows.step
+    passes: list[tuple[int, int]] = []
+    step, hidden = Rows.step, FusedModel.hidden
 
     def counted(self, ahead=True):
         sizes.append(len(self.state.settings))
         return step(self, ahead)
 
+    def passed(self, input_ids, cache, keep=0):
+        if input_ids.shape[1] > 1:
+            passes.append(input_ids.shape)
+        return hidden(self, input_ids, cache, keep)
+
     monkeypatch.setattr(Rows, "step", counted)
+    monkeypatch.setattr(FusedModel, "hidden", passed)
     asked = {"temperature": 0, "max_tokens": 100, **GOES_ON}
 
     async def body() -> None:
@@ -150,6 +158,7 @@ def test_short_prompts_join_together_and_no_turn_reads_more_than_a_chunk(small, 
             await result(one)
         assert sizes[0] == 8
         assert scheduler.load == (0, 0)
+        assert passes == [(8, 20)]
         running = job(small, [9, 9], asked | {"max_tokens": 400})
         scheduler.submit([running])
         await running.events.get()
@@ -166,7 +175,15 @@ def test_short_prompts_join_together_and_no_turn_reads_more_than_a_chunk(small, 
         joining = sizes[: sizes.index(17)]
         assert joining == sorted(joining)
         assert {12, 15} <= set(joining) <= {1, 9, 12, 15}
+        assert passes[1:] == [(1, 2), (8, 20), (3, 20), (3, 20), (2, 20)]
         scheduler.cancel([running, *first])
+        passes.clear()
+        known = [2] * 20 + [5]  # as the third of the first eight
+        uneven = [job(small, ids, asked) for ids in ([1, 6] * 20, [1, 7] * 10, known, [5, 3, 1], [5, 1])]
+        scheduler.submit(uneven)
+        for one in uneven:
+            await result(one)
+        assert passes == [(2, 40), (2, 3)]  # and the known one's last token by itself
 
     run(scheduler, body)
 
