@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -37,7 +38,7 @@ class Output:
 
     def __init__(self, *shape: int) -> None:
         self._array: mx.array | None = None
-        if np.prod(shape) <= SMALL or replay.current() is not None:
+        if math.prod(shape) <= SMALL or replay.current() is not None:
             self.values = np.empty(shape, np.float32)
         else:
             self._array = mx.empty(shape, mx.float32)

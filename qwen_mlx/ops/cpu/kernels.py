@@ -193,17 +193,34 @@ def _products(
             out[o0 + r3], out[o1 + r3], out[o2 + r3] = total(s30), total(s31), total(s32)
 
 
-@_compiled
-def multiply(w: np.ndarray, x: np.ndarray, columns: int, start: int, out: np.ndarray, width: int) -> None:
-    """Columns of out (B, width) from `start` on = x w^T for w (n, columns) and x (B, columns), flat.
+@_serial
+def _tile_height(columns: int) -> int:
+    """Rows of so many columns, a multiple of 4, that a core's cache holds."""
+    return max(4, min(64, TILE // columns // 4 * 4))
 
-    A thread takes the rows of w that its core's cache holds.
-    """
-    n_rows, height = w.size // columns, max(4, min(64, TILE // columns // 4 * 4))
+
+@_compiled
+def multiply(w: np.ndarray, x: np.ndarray, columns: int, out: np.ndarray) -> None:
+    """out (B, n) = x w^T for w (n, columns) and x (B, columns), flat. A thread takes a tile of w."""
+    n_rows, n_vectors, height = w.size // columns, x.size // columns, _tile_height(columns)
     for t in prange(-(-n_rows // height)):
         first = t * height
-        rows, vectors = min(height, n_rows - first), x.size // columns
-        _products(w, first * columns, columns, rows, x, 0, columns, vectors, columns, out, start + first, width)
+        rows = min(height, n_rows - first)
+        _products(w, first * columns, columns, rows, x, 0, columns, n_vectors, columns, out, first, n_rows)
+
+
+@_compiled
+def multiply_packed(matrix: Any, n_rows: int, blocks: int, x: np.ndarray, columns: int, out: np.ndarray) -> None:
+    """As multiply for a packed matrix of so many rows and blocks a row. A thread unpacks a tile and multiplies it while
+    it lies in its core's cache."""
+    n_vectors, height = x.size // columns, _tile_height(columns)
+    for t in prange(-(-n_rows // height)):
+        first = t * height
+        rows = min(height, n_rows - first)
+        w = np.empty(height * columns, np.float32)
+        for block in range(_uint(rows * blocks)):
+            store_values(matrix, _uint(first * blocks) + block, w, block)
+        _products(w, 0, columns, rows, x, 0, columns, n_vectors, columns, out, first, n_rows)
 
 
 @_serial

@@ -13,9 +13,6 @@ from ..matrix import Matrix
 from . import kernels, packings
 from .arrays import as_bytes, elements
 
-APART = 3  # vectors that a packed matrix is multiplied by one after the other: unpacking it would take longer
-UNPACKED = 1 << 20  # weights that are unpacked at a time: 4 MiB stay in the processor's cache until they are multiplied
-
 _NOTHING = np.empty(0, np.float32)
 _BLOCKS: dict[str, Any] = {
     "q4_0": packings.Q40,
@@ -50,19 +47,13 @@ def supports(matrix: Matrix) -> bool:
 
 def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
     """out (B, rows) = x W^T for x (B, columns)."""
-    packed, columns = _compiled_form(matrix), matrix.columns
-    if len(x) == 1 or (len(x) <= APART and not isinstance(packed, packings.Floats)):
-        for vector, products in zip(x, out):
-            one_product(vector, matrix, (_NOTHING, 0.0), _NOTHING, products)()
+    packed, columns, vectors = _compiled_form(matrix), matrix.columns, x.reshape(-1)
+    if len(x) == 1:
+        one_product(x[0], matrix, (_NOTHING, 0.0), _NOTHING, out[0])()
     elif isinstance(packed, packings.Floats):
-        kernels.multiply(packed.values, x.reshape(-1), columns, 0, out.reshape(-1), matrix.rows)
+        kernels.multiply(packed.values, vectors, columns, out.reshape(-1))
     else:
-        step = max(1, UNPACKED // columns)
-        w = np.empty(min(step, matrix.rows) * columns, np.float32)
-        for start in range(0, matrix.rows, step):
-            rows = np.arange(start, min(start + step, matrix.rows))
-            kernels.unpack(packed, _blocks(packed, columns), rows, w)
-            kernels.multiply(w[: rows.size * columns], x.reshape(-1), columns, start, out.reshape(-1), matrix.rows)
+        kernels.multiply_packed(packed, matrix.rows, _blocks(packed, columns), vectors, columns, out.reshape(-1))
 
 
 def one_product(

@@ -84,7 +84,7 @@ def matmul(x: mx.array, w: mx.array) -> mx.array:
     """ops.matmul, for a multiple of 8 columns."""
     rows, columns = w.shape
     out = Output(*x.shape[:-1], rows)
-    kernels.multiply(elements(w).reshape(-1), elements(x).reshape(-1), columns, 0, out.values.reshape(-1), rows)
+    kernels.multiply(elements(w).reshape(-1), elements(x).reshape(-1), columns, out.values.reshape(-1))
     return out.array()
 
 
