@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a room may import the rooms before it, for types too, and none after it.
 ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "encoding"]
 ROOMS += ["loading", "conversion", "server", "cli"]
-DOORS = ["__main__", "generate", "chat", "convert", "fuse", "export", "evaluate", "embed", "score", "selftest", "serve"]
+DOORS = ["__main__", "generate", "chat", "convert", "evaluate", "selftest", "serve"]
 
 
 def is_module(name: str) -> bool:

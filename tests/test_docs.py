@@ -21,7 +21,7 @@ from reference.small_models import RandomModel, write_gguf
 from tests.helpers.cases import each
 
 ROOT = Path(__file__).parents[1]
-DOORS = ("__main__", "generate", "chat", "convert", "fuse", "export", "evaluate", "embed", "score", "selftest", "serve")
+DOORS = ("__main__", "generate", "chat", "convert", "evaluate", "selftest", "serve")
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -1,4 +1,4 @@
-"""The installed program `qwen-mlx` and its subcommands, each of which is also `python -m qwen_mlx.COMMAND`."""
+"""The installed program `qwen-mlx`, which is also `python -m qwen_mlx`, and its subcommands."""
 
 from __future__ import annotations
 
