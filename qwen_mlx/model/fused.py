@@ -205,11 +205,10 @@ class FusedModel:
     ) -> list[mx.array]:
         n_layers = len(self._layers)
         buffers, recent = arrays[:n_layers], list(arrays[n_layers:])
-        newest = mx.arange(recent[0].shape[2])[:, None] == position[0] - position[1]
 
         def attend(i: int, q: mx.array, kv: mx.array) -> mx.array:
             rows, _, n_heads, head_dim = q.shape
-            recent[i] = mx.where(newest, kv.reshape(rows, -1, 1, head_dim), recent[i])
+            recent[i] = ops.put_recent(recent[i], kv.reshape(rows, -1, 1, head_dim), position)
             out = ops.decode_attention(
                 q.reshape(rows, n_heads, 1, head_dim),
                 buffers[i],

@@ -174,7 +174,10 @@ def matvec_qkv(
 
 
 def put_recent(recent_kv: mx.array, kv: mx.array, position: mx.array) -> mx.array:
-    """recent_kv with kv (1, 2 n_kv_heads, 1, head_dim) at position[0] - position[1]."""
+    """recent_kv (B, 2 n_kv_heads, tokens, head_dim) with kv (B, 2 n_kv_heads, 1, head_dim) at position[0] -
+    position[1]."""
+    if on_cpu("step", recent_kv.dtype):
+        return cpu.put_recent(recent_kv, kv, position)
     here = mx.arange(recent_kv.shape[2]) == position[0] - position[1]
     return mx.where(here[:, None], kv, recent_kv)
 

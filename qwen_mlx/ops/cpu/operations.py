@@ -161,16 +161,25 @@ def matvec_qkv(
         _multiply_one(vector, matrix, weight, _NO_ELEMENTS, qkv[0, start : start + matrix.rows])
         start += matrix.rows
     heads, head_dim = recent_kv.shape[1], recent_kv.shape[3]
-    q, kv, recent = Output(1, n_heads, 1, head_dim), np.empty((heads, head_dim), np.float32), Output(*recent_kv.shape)
+    q, kv = Output(1, n_heads, 1, head_dim), np.empty((1, heads, 1, head_dim), np.float32)
     perform(_qkv_rope(qkv, bias, elements(table), n_heads + heads // 2, q.values, kv))
-    older, at = later(recent_kv), elements(position)
+    return q.array(), _put_recent(recent_kv, kv, position)
+
+
+def put_recent(recent_kv: mx.array, kv: mx.array, position: mx.array) -> mx.array:
+    """ops.put_recent."""
+    return _put_recent(recent_kv, elements(kv), position)
+
+
+def _put_recent(recent_kv: mx.array, kv: np.ndarray, position: mx.array) -> mx.array:
+    out, older, at = Output(*recent_kv.shape), later(recent_kv), elements(position)
 
     def put() -> None:
-        recent.values[...] = older()  # a copy: the caller may go back to the old one
-        recent.values[0, :, at[0] - at[1]] = kv
+        out.values[...] = older()  # a copy: the caller may go back to the old one
+        out.values[:, :, at[0] - at[1]] = kv[:, :, 0]
 
     perform(put)
-    return q.array(), recent.array()
+    return out.array()
 
 
 def decode_attention(
