@@ -35,6 +35,15 @@ TRAINED_CONTEXT = 32768  # tokens: what Qwen2.5 was trained on, and its document
 DOCUMENTED_YARN = 4  # Qwen's documentation: 131,072 tokens
 LARGEST_CONTEXT = DOCUMENTED_YARN * TRAINED_CONTEXT  # tokens that config.json gives a Qwen2.5 but for Qwen2.5-1M
 MOST_YARN = 32  # the largest factor of Peng et al. 2023
+# A GGUF's rotary settings that are read here (None), or may only have the value that changes nothing.
+GGUF_ROPE_FIELDS: dict[str, float | None] = {
+    **dict.fromkeys(("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type")),
+    **dict.fromkeys(("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned")),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")),
+    **dict.fromkeys(("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")),
+    "rope.scaling.yarn_ext_factor": 1,
+    "rope.scaling.yarn_log_multiplier": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,11 @@ class RopeScaling:
             optional = name == "attention_factor" and value is None
             if not optional and (not _is_number(value) or value <= 0):
                 raise QwenMLXError(f"rope scaling's {name} is {value!r}, expected a positive number.")
+        if self.beta_fast < self.beta_slow:
+            raise QwenMLXError(
+                f"rope scaling's beta_fast is {self.beta_fast!r} and its beta_slow {self.beta_slow!r}, expected the "
+                "larger one first; swap them."
+            )
 
 
 @dataclass(frozen=True)
@@ -277,6 +291,13 @@ class ModelConfig:
             raise GGUFError(
                 f"{where}: qwen2.attention.value_length differs from the key length, {head_dim}; Qwen2 has one."
             )
+        neutral = {f"qwen2.{name}": value for name, value in GGUF_ROPE_FIELDS.items()}
+        for key, value in metadata.items():
+            if key.startswith("qwen2.rope.") and neutral.get(key, value) is not None and neutral.get(key) != value:
+                raise GGUFError(
+                    f"{where}: metadata field {key!r:.80} is {value!r:.80}, a rotary setting that no qwen2 model has; "
+                    "convert the model again."
+                )
         rope_dim = get("rope.dimension_count", int, head_dim)
         if rope_dim != head_dim:
             raise GGUFError(f"{where}: qwen2.rope.dimension_count is {rope_dim}, expected the head size {head_dim}.")
@@ -287,7 +308,7 @@ class ModelConfig:
                 f"{where}: metadata field 'qwen2.block_count' is {num_hidden_layers}, but the file holds "
                 f"{len(file.tensors)} tensors; it is damaged, download it again."
             )
-        # As llama.cpp reads them: a factor without a type is linear, and 0 is none.
+        # llama.cpp reads them so: a factor without a type is linear, and 0 is none.
         scaling, scaling_type = None, metadata.get("qwen2.rope.scaling.type", "linear")
         if scaling_type not in ("none", "linear", "yarn"):
             raise GGUFError(
@@ -298,6 +319,8 @@ class ModelConfig:
         try:
             if scaling_type == "yarn" or (scaling_type == "linear" and factor != 1):
                 own = get("rope.scaling.attn_factor", float, required=False)
+                second = get("rope.scaling.yarn_attn_factor", float, required=False)
+                own = second if own is None else own * (1.0 if second is None else second)  # ggml multiplies both
                 scaling = RopeScaling(
                     type=scaling_type,
                     factor=factor,
@@ -354,13 +377,19 @@ class ModelConfig:
                 f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2' (Qwen2, Qwen2.5 and the "
                 "distillations that share it); mlx-lm runs others."
             )
-        if raw.get("hidden_act", "silu") != "silu":
+        if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise QwenMLXError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'.")
         rope: dict[str, Any] = {}
         for name in ("rope_parameters", "rope_scaling"):  # what is edited by hand, as Qwen's README says, wins
             given = raw.get(name) or {}
             if not isinstance(given, dict):
                 raise QwenMLXError(f"{path}: the rope parameters are {given!r}, expected an object.")
+            by_layer = sorted(key for key, value in given.items() if isinstance(value, dict))
+            if by_layer:
+                raise QwenMLXError(
+                    f"{path}: {name} has settings by kind of layer ({by_layer[0]!r:.80}), expected one for all; no "
+                    "Qwen2 has several."
+                )
             if {"type", "rope_type"} & given.keys():
                 rope = {key: value for key, value in rope.items() if key == "rope_theta"}
             rope |= given
@@ -406,14 +435,27 @@ def _rope_scaling(rope: Mapping[str, Any], context_length: int, path: Path) -> R
         raise QwenMLXError(
             f"{path}: rope type is {kind!r:.80}, expected 'default', 'linear' or 'yarn'; mlx-lm runs others."
         )
-    for key, default in (("truncate", True), ("mscale", None), ("mscale_all_dim", None)):
-        if rope.get(key, default) != default:
-            raise QwenMLXError(f"{path}: rope scaling sets {key!r} to {rope[key]!r}, which Qwen2.5 models do not use.")
+    if rope.get("truncate", True) is not True:
+        raise QwenMLXError(
+            f"{path}: rope scaling sets 'truncate' to {rope['truncate']!r}, which Qwen2.5 models do not use."
+        )
     if "factor" not in rope:
         raise QwenMLXError(f"{path}: rope scaling of type {kind!r} has no 'factor'.")
     optional = {key: rope[key] for key in ("attention_factor", "beta_fast", "beta_slow") if rope.get(key) is not None}
     original = rope.get("original_max_position_embeddings") or context_length
-    return RopeScaling(kind, rope["factor"], original, **optional)
+    factor = rope["factor"]
+    if factor is None and kind == "yarn" and _is_number(original) and original > 0:
+        factor = context_length / original
+    scales = {key: rope[key] for key in ("mscale", "mscale_all_dim") if rope.get(key) is not None}
+    if scales and not (kind == "yarn" and len(scales) == 2 and all(_is_number(v) and v > 0 for v in scales.values())):
+        raise QwenMLXError(
+            f"{path}: rope scaling sets {scales!r:.80}, expected positive numbers for both mscale and mscale_all_dim, "
+            "of YaRN, or neither."
+        )
+    if scales and "attention_factor" not in optional and _is_number(factor) and factor > 1:
+        one, other = (0.1 * scale * math.log(factor) + 1 for scale in scales.values())
+        optional["attention_factor"] = one / other
+    return RopeScaling(kind, factor, original, **optional)
 
 
 def _is_number(value: Any) -> bool:

@@ -94,6 +94,26 @@ def test_config_json_gguf_and_argument_give_what_is_documented(tmp_path: Path):
     assert rotary_of(configs[0]) != rotary_of(replace(configs[0], rope_scaling=None))
 
 
+@each(
+    "given",
+    [
+        {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3},
+        {"factor": 1.0, "mscale": 0.7, "mscale_all_dim": 1.3},
+        {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": 1.25},
+        {"factor": None, "original_max_position_embeddings": 1024},
+        {"factor": 4.0, "beta_fast": 8, "beta_slow": 8},
+    ],
+)
+def test_settings_of_deepseek_s_yarn_equal_transformers(tmp_path: Path, given: dict):
+    raw = json.loads((save_folder(tmp_path, RandomModel(max_position_embeddings=4096)) / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 4096} | given
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    rotary = rotary_of(ModelConfig.from_folder(tmp_path))
+    oracle = modeling_qwen2.Qwen2RotaryEmbedding(transformers.Qwen2Config(**raw))
+    np.testing.assert_array_max_ulp(np.array(rotary.inv_freq, np.float32), oracle.inv_freq.numpy(), maxulp=2)
+    assert rotary.attention_factor == pytest.approx(oracle.attention_scaling, rel=1e-7)
+
+
 def test_each_field_of_rope_scaling_is_read_alone(tmp_path: Path):
     """What is left out is transformers' default; ggml's attn_factor is a factor on YaRN's own."""
     model, own = RandomModel(max_position_embeddings=4096), 0.1 * math.log(4) + 1
@@ -101,6 +121,7 @@ def test_each_field_of_rope_scaling_is_read_alone(tmp_path: Path):
     for name, key, value, expected in (
         ("attention_factor", "attn_factor", 0.75, 0.75 * own),
         ("attention_factor", "attn_factor", 1.0, own),
+        ("attention_factor", "yarn_attn_factor", 0.75, 0.75 * own),
         ("beta_fast", "yarn_beta_fast", 16.0, 16.0),
         ("beta_slow", "yarn_beta_slow", 2.0, 2.0),
         ("original_max_position_embeddings", "original_context_length", 64, 64),
