@@ -14,13 +14,28 @@ from .safetensors_files import StoredTensor
 
 PIECE = re.compile(r"(.*\.gguf)[.-](part-?\d+(of\d+)?|part-?[a-z]+|split-?[a-z]+|\d+|[a-z]{2})", re.IGNORECASE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# Beginnings of files in the place of a model's: what such a file is, and what to do.
+_WEB_PAGE = "a web page: download the file itself, whose address has /resolve/ in it"
+_REFUSAL = "a server's refusal: log in (hf auth login) or correct the name, and download the file again"
+_PICKLE = "a pickle of PyTorch's, which can hold programs: give safetensors or a .gguf file"
+# Beginnings of files in the place of a model's, after blanks: what such a file is, and what to do.
 BEGINNINGS = {
     b"version https://git-lfs": "a pointer that Git LFS leaves in a file's place: run `git lfs pull` in its folder",
-    b"<!doctype": "a web page: download the file itself, whose address has /resolve/ in it",
-    b"<html": "a web page: download the file itself, whose address has /resolve/ in it",
+    b"<!doctype": _WEB_PAGE,
+    b"<html": _WEB_PAGE,
+    b"<?xml": _REFUSAL,
+    b"Entry not found": _REFUSAL,
+    b"Invalid username": _REFUSAL,
+    b"Access to model": _REFUSAL,
+    b"Repository not found": _REFUSAL,
     b"PK\x03\x04": "an archive or a pickle of PyTorch's: give safetensors or a .gguf file",
+    **{bytes([0x80, version]): _PICKLE for version in (2, 3, 4, 5)},
     b"\x1f\x8b": "packed by gzip: unpack it and give what it holds",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it and give what it holds",
+    b"\xfd7zXZ\0": "packed by xz: unpack it and give what it holds",
+    b"BZh": "packed by bzip2: unpack it and give what it holds",
+    b"7z\xbc\xaf\x27\x1c": "packed by 7-Zip: unpack it and give what it holds",
+    b"Rar!": "packed by RAR: unpack it and give what it holds",
+    b"\x89HDF": "a model of Keras's (HDF5): give safetensors or a .gguf file",
     b"lmgg": "a GGML file, from before GGUF: take the model as GGUF",
     b"fmgg": "a GGML file, from before GGUF: take the model as GGUF",
     b"tjgg": "a GGML file, from before GGUF: take the model as GGUF",
@@ -65,11 +80,29 @@ def _refuse_beginning(path: Path) -> None:
     """Raises QwenMLXError for a file that begins as one that only stands in a model's place."""
     if not path.is_file():
         return
-    with open(path, "rb") as file:
-        beginning = file.read(32)
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(512)
+    except OSError:
+        return  # what reads the file says so
+    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for start, what in BEGINNINGS.items():
-        if beginning.lower().startswith(start.lower()):
+        if text.startswith(start.lower()):
             raise QwenMLXError(f"{path}: is {what}.")
+    if path.suffix == ".gguf":
+        _refuse_other_format(path, beginning, text)
+
+
+def _refuse_other_format(path: Path, beginning: bytes, text: bytes) -> None:
+    """Raises QwenMLXError for a file of a known format that is named .gguf."""
+    if beginning[8:9] == b"{" and beginning[5:8] == b"\0\0\0":  # after the header's length, below 1 TB
+        raise QwenMLXError(
+            f"{path}: is a file of safetensors; name it .safetensors, and give the folder with it and its config.json."
+        )
+    if beginning[257:262] == b"ustar":
+        raise QwenMLXError(f"{path}: is packed by tar: unpack it and give what it holds.")
+    if text.startswith(b"{"):
+        raise QwenMLXError(f"{path}: is JSON text and not a model's weights; download the file again.")
 
 
 def _refuse_folder(folder: Path) -> None:
@@ -82,7 +115,7 @@ def _refuse_folder(folder: Path) -> None:
             "folder as --adapter, or merge them (qwen-mlx fuse)."
         )
     for name in sorted(names):
-        if name.endswith((".safetensors", "tokenizer.json")):
+        if name.endswith((".safetensors", ".json")):
             _refuse_beginning(folder / name)
     if "config.json" in names or "model_index.json" in names:
         weights = [name for name in names if name.endswith(".safetensors")]
@@ -97,7 +130,8 @@ def _refuse_folder(folder: Path) -> None:
 
 def refuse_adapter(tensors: Mapping[str, StoredTensor]) -> None:
     """Raises QwenMLXError for a folder's tensors of which some are a LoRA adapter's, not merged into the model's."""
-    name = next((name for name in tensors if re.search(r"\.lora_[abAB]\b", name)), None)
+    wrapped = re.compile(r"\.lora_[abAB]\b|\.(base_layer|original_module|modules_to_save)\.")
+    name = next((name for name in tensors if wrapped.search(name)), None)
     if name is not None:
         raise QwenMLXError(
             f"{tensors[name].file}: tensor {name!r} is of a LoRA adapter; merge it into its base (peft's "

@@ -202,6 +202,17 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11\n"
         ("m.ggml", b"algg\1\0\0\0", "LoRA adapter from before GGUF"),
         ("m.zip", b"PK\3\4", "archive or a pickle"),
         ("m.gguf.gz", b"\x1f\x8b\x08", "gzip: unpack"),
+        ("m.gguf", b"\x28\xb5\x2f\xfd\x04", "zstd: unpack"),
+        ("m.gguf", b"\xfd7zXZ\0\0", "xz: unpack"),
+        ("m.gguf", b"BZh91AY", "bzip2: unpack"),
+        ("m.gguf", b"a" * 257 + b"ustar\0", "tar: unpack"),
+        ("m.gguf", b"\x80\x02}q\x00", "a pickle of PyTorch's"),
+        ("m.gguf", b"\x89HDF\r\n", "HDF5"),
+        ("m.gguf", b"\xef\xbb\xbf\n <!doctype html>", "a web page: download"),
+        ("m.gguf", b"Invalid username or password.", "a server's refusal: log in"),
+        ("m.gguf", b"Entry not found", "a server's refusal: log in"),
+        ("m.gguf", b'{"error": "Repository not found"}', "is JSON text and not a model's weights"),
+        ("m.gguf", (60).to_bytes(8, "little") + b'{"__metadata__"', "is a file of safetensors; name it"),
         ("model.safetensors", LFS, "git lfs pull"),
         ("Qwen2.5-7B.imatrix.dat", b"\xe1\0\0\0", "importance matrix"),
     ],
@@ -213,7 +224,7 @@ def test_a_file_in_a_model_s_place_says_what_it_is(tmp_path: Path, name: str, da
     assert str(tmp_path / name) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "tokenizer.json"])
+@each("name", ["model-00002-of-00002.safetensors", "tokenizer.json", "config.json"])
 def test_a_clone_without_git_lfs_says_so(tmp_path: Path, name: str):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(LFS)
