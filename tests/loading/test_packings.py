@@ -64,6 +64,7 @@ DENSE = {
     "fbgemm_fp8": ({"quant_method": "fbgemm_fp8"}, foreign.float_quantized, {}),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, foreign.float_quantized, {"scales": "one"}),
     "bitsandbytes nf4": (BNB, foreign.nf4, {}),
+    "bitsandbytes nf4 without its name": ({"load_in_4bit": True}, foreign.nf4, {}),
     "bitsandbytes nf4, nested": (BNB, foreign.nf4, {"nested": True}),
     "bitsandbytes nf4, stored as bfloat16": (
         BNB | {"bnb_4bit_quant_storage": "bfloat16"},
@@ -183,13 +184,20 @@ def test_activations_that_would_be_quantized_are_said(tmp_path: Path, capsys):
     assert "left out of quantization_config, because it is not known here: spin\n" in said
 
 
-def test_settings_beside_config_json(tmp_path: Path):
-    folder, expected = packed_folder(tmp_path / "m", GPTQ, foreign.gptq)
-    config = json.loads((folder / "config.json").read_text())
-    own = config.pop("quantization_config")
-    (folder / "config.json").write_text(json.dumps(config))
-    del own["quant_method"]
-    (folder / "quantize_config.json").write_text(json.dumps(own))
+@each(
+    ("file", "own", "pack"),
+    [
+        ("quantize_config.json", {key: GPTQ[key] for key in ("bits", "group_size")}, foreign.gptq),
+        (
+            "hf_quant_config.json",
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+            foreign.float_quantized,
+        ),
+    ],
+)
+def test_settings_beside_config_json(tmp_path: Path, file: str, own: dict, pack):
+    folder, expected = packed_folder(tmp_path / "m", None, pack)
+    (folder / file).write_text(json.dumps(own))
     name = "model.layers.1.mlp.down_proj.weight"
     np.testing.assert_array_equal(
         np.array(load(folder, quantized=False)[0].hf_parameters()[name]), expected.state_dict()[name]
@@ -289,6 +297,17 @@ def test_each_tensor_missing_or_of_another_dtype_or_shape(tmp_path: Path, kind: 
 SETTINGS = {
     "another method": ({"quant_method": "hqq"}, foreign.gptq, r"quant_method is 'hqq', expected one of auto-round, "),
     "no name": ({"quant_method": 3}, foreign.gptq, r"quant_method is 3, expected one of"),
+    "no method": (
+        {"config_groups": {}, "format": "pack-quantized"},
+        foreign.pack_quantized,
+        r"has no 'quant_method' but config_groups, format \('config_groups' is a setting of compressed-tensors\)",
+    ),
+    "no method, as GPTQ's tools wrote it": (
+        {"bits": 4, "group_size": 32, "desc_act": True},
+        foreign.gptq,
+        r"'desc_act' is a setting of gptq\), expected one of .*; write the method's name there",
+    ),
+    "no method that is known": ({"weights": "int4"}, foreign.gptq, r"has no 'quant_method' but weights, expected one"),
     "not an object": ([1], foreign.gptq, r"'quantization_config' is \[1\], expected an object"),
     "awq for another kernel": (AWQ | {"version": "gemv"}, foreign.awq, r"version is 'gemv', expected 'gemm'"),
     "awq of 8 bits": (AWQ | {"bits": 8}, foreign.awq, r"AWQ's bits are 8, expected 4"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import QwenMLXError
+from ...errors import QwenMLXError, shortened
 from ...text.files import read_json
 from . import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq
 from .tensors import Tensors
@@ -45,6 +45,17 @@ scale_dtype scale_fmt seqlen sparsity_config static_groups super_bits super_grou
 tokenizer transform_config true_sequential use_cuda_fp16 use_exllama uuid version w_bit weight_block_size zero_point
 """
 _KNOWN = frozenset(_NAMES.split())
+# The files of AutoGPTQ, AutoAWQ and ModelOpt beside a config.json that says nothing.
+_OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+# Settings of one method alone, by which a configuration that names none is recognised.
+_SIGNS = {
+    "config_groups": "compressed-tensors",
+    "desc_act": "gptq",
+    "weight_block_size": "fp8",
+    "quant_algo": "modelopt",
+    "w_bit": "awq",
+    "zero_point": "awq",
+}
 # A module's activations, which stay as they are here.
 _ACTIVATIONS = (
     *("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "output_scale", "activation_scale"),
@@ -93,17 +104,31 @@ def find_method(folder: Path) -> Method | None:
     Raises QwenMLXError naming config.json, the method and those that are read, for another one.
     """
     where = folder / "config.json"
-    settings = read_json(where).get("quantization_config")
-    for name, other in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):  # of AutoGPTQ and AutoAWQ
+    config = read_json(where)
+    settings = config.get("quantization_config")
+    if settings is None:
+        settings = config.get("compression_config")  # of compressed-tensors' first releases
+    for name, other in _OWN_FILES.items():
         if settings is None and (folder / name).is_file():
             where = folder / name
-            settings = {"quant_method": other, **read_json(where)}
+            own = read_json(where)
+            inner = own.get("quantization")
+            settings = {"quant_method": other, **(inner if isinstance(inner, dict) else own)}
     if settings is None:
         return None
     if not isinstance(settings, dict):
         raise QwenMLXError(f"{where}: 'quantization_config' is {settings!r}, expected an object.")
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):  # transformers takes these for bitsandbytes', too
+        settings = {"quant_method": "bitsandbytes", **settings}
     if "quant_method" not in settings:
-        return None  # mlx-lm repeats its `quantization` there
+        hint = next((f" ({key!r} is a setting of {of})" for key, of in _SIGNS.items() if key in settings), "")
+        of_mlx = "quantization" in config or ({"group_size", "bits"} <= settings.keys() and not hint)
+        if of_mlx or not settings:
+            return None  # mlx-lm repeats its `quantization` there
+        raise QwenMLXError(
+            f"{where}: 'quantization_config' has no 'quant_method' but {shortened(', '.join(map(str, settings)), 80)}"
+            f"{hint}, expected one of {', '.join(sorted(_METHODS))}; write the method's name there."
+        )
     name = settings["quant_method"]
     method = _METHODS.get(name) if isinstance(name, str) else None
     if method is None:
