@@ -82,7 +82,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         refuse_path(path)
         with _without_garbage_collection():
-            return _open_folder(path) if path.is_dir() else _open_gguf(path)
+            checkpoint = _open_folder(path) if path.is_dir() else _open_gguf(path)
+        _require_finite_vectors(checkpoint)
+        return checkpoint
     except QwenMLXError:
         raise
     except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
@@ -103,6 +105,22 @@ def _without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _require_finite_vectors(checkpoint: Checkpoint) -> None:
+    """Raises QwenMLXError for a norm or a bias with inf or NaN, which would make all logits NaN. Matrices, which take
+    as long to read as the model to load, are not looked at."""
+    for parameter in (*checkpoint.parameters.values(), *checkpoint.score.values()):
+        if len(parameter.shape) != 1:
+            continue
+        with np.errstate(over="ignore"):
+            values = parameter.values().astype(np.float32)
+        if not np.isfinite(values).all():
+            kind = QwenMLXError if checkpoint.path.is_dir() else GGUFError
+            raise kind(
+                f"{checkpoint.path}: tensor {parameter.source_name!r} has inf or NaN among its values, expected finite "
+                "numbers; the file is damaged, download it again."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from .safetensors_files import DTYPES, FLOATS, NUMPY, StoredTensor
 _FLOAT_TYPES = {kind.name: kind for kind in BLOCK_TYPES.values() if kind.name in (*FLOATS, "F64")}
 # mlx-lm's modes: bits and group size; the scales are uint8, and there are no biases.
 _MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+# Heads of question answering and of trainers that score with them.
+_OTHER_HEADS = ("qa_outputs.", "classifier.", "classification_head.", "reward_head.", "regression_head.")
 _AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 
 
@@ -74,7 +76,8 @@ def folder_contents(folder: Path, config: ModelConfig, stored: dict[str, StoredT
     notes += _packing_notes(folder, method, parameters, tensors) if method else []
     left = list(tensors)
     if left:
-        raise QwenMLXError(f"{folder}: tensor {min(left)!r} is not part of this model ({len(left)} such in all).")
+        head = ", but of a head that is not computed here" if min(left).startswith(_OTHER_HEADS) else ""
+        raise QwenMLXError(f"{folder}: tensor {min(left)!r} is not part of this model{head} ({len(left)} such in all).")
     return Contents(config, parameters, score, notes, not headless and not score)
 
 

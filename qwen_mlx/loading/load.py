@@ -22,6 +22,7 @@ from ..backend import check_process, exact_float32, mx, nn
 from ..errors import QwenMLXError, refuses_wrong_arguments
 from ..generation.drafts import ModelDraft
 from ..gguf.packing import BLOCK_SIZES, DENSE, Packing
+from ..model.config import LARGEST_CONTEXT
 from ..model.layers import QuantizedEmbedding, QuantizedLinear, remember_joined
 from ..model.qwen2 import Qwen2
 from ..ops import Matrix
@@ -143,6 +144,8 @@ def _load(
         for note in checkpoint.notes:
             say(note)
     config = checkpoint.config if yarn is None else checkpoint.config.with_yarn(yarn)
+    if config.context_length > checkpoint.config.context_length > LARGEST_CONTEXT:  # after a note that it ends there
+        say(f"{path}: with yarn {yarn:g} the context is {config.context_length} tokens")
     parameters, deltas, local, shard = checkpoint.parameters, checkpoint.deltas, config, None
     if group is not None and group.size() > 1:
         shard = Shard(group.rank(), group.size(), config)

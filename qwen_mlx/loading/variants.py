@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import QwenMLXError
+from ..errors import QwenMLXError, shortened
 from ..gguf.blocks import BLOCK_TYPES
 from ..gguf.stored import StoredRows
 from ..model.config import ModelConfig
@@ -20,6 +20,8 @@ from .parameters import BlockParameter, Parameter
 from .safetensors_files import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, _SCORE = "model.embed_tokens.", "score."
+_SCORING = ("Classification", "RewardModel")  # ends of architectures whose head is `score`
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Qwen2.5-1M's context, and the chunk of its dual chunk attention: up to there that is plain attention, as each query's
 # distance from each key is the true one (vLLM's DualChunkRotaryEmbedding).
@@ -80,9 +82,14 @@ def with_plain_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor
 
 
 def is_bare(folder: Path, tensors: dict[str, StoredTensor]) -> bool:
-    """True for the files of a Qwen2Model, or of one with another head than a language model's."""
-    architectures = read_json(folder / "config.json").get("architectures")
-    return "embed_tokens.weight" in tensors or (bool(architectures) and architectures != ["Qwen2ForCausalLM"])
+    """True for the files of a Qwen2Model, or of one with another head than a language model's. config.json says which;
+    where it does not, the tensors do."""
+    architectures = _architectures(folder)
+    if "embed_tokens.weight" in tensors and HEAD not in tensors:
+        return True
+    if architectures:
+        return "Qwen2ForCausalLM" not in str(architectures)
+    return HEAD not in tensors and any(name.startswith(_SCORE) for name in tensors)
 
 
 def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tuple[ModelConfig, list[str], bool]:
@@ -93,7 +100,13 @@ def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tupl
     Raises QwenMLXError for a bias of a head that is the embedding.
     """
     notes: list[str] = _own_code(folder)
+    _move_lone_head(folder, config, tensors, notes)
     config = _with_rows(folder, config, tensors, notes)
+    scores = [name for name in tensors if name.startswith(_SCORE)]
+    if scores:
+        config = _choose_head(folder, config, tensors, bare, scores, notes)
+    elif bare and str(_architectures(folder)).rstrip("']").endswith(_SCORING):
+        notes.append(f"{folder}: config.json names a model with scores, but the checkpoint has no {_SCORE}weight")
     if config.tie_word_embeddings and _has_own_head(tensors):
         config = replace(config, tie_word_embeddings=False)
         notes.append(
@@ -133,12 +146,13 @@ def fit(folder: Path, config: ModelConfig, tensors: Tensors, bare: bool) -> tupl
 
 
 def within_a_chunk(where: Path, config: ModelConfig, dual: Any = None) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The configuration with the context that needs no dual chunk attention, and a sentence where that is less than the
-    file says. dual: config.json's dual_chunk_attention_config; a GGUF has none, and is known by its context.
+    """The configuration with the context that needs no dual chunk attention, or that rope scaling gives it, and a
+    sentence where the file says another. dual: config.json's dual_chunk_attention_config; a GGUF has none, and is known
+    by its context, unless it has rope scaling.
 
     Raises QwenMLXError for a dual chunk attention without its sizes.
     """
-    if dual is None and config.max_position_embeddings != ONE_MILLION:
+    if dual is None and (config.max_position_embeddings != ONE_MILLION or config.rope_scaling is not None):
         return config, ()
     chunk = CHUNK if dual is None else dual.get("chunk_size") if isinstance(dual, dict) else None
     if type(chunk) is not int or chunk < 1:
@@ -146,13 +160,20 @@ def within_a_chunk(where: Path, config: ModelConfig, dual: Any = None) -> tuple[
             f"{where}: dual_chunk_attention_config is {dual!r:.80}, expected an object with a 'chunk_size'; download "
             "the folder again."
         )
-    if config.max_position_embeddings <= chunk:
+    if config.context_length <= chunk:
         return config, ()
-    said = (
-        f"{where}: the context is {chunk} tokens and not {config.max_position_embeddings}: beyond that the model needs "
-        "dual chunk attention, which is not done here"
-    )
-    return replace(config, max_position_embeddings=chunk), (said,)
+    cut = replace(config, max_position_embeddings=min(chunk, config.max_position_embeddings))
+    if config.rope_scaling is None:
+        said = (
+            f"the context is {chunk} tokens and not {config.max_position_embeddings}: beyond that the model needs dual "
+            "chunk attention, which is not done here"
+        )
+    else:
+        said = (
+            f"the context is {cut.context_length} tokens, by {config.rope_scaling.type} rope scaling alone, as in "
+            f"transformers: dual chunk attention, which the model has beyond {chunk}, is not done here"
+        )
+    return cut, (f"{where}: {said}",)
 
 
 def missing_biases(config: ModelConfig, names: Tensors | Iterable[str]) -> list[str]:
@@ -191,6 +212,46 @@ def _with_rows(folder: Path, config: ModelConfig, tensors: Tensors, notes: list[
         return config
     notes.append(f"{folder}: config.json says vocab_size {config.vocab_size}, but the embedding has {rows} rows")
     return replace(config, vocab_size=rows)
+
+
+def _move_lone_head(folder: Path, config: ModelConfig, tensors: Tensors, notes: list[str]) -> None:
+    """Takes the head of a tied model for its embedding where the file has no other, as transformers does."""
+    if config.tie_word_embeddings and HEAD in tensors and not any(name.startswith(_EMBEDDING) for name in tensors):
+        for name in [name for name in tensors if name.startswith("lm_head.") and name != "lm_head.bias"]:
+            tensors.rename(name, _EMBEDDING + name.removeprefix("lm_head."))
+        notes.append(f"{folder}: the checkpoint has no embedding; its lm_head, which is tied to it, stands for both")
+
+
+def _choose_head(
+    folder: Path, config: ModelConfig, tensors: Tensors, bare: bool, scores: list[str], notes: list[str]
+) -> ModelConfig:
+    """The configuration without the head that is left out, with a word: the language head of a model with scores, or
+    the classification head of one for text. config.json's architectures say which it is.
+
+    Raises QwenMLXError for a model for text that only has a classification head.
+    """
+    said = f"config.json's architectures are {shortened(repr(_architectures(folder)), 80)}"
+    language = [name for name in tensors if name.startswith("lm_head.")]
+    if bare:
+        if language:
+            tensors.drop(*language)
+            notes.append(f"{folder}: the language head ({language[0]}) is left out, because {said}")
+        return replace(config, tie_word_embeddings=True)  # no parameter of its own
+    if not language and not config.tie_word_embeddings:
+        raise QwenMLXError(
+            f"{folder}: has a classification head ({scores[0]}) and no lm_head, but {said}; write "
+            "Qwen2ForSequenceClassification there."
+        )
+    tensors.drop(*scores)
+    notes.append(
+        f"{folder}: the classification head ({scores[0]}) is left out, because {said}; for its scores write "
+        "Qwen2ForSequenceClassification there"
+    )
+    return config
+
+
+def _architectures(folder: Path) -> Any:
+    return read_json(folder / "config.json").get("architectures")
 
 
 def _has_own_head(tensors: Tensors) -> bool:

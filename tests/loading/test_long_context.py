@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_mlx import QwenMLXError, convert, load
+from qwen_mlx import GGUFError, QwenMLXError, convert, load
 from qwen_mlx.gguf.reader import GGUFFile
 from qwen_mlx.model.config import ModelConfig, RopeScaling
 from reference.small_models import RandomModel, save_folder, write_gguf
@@ -67,6 +67,27 @@ def test_a_context_within_the_chunk_is_not_cut(tmp_path: Path, capsys):
     assert capsys.readouterr().err == ""
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e7, "factor": 4.0, "original_max_position_embeddings": 262144}
+
+
+@each(("settings", "said"), [({"dual_chunk_attention_config": ONE_MILLION}, True), ({}, False)])
+@each("length", [262144, 1010000])
+def test_rope_scaling_beside_dual_chunk_attention_says_the_context_that_it_gives(
+    tmp_path: Path, settings: dict, said: bool, length: int, capsys
+):
+    folder = folder_of(tmp_path / "m", max_position_embeddings=length, rope_parameters=YARN, **settings)
+    assert load(folder)[0].config.context_length == 1048576
+    error = capsys.readouterr().err
+    assert ("the context is 1048576 tokens, by yarn rope scaling alone" in error) == said
+    assert "262144 tokens and not" not in error
+
+
+def test_yarn_that_is_asked_for_after_the_cut_says_the_context_that_it_gives(tmp_path: Path, capsys):
+    folder = folder_of(tmp_path / "m", max_position_embeddings=1010000, dual_chunk_attention_config=ONE_MILLION)
+    assert load(folder, yarn=2)[0].config.context_length == 524288
+    assert capsys.readouterr().err.endswith(f"{folder}: with yarn 2 the context is 524288 tokens\n")
+
+
 def test_the_model_is_not_told_to_extend_by_yarn_from_where_it_was_not_trained(tmp_path: Path):
     config = load(folder_of(tmp_path / "m", max_position_embeddings=1010000))[0].config
     assert config.suggest_yarn(300000) == "shorten it"
@@ -103,3 +124,23 @@ def test_rope_scaling_of_a_gguf_is_what_llama_cpp_reads(tmp_path: Path, case: st
 
     path = write_gguf(tmp_path / "m.gguf", RandomModel(max_position_embeddings=512), edit=edit)
     assert ModelConfig.from_gguf(GGUFFile(path)).rope_scaling == expected
+
+
+@each(
+    ("fields", "message"),
+    [
+        ({"rope.scaling.alpha": 1000.0}, r"'qwen2.rope.scaling.alpha' is 1000.0, a rotary setting that no qwen2"),
+        ({"rope.scaling.yarn_ext_factor": 0.5}, r"'qwen2.rope.scaling.yarn_ext_factor' is 0.5"),
+        ({"rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier' is 0.1"),
+        ({"rope.scaling.yarn_beta_fast": 1.0, "rope.scaling.yarn_beta_slow": 32.0}, r"beta_fast is 1.0 and its .*swap"),
+    ],
+)
+def test_rotary_settings_of_a_gguf_that_are_not_computed(tmp_path: Path, fields: dict[str, float], message: str):
+    def edit(writer, tensors) -> None:
+        writer.add_string("qwen2.rope.scaling.type", "yarn")
+        writer.add_float32("qwen2.rope.scaling.factor", 4.0)
+        for key, value in fields.items():
+            writer.add_float32(f"qwen2.{key}", value)
+
+    with pytest.raises(GGUFError, match=message):
+        ModelConfig.from_gguf(GGUFFile(write_gguf(tmp_path / "m.gguf", RandomModel(), edit=edit)))

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from qwen_mlx import QwenMLXError, convert, load
+from qwen_mlx import GGUFError, QwenMLXError, convert, load, load_encoder, score
 from qwen_mlx.backend import mx
 from qwen_mlx.model.fused import FusedModel
 from reference.lazy import torch, transformers
@@ -133,6 +133,70 @@ def test_a_tied_model_with_a_head_of_its_own_is_transformers_s(tmp_path: Path, c
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert distance(mx.array(logits(folder)), torch_logits(theirs)) < tolerance(theirs)
     assert "has an lm_head of its own; it is used" in capsys.readouterr().err
+
+
+def test_a_tied_model_whose_only_matrix_is_its_head_is_transformers_s(tmp_path: Path, capsys):
+    def change(tensors: dict[str, Stored]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    folder = folder_of(tmp_path / "m", RandomModel(tie_word_embeddings=True), change)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert distance(mx.array(logits(folder)), torch_logits(theirs)) < tolerance(theirs)
+    assert "the checkpoint has no embedding; its lm_head" in capsys.readouterr().err
+
+
+def add_scores(tensors: dict[str, Stored]) -> None:
+    tensors["score.weight"] = "F32", np.ones((2, 64), np.float32)
+
+
+def test_a_classification_head_beside_a_language_head_is_chosen_by_the_architecture(tmp_path: Path, capsys):
+    model = RandomModel()
+    expected = logits(folder_of(tmp_path / "plain", model))
+    np.testing.assert_array_equal(logits(folder_of(tmp_path / "text", model, add_scores)), expected)
+    assert "classification head (score.weight) is left out, because config.json's arch" in capsys.readouterr().err
+    classes = {"architectures": ["Qwen2ForSequenceClassification"]}
+    folder = folder_of(tmp_path / "scores", model, add_scores, **classes)
+    assert score(load_encoder(folder), ["x"]).shape == (1, 2)
+    assert "the language head (lm_head.weight) is left out, because config.json's arch" in capsys.readouterr().err
+    with pytest.raises(QwenMLXError, match=r"no language head"):
+        load(folder)
+    load_encoder(folder_of(tmp_path / "none", model, **classes))
+    assert "names a model with scores, but the checkpoint has no score.weight" in capsys.readouterr().err
+
+
+@each(
+    ("name", "message"),
+    [
+        ("score.weight", r"classification head \(score.weight\) and no lm_head, but .* write Qwen2ForSequenceClass"),
+        ("qa_outputs.weight", r"'qa_outputs.weight' is not part of this model, but of a head that is not computed"),
+    ],
+)
+def test_a_head_of_another_architecture_is_named(tmp_path: Path, name: str, message: str):
+    def change(tensors: dict[str, Stored]) -> None:
+        array = tensors["lm_head.weight"]
+        tensors[name] = array
+        if name == "score.weight":
+            del tensors["lm_head.weight"]
+
+    with pytest.raises(QwenMLXError, match=message):
+        load(folder_of(tmp_path / "m", RandomModel(), change))
+
+
+@each("value", [np.nan, np.inf, 1e300])
+@each("name", ["model.norm.weight", "model.layers.1.self_attn.k_proj.bias"])
+def test_a_vector_that_is_not_finite_is_refused(tmp_path: Path, name: str, value: float):
+    def change(tensors: dict[str, Stored]) -> None:
+        array = tensors[name][1].astype(np.float64)
+        array[3] = value
+        tensors[name] = "F64", array
+
+    def edit(writer, tensors) -> None:
+        tensors["blk.1.attn_k.bias"] = np.full(len(tensors["blk.1.attn_k.bias"][0]), value, np.float64), T.F64
+
+    with pytest.raises(QwenMLXError, match=f"tensor '{name}' has inf or NaN among its values, expected finite"):
+        load(folder_of(tmp_path / "m", RandomModel(), change))
+    with pytest.raises(GGUFError, match=r"tensor 'blk.1.attn_k.bias' has inf or NaN among its values"):
+        convert(write_gguf(tmp_path / "m.gguf", RandomModel(), edit=edit), tmp_path / "out")
 
 
 def test_biases_that_are_not_zero_are_added(tmp_path: Path, capsys):
@@ -293,7 +357,15 @@ def test_fields_that_config_json_leaves_out_are_transformers_s(tmp_path: Path):
     assert load(folder)[0].config.context_length == theirs.config.max_position_embeddings
 
 
-@each("name", ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "x.lora_b"])
+@each(
+    "name",
+    [
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "x.lora_b",
+        "model.layers.0.self_attn.q_proj.base_layer.weight",
+        "lm_head.modules_to_save.default.weight",
+    ],
+)
 @each("alone", [True, False])
 def test_an_adapter_that_is_not_merged(tmp_path: Path, name: str, alone: bool):
     def change(tensors: dict[str, Stored]) -> None:

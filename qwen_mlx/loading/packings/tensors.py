@@ -26,6 +26,10 @@ class Tensors:
         """A tensor, left where it is."""
         return self._left.get(name)
 
+    def rename(self, name: str, new: str) -> None:
+        """Gives a tensor another name."""
+        self._left[new] = self._left.pop(name)
+
     def drop(self, *names: str) -> bool:
         """Takes tensors that need not be there; True if one was."""
         taken = [self._left.pop(name, None) for name in names]
