@@ -44,8 +44,8 @@ def embed(
     name = settings.default_prompt if prompt is None else prompt
     before = settings.prompts.get(name or "", name or "")
     unit = settings.normalize if normalize is None else normalize
+    size = encoder.dense[-1].linear.weight.shape[0] if encoder.dense else encoder.config.hidden_size
     if dimensions is not None:
-        size = encoder.dense[-1].linear.weight.shape[0] if encoder.dense else encoder.config.hidden_size
         check_integer("dimensions", dimensions, 1, size, f"1 to {size}")
     rows: dict[int, np.ndarray] = {}
     for numbers, hidden, lengths in batches(encoder, [before + text for text in texts], batch_size):
@@ -56,8 +56,7 @@ def embed(
         if unit:
             vectors = vectors / mx.maximum(mx.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         rows |= dict(zip(numbers, np.array(vectors)))
-    width = dimensions or encoder.config.hidden_size
-    return np.stack([rows[i] for i in range(len(texts))]) if rows else np.empty((0, width), np.float32)
+    return np.stack([rows[i] for i in range(len(texts))]) if rows else np.empty((0, dimensions or size), np.float32)
 
 
 def batches(encoder: Encoder, texts: Sequence[Text], batch_size: int) -> Iterator[tuple[list[int], mx.array, mx.array]]:

@@ -22,6 +22,7 @@ from ..model.layers import Linear
 from ..text.files import read_json
 from ..text.limits import PIECE, is_panic, pieces_for
 from ..text.tokenizer import Tokenizer
+from ..text.vocabulary import from_vocab_and_merges
 from . import hub
 from .checkpoint import Checkpoint, open_checkpoint
 from .hub.client import say
@@ -29,6 +30,8 @@ from .load import UNFORESEEN, fill, target_dtype
 from .sentence_transformers import sentence_transformers
 
 _TOKEN_HEADS = ("ForTokenClassification", "ForProcessRewardModel")  # of architectures whose head is for each token
+# The fields of an added token that tokenizer.json has and added_tokens.json leaves out.
+_PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 # llama.cpp's llama_pooling_type: none (its default), mean, cls, last, and rank, of rerankers.
 _GGUF_POOLINGS = {0: "last", 1: "mean", 2: "first", 3: "last", 4: "last"}
 
@@ -133,11 +136,15 @@ def _with_labels(settings: EncoderSettings, folder: Path) -> EncoderSettings:
     config = read_json(folder / "config.json")
     names, pad = config.get("id2label") or {}, config.get("pad_token_id")
     try:
-        labels = tuple(str(names[key]) for key in sorted(names, key=int))
-    except (TypeError, ValueError):
+        by_number = {int(key): str(name) for key, name in names.items()}
+    except (AttributeError, TypeError, ValueError):
+        by_number = None
+    if by_number is None or sorted(by_number) != list(range(len(names))):
         raise QwenMLXError(
-            f"{folder / 'config.json'}: id2label is {names!r:.80}, expected names by number; download the folder again."
-        ) from None
+            f"{folder / 'config.json'}: id2label is {names!r:.80}, expected names by number, from 0 on; download the "
+            "folder again."
+        )
+    labels = tuple(by_number[i] for i in range(len(names)))
     kinds = config.get("architectures")
     tokens = any(str(kind).endswith(_TOKEN_HEADS) for kind in kinds) if isinstance(kinds, list) else False
     if pad is not None and type(pad) is not int:
@@ -153,10 +160,14 @@ def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None, context_le
         return functools.partial(_encode_gguf, tokenizer, _gguf_separator(GGUFFile(path), tokenizer))
     from tokenizers import Tokenizer as Library
 
-    data = read_json(path / "tokenizer.json") | {"truncation": None, "padding": None}
-    with _library_errors(f"{path / 'tokenizer.json'}: not a tokenizer"):
-        library = Library.from_str(json.dumps(data))
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+    if (path / "tokenizer.json").exists():
+        data = read_json(path / "tokenizer.json")
+    else:
+        data = from_vocab_and_merges(path, settings)
+        data["added_tokens"] = [_PLAIN_TOKEN | token for token in data["added_tokens"]]
+    with _library_errors(f"{path / 'tokenizer.json'}: not a tokenizer"):
+        library = Library.from_str(json.dumps(data | {"truncation": None, "padding": None}))
     name = settings.get("eos_token")
     name = name.get("content") if isinstance(name, Mapping) else name
     end = tokenizer.special.get(name) if settings.get("add_eos_token") and isinstance(name, str) else None

@@ -148,6 +148,20 @@ def _modules(folder: Path) -> list[dict[str, str]]:
         raise QwenMLXError(
             f"{path}: module {unknown[0]!r:.80} is not known, expected Transformer, Pooling, Dense or Normalize."
         )
+    own = [module["type"] for module in modules if not module["type"].startswith("sentence_transformers.")]
+    if own:
+        raise QwenMLXError(
+            f"{path}: module {own[0]!r:.80} is code of the folder's own, which is not run here; if it does the same as "
+            "sentence_transformers' module of that kind, such as sentence_transformers.models.Transformer, write that."
+        )
+    if modules and kinds[0] == "Transformer" and modules[0]["path"]:
+        raise QwenMLXError(
+            f"{path}: the Transformer's path is {modules[0]['path']!r:.80}, expected '', the folder itself; move that "
+            "folder's files beside modules.json."
+        )
+    others = sorted({key for module in modules for key in module.keys() - {"idx", "name", "path", "type"}})
+    if others:
+        say(f"{path}: left out, because it is not known here: {shortened(', '.join(others), 80)}")
     if not _ORDER.fullmatch(" ".join(kinds)):
         raise QwenMLXError(
             f"{path}: the modules are {shortened(' '.join(kinds), 80) or 'none'}, expected Transformer, Pooling, any "
@@ -202,11 +216,13 @@ def _pooling(path: Path) -> str:
 def _dense(folder: Path) -> tuple[Dense, Any]:
     """A projection, and the function that gives its parameters under a prefix."""
     settings = _read(folder / "config.json", _DENSE)
-    name = str(settings.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
+    package, _, name = str(settings.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")
     sizes = settings.get("in_features"), settings.get("out_features")
-    if name not in _ACTIVATIONS or not all(isinstance(size, int) and 0 < size < 1 << 20 for size in sizes):
+    known = name in _ACTIVATIONS and package.startswith("torch.nn")
+    if not known or not all(isinstance(size, int) and 0 < size < 1 << 20 for size in sizes):
         raise QwenMLXError(
-            f"{folder / 'config.json'}: the projection is {sizes} with {name!r}, expected sizes and Identity or Tanh."
+            f"{folder / 'config.json'}: the projection is {sizes} with {shortened(f'{package}.{name}', 80)}, expected "
+            "sizes and torch.nn's Identity or Tanh."
         )
     width, size, bias = int(sizes[0] or 0), int(sizes[1] or 0), settings.get("bias", True) is True
     shapes: dict[str, tuple[int, ...]] = {"linear.weight": (size, width)} | ({"linear.bias": (size,)} if bias else {})

@@ -108,6 +108,7 @@ def test_a_projection_after_pooling(tmp_path: Path):
     )
     expected = expected_of(folder, TEXTS, lambda hidden, _: np.tanh(weight @ hidden.mean(0) + bias))
     close_to_exact(embed(load_encoder(folder), TEXTS), *expected)
+    assert embed(load_encoder(folder), []).shape == (0, 24)
 
 
 def test_a_bidirectional_model_sees_what_comes_later(tmp_path: Path):
@@ -268,9 +269,26 @@ def test_labels_are_those_of_the_numbers(tmp_path: Path, capsys):
     assert load_encoder(classifier(tmp_path / "n", id2label={"0": "a"})).settings.labels == ()
     with pytest.raises(QwenMLXError, match=r"config.json: id2label is \['a'\], expected names by number"):
         load_encoder(classifier(tmp_path / "o", id2label=["a"]))
+    for numbers in ("052", "113", "12"):
+        with pytest.raises(QwenMLXError, match=r"id2label is \{.*\}, expected names by number, from 0 on"):
+            load_encoder(classifier(tmp_path / numbers, id2label=dict.fromkeys([*numbers, f"0{numbers[0]}"], "x")))
     with pytest.raises(QwenMLXError, match=r"config.json: pad_token_id is 'x', expected a token's id"):
         load_encoder(classifier(tmp_path / "p", pad_token_id="x"))
     assert "has names for 1 of the head's 3 labels; none is used" in capsys.readouterr().err
+
+
+def test_a_vocabulary_without_a_tokenizer_json(tmp_path: Path):
+    folder = encoder_folder(tmp_path / "m")
+    texts = [*TEXTS, "a<|im_end|>b"]
+    expected = embed(load_encoder(folder), texts)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(data["model"]["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    added = {token["content"]: token["id"] for token in data["added_tokens"]}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "tokenizer.json").unlink()
+    np.testing.assert_array_equal(embed(load_encoder(folder), texts), expected)
 
 
 def test_settings_that_are_not_known_are_said(tmp_path: Path, capsys):
@@ -299,6 +317,18 @@ DAMAGE = {
     "another module": (
         lambda f: damage_modules(f, json.dumps([{"type": "x.LSTM", "path": ""}])),
         r"module 'x.LSTM' is not known, expected Transformer, Pooling, Dense or Normalize",
+    ),
+    "code of its own": (
+        lambda f: damage_modules(f, json.dumps([{"type": "custom_st.Transformer", "path": "", "kwargs": ["task"]}])),
+        r"module 'custom_st.Transformer' is code of the folder's own, which is not run here; if it does the same as",
+    ),
+    "a model in a folder": (
+        lambda f: damage_modules(f, json.dumps([{"type": f"{ST}Transformer", "path": "0_Transformer"}])),
+        r"the Transformer's path is '0_Transformer', expected '', the folder itself",
+    ),
+    "an activation of its own": (
+        lambda f: damage_dense(f, activation_function="modeling.HardTanh.Tanh"),
+        r"the projection is \(64, 8\) with modeling.HardTanh.Tanh, expected sizes and torch.nn's",
     ),
     "no pooling": (lambda f: modules(f, "Transformer", "Pooling"), r"pooling is \[\], expected one of"),
     "another pooling": (

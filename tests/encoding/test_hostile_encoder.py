@@ -15,7 +15,7 @@ from tests.helpers.cases import each
 from tests.helpers.encoders import encoder_folder
 from tests.helpers.foreign import write_safetensors
 
-POOLING, DENSE = "models.Pooling", "models.Dense"
+POOLING, DENSE = "sentence_transformers.models.Pooling", "sentence_transformers.models.Dense"
 
 
 def with_modules(path: Path, modules: object) -> Path:
@@ -47,7 +47,7 @@ def test_a_module_whose_folder_is_a_link_is_read(tmp_path: Path):
     ("text", "message"),
     [
         ("[" * 100_000, "not valid JSON"),
-        (json.dumps([{"type": "models.Normalize", "path": ""}] * 65), "has 65 modules"),
+        (json.dumps([{"type": "sentence_transformers.models.Normalize", "path": ""}] * 65), "has 65 modules"),
     ],
 )
 def test_modules_json_is_bounded(tmp_path: Path, text: str, message: str):

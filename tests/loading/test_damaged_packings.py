@@ -168,11 +168,19 @@ def encoder() -> Path:
     """An embedding model with each of sentence-transformers' files, and a classification head."""
     folder = encoder_folder(Path(tempfile.mkdtemp()) / "m", {"score.weight": np.ones((2, 64), np.float32)}, bare=False)
     kinds = ("Transformer", "Pooling", "Dense", "Normalize")
-    modules = [{"idx": i, "path": f"{i}_{kind}" if i else "", "type": f"x.{kind}"} for i, kind in enumerate(kinds)]
+    modules = [
+        {"idx": i, "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
     files = {
         "modules.json": modules,
         "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": True},
-        "2_Dense/config.json": {"in_features": 64, "out_features": 8, "bias": True, "activation_function": "x.Tanh"},
+        "2_Dense/config.json": {
+            "in_features": 64,
+            "out_features": 8,
+            "bias": True,
+            "activation_function": "torch.nn.Tanh",
+        },
         "sentence_bert_config.json": {"max_seq_length": 100},
         "config_sentence_transformers.json": {"prompts": {"query": "q: "}, "default_prompt_name": "query"},
     }
