@@ -84,7 +84,13 @@ FAMILIES = (
         "ChatML; 0.7, top-p 0.8, top-k 20, repetition 1.05",
     ),
     Family("Math", "`rope_theta` 10,000", "yes", "yes", (_FIELDS,)),
-    Family("models with YaRN or a sliding window", "rope scaling, window", "yes", "yes", (_YARN, _WINDOW)),
+    Family(
+        "models with YaRN or a sliding window",
+        "rope scaling, window",
+        "yes",
+        "yes",
+        (_YARN, _WINDOW, "tests/model/test_yarn.py::test_settings_of_deepseek_s_yarn_equal_transformers"),
+    ),
     Family(
         "Qwen2.5-1M",
         "dual chunk attention, which is plain attention up to 262,144 tokens: the context is cut there",
@@ -94,6 +100,7 @@ FAMILIES = (
             f"{_LONG}test_dual_chunk_attention_is_plain_attention_up_to_its_chunk",
             f"{_LONG}test_the_context_of_a_folder_ends_where_dual_chunk_attention_begins",
             f"{_LONG}test_a_folder_or_gguf_that_has_lost_the_setting_is_known_by_its_context",
+            f"{_LONG}test_rope_scaling_beside_dual_chunk_attention_says_the_context_that_it_gives",
         ),
     ),
     Family(
@@ -152,6 +159,8 @@ FAMILIES = (
             f"{_VARIANTS}test_the_same_model",
             f"{_VARIANTS}test_biases_that_are_not_zero_are_added",
             f"{_VARIANTS}test_a_head_with_a_bias",
+            f"{_VARIANTS}test_a_tied_model_whose_only_matrix_is_its_head_is_transformers_s",
+            f"{_VARIANTS}test_a_classification_head_beside_a_language_head_is_chosen_by_the_architecture",
             f"{_VARIANTS}test_gguf",
         ),
     ),
