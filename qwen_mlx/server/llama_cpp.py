@@ -29,6 +29,7 @@ from .structured_fields import form_of
 from .usage import Usage
 
 MOST_FILES, MOST_CHOICES = 256, 16
+FILL_TOKENS = 128  # of a fill whose request sets no limit, as llama.vim and llama.vscode ask for
 
 
 @dataclass
@@ -48,7 +49,7 @@ class NativeRequest:
         self.stream, self._truncated = body.boolean("stream"), False
         service.check_model(body)
         given = body.same({name: body.integer(name, -2) for name in ("n_predict", "max_tokens")})
-        limit = -1 if given is None else given
+        limit = (FILL_TOKENS if infill else -1) if given is None else given
         arguments = {"max_tokens": UNLIMITED if limit < 0 else max(1, limit)} | sampling_arguments(body)
         arguments["stop"] = body.strings("stop", MOST_STOPS)
         if infill and arguments["temperature"] is None:
@@ -91,7 +92,7 @@ class NativeRequest:
         self.usage, self._answers = Usage(), [Answer() for _ in tasks]
 
     def _infill(self, body: Body) -> Any:
-        prefix, suffix = (body.string(f"input_{name}", "") or "" for name in ("prefix", "suffix"))
+        around = [body.string(f"input_{name}") for name in ("prefix", "suffix")]
         files = []
         for one in body.objects("input_extra", []):
             text, name = one.string("text"), one.string("filename", "filename") or "filename"
@@ -100,6 +101,9 @@ class NativeRequest:
             one.take("time")  # when the editor saw the text: llama.vim sends it, nobody reads it
             one.done()
             files.append((name, text))
+        if around == [None, None]:
+            body.refuse("input_prefix", "and input_suffix are missing, expected one of them or both")
+        prefix, suffix = (text or "" for text in around)
         return prefix, suffix, files[-MOST_FILES:], body.string("prompt", "") or ""
 
     def _completion(self, body: Body) -> list[int]:

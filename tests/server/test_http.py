@@ -15,6 +15,7 @@ from benchmarks.server_load import streamed_speed
 from qwen_mlx import load, stream_generate
 from qwen_mlx.generation.fill import stream_fill
 from qwen_mlx.server.limits import Limits
+from qwen_mlx.server.llama_cpp import FILL_TOKENS
 from qwen_mlx.text.thoughts import Thoughts
 from reference.small_models import IM_END
 from tests.helpers.cases import each
@@ -127,6 +128,8 @@ def test_suffix_and_infill_equal_the_library(small, client):
     asked = {"input_prefix": "hello ", "input_suffix": " hell", "n_predict": 12}
     assert client.post(INFILL, json=asked).json()["content"] == expected
     assert "".join(e["content"] for e in events(client.post(INFILL, json=asked | {"stream": True}))) == expected
+    endless = {"input_prefix": "hello ", "ignore_eos": True, "logit_bias": NO_END}  # which has a limit all the same
+    assert client.post(INFILL, json=endless).json()["tokens_predicted"] == FILL_TOKENS
     files = client.post(INFILL, json=asked | {"input_extra": [{"text": "he", "filename": "a.py"}]}).json()
     theirs = stream_fill(*small, "hello ", " hell", files=[("a.py", "he")], max_tokens=12)
     assert files["content"] == "".join(c.text for c in theirs)
@@ -361,6 +364,7 @@ REFUSED = [
     (PLAIN, {"prompt": "a", "logprobs": 21}, "logprobs"),
     (PLAIN, {"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
     (PLAIN, {"prompt": [1], "suffix": "a"}, "prompt"),
+    (INFILL, {}, "input_prefix"),
     (INFILL, {"input_prefix": 3}, "input_prefix"),
     (INFILL, {"input_extra": [{"filename": "a"}]}, "input_extra[0].text"),
     (INFILL, {"n_probs": 3}, "n_probs"),
@@ -398,9 +402,6 @@ RAW += [b'{"messages": ' + b"[" * 70 + b"]" * 70 + b"}", b'{"n": ' + b"9" * 5000
 @each("path", [CHAT, INFILL])
 def test_bytes_that_are_no_body_are_refused(client, raw, path):
     response = client.post(path, content=raw)
-    if (path, raw) == (INFILL, b'{"messages": null}'):  # a null is a field that is not there
-        assert response.status_code == 200
-        return
     assert response.status_code == 400
     assert response.json()["error"]["message"]
 
