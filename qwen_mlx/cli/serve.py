@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import logging
 import math
 import os
@@ -109,6 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         print(f"{service.name} is served at {address}; Ctrl-C ends it.", file=sys.stderr, flush=True)
+        if key is None and not _only_here(listener):
+            print(
+                f"Warning: everybody who reaches {arguments.host} may use it; set a key by --api-key-file or "
+                f"{KEY_VARIABLE}.",
+                file=sys.stderr,
+                flush=True,
+            )
         uvicorn.Server(config).run(sockets=[listener])
     return 0
 
@@ -165,6 +173,11 @@ def _listen(host: str, port: int) -> socket.socket:
             f"{host} port {port} cannot be used ({error.strerror}); choose another with --port."
         ) from None
     return listener
+
+
+def _only_here(listener: socket.socket) -> bool:
+    """True if the address belongs to this machine alone."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _url(listener: socket.socket) -> str:

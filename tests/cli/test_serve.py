@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import httpx
@@ -98,6 +99,17 @@ def test_mistakes_are_one_sentence(arguments, message):
     with pytest.raises(QwenMLXError) as error:
         serve.main(arguments)
     assert message in str(error.value)
+
+
+@each("host,key,warns", [("0.0.0.0", None, True), ("0.0.0.0", "x", False), ("127.0.0.1", None, False)])
+def test_an_open_door_is_said(monkeypatch, capfd, host, key, warns):
+    monkeypatch.setattr(serve, "_service", lambda arguments: types.SimpleNamespace(name="small"))
+    monkeypatch.setattr("qwen_mlx.server.app.make_app", lambda *asked: None)
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    if key:
+        monkeypatch.setenv(serve.KEY_VARIABLE, key)
+    serve.main(["--host", host, "--port", "0"])
+    assert (f"Warning: everybody who reaches {host} may use it" in capfd.readouterr().err) == warns
 
 
 def test_a_key_that_no_header_carries_is_refused(tmp_path):
