@@ -27,6 +27,7 @@ from ..loading.adapters.read import Names
 from ..loading.checkpoint import Checkpoint
 from ..loading.hub.client import say
 from ..loading.parameters import BlockParameter, Parameter, ScaledParameter
+from ..loading.safetensors_files import FLOATS
 from ..parallel.shards import ALL
 from ..text.files import atomic_write, check_folder
 from .convert import Progress, merged_checkpoint, naming
@@ -100,6 +101,8 @@ def export(
             fields = own_fields(file, keep=type == KEEP)
             targets = _copies(file) if type == KEEP else _mixed(checkpoint, type)
     if type != KEEP:
+        if not checkpoint.adapter_digest:  # which keep refuses
+            _warn_of_requantizing(targets, type)
         fields.values["general.file_type"] = MIXES[type].file_type
         fields.values["general.quantization_version"] = QUANTIZATION_VERSION
     size = sum(target.nbytes for target in targets) + HEADER_BYTES
@@ -146,6 +149,17 @@ def _mixed(checkpoint: Checkpoint, name: str) -> list[Target]:
     if checkpoint.rope_factors is not None:
         targets += [target for target in _copies(GGUFFile(checkpoint.path)) if target.name == ROPE_FACTORS]
     return targets
+
+
+def _warn_of_requantizing(targets: list[Target], name: str) -> None:
+    """Says it where values that were rounded to few bits once are to be rounded to others."""
+    rounded = [target for target in targets if target.encode is _quantize and target.kind.name not in FLOATS]
+    types = {t.source.type_name for t in rounded if not t.source.stored_dtype} - {"F64", "float64"}
+    if types:
+        say(
+            f"The source is quantized already ({', '.join(sorted(types))}); {name} rounds it again, and both errors "
+            "remain. --type keep changes nothing; an unquantized source gives the best file."
+        )
 
 
 def _copies(file: GGUFFile) -> list[Target]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_padding_rope_scaling_templates_and_end_tokens(tmp_path: Path, folder: P
     assert GGUFFile(tmp_path / "out.gguf").metadata["tokenizer.ggml.tokens"][299] == "[PAD299]"
 
 
-def test_keep_copies_a_gguf(tmp_path: Path):
+def test_keep_copies_a_gguf(tmp_path: Path, capfd: pytest.CaptureFixture):
     """Every tensor's bytes and every field, its type too."""
 
     def edit(writer: gguf.GGUFWriter, tensors: dict) -> None:
@@ -176,6 +177,8 @@ def test_keep_copies_a_gguf(tmp_path: Path):
     model = RandomModel(**SIZES)
     source = write_gguf(tmp_path / "source.gguf", model, kinds_of(model, COPIED), edit)
     export(source, tmp_path / "out.gguf", "keep")
+    export(write_gguf(tmp_path / "dense.gguf", model), tmp_path / "dense_q8_0.gguf", "q8_0")
+    assert capfd.readouterr().err == ""
     before, after = GGUFFile(source), GGUFFile(tmp_path / "out.gguf")
     assert dict(before.metadata) == dict(after.metadata)
     assert dict(before.value_types) == dict(after.value_types)
@@ -185,6 +188,7 @@ def test_keep_copies_a_gguf(tmp_path: Path):
         np.testing.assert_array_equal(before.raw(name), after.raw(name))
     # Another type copies what has it already, and keeps the rest of the metadata.
     report = {row.name: row for row in export(source, tmp_path / "q4.gguf", "q4_k_m")}
+    assert re.search(r"quantized already \(.*Q8_0.*\); q4_k_m rounds it again.* --type keep", capfd.readouterr().err)
     q4 = GGUFFile(tmp_path / "q4.gguf")
     assert q4.metadata == {**before.metadata, "general.file_type": 15, "general.quantization_version": 2}
     np.testing.assert_array_equal(q4.raw("blk.1.attn_q.weight"), before.raw("blk.1.attn_q.weight"))
