@@ -88,7 +88,7 @@ def _main(arguments: argparse.Namespace, group: mx.distributed.Group | None) -> 
     # An editor inserts what it gets, without a newline.
     print(end="" if hole is not None and not sys.stdout.isatty() else "\n", flush=True)
     limit = arguments.max_tokens if ended == "length" else None
-    for text in [*token_lines, describe_cost(stats, arguments.draft_model is not None, limit)]:
+    for text in [*token_lines, describe_cost(stats, arguments.draft_model is not None, limit, interrupted)]:
         print(text, file=sys.stderr)
     if arguments.prompt_cache is not None and settings["prompt_cache"].ids:
         settings["prompt_cache"].save(arguments.prompt_cache)
@@ -122,8 +122,11 @@ def _describe_token(tokenizer: Tokenizer, chunk: GenerationChunk) -> str:
     return f"{chunk.logprob:8.3f}  {name(chunk.token)}" + (f"  of  {others}" if others else "")
 
 
-def describe_cost(stats: GenerationStats, drafted: bool, limit: int | None = None) -> str:
-    """A line about the tokens, speed and memory of a generation; limit: --max-tokens, where the text did not end."""
+def describe_cost(stats: GenerationStats, drafted: bool, limit: int | None = None, interrupted: bool = False) -> str:
+    """A line about the tokens, speed and memory of a generation, and what cut it off.
+
+    limit: --max-tokens, where the text did not end. interrupted: by Ctrl-C.
+    """
     from .. import backend
 
     if not stats.generated_tokens:
@@ -132,6 +135,8 @@ def describe_cost(stats: GenerationStats, drafted: bool, limit: int | None = Non
     draft = shared = end = ""
     if stats.repeated_tokens:
         end = f"; the text repeats itself every {stats.repeated_tokens} tokens: try --repetition-penalty or --temp"
+    elif interrupted:
+        end = "; interrupted"
     elif limit is not None:
         end = f"; {cut_at(stats.generated_tokens, limit)}"
     if drafted:

@@ -66,4 +66,4 @@ def dispatch(arguments: Sequence[str]) -> Any:
         commands.add_parser(name, help=purpose)
     parser.epilog = "qwen-mlx COMMAND --help describes a command's options."
     parser.parse_args(arguments)
-    raise QwenMLXError("no command is given; qwen-mlx --help lists them.")
+    raise QwenMLXError(f"no command is given: {', '.join(COMMANDS)}; qwen-mlx --help describes them.")

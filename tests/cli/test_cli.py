@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as T
 from qwen_mlx.cli import generate
 from qwen_mlx.cli.main import dispatch
 from qwen_mlx.errors import QwenMLXError
+from qwen_mlx.generation.engine import GenerationStats
 from reference.small_models import RandomModel, save_folder, write_gguf
 from tests.helpers import commands
 from tests.helpers.cases import each
@@ -159,6 +160,8 @@ def test_told_to_stop_before_the_first_token_says_so_and_twice_is_quiet(small: P
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode in (130, -signal.SIGINT)
     assert done.stderr == "interrupted before the first token\n"
+    written = GenerationStats(prompt_tokens=3, prompt_seconds=1.0, generated_tokens=2, generation_seconds=1.0)
+    assert generate.describe_cost(written, False, interrupted=True).endswith("; interrupted")
 
 
 @pytest.mark.heavy
