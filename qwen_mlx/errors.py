@@ -69,10 +69,12 @@ OF_MLX_LM = {
 
 
 def refuses_wrong_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes a public function answer wrong arguments with a QwenMLXError: an unknown name with the likely one, and what
-    its use could not bear with the kind that the annotation asks for. A call that succeeds is not checked."""
+    """Makes a public function answer wrong arguments with a QwenMLXError: an unknown name with the likely one, one that
+    is missing or too many with those that there are, and what its use could not bear with the kind that the annotation
+    asks for. A call that succeeds is not checked."""
     signature = inspect.signature(function)
     known = [name for name in signature.parameters if name not in ("self", "cls")]
+    declared = _declared(signature)
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
 
     @functools.wraps(function)
@@ -87,7 +89,11 @@ def refuses_wrong_arguments(function: Callable[P, R]) -> Callable[P, R]:
         except QwenMLXError:
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            given = signature.bind(*args, **kwargs).arguments  # raises TypeError where one is missing
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                name = function.__qualname__.removesuffix(".__init__")
+                raise QwenMLXError(f"{name}: {error}; its arguments are ({', '.join(declared)}).") from None
             hints = typing.get_type_hints(function)
             for name, value in given.items():
                 if name in hints and not fits(value, hints[name]):
@@ -96,6 +102,16 @@ def refuses_wrong_arguments(function: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return call
+
+
+def _declared(signature: inspect.Signature) -> list[str]:
+    """A signature's names as Python writes them, without annotations, defaults and self: after "*" by name alone."""
+    kinds = inspect.Parameter
+    plain = [p.replace(annotation=kinds.empty, default=kinds.empty) for p in signature.parameters.values()]
+    plain = [p for p in plain if p.name not in ("self", "cls")]
+    names = [p.name for p in plain if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    by_name = [str(p) for p in plain if p.kind in (kinds.KEYWORD_ONLY, kinds.VAR_KEYWORD)]
+    return [*names, *(["*", *by_name] if by_name else [])]
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -155,6 +155,21 @@ def test_a_wrong_name_is_answered_with_the_right_one(calls):
             call(**right, **wrong)
 
 
+def test_a_missing_argument_and_one_too_many_are_sentences(calls):
+    both = [calls["generate"][1][name] for name in ("model", "tokenizer")]
+    for call, words in (
+        (
+            lambda: qwen_mlx.generate(*both),
+            r"generate: missing .*'prompt'; its arguments are \(model, tokenizer, prompt, \*, ",
+        ),
+        (lambda: qwen_mlx.generate(*both, "hi", 5), r"generate: too many positional arguments; .*, \*, .*max_tokens"),
+        (lambda: Chat(both[0]), r"^Chat: missing .*'tokenizer'; its arguments are \(model, tokenizer, "),
+        (lambda: both[1].encode(), r"^Tokenizer.encode: missing .*'text'; its arguments are \(text, "),
+    ):
+        with pytest.raises(QwenMLXError, match=words):
+            call()
+
+
 def test_a_wrong_kind_is_named_with_the_right_one(calls):
     call, right = calls["generate"]
     with pytest.raises(QwenMLXError, match=r"model is .*Tokenizer.*, expected Qwen2"):
