@@ -241,6 +241,22 @@ def test_in_other_surroundings(environment: dict[str, str], tmp_path):
     assert result.stdout == "True\n", result.stderr
 
 
+@pytest.mark.heavy  # a process
+def test_a_second_process_compiles_where_all_has_to_be_compiled(monkeypatch: pytest.MonkeyPatch):
+    from qwen_mlx.ops.cpu import kernels, rehearsal, threads
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **settings: started.append(command))
+    for compiled, cores, processes in ((0, 2, 0), (1, 1, 0), (1, 2, 1)):
+        monkeypatch.setattr(rehearsal, "_rehearsed", set())
+        monkeypatch.setattr(kernels, "compilations", lambda compiled=compiled: compiled)
+        monkeypatch.setattr(threads, "count", lambda cores=cores: cores)
+        ops.compile_ahead([], [], mx.float32)()
+        assert len(started) == processes
+    monkeypatch.undo()
+    subprocess.run(started[0], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_every_float16_is_read_by_the_processor_s_instructions_and_without_them(
     native: bool, monkeypatch: pytest.MonkeyPatch

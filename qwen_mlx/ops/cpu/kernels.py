@@ -58,6 +58,11 @@ def compilations() -> int:
     return sum(sum(compiled.stats.cache_misses.values()) for compiled in _dispatchers)
 
 
+def are_kept() -> bool:
+    """True if compiled functions are written to the disk, for later processes."""
+    return all(compiled.stats.cache_path for compiled in _dispatchers)
+
+
 def _serial(function: Callable[..., Any]) -> Any:
     """Compiles a function that others of this file call."""
     return njit(error_model="numpy")(function)

@@ -1,7 +1,12 @@
-"""Compilation ahead of need: each operation is called once on a few zeros, in a thread, while a model is loaded."""
+"""Compilation ahead of need: each operation is called once on a few zeros, in a thread, while a model is loaded.
+
+numba compiles one function at a time in a process, so a second one compiles half of them where all have to be compiled.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -12,11 +17,12 @@ from ...backend import mx
 from ...gguf.blocks import BY_KIND
 from ...gguf.packing import BLOCK_SIZES, Packing
 from ..matrix import Matrix
-from . import kernels, operations
+from . import kernels, operations, threads
 
 COLUMNS = 256  # a multiple of every block and group
 _OPERATIONS = Packing("none"), mx.float32  # stands for what reads no matrix
 _rehearsed: set[tuple[Packing, mx.Dtype]] = set()
+_told = threading.Event()  # that something is compiled: once is enough, however many models are loaded
 
 
 def compile_ahead(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> Callable[[], None]:
@@ -29,7 +35,11 @@ def compile_ahead(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> Callable[[], Non
 
     def work() -> None:
         try:
-            rehearse(kinds)
+            second = _start_second()
+            _rehearse_products(kinds)
+            if second is not None:
+                second.wait()
+            rehearse_operations()
         except Exception as error:
             errors.append(error)
 
@@ -38,7 +48,8 @@ def compile_ahead(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> Callable[[], Non
 
     def wait() -> None:
         thread.join(0.5)
-        if thread.is_alive() and kernels.compilations():
+        if thread.is_alive() and kernels.compilations() and not _told.is_set():
+            _told.set()
             print("Compiling for this processor, once...", file=sys.stderr, flush=True)
         thread.join()
         if errors:
@@ -47,8 +58,30 @@ def compile_ahead(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> Callable[[], Non
     return wait
 
 
+def _start_second() -> subprocess.Popen[bytes] | None:
+    """A process that compiles the operations, for the cache on disk; None where that would not help."""
+    if _OPERATIONS in _rehearsed or threads.count() < 2 or not kernels.are_kept():
+        return None
+    operations.rms_norm(_array(1, 1, 64), _array(64), 1e-6)
+    if not kernels.compilations():  # it was on disk, and so are the others
+        return None
+    # This process's path, and none of the folder that it runs in.
+    code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import rehearse_operations; rehearse_operations()"
+    command = [sys.executable, "-c", code, *map(os.path.abspath, sys.path)]
+    null = subprocess.DEVNULL
+    try:
+        return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    except OSError:
+        return None
+
+
 def rehearse(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> None:
     """Calls every operation once, products once for each kind of matrix, for one row and for several."""
+    _rehearse_products(kinds)
+    rehearse_operations()
+
+
+def _rehearse_products(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> None:
     for packing, dtype in {*kinds} - _rehearsed:
         _rehearsed.add((packing, dtype))
         matrix = _zeros(packing, dtype)
@@ -56,6 +89,10 @@ def rehearse(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> None:
             operations.multiply(_array(1, rows, COLUMNS), matrix)
         if packing.kind != "dense":
             operations.unpack(matrix, mx.array(np.zeros((1, 1), np.int32)))
+
+
+def rehearse_operations() -> None:
+    """Calls every operation that reads no matrix."""
     if _OPERATIONS in _rehearsed:
         return
     _rehearsed.add(_OPERATIONS)
