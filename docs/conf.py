@@ -70,14 +70,54 @@ def source_link(name, rawtext, text, lineno, inliner, options=None, content=None
     return [nodes.reference(rawtext, "", nodes.literal(text=label), refuri=target)], []
 
 
+# A link to the package's code: its label, which is a name in that file or the file's own, and its path.
+CODE_LINK = r"\[`([\w./]+)`\]\(\.\./(qwen_mlx/[\w/]+)\.py\)"
+
+
+def linked(label, path):
+    """The module that a link leads to, and the name in it, or "" for the module itself."""
+    return path.removesuffix("/__init__").replace("/", "."), "" if label.endswith(".py") else label
+
+
 def documented(api):
     """Names that the API page describes: its modules and, by module, the names of single objects."""
-    modules = set(re.findall(r"automodule:: (\S+)", api))
-    names = defaultdict(set)
-    for name in re.findall(r"auto(?:class|function):: (\S+)", api):
-        module, _, attribute = name.rpartition(".")
-        names[module].add(attribute)
+    modules, names = set(), defaultdict(set)
+    for label, path in re.findall(rf"^- {CODE_LINK}", api, flags=re.M):
+        module, attribute = linked(label, path)
+        if attribute:
+            names[module].add(attribute)
+        else:
+            modules.add(module)
     return modules, names
+
+
+def for_sphinx(app, page, source):
+    """Makes Sphinx's forms of what code hosts show as well: directives stand in comments that begin with "sphinx",
+    notebooks are in its own folder, links to code become the role {src}, and the API page's lists docstrings."""
+    text = re.sub(r"^<!-- sphinx\n(.*?)\n-->$", r"\1", source[0], flags=re.M | re.S)
+    text = text.replace("](../notebooks/", "](notebooks/")
+    if page == "api":
+        _, names = documented(text)
+
+        def described(match):
+            module, attribute = linked(match[1], match[2])
+            members = match[3].replace("`", "").strip(": ")
+            found = getattr(importlib.import_module(module), attribute, None) if attribute else None
+            kind = "class" if inspect.isclass(found) else "function" if attribute else "module"
+            lines = [f".. auto{kind}:: {module}" + (f".{attribute}" if attribute else "")]
+            if kind != "function":
+                lines.append(f"   :members: {members}".rstrip())
+            if kind == "module" and not members and names[module]:
+                lines.append(f"   :exclude-members: {', '.join(sorted(names[module]))}")
+            return "\n".join(["```{eval-rst}", *lines, "```"])
+
+        text = re.sub(rf"^- {CODE_LINK}(.*)$", described, text, flags=re.M)
+
+    def role(match):
+        module, attribute = linked(match[1], match[2])
+        return f"{{src}}`{module}{':' if attribute else ''}{attribute}`"
+
+    source[0] = re.sub(CODE_LINK, role, text)
 
 
 def rooms(folder):
@@ -157,4 +197,5 @@ def generate(app):
 def setup(app):
     app.add_role("src", source_link)
     app.connect("builder-inited", generate)
+    app.connect("source-read", for_sphinx)
     app.connect("autodoc-process-docstring", plain)
