@@ -180,30 +180,30 @@ def _tree_rules(unit: TranslationUnit, files: Sequence[str]) -> Iterator[Finding
 
     calls: dict[str, set[str]] = {}
     places: dict[str, tuple[str, int, str]] = {}
-    for top in _own(unit.cursor, files):
-        for cursor, parent in _walk(top, None):
-            part, line = place(cursor.location, files)
-            if not part:
-                continue
-            if cursor.kind in (K.FUNCTION_DECL, K.FUNCTION_TEMPLATE, K.CXX_METHOD) and cursor.is_definition():
-                calls[cursor.get_usr()] = {
-                    inner.referenced.get_usr()
-                    for inner, _ in _walk(cursor, None)
-                    if inner.kind in (K.CALL_EXPR, K.DECL_REF_EXPR) and inner.referenced is not None
-                } | {
-                    ref.get_usr()
-                    for inner, _ in _walk(cursor, None)
-                    if inner.kind == K.OVERLOADED_DECL_REF and (ref := _only(inner)) is not None
-                }
-                places[cursor.get_usr()] = (part, line, cursor.spelling)
-            for rule, message in _rules(cursor, parent):
-                yield Finding(rule, part, line, message)
+    # Each cursor with its parent and what the functions around it call.
+    left: list[tuple[Cursor, Cursor | None, tuple[set[str], ...]]]
+    left = [(top, None, ()) for top in _own(unit.cursor, files)]
+    while left:
+        cursor, parent, around = left.pop()
+        (part, line), kind = place(cursor.location, files), cursor.kind
+        if part and kind in (K.FUNCTION_DECL, K.FUNCTION_TEMPLATE, K.CXX_METHOD) and cursor.is_definition():
+            name = cursor.get_usr()
+            places[name], calls[name] = (part, line, cursor.spelling), set()
+            around = (*around, calls[name])
+        if around and kind in (K.CALL_EXPR, K.DECL_REF_EXPR, K.OVERLOADED_DECL_REF):
+            called = _only(cursor) if kind == K.OVERLOADED_DECL_REF else cursor.referenced
+            for names in around if called is not None else ():
+                names.add(called.get_usr())
+        children = list(cursor.get_children())
+        left += [(child, cursor, around) for child in children]
+        for rule, message in _rules(cursor, parent, children) if part else ():
+            yield Finding(rule, part, line, message)
     for function, (part, line, name) in places.items():
         if function in _reachable(calls, function):
             yield Finding("recursion", part, line, f"{name} calls itself; Metal has no recursion")
 
 
-def _rules(cursor: Cursor, parent: Cursor | None) -> Iterator[tuple[str, str]]:
+def _rules(cursor: Cursor, parent: Cursor | None, children: Sequence[Cursor]) -> Iterator[tuple[str, str]]:
     from clang.cindex import CursorKind as K
     from clang.cindex import TypeKind
 
@@ -224,20 +224,20 @@ def _rules(cursor: Cursor, parent: Cursor | None) -> Iterator[tuple[str, str]]:
                 "address-space",
                 f"{what} {_in_metal(kind_of.spelling.replace('__generic ', ''))} names no address space",
             )
-    if kind == K.UNEXPOSED_EXPR and (parent is None or parent.kind not in casts):
-        children = list(cursor.get_children())
-        if len(children) == 1 and _scalar(cursor) == "bfloat" and _scalar(children[0]) in ("float", "half"):
-            yield "bfloat-conversion", f"{_scalar(children[0])} becomes bfloat without a cast"
+    if kind == K.UNEXPOSED_EXPR and len(children) == 1 and (parent is None or parent.kind not in casts):
+        types = _scalar(cursor), _scalar(children[0])
+        if types in (("bfloat", "float"), ("bfloat", "half")):
+            yield "bfloat-conversion", f"{types[1]} becomes bfloat without a cast"
     if kind == K.COMPOUND_ASSIGNMENT_OPERATOR:
-        left, right = (_scalar(_bare(c)) for c in list(cursor.get_children())[:2])
+        left, right = (_scalar(_bare(c)) for c in children[:2])
         if left == "bfloat" and right in ("float", "half"):
             yield "bfloat-conversion", f"{right} becomes bfloat without a cast"
     if kind == K.BINARY_OPERATOR:
-        operands = {_scalar(_bare(c)) for c in cursor.get_children()}
+        operands = {_scalar(_bare(c)) for c in children}
         if operands == {"bfloat", "half"}:
             yield "bfloat-half", "bfloat and half have no common type"
     if kind == K.CONDITIONAL_OPERATOR:
-        operands = {_scalar(_bare(c)) for c in list(cursor.get_children())[1:]}
+        operands = {_scalar(_bare(c)) for c in children[1:]}
         if "bfloat" in operands and operands & {"float", "half"}:
             yield "bfloat-conditional", "`? :` between bfloat and another floating type: cast one of them"
 
@@ -265,12 +265,6 @@ def _own(cursor: Cursor, files: Sequence[str]) -> Iterator[Cursor]:
     for child in cursor.get_children():
         if _presumed(child.location)[0] in (*files, "arguments"):
             yield child
-
-
-def _walk(cursor: Cursor, parent: Cursor | None) -> Iterator[tuple[Cursor, Cursor | None]]:
-    yield cursor, parent
-    for child in cursor.get_children():
-        yield from _walk(child, cursor)
 
 
 def _only(reference: Cursor) -> Cursor | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from qwen_mlx import ops
 from qwen_mlx.cli import selftest_cases as selftest
 from reference.emulator import emulate, standin
+from tests.helpers import decoding_calls
 
 Call = tuple[str, Callable[..., object], list[mx.array]]
 
@@ -44,16 +47,31 @@ def names() -> list[str]:
     return [f"{index}-{name}-{arrays[0].dtype}" for index, (name, _, arrays) in enumerate(calls())]
 
 
+@contextmanager
+def not_run() -> Iterator[list[str]]:
+    """The texts of all kernels that are launched within, which give zeros."""
+    launched: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, emulate(), ops.no_grad():
+        patch.setattr(standin, "on_text", lambda source: launched.append(source.text))
+        patch.setattr(standin.launch, "run", lambda *call: list(map(mx.zeros, *call[6:8])))
+        yield launched
+
+
 @functools.cache
 def texts() -> list[str]:
-    """The launches that the emulator ran for each call."""
-    ran: list[str] = []
-    before, standin.on_text = standin.on_text, lambda source: ran.append(source.text)
-    try:
-        with emulate(), ops.no_grad():
-            for _, call, arrays in calls():
-                mx.eval(call(*arrays))
-    finally:
-        standin.on_text = before
-    assert len(ran) == len(calls())
-    return ran
+    """What each call launches."""
+    with not_run() as launched:
+        for _, call, arrays in calls():
+            mx.eval(call(*arrays))
+    assert len(launched) == len(calls())
+    return launched
+
+
+@functools.cache
+def decoding_texts(dtype: mx.Dtype) -> dict[str, list[str]]:
+    """What each call of decoding_calls.py launches, by its name."""
+    result = {}
+    for name, call in decoding_calls.calls(dtype).items():
+        with not_run() as result[name]:
+            call()
+    return result
