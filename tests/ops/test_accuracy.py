@@ -61,8 +61,11 @@ def test_a_compiler_that_contracts_products_and_sums_changes_no_verdict():
     """Metal's compiler may form a fused multiply-add of its own where a product is added."""
     from reference.emulator import emulate
 
+    # One size of each operation and kind of input: every size is a kernel to compile.
+    cases = {case.name.partition(" (")[0]: case for case in CASES if case.dtype == mx.float32}
+    assert len(cases) >= 24
     with emulate(checked=False, contract=True):
-        for row in selftest.run([case for case in CASES if case.dtype == mx.float32]):
+        for row in selftest.run(list(cases.values())):
             assert row["ok"], row
 
 

@@ -318,13 +318,19 @@ def test_tiles_wait_for_what_they_copy(form):
     assert any(line.startswith("cp.async.cg") for line in lines)
 
 
-def test_every_case_of_the_self_test_compiles_as_cuda():
+@pytest.mark.parametrize(
+    "dtype",
+    [mx.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (mx.float32, mx.bfloat16))],
+    ids=str,
+)
+def test_every_case_of_the_self_test_compiles_as_cuda(dtype):
+    """In the dtype that the tests above leave out; the slow ones repeat theirs in other sizes."""
     launches = 0
-    for case in selftest.cases():
+    for case in (case for case in selftest.cases() if case.dtype == dtype):
         with compiled_kernels(optimized=False) as ptx, ops.no_grad():
             case.compute()
         launches += len(ptx)
-    assert launches > 300
+    assert launches > 100
 
 
 @pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
