@@ -22,12 +22,14 @@ from pathlib import Path
 import pytest
 
 from qwen_mlx import QwenMLXError, load
+from qwen_mlx.cli import chat as cli_chat
 from qwen_mlx.generation.chat import Chat, ToolResult
 from qwen_mlx.generation.prompt_cache import PromptCache
 from qwen_mlx.generation.tools import parse_tool_calls, run
 from reference.lazy import torch
 from reference.small_models import CHATML, RandomModel, hf_model, write_gguf
 from tests.helpers.cases import each
+from tests.helpers.commands import run_here
 from tests.helpers.computing import count_computed
 
 WITH_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools[0].function.name }}<|im_end|>\n{% endif %}" + CHATML
@@ -505,11 +507,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.heavy
 @each("case", MISTAKES)
 def test_a_mistake_in_a_pipe_is_one_sentence(path: Path, case: str):
     arguments, stdin, words = MISTAKES[case]
-    done = pipe(stdin, "--model", path, *arguments)
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    done = run_here(lambda: cli_chat.main(["--model", str(path), *arguments]), data)
     error = done.stderr.decode()
     assert done.returncode == 2
     assert words in error

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -540,8 +541,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path):
 
 
 @pytest.mark.heavy
-@each("number", [signal.SIGINT, signal.SIGTERM])
-@each("existing", [False, True], ids=["new", "existing"])
+@each(("number", "existing"), [(signal.SIGINT, False), (signal.SIGTERM, True)], ids=["new", "existing"])
 def test_an_interrupted_conversion_leaves_what_was_there(number: signal.Signals, existing: bool, tmp_path: Path):
     """The source is a sparse file of gigabytes, so that the signal finds the work under way."""
     path, large = write_gguf(tmp_path / "m.gguf", RandomModel()), tmp_path / "large.gguf"
@@ -803,31 +803,41 @@ def test_every_tensor_of_the_real_file_is_exact(real_gguf: Path, real_folder: Pa
     assert packed == 158
 
 
-def test_mlx_lm_speaks_the_same_64_tokens_and_transformers_reads_the_same_ids(real_folder: Path):
-    """The tokens as transformers says them. Each model reads them in one pass: greedy decoding gives these if and only
-    if each is the likeliest after those before it. mlx-lm also says the first two by its packed steps, of which a CPU
-    does two a second.
-    """
+# What transformers says, greedily.
+PROMPT = "def fibonacci(n):"
+SPOKEN = (
+    '\n    if n <= 0:\n        return "Invalid input"\n    elif n == 1:\n        return 0\n    elif n == 2:\n'
+    "        return 1\n    else:\n        a, b = 0, 1\n        for _ in range(3, n + 1"
+)
+
+
+def assert_speaks(model: Callable[[mx.array], mx.array], ids: list[int], spoken: list[int]) -> None:
+    """By one pass: greedy decoding gives these tokens if and only if each is the likeliest after those before it."""
+    logits = model(mx.array([ids + spoken[:-1]]))[0, len(ids) - 1 :]
+    assert mx.argmax(logits, axis=-1).tolist() == spoken
+
+
+def test_the_real_folder_speaks_the_same_64_tokens_and_all_read_the_same_ids(real_folder: Path):
+    """mlx-lm by its packed steps, of which a CPU does two a second: two tokens."""
     from mlx_lm.generate import generate_step  # mlx_lm.generate is the function
 
-    spoken_text = (
-        '\n    if n <= 0:\n        return "Invalid input"\n    elif n == 1:\n        return 0\n    elif n == 2:\n'
-        "        return 1\n    else:\n        a, b = 0, 1\n        for _ in range(3, n + 1"
-    )
     theirs, mlx_tokenizer = mlx_lm.load(str(real_folder))
     theirs.set_dtype(mx.float32)
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(real_folder)
-    model, tokenizer = load(real_folder, dtype="float32", quantized=False)
-    for text in ("def fibonacci(n):", spoken_text):
+    model, tokenizer = load(real_folder)
+    for text in (PROMPT, SPOKEN):
         assert hf_tokenizer.encode(text) == tokenizer.encode(text) == mlx_tokenizer.encode(text)
-    ids, spoken = tokenizer.encode("def fibonacci(n):"), tokenizer.encode(spoken_text)
+    ids, spoken = tokenizer.encode(PROMPT), tokenizer.encode(SPOKEN)
     assert len(spoken) == 64
-    first = [int(token) for token, _ in generate_step(mx.array(ids), theirs, max_tokens=2)]
-    assert first == spoken[:2]
-    dense = mlx_lm.utils.dequantize_model(theirs)
-    for reader in (model, dense):
-        logits = reader(mx.array([ids + spoken[:-1]]))[0, len(ids) - 1 :]
-        assert mx.argmax(logits, axis=-1).tolist() == spoken
+    assert_speaks(model, ids, spoken)
+    assert [int(token) for token, _ in generate_step(mx.array(ids), theirs, max_tokens=2)] == spoken[:2]
+
+
+@pytest.mark.slow
+def test_mlx_lm_speaks_the_same_64_tokens(real_folder: Path):
+    theirs, tokenizer = mlx_lm.load(str(real_folder))
+    theirs.set_dtype(mx.float32)
+    assert_speaks(mlx_lm.utils.dequantize_model(theirs), tokenizer.encode(PROMPT), tokenizer.encode(SPOKEN))
 
 
 def test_convert_is_a_function_of_the_package(tmp_path: Path):
