@@ -60,9 +60,14 @@ def alone(model, tokenizer, ids: list[int], count: int) -> list[GenerationChunk]
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("which", ["small", "windowed"])
-@pytest.mark.parametrize(("batch_size", "prefill_step_size"), [(64, 2048), (5, 64), (4, 7), (1, 2048)])
-def test_rows_equal_prompts_alone(which, batch_size, prefill_step_size, request):
+@pytest.mark.parametrize(
+    ("batch_size", "prefill_step_size", "which"),
+    [
+        *((64, 2048, "small"), (5, 64, "small"), (4, 7, "small"), (1, 2048, "small")),
+        *((5, 64, "windowed"), (4, 7, "windowed")),
+    ],
+)
+def test_rows_equal_prompts_alone(batch_size, prefill_step_size, which, request):
     model, tokenizer = request.getfixturevalue(which)
     prompts = prompts_of()
     limits = [40 if i % 3 else 8 + 5 * i for i in range(len(prompts))]
@@ -88,8 +93,9 @@ def test_rows_equal_prompts_alone(which, batch_size, prefill_step_size, request)
     assert done[-1] == (len(prompts), len(prompts))
 
 
-@pytest.mark.parametrize("which", ["small", "windowed"])
-@pytest.mark.parametrize("arguments", [{}, {"logprobs": 2, "min_tokens": 3}], ids=str)
+@pytest.mark.parametrize(
+    ("which", "arguments"), [("small", {}), ("windowed", {"logprobs": 2, "min_tokens": 3})], ids=["small", "windowed"]
+)
 def test_rows_on_emulated_kernels_equal_the_plain_ones(which, arguments, request):
     """Steps of the whole batch as one graph, rows that leave and join between them."""
     model, tokenizer = request.getfixturevalue(which)

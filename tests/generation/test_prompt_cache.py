@@ -176,6 +176,9 @@ def test_fingerprint_tells_models_apart(small, path: Path, tmp_path: Path):
     changed = load(path)[0]
     changed.model.layers[1].mlp.down_proj.weight *= 1.001  # as an adapter would
     assert fingerprint(changed) != fingerprint(model)
+    shaped = load(path)[0]
+    shaped.model.norm.weight = shaped.model.norm.weight[None]  # the same values
+    assert fingerprint(shaped) != fingerprint(model)
 
 
 @pytest.fixture(scope="module")

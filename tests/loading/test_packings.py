@@ -311,7 +311,12 @@ SETTINGS = {
     "not an object": ([1], foreign.gptq, r"'quantization_config' is \[1\], expected an object"),
     "awq for another kernel": (AWQ | {"version": "gemv"}, foreign.awq, r"version is 'gemv', expected 'gemm'"),
     "awq of 8 bits": (AWQ | {"bits": 8}, foreign.awq, r"AWQ's bits are 8, expected 4"),
-    "gptq for another kernel": (GPTQ | {"checkpoint_format": "marlin"}, foreign.gptq, r"checkpoint_format is 'marlin'"),
+    "gptq for another kernel": (
+        GPTQ | {"checkpoint_format": "gptq_v3"},
+        foreign.gptq,
+        r"_format is 'gptq_v3', expected",
+    ),
+    "gptq for Marlin's kernel": (GPTQ | {"is_marlin_format": True}, foreign.gptq, r"checkpoint_format is 'marlin'"),
     "gptq of 3 bits": (GPTQ | {"bits": 3}, foreign.gptq, r"GPTQ's bits are 3, expected 2, 4 or 8; take another"),
     "compressed-tensors of 3 bits": (
         CT | {"config_groups": {"group_0": {"weights": {"num_bits": 3}}}},
