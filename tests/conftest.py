@@ -44,6 +44,7 @@ pytest.register_assert_rewrite("tests.helpers.packed_models", "tests.helpers.blo
 FAST = "not (slow or torch or emulator or real or nvrtc or heavy or browser)"
 MARKS = {"slow", "torch", "emulator", "real", "nvrtc", "linux", "gpu", "heavy", "browser"}
 TIERS = pytest.StashKey[collections.Counter[str]]()
+COMPILATION = pytest.StashKey[subprocess.Popen[bytes]]()
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,9 +62,9 @@ class NoPeers(importlib.abc.MetaPathFinder):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes() -> None:
-    """Compiles the CPU's functions before the workers start: each would compile them for itself, and time its tests
-    by it."""
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Starts to compile the CPU's functions, while the workers collect: each would compile them for itself, and time
+    its tests by it."""
     code = """
         from qwen_mlx.backend import mx
         from qwen_mlx.gguf.packing import DENSE, Packing
@@ -72,7 +73,15 @@ def pytest_xdist_setupnodes() -> None:
         rehearse([*packed, (DENSE, mx.float32), (DENSE, mx.float16)])
     """
     if importlib.util.find_spec("numba") is not None:
-        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        config.stash[COMPILATION] = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node) -> None:
+    """No test begins before all is compiled."""
+    if COMPILATION in node.config.stash:
+        node.config.stash[COMPILATION].wait()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -157,8 +157,8 @@ def test_ranks_compute_what_one_process_computes(jobs, n, tmp_path):
 
 
 def test_real_model_on_two_ranks(real_gguf, tmp_path):
-    """The same 16 greedy tokens, from ranks that each took at most 1.15 times their share of memory."""
-    job = {"name": "real", "model": str(real_gguf), "quantized": False, "tokens": 16, "chunk": 512}
+    """The same six greedy tokens, from ranks that each took at most 1.15 times their share of memory."""
+    job = {"name": "real", "model": str(real_gguf), "quantized": False, "tokens": 6, "chunk": 512}
     job["prompt"] = [151644, 872, 198, 7985, 264, 4285, 13027, 729, 13, 151645, 198, 151644, 77091, 198]
     ranks = run_jobs(tmp_path, 2, [job])
     alone = parallel_worker.run(job, None)

@@ -75,24 +75,16 @@ def test_decode_in_float32(ours, real_hf, real_gguf: Path, kind: str):
     assert result.passed, result.first
 
 
-def check_greedy(ours, real_hf, prompt: str, count: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
+def test_greedy_ids_of_256_tokens(ours, real_hf, prompt: str):
     """Hugging Face reads our ids in one pass: if each is its likeliest next token, its own greedy ids are the same."""
     ids = encode_prompt(ours[1], prompt)
     tokens = generate_tokens(ours[0], ids, GenerationSettings())
-    made = [next(tokens).id for _ in range(count)]
+    made = [next(tokens).id for _ in range(TOKENS)]
     with torch.no_grad():
         logits = real_hf(torch.tensor([ids + made])).logits[0, len(ids) - 1 : -1]
     assert made == logits.argmax(-1).tolist()
-
-
-def test_greedy_ids_of_256_tokens(ours, real_hf):
-    check_greedy(ours, real_hf, PROMPTS[0], TOKENS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("prompt", PROMPTS[1:], ids=range(1, len(PROMPTS)))
-def test_greedy_ids_of_256_tokens_on_more_prompts(ours, real_hf, prompt: str):
-    check_greedy(ours, real_hf, prompt, TOKENS)
 
 
 @pytest.mark.slow
