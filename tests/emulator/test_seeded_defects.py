@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -52,7 +53,12 @@ def compare(name: str) -> None:
             raise WrongNumbers(f"{name}: {error} ulp, {different:.1%} of the elements differ")
 
 
-@each("name", CASES)
+# tests/ops has the products of every format.
+SPOILT = {call for call, _ in seeded_decoding.EDITS.values()}
+PLAIN = [name for name in CASES if name in SPOILT or not re.fullmatch(r"(matvec|unpack)\w* \w+", name)]
+
+
+@each("name", PLAIN)
 def test_shipped_kernels_pass(name):
     compare(name)
 

@@ -20,6 +20,7 @@ from tests.helpers.cases import each
 from tests.helpers.packed_models import leaves_no_memory, model_of, nbytes, same
 
 PACKINGS = ["dense", "affine", "q4_k", "q6_k", "mixed"]
+FEW = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # threads
 
 
 def fused(model: Qwen2, ids: list[list[int]], cache: list, keep: int = 0) -> mx.array:
@@ -56,7 +57,7 @@ def test_a_token_gets_the_logits_of_the_plain_equations(packing: str, tied: bool
 
 def test_caches_looked_into_taken_back_and_continued_between_steps():
     """Forty steps, past the newest tokens' array twice, with every other use of a cache in between."""
-    model = model_of("dense", True)
+    model = model_of("dense", True, **FEW)
     plain, stepped = model.make_cache(), model.make_cache()
 
     def feed(ids: list[int]) -> None:
@@ -274,7 +275,7 @@ def test_rows_get_the_logits_of_the_plain_equations(packing: str, tied: bool):
 
 def test_rows_that_leave_and_join_between_steps():
     """Past the end of the newest tokens' array, with every other use of a batch's cache in between."""
-    model = model_of("dense", True)
+    model = model_of("dense", True, **FEW)
     plain, stepped = read(model, [1, 0, 3, 4], 9), read(model, [1, 0, 3, 4], 9)
 
     def feed(count: int) -> None:
