@@ -21,13 +21,13 @@ from ..backend import in_gpu_memory, mx, nn
 from ..ops import Matrix
 from .batch_cache import BatchKVCache
 from .cache import RECENT, KVCache, recent_of
-from .layers import join_rows, matrix_of, multiply_all, temporary_bytes
+from .layers import join_rows, matrix_of, temporary_bytes
 from .qwen2 import Qwen2, TransformerBlock
 
 # A pass whose temporary arrays take SMALL bytes in all is evaluated at once, a larger one after each PIECE of bytes.
 SMALL, PIECE = 512 << 20, 128 << 20
 
-Attend = Callable[[int, mx.array, mx.array], mx.array]  # layer, q, kv -> attention (B, L, H, head_dim)
+Attend = Callable[[int, mx.array, mx.array], mx.array]  # layer, q, kv -> attention (B, L, H head_dim)
 Compiled = Callable[..., list[mx.array]]
 
 
@@ -87,7 +87,7 @@ class FusedModel:
         # A proxy: a cycle would keep a deleted model's memory until Python collects its garbage.
         this = weakref.proxy(self)
         self._one_row: Compiled = ops.compiled(lambda *arrays: this._run_one_row(*arrays), lambda: this._constants())
-        self._rows: Compiled = ops.compiled(lambda *arrays: this._run_rows(*arrays))
+        self._rows: Compiled = ops.compiled(lambda *arrays: this._run_rows(*arrays), lambda: this._constants())
 
     @classmethod
     def of(cls, model: Qwen2) -> FusedModel:
@@ -117,6 +117,8 @@ class FusedModel:
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits (..., vocab_size) of normalised hidden states (..., hidden_size)."""
+        if self._config.tie_word_embeddings and self._ranks is None:
+            return ops.multiply(hidden, matrix_of(self._head_module))
         head: Callable[[mx.array], mx.array] = (
             self._head_module.as_linear if self._config.tie_word_embeddings else self._head_module
         )
@@ -131,7 +133,7 @@ class FusedModel:
 
             def attend(i: int, q: mx.array, kv: mx.array) -> mx.array:
                 keys, values = cache[i].update(kv)
-                return ops.attention(q, keys, values, self._head_dim**-0.5, masks[self._layers[i].window])
+                return ops.attention(q, keys, values, self._head_dim**-0.5, masks[self._layers[i].window]).flatten(2)
 
             n_bytes = self._unpacked_bytes + self._token_bytes * input_ids.size
             pieces = _Pieces() if n_bytes > SMALL else None
@@ -140,15 +142,18 @@ class FusedModel:
     def _forward(
         self, input_ids: mx.array, rotation: mx.array, attend: Attend, keep: int, pieces: _Pieces | None = None
     ) -> mx.array:
-        h = self._body.embed_tokens(input_ids)
+        if self._ranks is None:
+            h = self._embedded(input_ids, self._layers[0].input_norm.dtype)
+        else:
+            h = self._body.embed_tokens(input_ids)  # which begins a pass
         x = ops.rms_norm(h, self._layers[0].input_norm, self._eps)
         following = [*(layer.input_norm for layer in self._layers[1:]), self._body.norm.weight]
         for i, (layer, next_norm) in enumerate(zip(self._layers, following)):
-            qkv = multiply_all(x, layer.qkv)
+            qkv = ops.multiply_all(x, layer.qkv)
             q, kv = ops.qkv_rope(qkv, layer.qkv_bias, rotation, self._n_heads, self._n_kv_heads)
-            out = layer.o_proj(attend(i, q, kv).flatten(2))
+            out = layer.o_proj(attend(i, q, kv))
             h, x = ops.add_rms_norm(out, h, layer.post_norm, self._eps)
-            gate_up = multiply_all(x, layer.gate_up)
+            gate_up = ops.multiply_all(x, layer.gate_up)
             if pieces is not None:
                 matrices = (*layer.qkv, layer.outputs[0], *layer.gate_up)
                 pieces.add(temporary_bytes(input_ids.size, x.dtype, matrices), h, gate_up)
@@ -156,7 +161,7 @@ class FusedModel:
             del qkv, q, kv, gate_up  # an array lives as long as it has a name
             if pieces is not None:
                 pieces.add(temporary_bytes(input_ids.size, x.dtype, layer.outputs[1:]), h, out)
-            if i == len(self._layers) - 1:
+            if i == len(self._layers) - 1 and keep < h.shape[1]:
                 out, h = out[:, -keep:], h[:, -keep:]
             h, x = ops.add_rms_norm(out, h, next_norm, self._eps)
         return x
@@ -208,9 +213,9 @@ class FusedModel:
 
         def attend(i: int, q: mx.array, kv: mx.array) -> mx.array:
             rows, _, n_heads, head_dim = q.shape
-            recent[i] = ops.put_recent(recent[i], kv.reshape(rows, -1, 1, head_dim), position)
+            recent[i] = ops.put_recent(recent[i], ops.reshaped(kv, (rows, -1, 1, head_dim)), position)
             out = ops.decode_attention(
-                q.reshape(rows, n_heads, 1, head_dim),
+                ops.reshaped(q, (rows, n_heads, 1, head_dim)),
                 buffers[i],
                 recent[i],
                 position,
@@ -218,12 +223,12 @@ class FusedModel:
                 self._layers[i].window,
                 padding,
             )
-            return out.reshape(q.shape)
+            return ops.reshaped(out, (rows, 1, -1))
 
         return [self.head(self._forward(input_ids, rotation, attend, 1)), *recent]
 
     def _constants(self) -> list[mx.array]:
-        """The arrays that a step of one row reads beside its arguments."""
+        """The arrays that a step reads beside its arguments."""
         modules = [self._body.embed_tokens, self._head_module]
         matrices = [matrix_of(module) for module in modules if "part" not in module]
         arrays = [self._body.norm.weight]

@@ -90,11 +90,6 @@ def low_rank_of(module: nn.Module) -> LowRank | None:
     return LowRank(module["lora_a"], module["lora_b"], module.get("lora_row_scale"))
 
 
-def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
-    """x by several matrices: the products side by side, (..., rows of all)."""
-    return _side_by_side([ops.multiply(x, matrix) for matrix in matrices])
-
-
 def temporary_bytes(n_vectors: int, dtype: mx.Dtype, matrices: Iterable[Matrix]) -> int:
     """Bytes of the arrays that `multiply` makes for so many vectors and such matrices: the products, and the values of
     blocks that are unpacked."""
@@ -104,10 +99,6 @@ def temporary_bytes(n_vectors: int, dtype: mx.Dtype, matrices: Iterable[Matrix])
         if matrix.packing.kind not in ("dense", "affine"):
             elements += min(matrix.rows * matrix.columns, TILE)
     return elements * dtype.size
-
-
-def _side_by_side(arrays: list[mx.array]) -> mx.array:
-    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)
 
 
 class _Joined:

@@ -8,7 +8,7 @@ from .dispatch import compiled, executor, explain, forced, no_grad, recording
 from .matmul import matmul
 from .matrix import LowRank, Matrix, rows_of
 from .matvec import matvec, matvec_qkv, matvec_swiglu, put_recent
-from .multiply import TILE, multiply
+from .multiply import TILE, multiply, multiply_all, reshaped
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import Rotary, qkv_rope, rope
 from .swiglu import swiglu, swiglu_joined
@@ -36,6 +36,7 @@ __all__ = [
     "matvec_qkv",
     "matvec_swiglu",
     "multiply",
+    "multiply_all",
     "no_grad",
     "or_not_finite",
     "packing_kinds",
@@ -43,6 +44,7 @@ __all__ = [
     "qkv_rope",
     "raw_matrix",
     "recording",
+    "reshaped",
     "rms_norm",
     "rope",
     "rows_of",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..backend import mx
 from . import cpu
 from .dispatch import executor, on_cpu, on_gpu
@@ -25,7 +27,7 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
         return y + multiply(multiply(x, a), b)
     packing, arrays = matrix.packing, matrix.arrays
     if x.size and on_cpu("matmul", x.dtype) and cpu.supports(matrix):
-        return cpu.multiply(x, matrix)
+        return cpu.multiply_all(x, [matrix])
     if packing.kind == "dense":
         return matmul(x, arrays[0]) if x.dtype == arrays[0].dtype else x @ arrays[0].T
     # MLX's own product of affine codes is slower on a CPU than unpacking them.
@@ -41,3 +43,17 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     tiles = (rows_of(matrix, start, start + rows) for start in range(0, matrix.rows, rows))
     products = [matmul(x, unpack(tile, x.dtype)) for tile in tiles]
     return products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)
+
+
+def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
+    """x by several matrices: the products side by side, (..., rows of all)."""
+    plain = all(matrix.low_rank is None and cpu.supports(matrix) for matrix in matrices)
+    if x.size and on_cpu("matmul", x.dtype) and plain:
+        return cpu.multiply_all(x, matrices)
+    products = [multiply(x, matrix) for matrix in matrices]
+    return products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)
+
+
+def reshaped(x: mx.array, shape: Sequence[int]) -> mx.array:
+    """x.reshape(shape), also where a CPU's calls are recorded."""
+    return cpu.reshaped(x, shape) if on_cpu("step", x.dtype) else x.reshape(shape)

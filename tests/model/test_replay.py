@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_mlx import Qwen2, ops
+from qwen_mlx.model.batch_cache import BatchKVCache, join, select
 from qwen_mlx.model.fused import FusedModel
 from qwen_mlx.model.layers import QuantizedLinear
 from qwen_mlx.ops.cpu import replay
@@ -39,17 +40,20 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def step(model: Qwen2, token: int, cache: list) -> np.ndarray:
-    return np.array(FusedModel.of(model)(mx.array([[token]]), cache))
+    """The logits of one token, or of a batch whose rows get this token and the ones after it."""
+    rows = len(cache[0].padding.columns) if isinstance(cache[0], BatchKVCache) else 1
+    return np.array(FusedModel.of(model)(mx.array([[(token + i) % 300] for i in range(rows)]), cache))
 
 
 def anew(model: Qwen2, token: int, cache: list) -> np.ndarray:
     """A step without a recording."""
     form = FusedModel.of(model)
-    before, form._one_row = form._one_row, form._run_one_row
+    before = form._one_row, form._rows
+    form._one_row, form._rows = form._run_one_row, form._run_rows
     try:
         return step(model, token, cache)
     finally:
-        form._one_row = before
+        form._one_row, form._rows = before
 
 
 def filled(model: Qwen2, n_tokens: int = 4) -> list:
@@ -91,6 +95,20 @@ def test_steps_are_bit_equal_to_steps_made_anew(packing: str, recordings: list[i
     assert len(recordings) == 1
 
 
+@pytest.mark.parametrize("packing", ["dense", "mixed", "adapted"])
+def test_a_batch_s_steps_too(packing: str, recordings: list[int]):
+    """Past a buffer's end, while a row leaves and another joins; what adapters add is computed by MLX."""
+    model = adapted(model_of("q4_k", True)) if packing == "adapted" else model_of(packing, True)
+    batches = [join(join(filled(model, 250), filled(model)), filled(model, 30)) for _ in range(2)]
+    for i in range(30):
+        if i == 10:
+            batches = [select(batch, [0, 2]) for batch in batches]
+        if i == 20:
+            batches = [join(batch, filled(model, 5)) for batch in batches]
+        assert np.array_equal(step(model, i * 13, batches[0]), anew(model, i * 13, batches[1]))
+    assert len(recordings) == (0 if packing == "adapted" else 3)
+
+
 def test_results_stay_what_they_were():
     model = model_of("q4_k", True)
     cache = filled(model)
@@ -111,7 +129,7 @@ def test_a_function_that_computes_otherwise_is_called_each_time(recordings: list
         lambda x: [ops.matvec(x + 1, matrix)],  # before an operation
         lambda x: [ops.matvec(x, matrix) + 32],  # after it
         lambda x: [ops.matvec(ops.matvec(x, matrix) / 32 + 1, matrix)],  # between two
-        lambda x: [ops.multiply(x, matrix) + 32],  # by a compiled function that is not recorded
+        lambda x: [ops.matmul(x, weight) + 32],  # by a compiled function that is not recorded
     ):
         call = ops.compiled(function, lambda: [weight])
         with ops.no_grad():

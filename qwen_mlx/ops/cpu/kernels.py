@@ -205,17 +205,20 @@ def _tile_height(columns: int) -> int:
 
 
 @_compiled
-def multiply(w: np.ndarray, x: np.ndarray, columns: int, out: np.ndarray) -> None:
-    """out (B, n) = x w^T for w (n, columns) and x (B, columns), flat. A thread takes a tile of w."""
+def multiply(w: np.ndarray, x: np.ndarray, columns: int, out: np.ndarray, start: int, width: int) -> None:
+    """Columns of out (B, width) from `start` on = x w^T for w (n, columns) and x (B, columns), flat. A thread takes a
+    tile of w."""
     n_rows, n_vectors, height = w.size // columns, x.size // columns, _tile_height(columns)
     for t in prange(-(-n_rows // height)):
         first = t * height
         rows = min(height, n_rows - first)
-        _products(w, first * columns, columns, rows, x, 0, columns, n_vectors, columns, out, first, n_rows)
+        _products(w, first * columns, columns, rows, x, 0, columns, n_vectors, columns, out, start + first, width)
 
 
 @_compiled
-def multiply_packed(matrix: Any, n_rows: int, blocks: int, x: np.ndarray, columns: int, out: np.ndarray) -> None:
+def multiply_packed(
+    matrix: Any, n_rows: int, blocks: int, x: np.ndarray, columns: int, out: np.ndarray, start: int, width: int
+) -> None:
     """As multiply for a packed matrix of so many rows and blocks a row. A thread unpacks a tile and multiplies it while
     it lies in its core's cache."""
     n_vectors, height = x.size // columns, _tile_height(columns)
@@ -225,7 +228,7 @@ def multiply_packed(matrix: Any, n_rows: int, blocks: int, x: np.ndarray, column
         w = np.empty(height * columns, np.float32)
         for block in range(_uint(rows * blocks)):
             store_values(matrix, _uint(first * blocks) + block, w, block)
-        _products(w, 0, columns, rows, x, 0, columns, n_vectors, columns, out, first, n_rows)
+        _products(w, 0, columns, rows, x, 0, columns, n_vectors, columns, out, start + first, width)
 
 
 @_serial

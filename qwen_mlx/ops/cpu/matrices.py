@@ -45,15 +45,15 @@ def supports(matrix: Matrix) -> bool:
     return packing.kind in ("dense", *_BLOCKS)
 
 
-def multiply(x: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
-    """out (B, rows) = x W^T for x (B, columns)."""
-    packed, columns, vectors = _compiled_form(matrix), matrix.columns, x.reshape(-1)
+def products(x: np.ndarray, matrix: Matrix, out: np.ndarray, start: int) -> Callable[[], None]:
+    """The call that makes the columns of out (B, width) from `start` on x W^T, for x (B, columns)."""
+    packed, columns, rows = _compiled_form(matrix), matrix.columns, matrix.rows
     if len(x) == 1:
-        one_product(x[0], matrix, (_NOTHING, 0.0), _NOTHING, out[0])()
-    elif isinstance(packed, packings.Floats):
-        kernels.multiply(packed.values, vectors, columns, out.reshape(-1))
-    else:
-        kernels.multiply_packed(packed, matrix.rows, _blocks(packed, columns), vectors, columns, out.reshape(-1))
+        return one_product(x[0], matrix, (_NOTHING, 0.0), _NOTHING, out[0, start : start + rows])
+    vectors, to = x.reshape(-1), (out.reshape(-1), start, out.shape[1])
+    if isinstance(packed, packings.Floats):
+        return partial(kernels.multiply, packed.values, vectors, columns, *to)
+    return partial(kernels.multiply_packed, packed, rows, _blocks(packed, columns), vectors, columns, *to)
 
 
 def one_product(

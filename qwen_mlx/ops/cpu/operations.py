@@ -11,7 +11,7 @@ from ...backend import mx
 from ..matrix import Matrix
 from . import kernels, matrices
 from .arrays import Output, elements, later
-from .replay import perform
+from .replay import current, perform
 
 supports = matrices.supports
 _NOTHING, _NO_ELEMENTS = np.empty((0, 0), np.float32), np.empty(0, np.float32)
@@ -34,7 +34,7 @@ def add_rms_norm(x: mx.array, residual: mx.array, weight: mx.array, eps: float) 
 def _norm(x: np.ndarray, residual: np.ndarray, weight: mx.array, eps: float, h: np.ndarray, y: np.ndarray) -> None:
     arrays = (array.reshape(-1, x.shape[-1]) if array.size else _NOTHING for array in (x, residual, h, y))
     x, residual, h, y = arrays
-    kernels.rms_norm(x, residual, elements(weight), eps, h if residual.size else x, y)
+    perform(partial(kernels.rms_norm, x, residual, elements(weight), eps, h if residual.size else x, y))
 
 
 def qkv_rope(
@@ -44,7 +44,8 @@ def qkv_rope(
     batch, length, width = qkv.shape
     head_dim = width // (n_heads + 2 * n_kv_heads)
     q, kv = Output(batch, length, n_heads, head_dim), Output(batch, length, 2, n_kv_heads, head_dim)
-    _qkv_rope(elements(qkv).reshape(-1, width), bias, elements(table), n_heads + n_kv_heads, q.values, kv.values)()
+    n_rotated = n_heads + n_kv_heads
+    perform(_qkv_rope(elements(qkv).reshape(-1, width), bias, elements(table), n_rotated, q.values, kv.values))
     return q.array(), kv.array()
 
 
@@ -69,14 +70,17 @@ def swiglu_joined(gate_up: mx.array) -> mx.array:
     """ops.swiglu_joined without a bias."""
     width = gate_up.shape[-1] // 2
     both, out = elements(gate_up).reshape(-1, 2, width), Output(*gate_up.shape[:-1], width)
-    kernels.swiglu(both[:, 0], both[:, 1], out.values.reshape(-1, width))
+    perform(partial(kernels.swiglu, both[:, 0], both[:, 1], out.values.reshape(-1, width)))
     return out.array()
 
 
-def multiply(x: mx.array, matrix: Matrix) -> mx.array:
-    """ops.multiply."""
-    out = Output(*x.shape[:-1], matrix.rows)
-    matrices.multiply(elements(x).reshape(-1, matrix.columns), matrix, out.values.reshape(-1, matrix.rows))
+def multiply_all(x: mx.array, pieces: Sequence[Matrix]) -> mx.array:
+    """ops.multiply_all."""
+    rows = [matrix.rows for matrix in pieces]
+    out = Output(*x.shape[:-1], sum(rows))
+    vectors, products = elements(x).reshape(-1, x.shape[-1]), out.values.reshape(-1, sum(rows))
+    for i, matrix in enumerate(pieces):
+        perform(matrices.products(vectors, matrix, products, sum(rows[:i])))
     return out.array()
 
 
@@ -84,8 +88,16 @@ def matmul(x: mx.array, w: mx.array) -> mx.array:
     """ops.matmul, for a multiple of 8 columns."""
     rows, columns = w.shape
     out = Output(*x.shape[:-1], rows)
-    kernels.multiply(elements(w).reshape(-1), elements(x).reshape(-1), columns, out.values.reshape(-1))
+    kernels.multiply(elements(w).reshape(-1), elements(x).reshape(-1), columns, out.values.reshape(-1), 0, rows)
     return out.array()
+
+
+def reshaped(x: mx.array, shape: Sequence[int]) -> mx.array:
+    """ops.reshaped."""
+    tape, y = current(), x.reshape(shape)
+    if tape is not None:
+        tape.add(y, tape.values(x).reshape(y.shape))
+    return y
 
 
 def unpack(matrix: Matrix, ids: mx.array | None) -> mx.array:

@@ -86,7 +86,7 @@ def _rehearse_products(kinds: Iterable[tuple[Packing, mx.Dtype]]) -> None:
         _rehearsed.add((packing, dtype))
         matrix = _zeros(packing, dtype)
         for rows in (1, 2):
-            operations.multiply(_array(1, rows, COLUMNS), matrix)
+            operations.multiply_all(_array(1, rows, COLUMNS), [matrix])
         if packing.kind != "dense":
             operations.unpack(matrix, mx.array(np.zeros((1, 1), np.int32)))
 
