@@ -14,6 +14,8 @@ from .safetensors_files import StoredTensor
 
 PIECE = re.compile(r"(.*\.gguf)[.-](part-?\d+(of\d+)?|part-?[a-z]+|split-?[a-z]+|\d+|[a-z]{2})", re.IGNORECASE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_FORMATS = {".onnx": "ONNX", ".mlmodel": "Core ML", ".tflite": "TensorFlow Lite", ".h5": "Keras"}
+OTHER_FORMATS |= {".msgpack": "Flax", ".llamafile": "llamafile"}
 _WEB_PAGE = "a web page: download the file itself, whose address has /resolve/ in it"
 _REFUSAL = "a server's refusal: log in (hf auth login) or correct the name, and download the file again"
 _PICKLE = "a pickle of PyTorch's, which can hold programs: give safetensors or a .gguf file"
@@ -22,6 +24,7 @@ BEGINNINGS = {
     b"version https://git-lfs": "a pointer that Git LFS leaves in a file's place: run `git lfs pull` in its folder",
     b"<!doctype": _WEB_PAGE,
     b"<html": _WEB_PAGE,
+    b"FROM ": "a Modelfile of Ollama's: give the .gguf file or the model that it names",
     b"<?xml": _REFUSAL,
     b"Entry not found": _REFUSAL,
     b"Invalid username": _REFUSAL,
@@ -41,6 +44,7 @@ BEGINNINGS = {
     b"tjgg": "a GGML file, from before GGUF: take the model as GGUF",
     b"algg": "a LoRA adapter from before GGUF: merge it into its base with the llama.cpp of its time",
 }
+_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"}
 IMATRIX = re.compile(r".*imatrix.*\.dat|.*\.imatrix", re.IGNORECASE)
 # GGUF's general.type: what such a file holds, and what to do.
 KINDS = {
@@ -72,7 +76,10 @@ def refuse_path(path: Path) -> None:
         )
     if IMATRIX.fullmatch(path.name):
         raise QwenMLXError(f"{path}: holds {KINDS['imatrix']}.")
-    if path.name.endswith(".safetensors.index.json") or path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() in OTHER_FORMATS:
+        of = OTHER_FORMATS[path.suffix.lower()]
+        raise QwenMLXError(f"{path}: is a model in the format of {of}; give safetensors or a .gguf file.")
+    if path.suffix.lower() in (".safetensors", ".json", ".jinja"):
         raise QwenMLXError(f"{path}: is a part of a folder's model; give the folder, {path.absolute().parent}.")
 
 
@@ -107,8 +114,9 @@ def _refuse_other_format(path: Path, beginning: bytes, text: bytes) -> None:
 
 def _refuse_folder(folder: Path) -> None:
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if "adapter_config.json" in names and "config.json" not in names:
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if names & _ADAPTER_FILES and "config.json" not in names:
+        has_settings = "adapter_config.json" in names
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if has_settings else None
         of = f" of {base}" if isinstance(base, str) and base else ""
         raise QwenMLXError(
             f"{folder}: holds a LoRA adapter{of}, which changes another model; give that model as the model and this "
@@ -119,13 +127,16 @@ def _refuse_folder(folder: Path) -> None:
             _refuse_beginning(folder / name)
     if "config.json" in names or "model_index.json" in names:
         weights = [name for name in names if name.endswith(".safetensors")]
-        others = sorted(name for name in names if Path(name).suffix.lower() in (*PICKLES, ".onnx", ".h5", ".msgpack"))
+        others = sorted(name for name in names if Path(name).suffix.lower() in (*PICKLES, *OTHER_FORMATS))
         if others and not weights:
             raise QwenMLXError(f"{folder}: holds {others[0]} and no safetensors; download the model's safetensors.")
         return
     files = sorted(name for name in names if name.lower().endswith(".gguf"))
     if files:
         raise QwenMLXError(f"{folder}: has no config.json; give one of its files, such as {folder / files[0]}.")
+    inner = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
+    if inner:
+        raise QwenMLXError(f"{folder}: has no config.json; give the folder in it that has one: {inner[0].parent}.")
 
 
 def refuse_adapter(tensors: Mapping[str, StoredTensor]) -> None:

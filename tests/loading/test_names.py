@@ -45,6 +45,11 @@ FILE = "qwen2.5-7b-instruct-q4_k_m.gguf"
         (f"https://huggingface.co/{REPO}/blob/main/{FILE}", (REPO, FILE)),
         (f"https://huggingface.co/{REPO}/resolve/main/{FILE}?download=true", (REPO, FILE)),
         (f"https://huggingface.co/{REPO}/resolve/main/model-00001-of-00002.safetensors", (REPO, None)),
+        (f"HTTPS://HuggingFace.co/{REPO}", (REPO, None)),
+        (f"https://huggingface.co/{REPO}.git", (REPO, None)),
+        (f"hf://{REPO}@main/{FILE}", (REPO, FILE)),
+        (f"{REPO}@main:q8_0", (REPO, "q8_0")),
+        (f"https://huggingface.co/{REPO}/resolve/main/{FILE.replace('-', '%2D')}", (REPO, FILE)),
         ("model.gguf", None),
         ("folder", None),
         ("folder/model.gguf", None),
@@ -64,6 +69,9 @@ def test_a_name_of_the_hub(name: str, meant):
     [
         ("https://ollama.com/library/qwen2.5", "huggingface.co"),
         ("ftp://huggingface.co/a/b", "huggingface.co"),
+        ("s3://bucket/a", "only models of huggingface.co"),
+        ("a/b@v2", "revision v2; only main is fetched: give a/b"),
+        ("hf.co/a/b:", "no model's address"),
         (f"https://huggingface.co/{REPO}/tree/v2", "revision v2"),
         (f"https://huggingface.co/{REPO}/discussions/3", "no model's address"),
         ("https://huggingface.co/datasets/a/b", "no model's address"),
@@ -161,6 +169,8 @@ def test_the_vocabulary_of_llama_cpp_is_known_by_having_no_tensors(tmp_path: Pat
         ("pytorch_model.bin", "PyTorch"),
         ("model.safetensors", "give the folder"),
         ("model.safetensors.index.json", "give the folder"),
+        ("config.json", "give the folder"),
+        ("model.onnx", "the format of ONNX"),
     ],
 )
 def test_a_file_that_is_no_model_says_what_it_is(tmp_path: Path, name: str, words: str):
@@ -180,10 +190,13 @@ def test_a_file_that_is_no_model_says_what_it_is(tmp_path: Path, name: str, word
         ({"config.json": {}, "pytorch_model.bin": {}}, r"pytorch_model\.bin and no safetensors"),
         ({"config.json": {}, "model.onnx": {}}, r"model\.onnx and no safetensors"),
         ({"q4.gguf": {}}, r"q4\.gguf"),
+        ({"adapters.safetensors": {}}, "LoRA adapter, which"),
+        ({"snapshots/1a/config.json": {}}, r"give the folder in it that has one: .*snapshots.1a\."),
     ],
 )
 def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path, files, words: str):
     for name, value in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(QwenMLXError, match=words):
         open_checkpoint(tmp_path)
@@ -208,6 +221,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11\n"
         ("m.gguf", b"a" * 257 + b"ustar\0", "tar: unpack"),
         ("m.gguf", b"\x80\x02}q\x00", "a pickle of PyTorch's"),
         ("m.gguf", b"\x89HDF\r\n", "HDF5"),
+        ("Modelfile", b"FROM ./x.gguf", "a Modelfile of Ollama's"),
         ("m.gguf", b"\xef\xbb\xbf\n <!doctype html>", "a web page: download"),
         ("m.gguf", b"Invalid username or password.", "a server's refusal: log in"),
         ("m.gguf", b"Entry not found", "a server's refusal: log in"),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from ...errors import QwenMLXError
 from .client import Unreachable, check_digests, fetch, remote_files, say, snapshots
@@ -52,19 +53,24 @@ def hub_id(text: str) -> tuple[str, str | None] | None:
     """The repository of the Hub that a name means, and the choice in it.
 
     text: "org/repo" or "org/repo:q4_k_m", alone or after "hf.co/", "hf://" or "https://huggingface.co/", or the address
-    of a page or file of a repository. Returns None for another name. Raises QwenMLXError for an address of another
-    site, of another revision than main, or of a page that is no model's.
+    of a page or file of a repository, percent-encoded or not, with ".git" or "@main" after the repository. Returns None
+    for another name. Raises QwenMLXError for an address of another site, of another revision than main, or of a page
+    that is no model's.
     """
-    site = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://", text)
-    if site is None and re.match(r"[a-z]+://", text):
+    site = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://", text, re.IGNORECASE)
+    if site is None and re.match(r"[a-z]\w*://", text, re.IGNORECASE):
         raise QwenMLXError(f"{text}: only models of huggingface.co are fetched; download the file and give its path.")
-    path = re.split("[?#]", text[site.end() :])[0].strip("/") if site else text
+    path = unquote(re.split("[?#]", text[site.end() :])[0].strip("/")).removesuffix(".git") if site else text
+    revision = re.match(r"([\w-][\w.-]*/[\w-][\w.-]*)@([^/:]+)", path)
+    if revision and revision[2] != "main":
+        raise QwenMLXError(f"{text}: names the revision {revision[2]}; only main is fetched: give {revision[1]}.")
+    path = revision[1] + path[revision.end() :] if revision else path
     meant = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?::([^:]+))?", path)
     if meant and not meant[1].lower().endswith((".gguf", ".safetensors")):
         return meant[1], meant[2]
     if site is None:
         return None
-    page = re.fullmatch(r"([^/]+/[^/]+)(?:/(?:resolve|blob|raw|tree)/([^/]+))?(?:/(.+))?", path)
+    page = re.fullmatch(r"([^/:]+/[^/:]+)(?:/(?:resolve|blob|raw|tree)/([^/]+))?(?:/(.+))?", path)
     file = page[3] or "" if page else ""
     if page is None or page[1].startswith(("datasets/", "spaces/")) or (file and not page[2] and ".gguf" not in file):
         raise QwenMLXError(f"{text}: is no model's address; give org/repo, org/repo:q4_k_m or a .gguf file's address.")
