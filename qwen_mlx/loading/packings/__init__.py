@@ -50,7 +50,7 @@ _OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_qu
 # Settings of one method alone, by which a configuration that names none is recognised.
 _SIGNS = {
     "config_groups": "compressed-tensors",
-    "desc_act": "gptq",
+    **dict.fromkeys(("desc_act", "true_sequential", "damp_percent", "checkpoint_format"), "gptq"),
     "weight_block_size": "fp8",
     "quant_algo": "modelopt",
     "w_bit": "awq",
