@@ -221,8 +221,7 @@ print(mx.allclose(own, plain, rtol=1e-5).item())
 @pytest.mark.parametrize(
     "environment",
     [
-        {"NUMBA_NUM_THREADS": "1"},
-        {"OMP_NUM_THREADS": "1"},
+        {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         {"NUMBA_THREADING_LAYER": "workqueue"},
         {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""},
         {"NUMBA_CACHE_DIR": "/dev/null/none"},

@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from qwen_mlx.cli import selftest
 from qwen_mlx.loading import kernels
 from qwen_mlx.ops import dispatch, trial
 from qwen_mlx.ops.trial import session, verdict
+from qwen_mlx.ops.trial.cases import cases
 from reference.small_models import RandomModel, write_gguf
 from tests.helpers.cases import each
 from tests.helpers.packed_models import model_of
@@ -61,6 +63,16 @@ def test_kernels_that_are_right_are_proven(tmp_path, packing):
         assert {part for part in dispatch.PARTS if ops.executor(part) == "metal"} == expected
         assert "rope: proved itself on this machine" in ops.explain()
         assert trial.prove(spec_of(packing), tmp_path) == (verdict, False), "it is kept"
+
+
+def test_products_of_a_few_rows_are_tried_where_they_have_a_kernel(spec, monkeypatch):
+    """On NVIDIA's GPUs, if the model has one dense matrix or more."""
+    dense = spec_of("dense").products[0]
+    one = replace(spec, products=(*spec.products, replace(dense, matrices=dense.matrices[:1])))
+    for device, counts in (("metal", [0, 0, 0]), ("cuda", [0, 1, 1])):
+        monkeypatch.setattr(dispatch, "device", lambda device=device: device)
+        found = [[case.part for case in cases(tried)].count("matmul") for tried in (spec, one, spec_of("dense"))]
+        assert found == counts
 
 
 @each(("part", "fault"), [(part, list(FAULTS)[(i + j) % 6]) for i, part in enumerate(KERNELS) for j in (0, 3)])
