@@ -91,6 +91,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TIERS] = collections.Counter()
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the groups of most tests
     if config.getoption("fast"):
         config.option.markexpr = FAST
         sys.meta_path.insert(0, NoPeers())
@@ -126,9 +127,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("real")
         if "real_hf" in item.fixturenames:
             item.add_marker("torch")
-        if config.getoption("dist", "no") == "loadgroup":  # a file's fixtures, and transformers' 2 GB, in one process
-            group = "real_hf" if "real_hf" in item.fixturenames else str(item.path.relative_to(needs.ROOT))
-            item.add_marker(pytest.mark.xdist_group(group))
+    if config.getoption("dist", "no") == "loadgroup":
+        set_groups(items)
     unable = {"linux", "nvrtc"} if sys.platform != "linux" else set()
     unable |= set() if can_browse() else {"browser"}
     unable |= set() if mx.metal.is_available() or mx.cuda.is_available() else {"gpu"}
@@ -139,6 +139,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         out = [item for item in items if unable & {mark.name for mark in item.iter_markers()}]
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
+
+
+def set_groups(items: list[pytest.Item]) -> None:
+    """Keeps a file's fixtures, and transformers' 2 GB, in one process, and sorts what takes seconds before the rest:
+    quick files at the end let no process wait long for another."""
+    groups, long = {}, set()
+    for item in items:
+        group = "real_hf" if "real_hf" in item.fixturenames else str(item.path.relative_to(needs.ROOT))
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups[item] = group
+        if (MARKS - {"linux", "gpu"}) & {mark.name for mark in item.iter_markers()}:
+            long.add(group)
+    items.sort(key=lambda item: (groups[item] != "real_hf", groups[item] not in long))
 
 
 def emulator_unavailable() -> str | None:
