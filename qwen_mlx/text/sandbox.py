@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import datetime
+import functools
 import json
 import math
 import re
@@ -31,10 +32,14 @@ LONGEST_SOURCE = 100_000  # characters; the longest templates of models have 30,
 SECONDS = 2.0  # of a thread's processor time; after a rendering that took longer half as much
 BYTES = 256 << 20  # of all values that a rendering makes, and of one
 VALUE_BYTES = 32 << 20
+WRITTEN_TERMS = 4  # values that are added and written at once without being counted
 LONGEST_REPEAT = 100_000  # characters of a text times a number
 STEPS = 1_000_000  # of all ranges
 CHARACTER = 80  # bytes of a character as a string of its own
 NUMBERS = (int, float, type(None))
+VIEWS = (type(dict[str, str]().keys()), type(dict[str, str]().values()), type(dict[str, str]().items()))
+SMALL = frozenset([bool, type(None), *VIEWS])  # that need no counting
+METHOD_TYPES = (types.BuiltinMethodType, types.MethodType, types.MethodWrapperType)
 # Tests that look at a value's type alone.
 CHEAP_TESTS = ["boolean", "callable", "defined", "even", "false", "float", "integer", "iterable", "mapping", "none"]
 CHEAP_TESTS += ["number", "odd", "sequence", "string", "true", "undefined"]
@@ -68,11 +73,16 @@ class Meter:
 
     def __init__(self, variables: Mapping[str, Any], seconds: float):
         self.bytes_left = self.value_bytes = sys.maxsize
+        self._known: dict[int, int] = {}  # by id: given values live as long as the rendering
+        for value in variables.values():
+            if isinstance(value, list):
+                self._known |= {id(item): self.weight(item) for item in value if isinstance(item, dict)}
         given = self.weight(list(variables.values()))
         self.bytes_left, self.value_bytes = BYTES + 64 * given, VALUE_BYTES + 8 * given
         self.steps_left = STEPS
         self.seconds = seconds
         self._end = time.thread_time() + seconds
+        self._next_look = time.monotonic() + seconds
         self._unchecked = 0
 
     def tick(self, cost: int = 0) -> None:
@@ -82,9 +92,13 @@ class Meter:
             self._look_at_the_clock()
 
     def _look_at_the_clock(self) -> None:
+        """Asks for the processor's time, a call of the system, only after as much time on the wall."""
         self._unchecked = 0
-        if time.thread_time() > self._end:
-            raise TooSlow(f"it computes for more than {self.seconds:g} seconds")
+        if (now := time.monotonic()) > self._next_look:
+            left = self._end - time.thread_time()
+            if left < 0:
+                raise TooSlow(f"it computes for more than {self.seconds:g} seconds")
+            self._next_look = now + left
 
     def charge(self, size: int) -> None:
         """Counts `size` bytes of one value."""
@@ -103,13 +117,16 @@ class Meter:
         total, waiting = 0, [value]
         while waiting:
             value = waiting.pop()
+            if known := self._known.get(id(value)):
+                total += known
+                continue
             total += 64
             if isinstance(value, str):
                 total += sys.getsizeof(value)
             elif isinstance(value, list | tuple):
                 total += 40 * len(value)
                 waiting += [item for item in value if not isinstance(item, NUMBERS)]
-            elif isinstance(value, Mapping):
+            elif isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101 (the second is slow)
                 total += 100 * len(value)
                 waiting += value.keys()
                 waiting += value.values()
@@ -121,13 +138,16 @@ class Meter:
         """`value`, counted; the items of an iterator as they come."""
         if isinstance(value, str):
             self.charge(sys.getsizeof(value))
-            return value
-        if isinstance(value, Iterator):
-            return self._counted(value)
-        if isinstance(value, int) and value.bit_length() > 64:
-            raise SecurityError("a number of more than 64 bits is not allowed")
-        if isinstance(value, list | tuple | dict):
+        elif type(value) in SMALL:
+            self.tick()
+        elif isinstance(value, list | tuple | dict):
             self.charge(self.weight(value))
+        elif isinstance(value, NUMBERS):
+            self.tick()
+            if isinstance(value, int) and value.bit_length() > 64:
+                raise SecurityError("a number of more than 64 bits is not allowed")
+        elif isinstance(value, Iterator):
+            return self._counted(value)
         else:
             self.tick()
         return value
@@ -145,7 +165,9 @@ class Meter:
     def loop(self, items: Any) -> Iterator[Any]:
         """Yields the items, each of them a step. Jinja lists them where a loop asks for its length."""
         for item in self.items(items):
-            self.tick()
+            self._unchecked += 4096  # as tick(), whose call would be felt
+            if self._unchecked > 1 << 18:
+                self._look_at_the_clock()
             yield item
 
     def range(self, *limits: int) -> range:
@@ -276,10 +298,26 @@ class _Metering(NodeTransformer):
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
-        self.generic_visit(node)
+        node.nodes = [self._written(child) for child in node.nodes]
         if self._buffers:  # other outputs are counted as they leave the template
             node.nodes = [self._wrapped(self._constant(child), "#output") for child in node.nodes]
         return node
+
+    def _written(self, node: nodes.Expr) -> nodes.Expr:
+        """An expression whose text is counted as it is written, so that a short sum in it need not be."""
+        terms = self._terms(node)
+        if sum(not isinstance(term, nodes.Const) for term in terms) > WRITTEN_TERMS:
+            return cast(nodes.Expr, self.visit(node))
+        terms = [self.visit(term) for term in terms]
+        return functools.reduce(lambda left, right: nodes.Add(left, right, lineno=right.lineno), terms)
+
+    def _terms(self, node: nodes.Expr) -> list[nodes.Expr]:
+        """The terms of `a + b + c`."""
+        terms = []
+        while isinstance(node, nodes.Add):
+            terms.append(node.right)
+            node = node.left
+        return [node, *reversed(terms)]
 
     def _constant(self, node: nodes.Expr) -> nodes.Expr:
         return nodes.Const(node.data, lineno=node.lineno) if isinstance(node, nodes.TemplateData) else node
@@ -307,6 +345,11 @@ class _Metering(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return self._wrapped(nodes.List(node.nodes, lineno=node.lineno), "#concat")
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:
+        """Adds all of `a + b + c` in one call."""
+        terms = [self.visit(term) for term in self._terms(node)]
+        return nodes.Filter(terms[0], "#add", terms[1:], [], None, None, lineno=node.lineno)
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
         if isinstance(node.value, int) and node.value.bit_length() > 64:
@@ -356,7 +399,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """
 
     #: The operators whose results can be much larger than what they are given.
-    intercepted_binops = frozenset(["*", "**", "+", "-", "%"])
+    intercepted_binops = frozenset(["*", "**", "-", "%"])
 
     def __init__(self, guard: str) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
@@ -369,6 +412,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "#items": pass_context(lambda context, value: _meter.get().items(value)),
             "#output": pass_context(_output),
             "#concat": pass_context(_concat),
+            "#add": pass_context(_add),
             "#tick": pass_context(_tick),
         }
         del self.globals["lipsum"]
@@ -381,9 +425,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         meter = Meter(variables, SECONDS / 2**timeouts)
         token = _meter.set(meter)
         try:
-            pieces = []
-            for piece in template.generate(**variables):
-                meter.charge(sys.getsizeof(piece))
+            pieces, size = [], 0
+            sizeof = sys.getsizeof
+            for piece in template.root_render_func(template.new_context(variables)):
+                size += sizeof(piece)
+                if size > 1 << 16:
+                    meter.charge(size)
+                    size = 0
                 pieces.append(piece)
             return "".join(pieces)
         except TooSlow:
@@ -402,6 +450,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """A filter of Jinja's, counted. Jinja does not compute it while it compiles, since it needs a context."""
         growth = getattr(_Growth, name, None)
         lists = name in LISTING
+        function = self._plain.filters[name]
 
         def metered(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
             meter = _meter.get()
@@ -411,13 +460,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 meter.items(value)
             return meter.count(self._plain.call_filter(name, value, args, kwargs, context))
 
-        return pass_context(metered)
+        def simple(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+            return _meter.get().count(function(value, *args, **kwargs))
+
+        return pass_context(metered if growth or lists or hasattr(function, "jinja_pass_arg") else simple)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         meter = _meter.get()
-        if operator == "+" and type(left) is type(right) is str:
-            meter.charge(sys.getsizeof(left) + sys.getsizeof(right))
-            return left + right
         if operator in ("*", "**"):
             numbers = all(isinstance(x, int | float) and abs(x) < 1e6 for x in (left, right))
             text, times = (left, right) if isinstance(left, str) else (right, left)
@@ -430,16 +479,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __callable: Any, *args: Any, **kwargs: Any) -> Any:
         meter = _meter.get()
-        method = getattr(__callable, "__wrapped__", __callable)  # Jinja wraps str.format
-        owner = getattr(method, "__self__", None)
-        if isinstance(method, types.BuiltinMethodType | types.MethodType | types.MethodWrapperType):
-            names = next((names for kind, names in METHODS.items() if isinstance(owner, kind)), None)
-            name = method.__name__
-            if name not in names if names is not None else type(owner).__module__ == "builtins":
-                raise SecurityError(f"{name} of {type(owner).__name__} is not allowed")
+        method: Any = __callable if type(__callable) in METHOD_TYPES else getattr(__callable, "__wrapped__", None)
+        if type(method) in METHOD_TYPES:  # Jinja wraps str.format
+            owner, name = method.__self__, method.__name__
+            kind: Any = type(owner)
+            if not _allowed(kind, name):
+                raise SecurityError(f"{name} of {kind.__name__} is not allowed")
             if isinstance(owner, str):
                 args = _before_method(meter, owner, name, args, kwargs)
+            if method is __callable and kind in METHODS:  # as Jinja would, after more questions
+                kwargs.pop("_block_vars", None)
+                kwargs.pop("_loop_vars", None)
+                return meter.count(method(*args, **kwargs))
         return meter.count(super().call(__context, __callable, *args, **kwargs))
+
+
+@functools.lru_cache(maxsize=1000)
+def _allowed(kind: type, name: str) -> bool:
+    """True for a method of the package's or Jinja's own objects, and for those of METHODS."""
+    names = next((names for known, names in METHODS.items() if issubclass(kind, known)), None)
+    return name in names if names is not None else kind.__module__ != "builtins"
 
 
 def _before_method(
@@ -469,6 +528,14 @@ def _concat(context: Context, values: Collection[Any]) -> str:
     texts = [value if isinstance(value, str) else str(value) for value in values]
     _meter.get().charge(sum(map(sys.getsizeof, texts)))
     return "".join(texts)
+
+
+def _add(context: Context, *terms: Any) -> Any:
+    meter = _meter.get()
+    if set(map(type, terms)) == {str}:
+        meter.charge(sum(map(sys.getsizeof, terms)))
+        return "".join(terms)
+    return functools.reduce(lambda left, right: meter.count(left + right), terms)
 
 
 def _tick(context: Context, value: Any) -> Any:
