@@ -13,6 +13,7 @@ from ..text.tokenizer import Tokenizer
 SHORT = ("}", "]", '"', *"0123456789", "null", "true", "false", *"ntf-", "[", "{")
 QUOTE, LETTER = '"', "a"
 OTHERS = 8  # ids that are tried where none of SHORT is allowed
+STEPS = 8192  # of a search: a string whose pattern has no end would take all of max_tokens
 
 
 class Closer:
@@ -29,12 +30,14 @@ class Closer:
         where they would be more than `most` or are not to be seen."""
         way: list[int] = []
         matcher = compiled.deep_copy()
-        while not matcher.is_accepting():
+        for _ in range(STEPS):
+            if matcher.is_accepting():
+                return way
             following = matcher.compute_ff_tokens() or self._shortest(matcher)
             if not following or len(way) + len(following) > most or not matcher.consume_tokens(following):
                 return None
             way += following
-        return way
+        return None
 
     def _shortest(self, matcher: Any) -> list[int]:
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_mlx import Chat, QwenMLXError, batch_generate, generate, load, stream_generate
+from qwen_mlx.generation import closing
 from qwen_mlx.generation.chat import ToolResult
 from qwen_mlx.generation.engine import Rows
 from qwen_mlx.generation.grammars import LARGEST
@@ -351,6 +352,17 @@ def test_json_of_any_length_is_complete_or_refused(small, schema, seed, most):
         constraint(small[1], json_schema=schema).check_fits(200)
     else:
         jsonschema.validate(json.loads(text), schema)
+
+
+@each(
+    "schema",
+    [{"type": "string", "pattern": r"\d{1000}"}, {"type": "array", "items": {"type": "integer"}, "minItems": 10**8}],
+    ids=["pattern", "items"],
+)
+def test_the_search_for_an_end_has_one(small, schema, monkeypatch):
+    monkeypatch.setattr(closing, "STEPS", 64)
+    with pytest.raises(QwenMLXError, match="fits into max_tokens"):
+        constraint(small[1], json_schema=schema).check_fits(10**15)
 
 
 def test_a_regular_expression_may_be_cut(small):
