@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError, shortened
 from .messages import Accepted, Message, normalized
+from .token_names import name_splitter
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
@@ -67,10 +68,11 @@ def guarded_conversation(
     """
     form = normalized_for(source, messages, **{**tokens, **variables})
     plain = guarded((form, dict(variables)), ())
+    starts = frozenset(name[:2] for name in control)
     expected = render_normalized(source, plain[0], **{**tokens, **plain[1]})
     for compared in (frozenset[str](), _compared(source)):
-        kept = {*others, *(name for name in control if name in compared)}
-        safe = guarded((form, dict(variables)), {name[:2] for name in control}, kept)
+        kept = frozenset([*others, *(name for name in control if name in compared)])
+        safe = guarded((form, dict(variables)), starts, kept)
         given = {**tokens, **safe[1]}
         if safe == plain or render_normalized(source, safe[0], **given).replace(GUARD, "") == expected:
             return safe[0], given
@@ -98,10 +100,7 @@ def guarded(value: Any, starts: Collection[str], kept: Collection[str] = ()) -> 
             value = value.replace(start, start[0] + GUARD + start[1:])
             if value.endswith(start[0]):
                 value += GUARD
-        for name in kept:
-            if name[:2] in starts:
-                value = value.replace(name[0] + GUARD + name[1:], name)
-        return value
+        return _restored(value, frozenset(kept), frozenset(starts)) if kept and GUARD in value else value
     try:
         if isinstance(value, Mapping):
             return {guarded(key, starts, kept): guarded(item, starts, kept) for key, item in value.items()}
@@ -110,6 +109,18 @@ def guarded(value: Any, starts: Collection[str], kept: Collection[str] = ()) -> 
     except RecursionError:
         raise QwenMLXError("A message nests its lists or objects too deeply; make it flatter.") from None
     return value
+
+
+def _restored(value: str, kept: frozenset[str], starts: frozenset[str]) -> str:
+    """`value` without GUARD in the names `kept`."""
+    split, names = _guarded_names(kept, starts)
+    return "".join(names.get(piece, piece) for piece in split(value))
+
+
+@functools.lru_cache(maxsize=4)
+def _guarded_names(kept: frozenset[str], starts: frozenset[str]) -> tuple[Callable[[str], list[str]], dict[str, str]]:
+    names = {name[0] + GUARD + name[1:]: name for name in kept if name[:2] in starts}
+    return name_splitter(names, MARK), names
 
 
 @functools.lru_cache(maxsize=4)

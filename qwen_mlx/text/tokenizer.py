@@ -19,7 +19,7 @@ from ..gguf.reader import GGUFFile
 from . import chat_template
 from .chat_template import GUARD, MARK
 from .files import check_folder, read_json
-from .limits import check_ids, check_length, check_parts, is_panic, pieces_for
+from .limits import check_beginnings, check_ids, check_length, check_parts, is_panic, pieces_for
 from .special_tokens import (
     END_TOKENS,
     FIM_END_TOKENS,
@@ -31,6 +31,7 @@ from .special_tokens import (
     tokens_around,
 )
 from .thoughts import Thoughts, think_marks
+from .token_names import name_splitter
 from .vocabulary import byte_level, byte_level_bytes, from_vocab_and_merges, sentencepiece, sentencepiece_bytes
 
 SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2")  # tokenizer.ggml.pre of the files with Qwen2's rule
@@ -71,6 +72,7 @@ class Tokenizer:
         self.special = dict(special)
         self._special_ids = frozenset(self.special.values())
         self._control = tuple(control)
+        check_beginnings(self._control)
         self._control_ids = frozenset(self.special[name] for name in self._control)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.prefix_ids, self.suffix_ids = tuple(prefix_ids), tuple(suffix_ids)
@@ -83,8 +85,7 @@ class Tokenizer:
         self._hidden_ids = self._control_ids - {self.special.get(mark) for mark in self.think_marks or ()}
         self.is_sentencepiece = is_sentencepiece
         self._bytes_of_name = sentencepiece_bytes if is_sentencepiece else byte_level_bytes
-        longest_first = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
-        self._split = re.compile(f"((?:{longest_first})(?!{GUARD}))" if longest_first else "(?!)")
+        self._split = name_splitter(self.special, GUARD)
 
     @property
     def chat_template(self) -> str | None:
@@ -285,8 +286,9 @@ class Tokenizer:
 
     def _encode_special(self, text: str, left_out: str = "") -> list[int]:
         """Token ids of `text`, its control and added tokens by name; `left_out` is removed from what lies between."""
+        _check_characters(text)
         ids: list[int] = []
-        for piece in self._split.split(text):
+        for piece in self._split(text):
             if piece in self.special:
                 ids.append(self.special[piece])
             elif piece:
@@ -294,10 +296,7 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise QwenMLXError(f"The text holds a lone surrogate at {error.start}, which is not a character.") from None
+        _check_characters(text)
         ids: list[int] = []
         for piece in pieces_for(self._bpe, text):
             try:
@@ -504,6 +503,13 @@ class StreamingDetokenizer:
     def finish(self) -> str:
         """Returns what is left: U+FFFD for a character that was never completed."""
         return self._decoder.decode(b"", final=True)
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise QwenMLXError(f"The text holds a lone surrogate at {error.start}, which is not a character.") from None
 
 
 def check_vocabulary(model: Sequence[str], other: Sequence[str], name: str, what: str = "draft") -> None:

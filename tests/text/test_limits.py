@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from qwen_mlx.errors import GGUFError, QwenMLXError
+from qwen_mlx.text.chat_template import GUARD
 from qwen_mlx.text.limits import LONGEST_PIECE, PIECE, check_parts, pieces, splits_after_lines
+from qwen_mlx.text.token_names import name_splitter
 from qwen_mlx.text.tokenizer import Tokenizer
 from qwen_mlx.text.vocabulary import SPLIT, sentencepiece
 from reference.small_models import RandomModel, save_folder, write_gguf
@@ -201,3 +205,46 @@ def test_a_sentencepiece_vocabulary_of_long_tokens_is_refused(tokens: list[str])
     ids = {token: i for i, token in enumerate(tokens)}
     with pytest.raises(GGUFError, match="too many characters"):
         sentencepiece(ids, [0.0] * len(ids), None, True)
+
+
+@given(
+    st.lists(st.text("ab<|", min_size=1, max_size=5), min_size=1, unique=True), st.text("ab<|\u00e9\ufdd0", max_size=40)
+)
+def test_many_names_are_found_as_few_are(names: list[str], text: str):
+    with pytest.MonkeyPatch.context() as patch:
+        few = name_splitter(names, GUARD)(text)
+        patch.setattr("qwen_mlx.text.token_names.MANY", 0)
+        many = name_splitter(names, GUARD)(text)
+    assert "".join(many) == text
+    assert many == few
+
+
+def test_very_many_names_are_found_at_once():
+    """Each of them tried at each place would take 2 seconds."""
+    names = [f"<|s_{i}|>" for i in range(20_000)]
+    text = "".join(names[::9]) + "<|s_x" * 3000
+    started = time.thread_time()
+    split = name_splitter(names, GUARD)(text)
+    assert time.thread_time() - started < 0.8
+    assert split[1::2] == names[::9]
+
+
+def test_a_chat_of_a_model_with_very_many_added_tokens(plain: Tokenizer):
+    """65,536 of a model for speech: 200 messages would take a minute."""
+    added = {f"<|s_{i}|>": 1000 + i for i in range(5000)}
+    tokenizer = Tokenizer(
+        plain._bpe, plain.names, plain.special | added, plain.control, plain.eos_token_ids, plain.chat_templates
+    )
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"<|s_{i}|>{i}<|im_end|>"} for i in range(60)]
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    started = time.thread_time()
+    ids = tokenizer.apply_chat_template(messages, chat_template=template)
+    assert time.thread_time() - started < 0.8
+    assert [i for i in ids if i >= 1000] == [1000 + i for i in range(60)]
+    assert ids.count(plain.special["<|im_end|>"]) == 60
+
+
+def test_control_tokens_that_begin_in_too_many_ways_are_refused(plain: Tokenizer):
+    control = {f"{chr(0x4E00 + i)}x": i for i in range(1001)}
+    with pytest.raises(QwenMLXError, match="begin in 1,001 ways"):
+        Tokenizer(plain._bpe, plain.names, control, control, {0}, {})
