@@ -15,10 +15,13 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError
 from .command import Parser, ProgressLine, program
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnContext
 
 NOT_HERE = "not on this machine (qwen-mlx generate fetches it)"
 
@@ -92,11 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _kernels(jobs: int) -> list[dict[str, Any]]:
     """Runs all cases in processes of their own, which compile side by side."""
     import time
-    from multiprocessing import get_context
 
     from .selftest_cases import run_part, share_progress
 
-    context = get_context("spawn")
+    context = spawning()
     done, total = context.Value("i", 0), context.Value("i", 0)
     with (
         ProgressLine("Testing the kernels") as line,
@@ -107,6 +109,14 @@ def _kernels(jobs: int) -> list[dict[str, Any]]:
             time.sleep(0.1)
             line(done.value, max(total.value, 1))
     return [row for part in parts for row in _results(part)]
+
+
+def spawning() -> SpawnContext:
+    """Processes that do not look for modules in the folder that they run in, from Python 3.11 on."""
+    from multiprocessing import get_context
+
+    os.environ["PYTHONSAFEPATH"] = "1"
+    return get_context("spawn")
 
 
 def _results(part: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:

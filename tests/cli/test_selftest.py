@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import BrokenExecutor, Future
+import sys
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,3 +121,12 @@ def test_a_model_of_no_trial_is_refused():
         selftest.main(["--model", "x.gguf"])
     with pytest.raises(selftest.QwenMLXError, match="No kernel to try: the default device is the CPU"):
         selftest.main(["--trial"])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks there")
+def test_its_processes_run_no_module_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "multiprocessing.py").write_text("raise SystemExit('not this one')")
+    with ProcessPoolExecutor(1, selftest.spawning()) as pool:
+        assert pool.submit(len, "ab").result() == 2
