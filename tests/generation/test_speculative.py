@@ -25,6 +25,7 @@ from qwen_mlx.generation.settings import GenerationSettings, Proposal
 from qwen_mlx.generation.speculative import PAUSE, Pace, accept_or_draw, drafted_steps
 from qwen_mlx.generation.text import encode_prompt, generate
 from qwen_mlx.loading.load import load_draft
+from qwen_mlx.model.fused import FusedModel
 from qwen_mlx.text.tokenizer import check_vocabulary
 from reference.small_models import END_OF_TEXT, TOKENS, RandomModel, write_gguf
 from tests.helpers.cases import each
@@ -230,13 +231,13 @@ def test_a_token_for_which_the_model_has_no_row_is_rejected_and_never_read(small
     prompt, read = encode_prompt(tokenizer, PROMPT), []
     settings = GenerationSettings(SamplingSettings(temperature), seed=5)
     expected = take(40, model, prompt, settings)
-    embed = type(model.model.embed_tokens).__call__
+    embed = FusedModel._embedded
 
-    def recorded(self, ids):
+    def recorded(self, ids, dtype):
         read.append(int(mx.max(ids)))
-        return embed(self, ids)
+        return embed(self, ids, dtype)
 
-    monkeypatch.setattr(type(model.model.embed_tokens), "__call__", recorded)
+    monkeypatch.setattr(FusedModel, "_embedded", recorded)
     for proposed in ([beyond], [expected[1], beyond, 3], [3, beyond + 7]):
         stats = GenerationStats()
         made = take(40, model, prompt, replace(settings, draft_model=Fixed(proposed)), stats)
