@@ -226,5 +226,9 @@ def _dense(folder: Path) -> tuple[Dense, Any]:
         )
     width, size, bias = int(sizes[0] or 0), int(sizes[1] or 0), settings.get("bias", True) is True
     shapes: dict[str, tuple[int, ...]] = {"linear.weight": (size, width)} | ({"linear.bias": (size,)} if bias else {})
-    tensors = read_tensors(open_files([folder / "model.safetensors"]))
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        other = " (pytorch_model.bin, a pickle, is not read)" if (folder / "pytorch_model.bin").exists() else ""
+        raise QwenMLXError(f"{weights}: the projection's file is missing{other}; save the model again as safetensors.")
+    tensors = read_tensors(open_files([weights]))
     return Dense(width, size, bias, _ACTIVATIONS[name]), functools.partial(plain_parameters, folder, tensors, shapes)

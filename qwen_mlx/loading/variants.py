@@ -69,7 +69,10 @@ def with_plain_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor
     """The tensors under the names of a Qwen2ForCausalLM: without the prefix of a wrapper ("language_model.",
     "base_model.model."), and with "model." where the file is of the bare Qwen2Model."""
     candidates = [EMBEDDING] if EMBEDDING in tensors else sorted(tensors)  # others beside it are copies
-    embedding = next((name for name in candidates if name.endswith("embed_tokens.weight")), EMBEDDING)
+    embedding = next((name for name in candidates if name.endswith("embed_tokens.weight")), None)
+    if embedding is None:  # as in a tied model that stores only its head
+        head = next((name for name in candidates if name.endswith(HEAD)), HEAD)
+        embedding = head.removesuffix(HEAD) + EMBEDDING
     if embedding.endswith(EMBEDDING):
         prefix = embedding.removesuffix(EMBEDDING)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

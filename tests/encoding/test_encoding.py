@@ -326,6 +326,10 @@ DAMAGE = {
         lambda f: damage_modules(f, json.dumps([{"type": f"{ST}Transformer", "path": "0_Transformer"}])),
         r"the Transformer's path is '0_Transformer', expected '', the folder itself",
     ),
+    "a projection without its file": (
+        lambda f: (damage_dense(f), (f / "2_Dense" / "model.safetensors").rename(f / "2_Dense" / "pytorch_model.bin")),
+        r"the projection's file is missing \(pytorch_model.bin, a pickle, is not read\); save the model again",
+    ),
     "an activation of its own": (
         lambda f: damage_dense(f, activation_function="modeling.HardTanh.Tanh"),
         r"the projection is \(64, 8\) with modeling.HardTanh.Tanh, expected sizes and torch.nn's",

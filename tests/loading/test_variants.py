@@ -139,10 +139,16 @@ def test_a_tied_model_whose_only_matrix_is_its_head_is_transformers_s(tmp_path: 
     def change(tensors: dict[str, Stored]) -> None:
         tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
 
+    def wrap(tensors: dict[str, Stored]) -> None:
+        change(tensors)
+        renamed(lambda name: f"language_model.{name}")(tensors)
+
     folder = folder_of(tmp_path / "m", RandomModel(tie_word_embeddings=True), change)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert distance(mx.array(logits(folder)), torch_logits(theirs)) < tolerance(theirs)
     assert "the checkpoint has no embedding; its lm_head" in capsys.readouterr().err
+    wrapped = folder_of(tmp_path / "w", RandomModel(tie_word_embeddings=True), wrap)
+    np.testing.assert_array_equal(logits(wrapped), logits(folder))
 
 
 def add_scores(tensors: dict[str, Stored]) -> None:
