@@ -127,7 +127,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("real")
         if "real_hf" in item.fixturenames:
             item.add_marker("torch")
-    if config.getoption("dist", "no") == "loadgroup":
+    if config.getoption("loadgroup", False):  # a process of pytest-xdist, in which --dist is "no"
         set_groups(items)
     unable = {"linux", "nvrtc"} if sys.platform != "linux" else set()
     unable |= set() if can_browse() else {"browser"}
