@@ -116,7 +116,9 @@ def check_parts(data: Mapping[str, Any]) -> None:
         for part in _parts(data.get(field)):
             if part.get("type", "BPE") not in kinds:
                 raise ValueError(f"a {field} of type {part.get('type')!r:.40}, expected {', '.join(kinds)}")
-            texts = ("content", "prepend", "continuing_subword_prefix", "end_of_word_suffix")
+            if part.get("continuing_subword_prefix"):  # the library cuts as many bytes off, also within a character
+                raise ValueError("a continuing_subword_prefix, which no Qwen2 model has")
+            texts = ("content", "prepend", "end_of_word_suffix")
             added = "".join(str(part.get(name) or "") for name in texts)
             growing += part.get("type") in ("Prepend", "Replace")
             if len(added) > LONGEST_REPLACEMENT or growing > 2:

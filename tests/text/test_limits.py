@@ -167,9 +167,15 @@ BOMBS: dict[str, dict[str, Any]] = {
     },
     "a long text to search for": {"pre_tokenizer": SPLITTING | {"pattern": {"String": "b" + "a" * 50_000}}},
     "many parts": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 10_000}},
-    "a long prefix of subwords": {
-        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "continuing_subword_prefix": "x" * 100_000}
+    "a prefix of subwords": {  # it aborted the process
+        "model": {
+            "type": "BPE",
+            "vocab": {"a": 0, "aa": 1, "é": 2, "aé": 3},
+            "merges": [["a", "é"]],
+            "continuing_subword_prefix": "x",
+        }
     },
+    "a merge into no token": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}},
     "no model": {"model": None},
     "another model": {"model": {"type": "Unigram", "vocab": []}},
     "an id": {"added_tokens": [{"id": 250_000_000, "content": "<x>", "special": True}]},
