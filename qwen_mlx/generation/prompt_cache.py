@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from ..backend import mx, named_arrays
+from ..backend import check_process, mx, named_arrays
 from ..errors import QwenMLXError, refuses_wrong_arguments
 from ..gguf import safetensors_header
 from ..gguf.stored import StoredFile
@@ -87,6 +87,7 @@ class PromptCache:
         An interrupted write leaves no file. Raises QwenMLXError if there is nothing to save, if the caches are not
         plain ones, or if the file cannot be written.
         """
+        check_process()
         where, model, layers = Path(path), self.model, self.layers
         other = next((type(layer).__name__ for layer in layers if type(layer) is not KVCache), None)
         if model.ranks is not None:
@@ -116,6 +117,7 @@ class PromptCache:
 
         Raises QwenMLXError for a file that is damaged or of another format, version, model or dtype, naming which.
         """
+        check_process()
         where = Path(path)
         with _opened(where) as file:  # once: another process may replace the file meanwhile
             return cls._load(where, file, model)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import mx, named_arrays, nn
+from ..backend import check_process, mx, named_arrays, nn
 from ..errors import QwenMLXError
 from . import display
 from .cache import KVCache, make_caches
@@ -106,6 +106,7 @@ class Qwen2Model(nn.Module):
         self.rotary, self.is_causal, self.vocab_size = rotary, config.is_causal, config.vocab_size
 
     def __call__(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:
+        check_process()
         rotation, masks = self.positions(input_ids.shape[1], cache)
         # MLX would read beyond the matrix for an id without a row. Raising here would mean to wait for the ids.
         has_row = (input_ids >= 0) & (input_ids < self.vocab_size)
