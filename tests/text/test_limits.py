@@ -226,9 +226,9 @@ def test_many_names_are_found_as_few_are(names: list[str], text: str):
 
 
 def test_very_many_names_are_found_at_once():
-    """Each of them tried at each place would take 2 seconds."""
+    """Each of them tried at each place would take seconds."""
     names = [f"<|s_{i}|>" for i in range(20_000)]
-    text = "".join(names[::9]) + "<|s_x" * 3000
+    text = "".join(names[::9]) + "<|s_x" * 20_000
     started = time.thread_time()
     split = name_splitter(names, GUARD)(text)
     assert time.thread_time() - started < 0.8
@@ -237,7 +237,7 @@ def test_very_many_names_are_found_at_once():
 
 def test_a_chat_of_a_model_with_very_many_added_tokens(plain: Tokenizer):
     """65,536 of a model for speech: 200 messages would take a minute."""
-    added = {f"<|s_{i}|>": 1000 + i for i in range(5000)}
+    added = {f"<|s_{i}|>": 1000 + i for i in range(10_000)}
     tokenizer = Tokenizer(
         plain._bpe, plain.names, plain.special | added, plain.control, plain.eos_token_ids, plain.chat_templates
     )
@@ -245,7 +245,7 @@ def test_a_chat_of_a_model_with_very_many_added_tokens(plain: Tokenizer):
     template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     started = time.thread_time()
     ids = tokenizer.apply_chat_template(messages, chat_template=template)
-    assert time.thread_time() - started < 0.8
+    assert time.thread_time() - started < 1
     assert [i for i in ids if i >= 1000] == [1000 + i for i in range(60)]
     assert ids.count(plain.special["<|im_end|>"]) == 60
 
