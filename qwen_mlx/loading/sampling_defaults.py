@@ -102,7 +102,7 @@ def gguf_defaults(file: GGUFFile) -> SamplingSettings:
     greedy. Warns of a setting that is not supported."""
     metadata = file.metadata
     stored = {key[len(GGUF_PREFIX) :]: value for key, value in metadata.items() if key.startswith(GGUF_PREFIX)}
-    own = {GGUF_NAMES[key]: value for key, value in stored.items() if key in GGUF_NAMES}
+    own = {GGUF_NAMES[key]: _as_llama_cpp(key, value) for key, value in stored.items() if key in GGUF_NAMES}
     ignored = sorted(stored.keys() - GGUF_NAMES.keys())
     if ignored:
         warnings.warn(f"{file.path.name}: the sampling settings {', '.join(ignored)} are ignored.", stacklevel=2)
@@ -113,6 +113,15 @@ def gguf_defaults(file: GGUFFile) -> SamplingSettings:
             return family
         own = {name: getattr(family, name) for name in GGUF_NAMES.values()} | own
     return _settings(own, f"general.sampling of {file.path.name}", file.path)
+
+
+def _as_llama_cpp(key: str, value: Any) -> Any:
+    """A setting beyond its range as llama.cpp's samplers take it: no limit, or for a temperature greedy."""
+    if type(value) not in (int, float):
+        return value
+    if key in ("temp", "top_k", "min_p", "xtc_probability"):
+        return max(value, 0)
+    return min(value, 1.0) if key == "top_p" else value
 
 
 def _described(metadata: Mapping[str, Any]) -> Iterable[str]:
@@ -163,7 +172,13 @@ def folder_defaults(folder: Path) -> SamplingSettings:
     penalties: dict[str, Any] = {
         name: own[name] for name in ("repetition_penalty", "no_repeat_ngram_size") if name in own
     }
-    if "do_sample" not in raw and not penalties:
+    neutral = {"temperature": 1, "top_k": 50, "top_p": 1, "min_p": 0, "typical_p": 1}
+    if unused := [name for name, off in neutral.items() if own.get(name) not in (None, off)]:
+        warnings.warn(
+            f"{path}: {', '.join(unused)} of it are not used, since do_sample is not true, as in transformers.",
+            stacklevel=2,
+        )
+    if raw.get("do_sample") is None and not penalties:
         config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         own_folder = folder.absolute()
         if own_folder.parent.name == "snapshots":  # of the Hub's cache, where a hash stands for the name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +82,26 @@ def test_all_settings_of_a_gguf_are_taken_or_named():
         gguf_defaults(gguf(sampling__mirostat=2, sampling__penalty_last_n=64, sampling__temp=0.5))
 
 
+@each(
+    ("stored", "expected"),
+    [
+        ({"temp": -1.0}, (0.0, 0, 1.0, 0.0)),
+        ({"temp": 0.5, "top_k": -1, "top_p": 2.0, "min_p": -0.1}, (0.5, 0, 1.0, 0.0)),
+        ({"temp": 0.5, "top_k": 0, "xtc_probability": -1.0}, (0.5, 0, 1.0, 0.0)),
+    ],
+)
+def test_a_gguf_switches_settings_off_as_llama_cpp_does(stored: dict[str, Any], expected: tuple[float, ...]):
+    settings = gguf_defaults(gguf(**{f"sampling__{key}": value for key, value in stored.items()}))
+    assert (settings.temperature, settings.top_k, settings.top_p, settings.min_p) == expected
+    assert settings.xtc_probability == 0
+
+
+def test_a_gguf_with_nonsense_for_a_setting_is_refused():
+    for value in (math.nan, "0.6"):
+        with pytest.raises(QwenMLXError, match="temperature"):
+            gguf_defaults(gguf(sampling__temp=value))
+
+
 def folder(path: Path, generation: dict[str, Any] | None, config: dict[str, Any] | None = None) -> Path:
     path.mkdir(exist_ok=True)
     if generation is not None:
@@ -95,6 +117,7 @@ def folder(path: Path, generation: dict[str, Any] | None, config: dict[str, Any]
         {"do_sample": True, "temperature": None, "top_k": 0},
         {"do_sample": True, "temperature": 0.7, "top_k": 20.0, "top_p": 0.8, "repetition_penalty": 1.05},
         {"do_sample": True, "typical_p": 0.9, "min_p": 0.1, "no_repeat_ngram_size": 3},
+        {"do_sample": None, "temperature": 0.6, "top_p": 0.95, "top_k": 50},
         {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.1, "no_repeat_ngram_size": 2.0},
     ],
 )
@@ -102,7 +125,12 @@ def test_generation_config_means_what_transformers_means(tmp_path: Path, generat
     """The settings with which `generate` would make its logits processors."""
     from transformers import GenerationConfig
 
-    settings = folder_defaults(folder(tmp_path, generation))
+    unused = {"temperature", "top_p"} & generation.keys() if generation["do_sample"] is not True else set()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        settings = folder_defaults(folder(tmp_path, generation))
+    assert len(said) == bool(unused)
+    assert all(name in str(said[0].message) for name in unused)
     theirs = GenerationConfig.from_pretrained(tmp_path)
     defaults = theirs._get_default_generation_params()
 
