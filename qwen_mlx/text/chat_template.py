@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError, shortened
-from .messages import Accepted, Message, normalized
+from .messages import SYSTEM, TOOLS, Accepted, Message, normalized
 from .token_names import name_splitter
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ def render(source: str, messages: Any, /, **variables: Any) -> str:
 
 def normalized_for(source: str, messages: Any, /, **variables: Any) -> list[Message]:
     """The messages in the form that the template `source` takes; see messages.normalized."""
-    tokens = tuple(sorted((name, value) for name, value in variables.items() if isinstance(value, str)))
-    return normalized(messages, _accepted(source, tokens))
+    simple = {name: value for name, value in variables.items() if isinstance(value, str | bool | int | float)}
+    first = messages[0] if isinstance(messages, Sequence) and messages else None
+    begins = isinstance(first, Mapping) and first.get("role") in ("system", "developer")
+    return normalized(messages, _accepted(source, tuple(sorted(simple.items())), bool(variables.get("tools")), begins))
 
 
 def render_normalized(source: str, messages: list[Message], /, **variables: Any) -> str:
@@ -44,10 +46,11 @@ def render_normalized(source: str, messages: list[Message], /, **variables: Any)
         raise QwenMLXError(f"The chat template fails on these messages ({shortened(repr(error))}).") from None
 
 
-@functools.lru_cache(maxsize=4)
-def _accepted(source: str, tokens: tuple[tuple[str, str], ...]) -> Accepted:
-    """The forms that a template takes, with the names of special tokens that it may write."""
-    return Accepted(lambda messages: render_normalized(source, messages, **dict(tokens)), "developer" in source)
+@functools.lru_cache(maxsize=8)
+def _accepted(source: str, variables: tuple[tuple[str, Any], ...], tools: bool, system: bool) -> Accepted:
+    """The forms that a template takes in conversations with these variables, perhaps tools, and a system's message."""
+    given = {**dict(variables), "tools": TOOLS if tools else None}
+    return Accepted(lambda messages: render_normalized(source, messages, **given), source, [SYSTEM] if system else [])
 
 
 def guarded_conversation(

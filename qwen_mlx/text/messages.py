@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import QwenMLXError
@@ -20,14 +20,28 @@ ROLES = ("system", "user", "assistant", "tool")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one that templates read
 Message = dict[str, Any]
 Render = Callable[[list[Message]], str]
+SYSTEM = {"role": "system", "content": "a system's text"}
+FUNCTION = {
+    "name": "probed_function",
+    "description": "a description",
+    "parameters": {"type": "object", "properties": {"key": {"type": "integer", "description": "a number"}}},
+}
+TOOLS = [{"type": "function", "function": FUNCTION}]
 
 
 class Accepted:
-    """The forms of a message that a template takes, each found when it is first asked for."""
+    """The forms of a message that a template takes, each found when it is first asked for.
 
-    def __init__(self, render: Render, names_developer: bool):
-        self._render, self._names_developer = render, names_developer
+    render: gives a conversation's text with the variables, and tools if there are any, of the real one; begins:
+    messages before every probe, as a template may need a system's.
+    """
+
+    def __init__(self, render: Render, source: str, begins: Sequence[Message] = ()):
+        self._render, self._begins = render, list(begins)
+        self._names_developer = "developer" in source
+        self.function_call = "function_call" in source  # OpenAI's older form of a tool call
         self._parts: dict[str, bool] = {}
+        self._written: dict[tuple[str, bool], bool] = {}
 
     def rendered(self, messages: list[Message]) -> str | None:
         """The text of `messages`, None if the template refuses them."""
@@ -50,9 +64,22 @@ class Accepted:
     def _said(self, role: str, content: Any) -> list[Message]:
         """A conversation in which this role says `content`."""
         if role == "tool":
-            return _called({}, self.no_content, content)
-        before = [{"role": "user", "content": "a text"}] * (role == "assistant")
+            return [*self._begins, *_called({}, self.no_content, content)]
+        before = [] if role == "system" else self._begins
+        before = before + [{"role": "user", "content": "a text"}] * (role == "assistant")
         return [*before, {"role": role, "content": content}]
+
+    def writes(self, role: str, first: bool) -> bool:
+        """True unless the template takes a message of the role `system` or `tool` and leaves out what it says; `first`:
+        the message begins the conversation."""
+        if (role, first) not in self._written:
+            question, text = {"role": "user", "content": "a text"}, "probed text"
+            messages = [*self._said(role, text), question]
+            if role == "system" and not first:
+                messages = [*self._begins, question, {"role": "assistant", "content": "a text"}, *messages]
+            written = self.rendered(messages)
+            self._written[role, first] = written is None or text in written
+        return self._written[role, first]
 
     @functools.cached_property
     def developer(self) -> bool:
@@ -62,7 +89,7 @@ class Accepted:
 
     def _call(self, arguments: Any, content: Message) -> str:
         """The text of a call, in an answer with this content."""
-        return self.rendered(_called(arguments, content, "a result")) or ""
+        return self.rendered([*self._begins, *_called(arguments, content, "a result")]) or ""
 
     @functools.cached_property
     def no_content(self) -> Message:
@@ -72,7 +99,7 @@ class Accepted:
         return next(written, next((form for form in forms if self._call({}, form)), {"content": ""}))
 
     def _writes_calls(self, content: Message) -> bool:
-        return any("key" in self._call(arguments, content) for arguments in ({"key": 1}, '{"key": 1}'))
+        return any(_is_written(self._call(arguments, content)) for arguments in ({"key": 13570}, '{"key": 13570}'))
 
     @functools.cached_property
     def calls(self) -> bool:
@@ -82,19 +109,24 @@ class Accepted:
     @functools.cached_property
     def text_arguments(self) -> bool:
         """True if arguments that are JSON text are written as they are."""
-        return '{"key":1}' in self._call('{"key":1}', self.no_content)
+        return '{"key":13570}' in self._call('{"key":13570}', self.no_content)
 
     @functools.cached_property
     def object_arguments(self) -> bool:
         """True if arguments that are an object are written, and not as Python writes a dict."""
-        text = self._call({"key": 1}, self.no_content)
-        return "key" in text and "{'key'" not in text
+        text = self._call({"key": 13570}, self.no_content)
+        return _is_written(text) and "{'key'" not in text
 
     def drops(self, messages: list[Message], i: int) -> bool:
         """True if the template writes the same whatever message `i` says."""
         other = {**messages[i], "content": "a text" if messages[i].get("content") != "a text" else "another text"}
         text = self.rendered(messages)
         return text is not None and text == self.rendered([*messages[:i], other, *messages[i + 1 :]])
+
+
+def _is_written(text: str) -> bool:
+    """True if a text has a probe's arguments, by their names or by their values alone."""
+    return "key" in text or "13570" in text
 
 
 def _called(arguments: Any, content: Message, result: Any) -> list[Message]:
@@ -111,19 +143,35 @@ def normalized(messages: Any, accepted: Accepted) -> list[Message]:
 
     Keys whose value is None are left out, as transformers does; `developer` is `system` for a template that does not
     name it; text parts are joined and a call's arguments become an object, or the other way round, unless the template
-    takes them as they are. Warns of what the template leaves out: tool calls, or another role than those of ROLES.
-    Raises QwenMLXError for what is no message, or holds other parts than text.
+    takes them as they are; `function_call` and the role `function`, OpenAI's older form, become a tool call and its
+    result. Warns of what the template leaves out: tool calls, their results, systems' messages, or another role than
+    those of ROLES. Raises QwenMLXError for what is no message, or holds other parts than text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise QwenMLXError(f"The messages are {type(messages).__name__}, expected a list of dicts.")
-    plain = [_normalized(message, accepted) for message in messages]
-    for i, message in enumerate(plain):
-        if message["role"] not in ROLES and accepted.drops(plain, i):
-            warnings.warn(f"The model's chat template leaves out the role {message['role']!r}.", stacklevel=2)
+    dicts = [_dict(message) for message in messages]
+    plain = [_normalized(message, accepted) for message in (dicts if accepted.function_call else _tool_calls(dicts))]
+    left_out = list(dict.fromkeys(name for i in range(len(plain)) for name in _left_out(plain, i, accepted)))
+    if left_out:
+        warnings.warn(f"The model's chat template leaves out {' and '.join(left_out)}.", stacklevel=2)
     return plain
 
 
-def _normalized(message: Any, accepted: Accepted) -> Message:
+def _left_out(messages: list[Message], i: int, accepted: Accepted) -> Iterator[str]:
+    """What the template leaves out of message `i`."""
+    role = messages[i]["role"]
+    if role == "system" and not accepted.writes(role, i == 0):
+        yield "systems' messages" + " within a conversation" * (i > 0)
+    elif role == "tool" and not accepted.writes(role, False):
+        yield "results of tool calls"
+    elif role not in ROLES and accepted.drops(messages, i):
+        yield f"the role {role!r}"
+    if messages[i].get("tool_calls") and not accepted.calls:
+        yield "tool calls"
+
+
+def _dict(message: Any) -> Message:
+    """A message without the keys whose value is None."""
     if dataclasses.is_dataclass(message) and not isinstance(message, type):
         message = dataclasses.asdict(message)
     elif callable(dump := getattr(message, "model_dump", None)):  # an object of OpenAI's library
@@ -131,6 +179,31 @@ def _normalized(message: Any, accepted: Accepted) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise QwenMLXError(f"A message is {_short(message)}, expected a dict with 'role' and 'content'.")
     plain = {key: value for key, value in message.items() if value is not None}
+    ids = plain.get("ids", [])
+    if not isinstance(ids, list | tuple) or not all(type(i) is int and i >= 0 for i in ids):
+        raise QwenMLXError(
+            f"The 'ids' of a message are {_short(ids)}, expected the token ids that its content was generated as."
+        )
+    return plain
+
+
+def _tool_calls(messages: list[Message]) -> list[Message]:
+    """Messages with OpenAI's older `function_call`, and the role `function` for its result, as tool calls."""
+    changed, pending = [], 0
+    for message in messages:
+        if "function_call" in message and message["role"] == "assistant":
+            pending += 1
+            call = {"id": f"call{pending:05}", "type": "function", "function": message["function_call"]}
+            others = {key: value for key, value in message.items() if key != "function_call"}
+            message = {**others, "tool_calls": [*_list(message.get("tool_calls", [])), call]}
+        elif message["role"] == "function" and pending:
+            message = {**message, "role": "tool", "tool_call_id": f"call{pending:05}"}
+        changed.append(message)
+    return changed
+
+
+def _normalized(message: Message, accepted: Accepted) -> Message:
+    plain = dict(message)
     if plain["role"] == "developer" and not accepted.developer:
         plain["role"] = "system"
     reasoning = next((plain[name] for name in REASONING_FIELDS if name in plain), None)
@@ -143,8 +216,6 @@ def _normalized(message: Any, accepted: Accepted) -> Message:
     else:
         plain |= accepted.no_content if plain.get("tool_calls") else {"content": ""}
     if plain.get("tool_calls"):
-        if not accepted.calls:
-            warnings.warn("The model's chat template leaves out tool calls.", stacklevel=2)
         plain["tool_calls"] = [_call(call, accepted) for call in _list(plain["tool_calls"])]
     return plain
 
