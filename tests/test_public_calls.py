@@ -84,6 +84,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "Tokenizer.save": (tokenizer.save, {"folder": saved}),
         "Tokenizer.check_length": (tokenizer.check_length, {"text": "hi", "context_length": 9}),
         "Tokenizer.token_bytes": (tokenizer.token_bytes, {"i": 1}),
+        "Tokenizer.token_text": (tokenizer.token_text, {"i": 1}),
         "Tokenizer.with_prefix": (tokenizer.with_prefix, {"ids": [1]}),
         "ModelConfig.from_folder": (qwen_mlx.ModelConfig.from_folder, {"folder": path}),
         "ModelConfig.suggest_yarn": (model.config.suggest_yarn, {"n_tokens": 200}),
@@ -98,7 +99,7 @@ GENERATING = ["generate", "stream_generate", "batch_generate", "fill", "stream_f
 FILES = ["Chat.save", "Chat.load", "PromptCache.save", "PromptCache.load", "load", "load_encoder", "convert", "export"]
 VALUES = ["embed", "score", "step_scores", "activations", "hidden_states", "Qwen2"]
 TEXTS = ["encode", "decode", "render_chat", "apply_chat_template", "read", "save"]
-TEXTS += ["check_length", "token_bytes", "with_prefix"]
+TEXTS += ["check_length", "token_bytes", "token_text", "with_prefix"]
 OTHERS = ["Chat.edit", "PromptCache", "PromptCache.keep", "SamplingSettings", "Tokenizer"]
 OTHERS += ["ModelConfig.from_folder", "ModelConfig.suggest_yarn"]
 NAMES = [*GENERATING, *FILES, *VALUES, *(f"Tokenizer.{name}" for name in TEXTS), *OTHERS]

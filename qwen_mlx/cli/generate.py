@@ -116,7 +116,7 @@ def _describe_token(tokenizer: Tokenizer, chunk: GenerationChunk) -> str:
     """A line about a token: its ln p, id and text, and the likeliest tokens."""
 
     def name(token: int) -> str:
-        return f"{token} {(tokenizer.decode([token]) or tokenizer.names[token])!r}"
+        return f"{token} {tokenizer.token_text(token)!r}"
 
     others = "  ".join(f"{name(token)} {value:.3f}" for token, value in chunk.top_logprobs)
     return f"{chunk.logprob:8.3f}  {name(chunk.token)}" + (f"  of  {others}" if others else "")

@@ -255,7 +255,7 @@ class Chat:
         vocabulary = range(min(self.tokenizer.vocab_size, self.model.config.vocab_size))
         for message in messages:
             ids = message.get("ids", [])
-            if any(i not in vocabulary for i in ids) or self.tokenizer.decode(ids, False) != message["content"]:
+            if any(i not in vocabulary for i in ids) or self._text(ids, False) != message["content"]:
                 message.pop("ids", None)
         self.messages = messages
 
@@ -308,12 +308,17 @@ class Chat:
             return result
         return f"error: the result has {len(result)} characters, more than the {most} tokens that there is room for"
 
+    def _text(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text that `ids` continue a conversation with."""
+        stream = self.tokenizer.detokenizer(skip_special)
+        return "".join([*map(stream.add, ids), stream.finish()])
+
     def _as_written(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The answer with the ids that make its text: a stop string or a Ctrl-C may leave more, or half a character.
         Without any ids if none make the very text."""
         text, ids = answer["content"], answer["ids"]
         for end in range(len(ids), max(len(ids) - 16, -1), -1):
-            if self.tokenizer.decode(ids[:end]) == text:
+            if self._text(ids[:end]) == text:
                 return answer | {"ids": ids[:end]}
         return {"role": answer["role"], "content": text}
 

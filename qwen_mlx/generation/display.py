@@ -33,9 +33,9 @@ def coloured(chunks: Iterable[GenerationChunk], tokenizer: Tokenizer) -> Html:
         if chunk.logprob is None:
             raise ValueError("A chunk has no log-probability; generate with logprobs=3, for example.")
         doubt = min(1.0, -chunk.logprob / math.log(1000))
-        others = ", ".join(f"{tokenizer.decode([i])!r} {math.exp(p):.1%}" for i, p in chunk.top_logprobs)
+        others = ", ".join(f"{tokenizer.token_text(i)!r} {math.exp(p):.1%}" for i, p in chunk.top_logprobs)
         title = html.escape(f"{math.exp(chunk.logprob):.1%}; {others}", quote=True)
-        text = tokenizer.decode([chunk.token], skip_special=False)
+        text = tokenizer.token_text(chunk.token)
         if "\ufffd" in text:  # a part of a character, which the chunk that completes it has whole
             text = chunk.text or "·"
         ink = "color:black;" if doubt > 0.65 else ""  # white on orange cannot be read

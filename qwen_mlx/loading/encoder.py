@@ -22,7 +22,7 @@ from ..model.layers import Linear
 from ..text.files import read_json
 from ..text.limits import PIECE, is_panic, pieces_for
 from ..text.tokenizer import Tokenizer
-from ..text.vocabulary import from_vocab_and_merges
+from ..text.vocabulary import tokenizer_json
 from . import hub
 from .checkpoint import Checkpoint, open_checkpoint
 from .hub.client import say
@@ -30,8 +30,6 @@ from .load import UNFORESEEN, fill, target_dtype
 from .sentence_transformers import sentence_transformers
 
 _TOKEN_HEADS = ("ForTokenClassification", "ForProcessRewardModel")  # of architectures whose head is for each token
-# The fields of an added token that tokenizer.json has and added_tokens.json leaves out.
-_PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 # llama.cpp's llama_pooling_type: none (its default), mean, cls, last, and rank, of rerankers.
 _GGUF_POOLINGS = {0: "last", 1: "mean", 2: "first", 3: "last", 4: "last"}
 
@@ -161,11 +159,7 @@ def _encode(path: Path, tokenizer: Tokenizer, max_length: int | None, context_le
     from tokenizers import Tokenizer as Library
 
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
-    if (path / "tokenizer.json").exists():
-        data = read_json(path / "tokenizer.json")
-    else:
-        data = from_vocab_and_merges(path, settings)
-        data["added_tokens"] = [_PLAIN_TOKEN | token for token in data["added_tokens"]]
+    data = tokenizer_json(path)
     with _library_errors(f"{path / 'tokenizer.json'}: not a tokenizer"):
         library = Library.from_str(json.dumps(data | {"truncation": None, "padding": None}))
     name = settings.get("eos_token")

@@ -65,7 +65,7 @@ def fingerprint() -> str:
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """A token's text; U+FFFD for bytes that are no character."""
-    return tokenizer.decode([token], skip_special=False)
+    return tokenizer.token_text(token)
 
 
 def token_entry(tokenizer: Tokenizer, chunk: GenerationChunk) -> dict[str, Any]:

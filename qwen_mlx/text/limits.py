@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import QwenMLXError
@@ -37,7 +37,6 @@ LONGEST_REPLACEMENT = 4  # characters; SentencePiece's is one
 LONGEST_PATTERN = 16  # characters of a text that is searched for
 LONGEST_RULES = 1000  # characters of all regular expressions of a field
 MOST_PARTS = 16
-MOST_BEGINNINGS = 1000  # of control tokens' names: each is searched in each text of a message
 
 
 def _linear_rules() -> re.Pattern[str]:
@@ -159,13 +158,3 @@ def check_ids(ids: Mapping[str, Any]) -> None:
     for name, i in ids.items():
         if type(i) is not int or not 0 <= i < most:
             raise ValueError(f"the id {i!r:.40} of {name!r:.40}, expected 0 to {most - 1}")
-
-
-def check_beginnings(control: Collection[str]) -> None:
-    """Raises QwenMLXError for control tokens whose first two characters are too many different ones."""
-    beginnings = len({name[:2] for name in control})
-    if beginnings > MOST_BEGINNINGS:
-        raise QwenMLXError(
-            f"The control tokens begin in {beginnings:,} ways, expected at most {MOST_BEGINNINGS:,}; save the "
-            "tokenizer with fewer special tokens."
-        )

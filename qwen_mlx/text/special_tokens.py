@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,41 @@ def named_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         merged |= more if isinstance(more, dict) else {}
     named = {name: _content(value) for name, value in (DEFAULT_TOKENS | merged).items() if name.endswith("_token")}
     return {name: text for name, text in named.items() if text is not None}
+
+
+def added_tokens(
+    data: Mapping[str, Any], settings: Mapping[str, Any], named: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """tokenizer.json's added tokens with those of tokenizer_config.json, as transformers adds them: each of
+    added_tokens_decoder, whose flags count, and of the lists of special tokens; a new one gets the next free id. Tokens
+    with a role are special, too, if they are in the vocabulary."""
+    vocabulary = data["model"]["vocab"]
+    tokens = {token["content"]: token for token in data.get("added_tokens") or [] if token["content"]}
+    free = 1 + max([*vocabulary.values(), *(token["id"] for token in tokens.values())], default=-1)
+    listed = settings.get("added_tokens_decoder") or {}
+    more = [listed[i] for i in sorted(listed, key=int)]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        extra = settings.get(name) or []
+        texts = map(_content, extra.values() if isinstance(extra, dict) else extra)
+        more += [{"content": text, "special": True} for text in texts if text]
+    more += [{"content": text, "special": True} for text in named.values() if text in vocabulary or text in tokens]
+    for token in more:
+        text = token["content"]
+        i = tokens[text]["id"] if text in tokens else vocabulary.get(text, free)
+        free = max(free, i + 1)
+        own = token if len(token) > 2 else {**tokens.get(text, {}), **token}
+        special = bool(own.get("special"))
+        flags = {name: bool(own.get(name)) for name in ("single_word", "lstrip", "rstrip")}
+        normalized = bool(own.get("normalized", not special))
+        tokens[text] = {"id": i, "content": text, **flags, "normalized": normalized, "special": special}
+    return sorted(tokens.values(), key=lambda token: token["id"])
+
+
+def meant_as_control(names: Iterable[str]) -> set[str]:
+    """Names that say of a token that it is a control token, in a vocabulary that does not mark any: those that end a
+    text, and those of a control token's form."""
+    ends = {*END_TOKENS, *(name for names in FIM_END_TOKENS.values() for name in names)}
+    return {name for name in names if name in ends or re.fullmatch(r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>", name)}
 
 
 def _content(value: Any) -> str | None:

@@ -7,32 +7,36 @@ cannot open a turn.
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import GGUFError, QwenMLXError, refuses_wrong_arguments, shortened
 from ..gguf.reader import GGUFFile
 from . import chat_template
-from .chat_template import GUARD, MARK
+from .chat_template import MARK
 from .files import check_folder, read_json
-from .limits import check_beginnings, check_ids, check_length, check_parts, is_panic, pieces_for
+from .limits import check_ids, check_length, check_parts, is_panic, pieces_for
+from .messages import Message
 from .special_tokens import (
     END_TOKENS,
     FIM_END_TOKENS,
     GGUF_TOKENS,
     chat_templates,
     end_ids,
+    meant_as_control,
     named_tokens,
     post_processor,
     tokens_around,
 )
+from .taint import Taint, plain
 from .thoughts import Thoughts, think_marks
 from .token_names import name_splitter
-from .vocabulary import byte_level, byte_level_bytes, from_vocab_and_merges, sentencepiece, sentencepiece_bytes
+from .vocabulary import SPACE, byte_level, byte_level_bytes, sentencepiece, sentencepiece_bytes, tokenizer_json
 
 SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2")  # tokenizer.ggml.pre of the files with Qwen2's rule
 OLD_SPLIT_NAMES = (None, "", "default", "gpt-2")  # of files from before there was a name for it
@@ -41,6 +45,7 @@ NOT_VARIABLES = (
     *("continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding"),
     *("truncation", "max_length", "tokenizer_kwargs", "processor_kwargs"),
 )
+FLAGS = ("lstrip", "rstrip", "single_word")  # an added token takes white space beside it, or is a word of its own
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type; the rest is padding
 
 
@@ -50,7 +55,8 @@ class Tokenizer:
     names: every token's name by id, "" for ids that only pad. special: name -> id of every token that is not ordinary
     text. eos_token_ids: the tokens that end a generation. prefix_ids, suffix_ids: what stands around a text that is no
     conversation, if the file asks for it. special_tokens: the names of tokens with a role, such as {"bos_token": ...},
-    for the chat template. chat_templates: by name, the main one "default".
+    for the chat template. chat_templates: by name, the main one "default". flags: by a special token's name, those of
+    FLAGS that it has.
     """
 
     def __init__(
@@ -66,13 +72,13 @@ class Tokenizer:
         prefix_ids: Sequence[int] = (),
         suffix_ids: Sequence[int] = (),
         is_sentencepiece: bool = False,
+        flags: Mapping[str, Collection[str]] | None = None,
     ):
         self._bpe = bpe
         self.names = names
         self.special = dict(special)
         self._special_ids = frozenset(self.special.values())
         self._control = tuple(control)
-        check_beginnings(self._control)
         self._control_ids = frozenset(self.special[name] for name in self._control)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.prefix_ids, self.suffix_ids = tuple(prefix_ids), tuple(suffix_ids)
@@ -84,8 +90,20 @@ class Tokenizer:
         # A mark of a thought is shown, whether or not its file calls it a control token.
         self._hidden_ids = self._control_ids - {self.special.get(mark) for mark in self.think_marks or ()}
         self.is_sentencepiece = is_sentencepiece
+        # SentencePiece puts a space before a text, which is not the text's.
+        self._drops_space = is_sentencepiece and b'"Strip"' in ((bpe.decoder and bpe.decoder.__getstate__()) or b"")
         self._bytes_of_name = sentencepiece_bytes if is_sentencepiece else byte_level_bytes
-        self._split = name_splitter(self.special, GUARD)
+        self._taint = Taint(self._control)
+        self._split = name_splitter(self.special)
+        self._flags = {name: flags for name, flags in (flags or {}).items() if flags and name in self.special}
+
+    @functools.cached_property
+    def _split_control(self) -> Callable[[str], list[str]]:
+        return name_splitter(self._control)
+
+    @functools.cached_property
+    def _split_others(self) -> Callable[[str], list[str]]:
+        return name_splitter(self.special.keys() - set(self._control))
 
     @property
     def chat_template(self) -> str | None:
@@ -141,6 +159,14 @@ class Tokenizer:
                 )
             return i
 
+        if CONTROL not in kinds and (control := meant_as_control(names)):
+            some = ", ".join(sorted(control)[:3])
+            warnings.warn(
+                f"The file's 'tokenizer.ggml.token_type' marks no control tokens; {len(control)} are taken for such by "
+                f"their names: {some}{', ...' if len(control) > 3 else ''}.",
+                stacklevel=2,
+            )
+            kinds = [CONTROL if name in control else kind for name, kind in zip(names, kinds)]
         special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}
         eos = {i for i in map(token, ("eos", "eot", "eom")) if i is not None}
         eos |= end_ids(special, {kind: token(kind) for kind in FIM_END_TOKENS})
@@ -192,17 +218,9 @@ class Tokenizer:
             read_json(folder / name) if (folder / name).exists() else {}
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         )
-        path = folder / "tokenizer.json"
-        if path.exists():
-            data = read_json(path)
-        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            data = from_vocab_and_merges(folder, settings)
-        else:
-            raise QwenMLXError(
-                f"{folder}: tokenizer.json is missing; save the tokenizer with transformers' fast tokenizer."
-            )
+        path, data = folder / "tokenizer.json", tokenizer_json(folder)
         try:
-            added = data.pop("added_tokens") or []
+            added = data["added_tokens"]
             special = {token["content"]: token["id"] for token in added if token["content"]}
             control = [token["content"] for token in added if token["special"]]
             # Settings of a training run that some folders carry: obeyed, they would cut or pad every prompt.
@@ -210,6 +228,10 @@ class Tokenizer:
             bpe = Library.from_str(json.dumps(data | {"added_tokens": [], "truncation": None, "padding": None}))
             ids = data["model"]["vocab"] | special
             check_ids(ids)
+            flags = {token["content"]: {flag for flag in FLAGS if token.get(flag)} for token in added}
+            if (data.get("normalizer") or {}).get("type", "NFC") != "NFC" and any(t.get("normalized") for t in added):
+                names = [token["content"] for token in added if token.get("normalized")]
+                warnings.warn(f"{path}: {', '.join(names)} are read before the text is normalized.", stacklevel=3)
             names = [""] * (1 + max(ids.values()))
             for name, i in ids.items():
                 names[i] = name
@@ -247,7 +269,8 @@ class Tokenizer:
             special_tokens=named,
             prefix_ids=before,
             suffix_ids=after,
-            is_sentencepiece=bool(data["model"].get("byte_fallback")),
+            is_sentencepiece=bool(data["model"].get("byte_fallback")) or _writes_spaces(data.get("decoder")),
+            flags=flags,
         )
 
     @classmethod
@@ -284,16 +307,43 @@ class Tokenizer:
         template = "a chat template" if self.chat_templates else "no chat template"
         return f"Tokenizer({self.vocab_size} tokens; a text ends at {ends}; {template})"
 
-    def _encode_special(self, text: str, left_out: str = "") -> list[int]:
-        """Token ids of `text`, its control and added tokens by name; `left_out` is removed from what lies between."""
-        _check_characters(text)
+    def _encode_special(self, text: str, marked: bool = False) -> list[int]:
+        """Token ids of `text`, its control and added tokens by name; of a `marked` one without those control tokens of
+        which a user wrote a part."""
         ids: list[int] = []
-        for piece in self._split(text):
-            if piece in self.special:
+        pieces = self._marked_pieces(text) if marked else self._pieces(text)
+        for i, piece in enumerate(self._with_flags(pieces) if self._flags else pieces):
+            if i % 2:
                 ids.append(self.special[piece])
             elif piece:
-                ids += self._encode_plain(piece.replace(left_out, ""))
+                ids += self._encode_plain(piece)
         return ids
+
+    def _pieces(self, text: str) -> list[str]:
+        """The text cut at the names of special tokens: every second piece is one."""
+        _check_characters(text)
+        return self._split(text)
+
+    def _marked_pieces(self, text: str) -> list[str]:
+        """_pieces() of a marked text: added tokens that are no control tokens count whoever wrote them."""
+        pieces: list[str] = []
+        for i, piece in enumerate(self._split_control(text)):
+            pieces += [piece] if i % 2 else self._split_others(plain(piece))
+        return pieces
+
+    def _with_flags(self, pieces: list[str]) -> list[str]:
+        """The pieces as the flags of the tokens among them mean: white space beside a token is the token's, and one
+        that is no word of its own is text."""
+        result = [pieces[0]]
+        for name, text in zip(pieces[1::2], pieces[2::2]):
+            flags, before = self._flags.get(name, ()), result[-1]
+            beside = (before or "".join(result[-2:-1]))[-1:] + text[:1]
+            if "single_word" in flags and re.search(r"\w", beside):
+                result[-1] += name + text
+                continue
+            result[-1] = before.rstrip() if "lstrip" in flags else before
+            result += [name, text.lstrip() if "rstrip" in flags else text]
+        return result
 
     def _encode_plain(self, text: str) -> list[int]:
         _check_characters(text)
@@ -315,10 +365,12 @@ class Tokenizer:
     @refuses_wrong_arguments
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`; control tokens are left out unless skip_special is False. Bytes that are not UTF-8 become
-        U+FFFD, ids beyond the vocabulary (padding rows of the embedding) nothing. Raises QwenMLXError if negative.
+        U+FFFD, ids beyond the vocabulary (padding rows of the embedding) nothing. The space that SentencePiece puts
+        before a text is left out; a detokenizer, whose text goes on, keeps it. Raises QwenMLXError if negative.
         """
         try:
-            return b"".join(self._bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
+            text = b"".join(self._bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
+            return text.removeprefix(" ") if self._drops_space else text
         except TypeError:
             raise QwenMLXError(f"Token ids are {shortened(repr(ids), 80)}, expected a list of integers.") from None
 
@@ -326,6 +378,11 @@ class Tokenizer:
     def token_bytes(self, i: int) -> bytes:
         """The bytes that a token stands for: of one that is not ordinary text, its name."""
         return self._bytes(i, skip_special=False)
+
+    @refuses_wrong_arguments
+    def token_text(self, i: int) -> str:
+        """token_bytes as text; U+FFFD for bytes that are no character."""
+        return self.token_bytes(i).decode("utf-8", "replace")
 
     def _bytes(self, i: int, skip_special: bool) -> bytes:
         if i < 0:
@@ -410,28 +467,25 @@ class Tokenizer:
             )
         source = self._template(tools, variables)
         variables = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
-        others = [name for name, i in self.special.items() if i not in self._control_ids]
-        safe, given = chat_template.guarded_conversation(
-            source, messages, variables, self.special_tokens, self._control, others
-        )
-        text = chat_template.render_normalized(source, safe, **given)
+        form = chat_template.normalized_for(source, messages, **{**self.special_tokens, **variables})
+        text = self._traced(source, form, variables)
         pieces = [text]
-        generated = {f"{MARK}{i}{MARK}": i for i, message in enumerate(safe) if "ids" in message}
+        generated = {f"{MARK}{i}{MARK}": i for i, message in enumerate(form) if "ids" in message}
         if generated:
-            marked = list(safe)
+            marked = list(form)
             for mark, i in generated.items():
-                marked[i] = {**safe[i], "content": mark}
-            marked_text = chat_template.render_normalized(source, marked, **given)
-            split = re.split(f"({MARK}\\d+{MARK})", marked_text)
-            if "".join(safe[generated[piece]]["content"] if piece in generated else piece for piece in split) == text:
+                marked[i] = {**form[i], "content": mark}
+            split = re.split(f"({MARK}\\d+{MARK})", self._traced(source, marked, variables))
+            contents: dict[str, str] = {piece: self._taint.mark(form[i]["content"]) for piece, i in generated.items()}
+            if "".join(contents.get(piece, piece) for piece in split) == text:
                 pieces = split
         ids: list[int] = []
         for piece in pieces:
-            if piece in generated:
-                ids += safe[generated[piece]]["ids"]
-            else:
-                ids += self._encode_special(piece, left_out=GUARD)
+            ids += form[generated[piece]]["ids"] if piece in generated else self._encode_special(piece, marked=True)
         return ids
+
+    def _traced(self, source: str, messages: list[Message], variables: Mapping[str, Any]) -> str:
+        return chat_template.render_traced(source, messages, variables, self.special_tokens, self._taint)
 
     @property
     def control(self) -> tuple[str, ...]:
@@ -451,9 +505,10 @@ class Tokenizer:
         """
         check_folder(Path(folder) / "tokenizer.json", "the tokenizer's")
         data = self.library_json()
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         data["added_tokens"] = [
-            {"id": i, "content": name, **flags, "special": i in self._control_ids} for name, i in self.special.items()
+            {"id": i, "content": name, "special": i in self._control_ids, "normalized": False}
+            | {flag: flag in self._flags.get(name, ()) for flag in FLAGS}
+            for name, i in self.special.items()
         ]
         if self.prefix_ids or self.suffix_ids:
             around = [{self.names[i]: i for i in ids} for ids in (self.prefix_ids, self.suffix_ids)]
@@ -510,6 +565,11 @@ def _check_characters(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise QwenMLXError(f"The text holds a lone surrogate at {error.start}, which is not a character.") from None
+
+
+def _writes_spaces(decoder: Any) -> bool:
+    """True for a tokenizer.json's decoder that makes spaces of SentencePiece's letter for them."""
+    return SPACE in json.dumps(decoder, ensure_ascii=False)
 
 
 def check_vocabulary(model: Sequence[str], other: Sequence[str], name: str, what: str = "draft") -> None:

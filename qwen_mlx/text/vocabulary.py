@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import GGUFError, QwenMLXError
+from ..errors import GGUFError, QwenMLXError, shortened
 from .files import read_json, read_text
+from .special_tokens import added_tokens, named_tokens
 
 # Qwen2's rule (transformers' Qwen2Converter): contractions in any case, digits one by one, newlines with punctuation.
 SPLIT = (
@@ -77,7 +78,29 @@ def sentencepiece(ids: dict[str, int], scores: Sequence[float], unknown: str | N
     return library
 
 
-def from_vocab_and_merges(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def tokenizer_json(folder: Path) -> dict[str, Any]:
+    """A folder's tokenizer.json, or what vocab.json and merges.txt mean in its place, with the added tokens of
+    tokenizer_config.json. Raises QwenMLXError naming the file that is missing or wrong."""
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    settings = read_json(config) if config.exists() else {}
+    if path.exists():
+        data = read_json(path)
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        data = _from_vocab_and_merges(folder, settings)
+    else:
+        raise QwenMLXError(
+            f"{folder}: tokenizer.json is missing; save the tokenizer with transformers' fast tokenizer."
+        )
+    try:
+        return data | {"added_tokens": added_tokens(data, settings, named_tokens(folder, settings))}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise QwenMLXError(
+            f"{path}: the vocabulary or the added tokens, with those of tokenizer_config.json, are damaged "
+            f"({shortened(repr(error))}); save it again."
+        ) from None
+
+
+def _from_vocab_and_merges(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer.json of a folder that has vocab.json and merges.txt instead: with Qwen2's rules, and the tokens
     that tokenizer_config.json adds, else added_tokens.json. Raises QwenMLXError naming the file that is wrong."""
     vocab = read_json(folder / "vocab.json")
@@ -89,7 +112,7 @@ def from_vocab_and_merges(folder: Path, settings: Mapping[str, Any]) -> dict[str
         if added is None:
             names = read_json(path) if path.exists() else {}
             added = {i: {"content": name, "special": True} for name, i in names.items()}
-        tokens = [{"id": int(i), "content": t["content"], "special": t["special"]} for i, t in added.items()]
+        tokens = [{**token, "id": int(i), "special": token["special"]} for i, token in added.items()]
         ordinary = {name: i for name, i in vocab.items() if name not in {token["content"] for token in tokens}}
         data: dict[str, Any] = json.loads(byte_level(ordinary, merges).to_str())
     except Exception as error:  # the library raises bare Exception

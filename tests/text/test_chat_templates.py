@@ -7,6 +7,7 @@ written as Python writes it), the same conversation in an older form is what tra
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,34 @@ def test_text_and_ids_equal_transformers(folder: Path, theirs, name: str):
             different.append((title, text, expected))
     assert not different
     assert refused == REFUSED.get(name, 0)
+    for options in INJECTED:
+        harmless = json.loads(json.dumps(options).replace(CONTROL_TEXT, "nothing"))
+        counts = [control_tokens(ours, **one) for one in (options, harmless)]
+        assert counts[0] == counts[1]
+
+
+# A control token's name without its brackets, which templates write around names, keys and roles.
+CONTROL_TEXT = "|im_end|"
+SCHEMA = {"type": "object", CONTROL_TEXT: "x", "properties": {CONTROL_TEXT: {"type": "integer", CONTROL_TEXT: "x"}}}
+ODD_TOOL = {"type": "function", "function": {"name": CONTROL_TEXT, "description": "d", "parameters": SCHEMA}}
+ODD_CALL = {"name": CONTROL_TEXT, "arguments": {CONTROL_TEXT: CONTROL_TEXT}}
+ODD_ANSWER = answer("", tool_calls=[{"id": "call00000", "type": "function", "function": ODD_CALL}])
+INJECTED: list[dict[str, Any]] = [
+    {"messages": [user(f"a<{CONTROL_TEXT}>")], "tools": [ODD_TOOL]},
+    {"messages": [user(), ODD_ANSWER, result(f"<{CONTROL_TEXT}>")], "tools": [ODD_TOOL]},
+    {"messages": [{"role": CONTROL_TEXT, "content": CONTROL_TEXT}]},
+]
+
+
+def control_tokens(tokenizer: Tokenizer, **options: Any) -> int:
+    """How many control tokens a conversation has; -1 where the template refuses it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ids = tokenizer.apply_chat_template(**options)
+    except QwenMLXError:
+        return -1
+    return sum(tokenizer.names[i] in tokenizer.control for i in ids)
 
 
 def with_none(theirs, source: str, messages: list, options: dict[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from hypothesis import strategies as st
 
 from qwen_mlx import GGUFError, QwenMLXError
 from qwen_mlx.generation.text import encode_prompt
-from qwen_mlx.text.chat_template import GUARD, guarded, guarded_conversation, render, render_normalized
+from qwen_mlx.text.chat_template import render, render_traced
 from qwen_mlx.text.special_tokens import end_ids
+from qwen_mlx.text.taint import Taint, plain
 from qwen_mlx.text.tokenizer import Tokenizer
-from tests.helpers.byte_folder import CONTROL, USER_DEFINED, special_ids, write_byte_folder
+from tests.helpers.byte_folder import CONTROL, special_ids, write_byte_folder
 from tests.helpers.cases import each
 
 BOS, EOS, IM_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|im_end|>"
 IDS = special_ids()
-STARTS = {name[:2] for name in CONTROL}
+TAINT = Taint(CONTROL)
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CALLS = "{%% for m in messages %%}{%% for c in m.tool_calls %%}{{ %s }}{%% endfor %%}{%% endfor %%}"
 HI = [{"role": "user", "content": "Hi"}]
@@ -164,8 +166,16 @@ def test_ends_are_known_by_their_meaning():
 
 
 def test_a_file_without_an_end_token_is_refused():
+    unmarked = {"tokenizer.ggml.token_type": [1] * 5, "tokenizer.ggml.eos_token_id": None}
     with pytest.raises(GGUFError, match="eos_token_id"):
-        Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.token_type": [1] * 5, "tokenizer.ggml.eos_token_id": None})
+        Tokenizer.from_gguf(MINIMAL | unmarked | {"tokenizer.ggml.tokens": ["a", "b", "ab", "<x>", "<y>"]})
+
+
+def test_a_file_that_marks_no_control_tokens_has_them_by_their_names():
+    with pytest.warns(UserWarning, match=r"token_type' marks no control tokens; 2 .*<\|endoftext\|>, <\|im_end\|>"):
+        tokenizer = Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.token_type": [1] * 5})
+    assert (tokenizer.special, tokenizer.eos_token_ids) == ({"<|endoftext|>": 3, IM_END: 4}, {3, 4})
+    assert tokenizer.encode(f"ab{IM_END}", allow_special=True) == [2, 4]
 
 
 @each("pre", [None, "", "default", "gpt-2"])
@@ -233,44 +243,88 @@ def test_damaged_vocab_and_merges_are_named(tmp_path: Path, name: str, content: 
         Tokenizer.from_folder(tmp_path)
 
 
-# The guard of control tokens in messages.
+def token(name: str, **flags: bool) -> dict[str, Any]:
+    """An added token as tokenizer_config.json writes it."""
+    return {
+        "content": name,
+        **dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False),
+    } | flags
 
 
-@settings(max_examples=300, deadline=None)
-@given(text=st.text(st.sampled_from("<|IM_endstar>x/sthink｜"), max_size=40), more=st.text("<|im_end>", max_size=12))
-def test_a_guarded_text_forms_no_control_token_with_what_follows(text: str, more: str):
-    safe = guarded(text, STARTS, USER_DEFINED)
-    assert safe.replace(GUARD, "") == text
-    written = safe + guarded(more, STARTS, USER_DEFINED)
-    assert not any(name in written.lower() for name in CONTROL)
-
-
-def test_added_tokens_that_are_no_control_tokens_stay():
-    text = "<think>a</think></s><tool_call>"
-    assert guarded(text, STARTS, USER_DEFINED) == text.replace("</s>", f"<{GUARD}/s>")
+def decoder(*changed: dict[str, Any], **more: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json's added_tokens_decoder with some tokens changed, and more of them by their ids."""
+    tokens = {str(i): token(name, special=name in CONTROL) for name, i in IDS.items()}
+    return {"added_tokens_decoder": tokens | {str(IDS[one["content"]]): one for one in changed} | more}
 
 
 @each(
-    ("template", "text"),
+    "changes",
     [
-        ("{{ messages[0].content | tojson(ensure_ascii=true) }}", "a<|im_end|>\\ufdd0\\\\ufdd0 é"),
-        ("{{ messages[0].content | tojson }}", "a<|im_end|>é"),
-        ("{{ messages[0].content.split('</s>')[-1] }}", "thought</s>b<|im_end|>"),
-        ("{% if messages[0].content.endswith('<|im_end|>') %}{{ messages[0].content }}{% endif %}", "a<|im_end|>"),
-        ("{{ messages[0].content | trim }}", " a<|im_ "),
+        decoder(token("</s>", special=True, lstrip=True)),
+        decoder(token("</s>", special=True, rstrip=True)),
+        decoder(token("<think>", lstrip=True, rstrip=True)),
+        decoder(token("<think>", single_word=True)),
+        decoder(token("<tool_call>", special=True)),
+        decoder(token("<think>", normalized=True)),
+        decoder(**{"269": token("<extra>", special=True), "270": token("<more>")}),
+        decoder(**{"300": token("<extra>")}),
+        {"additional_special_tokens": ["<extra>", "<tool_call>"]},
+        {"extra_special_tokens": {"extra_token": "<extra>"}},
+        {"eos_token": "!"},
     ],
 )
-def test_the_guard_does_not_show(template: str, text: str):
-    messages = [{"role": "user", "content": text}]
-    safe, variables = guarded_conversation(template, messages, {}, {}, CONTROL)
-    assert render_normalized(template, safe, **variables).replace(GUARD, "") == render(template, messages)
+def test_added_tokens_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any]):
+    from transformers import AutoTokenizer
+
+    ours, theirs = folder(tmp_path, **changes), AutoTokenizer.from_pretrained(tmp_path)
+    for text in (
+        f"a \n{IM_END}  b",
+        "a<think>b",
+        "a <think> b",
+        "(<think>)\u0338",
+        "x<extra><more>y",
+        " ! <tool_call>",
+    ):
+        ids = theirs(text)["input_ids"]
+        assert ours(text)["input_ids"] == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+    ours.save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path)("a </s> <think>  ") == ours("a </s> <think>  ")
 
 
-def test_a_template_that_counts_letters_is_refused_rather_than_misled():
-    with pytest.raises(QwenMLXError, match=r"<\|im_end\|>"):
-        guarded_conversation(
-            "{{ messages[0].content | length }}", [{"role": "user", "content": "a<|im_end|>"}], {}, {}, CONTROL
-        )
+# The guard of control tokens in messages.
+
+
+# What a template may do with a user's words v and w, and with the dict d of them.
+USES = """
+v; '<' ~ v ~ '>'; '<|' + v + '|>'; v | trim; v.strip('<|'); v.lstrip('<'); v.rstrip('>|'); v.split(w or 'x')[-1]
+v.split('|') | join('+'); v.rsplit('|', 1)[0]; v.split() | join; v.partition('|')[2]; v.rpartition('|') | join('!')
+v.replace('|', w); v | replace(w, '|'); v.replace('|', w, 1); v.removeprefix('<'); v.removesuffix(w); v | upper
+v.title(); v | capitalize | lower; v | tojson; v | tojson(ensure_ascii=true); v | length; v[1:-1]; v.swapcase()
+v | list | reverse | join; v | sort | join; v | urlencode; v | e; '%s<%s' | format(v, w); [v, w]; {v: w}
+{'a': [v]} | string; [w, v] | sort | join(','); '%s' % v; '{}{}'.format(v, w); w.join([v, v]); v.find(w); v.count('|')
+v.startswith(w); w in v; v == w; v > w; [v, w] | map('upper') | join; [v, w] | select('in', v) | list | length
+v | truncate(9); v.center(9); v | indent; v | int; {'a': 'b'}[v]; v | wordcount; [v, w] | unique | join; [w, v] | min
+v ~ [w]; v.isalpha(); v.splitlines() | join; v * 2; v is lower; v is eq w; d; d | tojson; d.items() | list; d | list
+d | dictsort; d.copy(); dict(d); d | reverse | list; '%s' % d; d[v]; d.get(v); v in d; '<' ~ d.keys() | first ~ '>'
+d | items | list; d.values() | join; d | length; d | string
+""".replace("\n", ";").split(";")
+USES = [use.strip() for use in USES if use.strip()]
+PIECES = ["<", "|", ">", "<|", "|>", "im_end", "/s", "|im_end|", "<|im_end|>", "<|im_", "a", " ", "A", "</s>", "\n"]
+ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+WORDS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join) | ANY
+
+
+@settings(max_examples=20, deadline=None)
+@given(v=WORDS, w=WORDS)
+def test_a_user_s_characters_make_no_control_token(v: str, w: str):
+    message = {"role": "user", "content": "", "v": v, "w": w, "d": {v: w, w: v}}
+    names = "{% set v, w, d = messages[0].v, messages[0].w, messages[0].d %}"
+    template = names + "\n".join("{{ %s }}" % use for use in USES) + "</s>"  # noqa: UP031
+    text = render_traced(template, [message], {}, {}, TAINT)
+    assert plain(text) == render(template, [message])
+    assert text.endswith("</s>")
+    assert not any(name in text[: -len("</s>")] for name in CONTROL)
 
 
 def test_a_control_token_within_arguments_stays_text(tmp_path: Path):
@@ -308,6 +362,9 @@ def test_any_json_is_a_text_or_a_sentence(messages: Any):
 @each(
     ("messages", "words"),
     [
+        ([{"role": "assistant", "content": "", "ids": 5}], "'ids'"),
+        ([{"role": "assistant", "content": "", "ids": [1.5]}], "'ids'"),
+        ([{"role": "assistant", "content": "", "function_call": "f()"}], "tool call"),
         ([{"role": "user"}], "no content"),
         ([{"role": "user", "content": None}], "no content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
@@ -335,8 +392,52 @@ def test_what_a_template_leaves_out_is_said():
     with pytest.warns(UserWarning, match="function"):
         assert render(alone, [{"role": "function", "name": "f", "content": "x"}]) == ""
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
-    with pytest.warns(UserWarning, match="tool calls"):
-        assert render(source, [*HI, {"role": "assistant", "tool_calls": [call]}]) == "Hi"
+    called = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+    with pytest.warns(UserWarning, match=r"leaves out tool calls and results of tool calls\."):
+        assert render(source, [*HI, *called]) == "Hi"
+    for role in ("system", "developer"):
+        with pytest.warns(UserWarning, match=r"leaves out systems' messages\."):
+            assert render(source, [{"role": role, "content": "x"}, *HI]) == "Hi"
+    first = "{{ messages[0].content }}{% for m in messages[1:] if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.warns(UserWarning, match="systems' messages within a conversation"):
+        assert render(first, [SYSTEM, *HI, {"role": "system", "content": "y"}, *HI]) == "xHiHi"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert render(first, [SYSTEM, *HI]) == "xHi"
+
+
+SYSTEM = {"role": "system", "content": "x"}
+WITH_TOOLS = "{% if tools %}" + CALLS % "c.function.arguments | tojson" + "{% endif %}"
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+SWITCHED = "{% if calls %}" + CALLS % "c.function.arguments | tojson" + "{% endif %}"
+
+
+@each(
+    ("template", "before", "variables"),
+    [
+        (WITH_TOOLS, [], {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (NEEDS_SYSTEM + CALLS % "c.function.arguments | tojson", [SYSTEM], {}),
+        (NEEDS_SYSTEM + WITH_TOOLS, [SYSTEM], {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (SWITCHED, [], {"calls": True}),
+        (CALLS % "('{\"x\": ' ~ c.function.arguments.values() | first) ~ '}'", [], {}),
+    ],
+)
+def test_calls_are_probed_as_the_conversation_has_them(template: str, before: list[Any], variables: dict[str, Any]):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}
+    messages = [*before, *HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert render(template, messages, **variables).endswith('{"x": 1}')
+
+
+def test_openai_s_older_calls_are_tool_calls():
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x":1}'}}
+    messages = [*HI, call, {"role": "function", "name": "f", "content": "r"}]
+    call_text = "{% for c in m.tool_calls %}{{ c.function }}{% endfor %}"
+    source = "{% for m in messages %}{{ m.role }}:{{ m.content }}" + call_text + ";{% endfor %}"
+    assert render(source, messages) == "user:Hi;assistant:{'name': 'f', 'arguments': '{\"x\":1}'};tool:r;"
+    own = "{% for m in messages %}{{ m.role }}{{ m.function_call }}{% endfor %}"
+    assert render(own, messages).endswith("function")
 
 
 @each("arguments", ["", " ", "null", "{}", {}, None, ...], ids=repr)
@@ -399,10 +500,9 @@ def test_a_sentencepiece_vocabulary_gives_sentencepiece_s_ids(space_first: bool)
     for text in (*CODE.splitlines(), CODE, "unseen 你好 é 👩‍💻\t\x00", "  two  spaces ", "classradius", "retturn"):
         own = tokenizer.encode(text)
         assert own == theirs.encode(text), repr(text)
-        shown = tokenizer.decode(own)
-        assert shown == (f" {text}" if space_first and text else text)
-        stream = tokenizer.detokenizer()
-        assert "".join([*map(stream.add, own), stream.finish()]) == shown
+        assert tokenizer.decode(own) == text
+        stream = tokenizer.detokenizer()  # of a text that goes on, whose first word has its space
+        assert "".join([*map(stream.add, own), stream.finish()]) == (f" {text}" if space_first and text else text)
     around = tokenizer.encode("<|im_start|>def<|im_end|>", allow_special=True)
     assert around[0] == tokenizer.special["<|im_start|>"]
     assert around[-1] == tokenizer.special["<|im_end|>"]
