@@ -12,6 +12,7 @@ from .dispatch import Kernel, described, differentiable, executor, have_values, 
 # CPU longer than the GPU needs for few rows and a small matrix. On Apple's GPUs MLX has its own.
 ON = ("cuda",)
 MOST_ROWS, MOST_BYTES = 64, 64 << 20
+FACTOR = 128  # rows or columns of a factor at most: the ranks of adapters
 UNIT, STEP = 16, 32  # rows of the matrix a simdgroup multiplies at once, and elements of them
 
 _HEADERS = ("nvidia/instructions.h", "rows.h", "nvidia/matmul.h")
@@ -46,9 +47,11 @@ def _plain(x: mx.array, w: mx.array) -> mx.array:
 
 
 def _cotangents(primals: Any, cotangent: mx.array, _: object) -> tuple[mx.array, mx.array]:
-    """Those of x and w. The one of w is MLX's own product, slow but lazy: nobody asks for it where w is frozen."""
+    """Those of x and w. The one of w is MLX's own product, slow but lazy, for nobody asks for it where w is frozen; but
+    not that of a factor of an adapter, which costs little."""
     x, w = primals
-    return _fallback(cotangent, w.T), cotangent.reshape(-1, w.shape[0]).T @ x.reshape(-1, w.shape[1])
+    rows, columns = cotangent.reshape(-1, w.shape[0]).T, x.reshape(-1, w.shape[1]).T
+    return _fallback(cotangent, w.T), (_fallback if min(w.shape) <= FACTOR else _plain)(rows, columns)
 
 
 def supports(x: mx.array, w: mx.array) -> bool:
