@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from ..backend import mx
 from . import cpu
-from .dispatch import executor, on_cpu, on_gpu
+from .dispatch import differentiable, executor, on_cpu, on_gpu
 from .matmul import matmul
 from .matrix import Matrix, rows_of
 from .matvec import matvec
@@ -29,7 +30,11 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     if x.size and on_cpu("matmul", x.dtype) and cpu.supports(matrix):
         return cpu.multiply_all(x, [matrix])
     if packing.kind == "dense":
-        return matmul(x, arrays[0]) if x.dtype == arrays[0].dtype else x @ arrays[0].T
+        if x.dtype == arrays[0].dtype:
+            return matmul(x, arrays[0])
+        if x.dtype == mx.float32:
+            return _by_values(x, lambda: arrays[0].astype(mx.float32))
+        return x @ arrays[0].T
     # MLX's own product of affine codes is slower on a CPU than unpacking them.
     if packing.kind == "affine" and executor("unpack") != "cpu":
         codes, scales, biases = arrays
@@ -41,7 +46,7 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
         return matvec(x, matrix).reshape(*x.shape[:-1], matrix.rows)
     rows = max(1, TILE // matrix.columns // 256) * 256  # an odd number makes cuBLAS slow
     tiles = (rows_of(matrix, start, start + rows) for start in range(0, matrix.rows, rows))
-    products = [matmul(x, unpack(tile, x.dtype)) for tile in tiles]
+    products = [_by_values(x, functools.partial(unpack, tile, x.dtype)) for tile in tiles]
     return products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)
 
 
@@ -57,3 +62,16 @@ def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
 def reshaped(x: mx.array, shape: Sequence[int]) -> mx.array:
     """x.reshape(shape), also where a CPU's calls are recorded."""
     return cpu.reshaped(x, shape) if on_cpu("step", x.dtype) else x.reshape(shape)
+
+
+def _by_values(x: mx.array, values: Callable[[], mx.array]) -> mx.array:
+    """x W^T with the values of W, which the gradient forms once more: a graph that kept them until then would hold the
+    model a second time, dense."""
+
+    def product(x: mx.array) -> mx.array:
+        return matmul(x, values())
+
+    def cotangent_of_x(_: object, cotangent: mx.array, __: object) -> mx.array:
+        return matmul(cotangent, values().T)
+
+    return differentiable(product, product, x, vjp=cotangent_of_x)
