@@ -24,8 +24,8 @@ from qwen_mlx.model.activations import LAYER_TAPS  # noqa: E402
 
 # From the bottom up, as in the map of CONTRIBUTING.md.
 ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "encoding"]
-ROOMS += ["loading", "conversion", "server", "cli"]
-COMMANDS = ["generate", "chat", "convert", "fuse", "export", "evaluate", "embed", "score", "selftest", "serve"]
+ROOMS += ["loading", "training", "conversion", "server", "cli"]
+COMMANDS = ["generate", "chat", "convert", "lora", "fuse", "export", "evaluate", "embed", "score", "selftest", "serve"]
 
 project, author, release = "qwen_mlx", "the qwen_mlx authors", __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]

@@ -15,7 +15,7 @@ OTHERS = [PACKAGE.parent / name for name in ("reference", "tests", "benchmarks")
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a room may import the rooms before it, for types too, and none after it.
 ROOMS = ["errors", "backend", "gguf", "text", "ops", "model", "parallel", "generation", "evaluation", "encoding"]
-ROOMS += ["loading", "conversion", "server", "cli"]
+ROOMS += ["loading", "training", "conversion", "server", "cli"]
 DOORS = ["__main__", "generate", "chat", "convert", "evaluate", "selftest", "serve"]
 
 
