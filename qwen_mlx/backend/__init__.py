@@ -11,7 +11,7 @@ from ..errors import QwenMLXError
 
 try:
     import mlx.core as mx
-    from mlx import nn
+    from mlx import nn, optimizers
     from mlx.utils import tree_flatten
 except ImportError as error:
     raise QwenMLXError(
@@ -28,6 +28,7 @@ __all__ = [
     "mx",
     "named_arrays",
     "nn",
+    "optimizers",
 ]
 
 
