@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal, or through a pipe",
     "serve": "answer editors and other programs over HTTP",
     "convert": "convert a GGUF or safetensors model to an MLX model folder",
+    "lora": "train an adapter on examples",
     "fuse": "merge adapters into a model and write a folder",
     "export": "write a model as a GGUF file",
     "embed": "turn texts into vectors with an embedding model",
