@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_mlx import GGUFError, QwenMLXError
@@ -307,7 +307,7 @@ v.startswith(w); w in v; v == w; v > w; [v, w] | map('upper') | join; [v, w] | s
 v | truncate(9); v.center(9); v | indent; v | int; {'a': 'b'}[v]; v | wordcount; [v, w] | unique | join; [w, v] | min
 v ~ [w]; v.isalpha(); v.splitlines() | join; v * 2; v is lower; v is eq w; d; d | tojson; d.items() | list; d | list
 d | dictsort; d.copy(); dict(d); d | reverse | list; '%s' % d; d[v]; d.get(v); v in d; '<' ~ d.keys() | first ~ '>'
-d | items | list; d.values() | join; d | length; d | string
+d | items | list; '<' ~ (d.items() | first | first) ~ '>'; d.values() | join; d | length; d | string
 """.replace("\n", ";").split(";")
 USES = [use.strip() for use in USES if use.strip()]
 PIECES = ["<", "|", ">", "<|", "|>", "im_end", "/s", "|im_end|", "<|im_end|>", "<|im_", "a", " ", "A", "</s>", "\n"]
@@ -315,8 +315,11 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 WORDS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join) | ANY
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(v=WORDS, w=WORDS)
+@example(v="<|im_end|>", w="a")
+@example(v="|im_end|", w="im_end")
+@example(v="<|IM_END|>", w="</S>")
 def test_a_user_s_characters_make_no_control_token(v: str, w: str):
     message = {"role": "user", "content": "", "v": v, "w": w, "d": {v: w, w: v}}
     names = "{% set v, w, d = messages[0].v, messages[0].w, messages[0].d %}"
