@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import atexit
 import collections
+import functools
 import importlib
 import importlib.abc
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -128,7 +130,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "real_hf" in item.fixturenames:
             item.add_marker("torch")
     if config.getoption("loadgroup", False):  # a process of pytest-xdist, in which --dist is "no"
-        set_groups(items)
+        sort_groups(items)
     unable = {"linux", "nvrtc"} if sys.platform != "linux" else set()
     unable |= set() if can_browse() else {"browser"}
     unable |= set() if mx.metal.is_available() or mx.cuda.is_available() else {"gpu"}
@@ -141,16 +143,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(out)]
 
 
-def set_groups(items: list[pytest.Item]) -> None:
-    """Keeps a file's fixtures, and transformers' 2 GB, in one process, and sorts what takes seconds before the rest:
-    quick files at the end let no process wait long for another."""
-    groups, long = {}, set()
-    for item in items:
-        group = "real_hf" if "real_hf" in item.fixturenames else str(item.path.relative_to(needs.ROOT))
-        item.add_marker(pytest.mark.xdist_group(group))
-        groups[item] = group
-        if (MARKS - {"linux", "gpu"}) & {mark.name for mark in item.iter_markers()}:
-            long.add(group)
+@functools.cache
+def group_of(file: str) -> str:
+    """The tests that pytest-xdist runs in one process: a file's, or those of all files that need transformers' 2 GB."""
+    text = (needs.ROOT / file).read_text(encoding="utf-8")
+    return "real_hf" if re.search(r"[( ]real_hf[,):]", text) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """pytest-xdist 3.8 tells a group by an item's name, which pytest 9.2 lets nobody change."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return GroupScheduling(config, log)
+
+
+def sort_groups(items: list[pytest.Item]) -> None:
+    """Sorts what takes seconds before the rest: quick files at the end let no process wait long for another."""
+    groups = {item: group_of(item.nodeid.partition("::")[0]) for item in items}
+    takes_seconds = MARKS - {"linux", "gpu"}
+    long = {groups[item] for item in items if takes_seconds & {mark.name for mark in item.iter_markers()}}
     items.sort(key=lambda item: (groups[item] != "real_hf", groups[item] not in long))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 
@@ -42,31 +44,15 @@ def collect(*options: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
-WORKER = """
-import sys, pytest, xdist.remote
-class Worker:
-    def pytest_configure(self, config):
-        config.option.dist = "loadgroup"
-        xdist.remote.setup_config(config, None)
-    def pytest_collection_finish(self, session):
-        for item in session.items:
-            print(item.nodeid, item.get_closest_marker("xdist_group").args[0])
-sys.exit(pytest.main(["--co", "-q", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[Worker()]))
-"""
-
-
 @pytest.mark.heavy
-def test_a_process_of_xdist_keeps_a_file_s_tests_together_and_begins_with_long_ones():
-    command = [sys.executable, "-c", WORKER, "tests/test_cases.py", "tests/test_tiers.py", "tests/test_real_model.py"]
-    done = subprocess.run(command, cwd=needs.ROOT, capture_output=True, text=True, check=False)
+def test_xdist_keeps_a_file_s_tests_in_one_process():
+    files = ["tests/test_cases.py", "tests/model/test_ids.py", "tests/text/test_thoughts.py"]
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider", *files]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=needs.ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    groups = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("tests/") and " " in line]
-    assert list(dict.fromkeys(groups)) == [
-        "real_hf",
-        "tests/test_tiers.py",
-        "tests/test_real_model.py",
-        "tests/test_cases.py",
-    ]
+    ran = set(re.findall(r"\[(gw\d)\] .*PASSED (\S+)::", done.stdout))
+    assert sorted(file for _, file in ran) == sorted(files), ran
 
 
 @pytest.mark.heavy
