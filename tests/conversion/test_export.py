@@ -335,3 +335,9 @@ def test_types_of_the_command_are_those_of_the_library():
     from qwen_mlx.cli.export import TYPES
 
     assert TYPES == export_file.TYPE_NAMES
+
+
+def test_the_file_types_are_gguf_py_s():
+    assert {name: mix.file_type for name, mix in MIXES.items()} == {
+        name: gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] for name in MIXES
+    }
