@@ -79,6 +79,8 @@ def make_app(service: Service, limits: Limits | None = None, log_prompts: bool =
         service.scheduler.start()
         try:
             yield
+        except asyncio.CancelledError:
+            pass  # a second Ctrl-C ends all tasks; Starlette would log this one's end with a traceback
         finally:
             await asyncio.to_thread(service.scheduler.stop)
 
