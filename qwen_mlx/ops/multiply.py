@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ..backend import mx
 from . import cpu
-from .dispatch import differentiable, executor, on_cpu, on_gpu
+from .dispatch import differentiable, executor, no_grad, on_cpu, on_gpu
 from .matmul import matmul
 from .matrix import Matrix, rows_of
 from .matvec import matvec
@@ -71,7 +71,11 @@ def _by_values(x: mx.array, values: Callable[[], mx.array]) -> mx.array:
     def product(x: mx.array) -> mx.array:
         return matmul(x, values())
 
-    def cotangent_of_x(_: object, cotangent: mx.array, __: object) -> mx.array:
-        return matmul(cotangent, values().T)
+    def unrecorded(x: mx.array) -> mx.array:
+        with no_grad():  # or the inner product's graph would keep them
+            return product(x)
 
-    return differentiable(product, product, x, vjp=cotangent_of_x)
+    def cotangent_of_x(_: object, cotangent: mx.array, __: object) -> mx.array:
+        return _by_values(cotangent, lambda: values().T)
+
+    return differentiable(unrecorded, product, x, vjp=cotangent_of_x)

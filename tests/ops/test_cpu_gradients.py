@@ -81,6 +81,25 @@ def test_a_packed_matrix_passes_gradients_on(calls: list[str]):
     assert_same([found], [mx.broadcast_to(values.sum(0), x.shape)])
 
 
+def test_the_values_of_packed_matrices_are_not_kept_for_the_gradient():
+    """A graph that keeps them holds the model twice. Memory is MLX's own, beside what one matrix's values take."""
+    matrices = [ops.raw_matrix(np.full((512, 1088), 60, np.uint8), "q8_0") for _ in range(8)]
+    one, kept = 512 * 1024 * 4, []
+
+    def loss(x: mx.array) -> mx.array:
+        for matrix in matrices:
+            y = ops.multiply(x, matrix)
+            x = mx.tanh(mx.concatenate([y, y], axis=-1))
+            mx.eval(x)
+            kept.append(mx.get_active_memory())
+        return x.sum()
+
+    with ops.forced("cpu"):
+        gradient = mx.grad(loss)(normal(8, 1024))
+        mx.eval(gradient)
+    assert kept[-1] - kept[0] < one
+
+
 def test_products_where_mlx_traces(calls: list[str]):
     x, w = normal(2, 5, 64), normal(40, 64, seed=1)
     with ops.forced("cpu"):
