@@ -55,7 +55,9 @@ def parser() -> Parser:
     )
     course.add_argument("--warmup", type=int, default=0, metavar="N", help="steps until the highest rate (default 0)")
     course.add_argument("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (default 0.01)")
-    course.add_argument("--grad-checkpoint", action="store_true", help="compute each layer twice, in less memory")
+    course.add_argument(
+        "--grad-checkpoint", action="store_true", help="compute each layer twice, in less memory on a GPU"
+    )
     course.add_argument("--seed", type=int, default=0, metavar="N", help="of the adapter's start and the order of data")
     course.add_argument(
         "--val-batches", type=int, default=25, metavar="N", help="batches of a validation, -1 for all (default 25)"
