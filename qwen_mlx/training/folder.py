@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ..backend import mx
 from ..errors import QwenMLXError
@@ -91,8 +91,9 @@ def write_adapter(
             layers = list(range(settings.first_layer(n_layers), n_layers))
             config |= {"layers_to_transform": layers, "layers_pattern": "layers"}
         weights = peft.WEIGHTS
-    with atomic_write(folder / weights, ".safetensors") as path:
-        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, {"format": "pt"})
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with atomic_write(folder / weights) as path:
+        path.write_bytes(save(contiguous, {"format": "pt"}))
     with atomic_write(folder / "adapter_config.json") as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -104,10 +105,9 @@ def arrays_of(factors: Factors) -> dict[str, dict[str, np.ndarray]]:
 
 def write_state(folder: Path, state: State) -> None:
     """Replaces the state."""
-    with atomic_write(folder / STATE, ".safetensors") as path:
-        save_file(
-            {name: np.array(array) for name, array in state.arrays.items()}, path, {"meta": json.dumps(state.meta)}
-        )
+    arrays = {name: np.array(array) for name, array in state.arrays.items()}
+    with atomic_write(folder / STATE) as path:
+        path.write_bytes(save(arrays, {"meta": json.dumps(state.meta)}))
 
 
 def read_state(folder: Path) -> State:

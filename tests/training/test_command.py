@@ -55,6 +55,7 @@ def test_a_training_from_lines_to_an_adapter(tmp_path: Path, inputs: list[str]):
     assert (tmp_path / "out" / "losses.csv").read_text().count("\n") == 8
 
 
+@pytest.mark.heavy
 def test_kill_9_and_resume_give_the_same_losses(tmp_path: Path, inputs: list[str]):
     course = ["--iters", "12", "--batch-size", "2", "--rank", "4", "--save-every", "3", "--steps-per-eval", "5"]
     assert run_here(lambda: dispatch([*inputs, "--adapter", str(tmp_path / "expected"), *course])).returncode == 0

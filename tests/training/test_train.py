@@ -157,6 +157,20 @@ def test_ctrl_c_saves_the_last_step(tmp_path: Path, base: Path, uninterrupted: P
     assert [row[:2] for row in rows] == [row[:2] for row in read_losses(uninterrupted, 99)]
 
 
+def test_a_full_disk_is_a_sentence_and_leaves_the_last_save(tmp_path: Path, base: Path):
+    out, real = tmp_path / "out", Path.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        if read_losses(out, 99)[-1].step > 2:
+            raise OSError(28, "No space left on device")
+        return real(path, data)
+
+    with mock.patch.object(Path, "write_bytes", write_bytes), pytest.raises(QwenMLXError, match="No space left"):
+        train(model_of(base), EXAMPLES, out, lora=LORA, settings=course())
+    rows = train(model_of(base), EXAMPLES, out, lora=LORA, settings=course(iters=3), resume=True)
+    assert [row.step for row in rows] == [0, 1, 2, 3]
+
+
 def test_what_a_training_began_with_is_asked_for_again(tmp_path: Path, base: Path):
     out, model = tmp_path / "out", model_of(base)
     train(model, EXAMPLES, out, lora=LORA, settings=course(iters=2))
@@ -215,11 +229,16 @@ SCHEDULES = {
 
 
 @each("name", SCHEDULES)
-def test_learning_rates(base: Path, name: str):
-    settings = course(lr_schedule=name, warmup=2, learning_rate=1e-3)
-    trainer = Trainer(model_of(base), EXAMPLES, LORA, settings)
-    rates = [trainer.take_step().learning_rate for _ in range(6)]
+def test_learning_rates(name: str):
+    schedule = course(lr_schedule=name, warmup=2, learning_rate=1e-3).schedule()
+    rates = [float(schedule(mx.array(step))) for step in range(6)]
     np.testing.assert_allclose(rates, 1e-3 * np.array(SCHEDULES[name]), atol=1e-9)
+
+
+def test_each_step_has_its_learning_rate(base: Path):
+    trainer = Trainer(model_of(base), EXAMPLES, LORA, course(lr_schedule="linear", warmup=2, learning_rate=1e-3))
+    rates = [trainer.take_step().learning_rate for _ in range(4)]
+    np.testing.assert_allclose(rates, 1e-3 * np.array(SCHEDULES["linear"][:4]), atol=1e-9)
 
 
 @each(
