@@ -128,11 +128,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return out
 
 
-@each("at_write", [6, 8])
+@each("at_write", [6, 12])
 def test_a_training_killed_between_writes_goes_on_with_the_same_losses(
     tmp_path: Path, base: Path, uninterrupted: Path, at_write: int
 ):
-    """Four files are written at each save: losses, weights, configuration and state."""
+    """Four files are written at each save: losses, weights, configuration and state. Of the two moments one lies before
+    the first steps are saved, one after."""
     out = tmp_path / "out"
     interrupted(base, out, at_write)
     rows = train(model_of(base), EXAMPLES, out, validation=EXAMPLES[:3], lora=LORA, settings=course(), resume=True)
