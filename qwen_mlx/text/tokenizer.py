@@ -470,12 +470,13 @@ class Tokenizer:
         form = chat_template.normalized_for(source, messages, **{**self.special_tokens, **variables})
         text = self._traced(source, form, variables)
         pieces = [text]
-        generated = {f"{MARK}{i}{MARK}": i for i, message in enumerate(form) if "ids" in message}
+        fence = MARK * (1 + max(map(len, re.findall(f"{MARK}+", text)), default=0))  # longer than any of users'
+        generated = {f"{fence}{i}{fence}": i for i, message in enumerate(form) if "ids" in message}
         if generated:
             marked = list(form)
             for mark, i in generated.items():
                 marked[i] = {**form[i], "content": mark}
-            split = re.split(f"({MARK}\\d+{MARK})", self._traced(source, marked, variables))
+            split = re.split(f"({fence}\\d+{fence})", self._traced(source, marked, variables))
             contents: dict[str, str] = {piece: self._taint.mark(form[i]["content"]) for piece, i in generated.items()}
             if "".join(contents.get(piece, piece) for piece in split) == text:
                 pieces = split

@@ -21,6 +21,8 @@ SPACE = "\u2581"  # SentencePiece's letter for a space
 # Characters of a SentencePiece token, each of whose splits is looked at, and of all: SentencePiece's own limit is 16.
 LONGEST_TOKEN = 512
 MOST_SPLITS = 1 << 23
+# The fields of an added token that tokenizer.json has and added_tokens.json leaves out.
+_PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 def byte_level(ids: dict[str, int], merges: list[str]) -> Any:
@@ -112,7 +114,7 @@ def _from_vocab_and_merges(folder: Path, settings: Mapping[str, Any]) -> dict[st
         if added is None:
             names = read_json(path) if path.exists() else {}
             added = {i: {"content": name, "special": True} for name, i in names.items()}
-        tokens = [{**token, "id": int(i), "special": token["special"]} for i, token in added.items()]
+        tokens = [{**_PLAIN_TOKEN, **token, "id": int(i), "special": token["special"]} for i, token in added.items()]
         ordinary = {name: i for name, i in vocab.items() if name not in {token["content"] for token in tokens}}
         data: dict[str, Any] = json.loads(byte_level(ordinary, merges).to_str())
     except Exception as error:  # the library raises bare Exception

@@ -385,8 +385,9 @@ def set_field(name: str, value: object):
 def without_end(writer, tensors):
     """No token is said to end a text, and none has a name that means it."""
     remove_field("tokenizer.ggml.eos_token_id")(writer, tensors)
-    kinds = writer.kv_data[0]["tokenizer.ggml.token_type"]
+    kinds, names = (writer.kv_data[0][f"tokenizer.ggml.{field}"] for field in ("token_type", "tokens"))
     kinds.value = [1] * len(kinds.value)
+    names.value = [f"nameless{i}" if str(name).startswith("<|") else name for i, name in enumerate(names.value)]
 
 
 DAMAGED = {
