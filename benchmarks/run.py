@@ -223,6 +223,8 @@ def main() -> None:
     print(f"{describe()}\n{ops.explain()}\n{f'copy: {copy / 1e9:.0f} GB/s' if copy else ''}\n")
     print("Speeds are tokens a second. ours: qwen_mlx's, as a multiple of the engine's. of copy: the weights' bytes a")
     print("second, as a share of a copy's.\n")
+    if "mlx-lm" in names and mx.default_device() == mx.cpu:
+        print("On a CPU mlx-lm has MLX's own products, which are slow there; on a GPU the difference is smaller.\n")
     print(line(COLUMNS), flush=True)
     for case in arguments.models:
         model, fallback, bits, seconds = model_of(case)
