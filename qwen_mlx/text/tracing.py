@@ -94,6 +94,8 @@ class TracingSandbox(Sandbox):
     def call(__self, __context: Context, __callable: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(__callable, "__wrapped__", __callable)  # Jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if name == "get" and isinstance(owner, dict) and args and args[0] not in owner:
+            args = (plain(args[0]), *args[1:])  # a user's word among the template's own keys
         if not isinstance(owner, str) or name in JOINS:
             return super().call(__context, __callable, *args, **kwargs)
 

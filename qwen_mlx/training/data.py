@@ -49,6 +49,8 @@ def read_examples(
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         ids, n_prompt = _tokenized(line, where, tokenizer, mask_prompt)
+        if odd := next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None):
+            raise QwenMLXError(f"{where}: a message's ids hold {odd}, expected 0 to {tokenizer.vocab_size - 1}.")
         n_cut += len(ids) > max_length
         example = Example(np.array(ids[:max_length], np.int32), max(1, n_prompt))
         if len(example.ids) > example.n_prompt:

@@ -117,6 +117,8 @@ def read_state(folder: Path) -> State:
         with safe_open(path, "numpy") as file:
             meta = json.loads(file.metadata()["meta"])
             names = file.keys()
+            if not all(type(meta[name]) is int and meta[name] >= 0 for name in ("step", "tokens")):
+                raise ValueError("its counts are no counts")
             return State({name: mx.array(file.get_tensor(name)) for name in names}, meta)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise QwenMLXError(f"{path}: is damaged or not a training's state ({error!r:.200}); begin anew.") from None

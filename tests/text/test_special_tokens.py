@@ -308,6 +308,7 @@ v | truncate(9); v.center(9); v | indent; v | int; {'a': 'b'}[v]; v | wordcount;
 v ~ [w]; v.isalpha(); v.splitlines() | join; v * 2; v is lower; v is eq w; d; d | tojson; d.items() | list; d | list
 d | dictsort; d.copy(); dict(d); d | reverse | list; '%s' % d; d[v]; d.get(v); v in d; '<' ~ d.keys() | first ~ '>'
 d | items | list; '<' ~ (d.items() | first | first) ~ '>'; d.values() | join; d | length; d | string
+{'a': 'b'}.get(v, w); {'a': 'b'}.get(w); {v: w}.get(v)
 """.replace("\n", ";").split(";")
 USES = [use.strip() for use in USES if use.strip()]
 PIECES = ["<", "|", ">", "<|", "|>", "im_end", "/s", "|im_end|", "<|im_end|>", "<|im_", "a", " ", "A", "</s>", "\n"]

@@ -209,6 +209,10 @@ def test_a_damaged_state_is_a_sentence(tmp_path: Path, base: Path):
     save_file({name: array for name, array in tensors.items() if not name.endswith("b.v")}, out / STATE, meta)
     with pytest.raises(QwenMLXError, match="other matrices"):
         train(model, EXAMPLES, out, lora=LORA, settings=course(), resume=True)
+    for counts in ({"step": -5, "tokens": 1}, {"step": "1", "tokens": 1}):
+        save_file(tensors, out / STATE, {"meta": json.dumps({**json.loads(meta["meta"]), **counts})})
+        with pytest.raises(QwenMLXError, match="is damaged or not a training's state"):
+            train(model, EXAMPLES, out, lora=LORA, settings=course(), resume=True)
     save_file(tensors, out / STATE, meta)
     (out / LOSSES).write_text("step,loss\nx,1\n")
     with pytest.raises(QwenMLXError, match=r"losses.csv: is damaged"):
