@@ -49,8 +49,6 @@ def read_examples(
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         ids, n_prompt = _tokenized(line, where, tokenizer, mask_prompt)
-        if odd := next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None):
-            raise QwenMLXError(f"{where}: a message's ids hold {odd}, expected 0 to {tokenizer.vocab_size - 1}.")
         n_cut += len(ids) > max_length
         example = Example(np.array(ids[:max_length], np.int32), max(1, n_prompt))
         if len(example.ids) > example.n_prompt:
@@ -115,6 +113,8 @@ def _tokenized(line: dict[str, Any], where: str, tokenizer: Tokenizer, mask_prom
 def _of_chat(messages: Any, tools: Any, where: str, tokenizer: Tokenizer, mask_prompt: bool) -> tuple[list[int], int]:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) for m in messages):
         raise QwenMLXError(f"{where}: 'messages' is {shortened(repr(messages), 80)}, expected a list of objects.")
+    if any("ids" in message for message in messages):  # which could name control tokens
+        raise QwenMLXError(f"{where}: a message has 'ids', which only a conversation's own may have; leave them out.")
     ids = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=False)
     if not mask_prompt:
         return ids, 0

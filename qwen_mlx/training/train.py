@@ -20,11 +20,12 @@ import numpy as np
 from .. import ops
 from ..backend import mx, optimizers
 from ..errors import QwenMLXError, Stopped
+from ..model.layers import matrix_of
 from ..model.qwen2 import Qwen2
 from . import folder as files
 from .data import Batch, Example, batches, digest, order_of
 from .folder import Row, State
-from .lora import Factors, LoraSettings, new_factors, put_beside, summed_loss, take_away
+from .lora import Factors, LoraSettings, module_at, new_factors, put_beside, summed_loss, take_away
 
 SCHEDULES = ("constant", "linear", "cosine")
 Report = Callable[[Row, float], None]  # called after each step with its row and the tokens learnt in a second
@@ -255,7 +256,8 @@ def _identity(
     """All that decides a training's losses, as JSON holds it."""
     weight = model.model.norm.weight
     values = np.array(weight.astype(mx.float32)).tobytes()
-    own = hashlib.sha256(f"{model.config!r} {weight.dtype}".encode() + values)
+    packings = [str(matrix_of(module_at(model, name)).packing) for name in lora.modules(len(model.model.layers))]
+    own = hashlib.sha256(f"{model.config!r} {weight.dtype} {packings}".encode() + values)
     course = ("batch_size", "grad_accumulation_steps", "learning_rate", "lr_schedule", "warmup", "weight_decay", "seed")
     identity = {name: getattr(settings, name) for name in course}
     identity |= {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(lora).items()}
@@ -272,7 +274,7 @@ def _check_same(folder: Path, saved: Any, asked: dict[str, Any], settings: Train
             continue
         if name in ("model", "data", "validation"):
             fault = {
-                "model": "another model or dtype",
+                "model": "another model, dtype or packing",
                 "data": "other examples",
                 "validation": "another valid.jsonl",
             }

@@ -183,7 +183,8 @@ def test_what_a_training_began_with_is_asked_for_again(tmp_path: Path, base: Pat
         ({"lora": LoraSettings(8, 6.0)}, "was begun with rank 4, not 8"),
         ({"examples": EXAMPLES[1:]}, "was begun with other examples"),
         ({"validation": EXAMPLES[1:]}, "was begun with another valid.jsonl"),
-        ({"model": model_of(base, dtype="bfloat16")}, "was begun with another model or dtype"),
+        ({"model": model_of(base, dtype="bfloat16")}, "was begun with another model, dtype or packing"),
+        ({"model": model_of(base, packed=False)}, "was begun with another model, dtype or packing"),
     ):
         arguments = {"model": model, "examples": EXAMPLES, "lora": LORA, "settings": course()} | changes
         with pytest.raises(QwenMLXError, match=words):
