@@ -48,7 +48,7 @@ def check_output(folder: Path, resume: bool) -> None:
     """Raises QwenMLXError unless a training can write there: a new or empty folder, or one to go on from."""
     if resume:
         if not (folder / STATE).is_file():
-            raise QwenMLXError(f"{folder}: has no {STATE} to go on from; leave --resume out to begin.")
+            raise QwenMLXError(f"{folder}: has no {STATE} to go on from; begin without --resume, in a new folder.")
         check_folder(folder / STATE, "--adapter")
         return
     if folder.exists() and not folder.is_dir():
