@@ -27,7 +27,7 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
         y = y if matrix.low_rank.row_scale is None else y * matrix.low_rank.row_scale
         return y + multiply(multiply(x, a), b)
     packing, arrays = matrix.packing, matrix.arrays
-    if x.size and on_cpu("matmul", x.dtype) and cpu.supports(matrix):
+    if _on_cpu(x, [matrix]):
         return cpu.multiply_all(x, [matrix])
     if packing.kind == "dense":
         if x.dtype == arrays[0].dtype:
@@ -52,8 +52,7 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
 
 def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
     """x by several matrices: the products side by side, (..., rows of all)."""
-    plain = all(matrix.low_rank is None and cpu.supports(matrix) for matrix in matrices)
-    if x.size and on_cpu("matmul", x.dtype) and plain:
+    if all(matrix.low_rank is None for matrix in matrices) and _on_cpu(x, matrices):
         return cpu.multiply_all(x, matrices)
     products = [multiply(x, matrix) for matrix in matrices]
     return products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)
@@ -62,6 +61,11 @@ def multiply_all(x: mx.array, matrices: Sequence[Matrix]) -> mx.array:
 def reshaped(x: mx.array, shape: Sequence[int]) -> mx.array:
     """x.reshape(shape), also where a CPU's calls are recorded."""
     return cpu.reshaped(x, shape) if on_cpu("step", x.dtype) else x.reshape(shape)
+
+
+def _on_cpu(x: mx.array, matrices: Sequence[Matrix]) -> bool:
+    # In this order: `supports` loads numba, which need not be there.
+    return bool(x.size) and on_cpu("matmul", x.dtype) and all(map(cpu.supports, matrices))
 
 
 def _by_values(x: mx.array, values: Callable[[], mx.array]) -> mx.array:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from qwen_mlx import ops
 from qwen_mlx.cli import selftest_cases as selftest
@@ -16,6 +20,7 @@ from qwen_mlx.cli import selftest_decoding
 from qwen_mlx.cli.selftest import main
 from qwen_mlx.errors import QwenMLXError
 from qwen_mlx.ops import dispatch
+from reference.small_models import RandomModel, write_gguf
 from tests.helpers.cases import each
 from tests.helpers.decoding_calls import TILED, calls
 from tests.helpers.nvrtc import compiled_kernels
@@ -160,6 +165,29 @@ def test_the_cpu_runs_plain_mlx_without_numba_and_says_so(monkeypatch):
         assert ops.executor() == "cuda"
         assert "compiled as CUDA (forced)" in ops.explain()
     assert ops.executor() == "reference"
+
+
+WITHOUT_NUMBA = """
+import importlib.util
+import sys
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name == "numba" else find(name, *package)
+sys.modules["numba"] = None  # an import raises ImportError
+from qwen_mlx import batch_generate, generate, load
+
+model, tokenizer = load(sys.argv[1])
+alone = generate(model, tokenizer, "hello", max_tokens=4, temperature=0)
+together = batch_generate(model, tokenizer, ["hello", "a"], max_tokens=4, temperature=0)
+assert together[0].text == alone, (together, alone)
+"""
+
+
+def test_nothing_needs_numba(tmp_path: Path):
+    """One text and a batch, in a process that cannot import it."""
+    path = write_gguf(tmp_path / "m.gguf", RandomModel(2), GGMLQuantizationType.Q8_0)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not dispatch.have_numba(), reason="needs numba")
