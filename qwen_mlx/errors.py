@@ -74,7 +74,6 @@ def refuses_wrong_arguments(function: Callable[P, R]) -> Callable[P, R]:
     asks for. A call that succeeds is not checked."""
     signature = inspect.signature(function)
     known = [name for name in signature.parameters if name not in ("self", "cls")]
-    declared = _declared(signature)
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
 
     @functools.wraps(function)
@@ -93,7 +92,7 @@ def refuses_wrong_arguments(function: Callable[P, R]) -> Callable[P, R]:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
                 name = function.__qualname__.removesuffix(".__init__")
-                raise QwenMLXError(f"{name}: {error}; its arguments are ({', '.join(declared)}).") from None
+                raise QwenMLXError(f"{name}: {error}; its arguments are ({', '.join(_declared(signature))}).") from None
             hints = typing.get_type_hints(function)
             for name, value in given.items():
                 if name in hints and not fits(value, hints[name]):

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from ..loading.load import load
     from ..text.tokenizer import Tokenizer
-    from ..training import folder
+    from ..training.folder import check_output
     from ..training.lora import TARGETS, LoraSettings
     from ..training.train import TrainingSettings, train
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     alpha = 2.0 * arguments["rank"] if arguments["alpha"] is None else arguments["alpha"]
     targets = tuple(arguments["targets"] or TARGETS)
     lora = LoraSettings(arguments["rank"], alpha, targets, arguments["num_layers"])
-    folder.check_output(out, arguments["resume"])
+    check_output(out, arguments["resume"])
     path = hub.resolve(arguments["model"])
     examples, validation = _examples(arguments, Tokenizer.read(path))
     with ProgressLine(f"Loading {path.name}") as line:
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     stop_once()
     with _Display(settings.iters, arguments["steps_per_report"]) as display:
-        rows = train(
+        train(
             model,
             examples,
             out,
@@ -115,7 +115,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             resume=arguments["resume"],
             report=display,
         )
-    folder.write_picture(out, rows)
     model_option = f" --model {shlex.quote(arguments['model'])}" if arguments["model"] else ""
     print(f"{out}: {program('generate')}{model_option} --adapter {shlex.quote(str(out))} --prompt ...")
     return 0

@@ -117,11 +117,11 @@ class FusedModel:
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits (..., vocab_size) of normalised hidden states (..., hidden_size)."""
-        if self._config.tie_word_embeddings and self._ranks is None:
-            return ops.multiply(hidden, matrix_of(self._head_module))
-        head: Callable[[mx.array], mx.array] = (
-            self._head_module.as_linear if self._config.tie_word_embeddings else self._head_module
-        )
+        head: Callable[[mx.array], mx.array] = self._head_module
+        if self._config.tie_word_embeddings:
+            if self._ranks is None:
+                return ops.multiply(hidden, matrix_of(self._head_module))
+            head = self._head_module.as_linear
         return head(hidden)
 
     def hidden(self, input_ids: mx.array, cache: Sequence[KVCache], keep: int = 0) -> mx.array:

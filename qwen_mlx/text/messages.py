@@ -158,7 +158,7 @@ def normalized(messages: Any, accepted: Accepted) -> list[Message]:
 
 
 def _left_out(messages: list[Message], i: int, accepted: Accepted) -> Iterator[str]:
-    """What the template leaves out of message `i`."""
+    """Names what the template leaves out of message `i`."""
     role = messages[i]["role"]
     if role == "system" and not accepted.writes(role, i == 0):
         yield "systems' messages" + " within a conversation" * (i > 0)

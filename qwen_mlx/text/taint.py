@@ -184,7 +184,7 @@ def traced(name: str, call: Callable[..., Any], text: Any, arguments: tuple[Any,
     ):
         return call(text, *arguments, **named)
     result = call(plain(text), *plain(arguments), **plain(named))
-    if name in (*CUTS, "trim") and isinstance(text, str):
+    if name in CUTS and isinstance(text, str):
         given = plain(tuple(arguments) or tuple(named[key] for key in ("sep", "chars") if key in named))
         return _cut(name, text, tuple(item for item in given[:1] if item is not None), result)
     if name in ("e", "escape"):
@@ -194,12 +194,8 @@ def traced(name: str, call: Callable[..., Any], text: Any, arguments: tuple[Any,
     if name == "replace" and isinstance(text, str) and len(arguments) > 1 and plain(arguments[0]):
         return _replaced(text, arguments)
     if name in ORDERS:
-        originals = {_key(plain(item)): item for item in (text.items() if name == "dictsort" else text)}
+        originals = {repr(plain(item)): item for item in (text.items() if name == "dictsort" else text)}
         if isinstance(result, list):
-            return [originals[_key(item)] for item in result]
-        return originals.get(_key(result), result)
+            return [originals[repr(item)] for item in result]
+        return originals.get(repr(result), result)
     return _all_marked(result) if isinstance(result, str) else result
-
-
-def _key(item: Any) -> str:
-    return repr(item)

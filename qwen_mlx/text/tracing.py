@@ -64,7 +64,7 @@ class TracingSandbox(Sandbox):
 
     def __init__(self, guard: str) -> None:
         super().__init__(guard)
-        named = ("trim", *CUTS, *CASES, *ORDERS, *VALUES, "replace")
+        named = (*CUTS, *CASES, *ORDERS, *VALUES, "replace")
         self.filters |= {name: self._traced_filter(name) for name in named if name in self.filters}
         self.filters["#plain"] = pass_context(lambda _, value: plain(value))
         self.filters["#within"] = pass_context(lambda _, value: value if isinstance(value, Fields) else plain(value))

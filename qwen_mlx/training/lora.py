@@ -49,7 +49,7 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """What b a is multiplied by."""
+        """The factor of b a."""
         return self.alpha / self.rank
 
     def first_layer(self, n_layers: int) -> int:

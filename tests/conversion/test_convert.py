@@ -803,7 +803,7 @@ def test_every_tensor_of_the_real_file_is_exact(real_gguf: Path, real_folder: Pa
     assert packed == 158
 
 
-# What transformers says, greedily.
+# Transformers says this, greedily.
 PROMPT = "def fibonacci(n):"
 SPOKEN = (
     '\n    if n <= 0:\n        return "Invalid input"\n    elif n == 1:\n        return 0\n    elif n == 2:\n'

@@ -69,7 +69,7 @@ def test_another_text_is_refused():
 
 
 def test_the_shipped_kernels_have_no_findings():
-    """Of those that Metal compiles: tiles and products of matrices are NVIDIA's."""
+    """They are those that Metal compiles: tiles and products of matrices are NVIDIA's."""
     texts = list(shipped.texts())
     for dtype in (mx.float32, mx.bfloat16):
         for name, launched in shipped.decoding_texts(dtype).items():

@@ -59,7 +59,7 @@ def not_run() -> Iterator[list[str]]:
 
 @functools.cache
 def texts() -> list[str]:
-    """What each call launches."""
+    """The launches of each call."""
     with not_run() as launched:
         for _, call, arrays in calls():
             mx.eval(call(*arrays))
@@ -69,7 +69,7 @@ def texts() -> list[str]:
 
 @functools.cache
 def decoding_texts(dtype: mx.Dtype) -> dict[str, list[str]]:
-    """What each call of decoding_calls.py launches, by its name."""
+    """The launches of each call of decoding_calls.py, by its name."""
     result = {}
     for name, call in decoding_calls.calls(dtype).items():
         with not_run() as result[name]:
