@@ -22,24 +22,35 @@ from .dispatch import (
 SHORT = 2048
 SPLIT = 64
 MOST_SPLITS = 128  # of all key/value heads together
+# On NVIDIA tensor cores compute a split of up to TILE_ROWS heads that share keys and values (nvidia/attention_tiles.h),
+# which is the faster way from TILE_SHORT tokens of room on, and for MANY_HEADS.
+TILED_ON = ("cuda",)
+TILE_ROWS, TILE_THREADS, TILE_SHORT, MOST_TILE_SPLITS = 8, 128, 512, 256
+TILE_BYTES = 4096  # of keys that a simdgroup reads at once
 THREADS = {"cuda": 512, "metal": 256}  # for a short cache
 DEPTH = {"cuda": 4, "metal": 2}  # rows that a lane loads at once
 # Query heads of all rows, more than an H200's multiprocessors, each of which holds 512 threads.
 MANY_HEADS, MANY_THREADS = 132, 256
 SPLIT_THREADS = 256  # each of which holds a query of GROUP heads in registers
-# All heads that share keys and values read them once. Apple's GPUs have 128 registers for a thread, where more than two
+# Heads that share keys and values read them once. Apple's GPUs have 128 registers for a thread, where more than two
 # heads would spill, and read them again from their cache.
 GROUP = {"cuda": 64, "metal": 2}
+COMBINE_THREADS = 256
 
 
-def _kernel(name: str, outputs: tuple[str, ...], ragged: bool) -> Kernel:
+def _kernel(name: str, outputs: tuple[str, ...], ragged: bool, tiled: bool = False) -> Kernel:
     inputs = ("q", "kv", "recent_kv", "position") + ("first",) * ragged
     definitions = () if ragged else (("first", "position"),)  # named in the text, never read
-    return Kernel(name, inputs, outputs, ("decode_attention.h",), "rows" * ragged, definitions)
+    headers: tuple[str, ...] = ("decode_attention.h",)
+    if tiled:
+        name = f"nvidia/{name}"
+        headers = ("nvidia/instructions.h", "rows.h", *headers, "nvidia/attention_tiles.h")
+    return Kernel(name, inputs, outputs, headers, "_".join(["rows"] * ragged + ["tiles"] * tiled), definitions)
 
 
 _SHORT = {ragged: _kernel("decode_attention", ("out",), ragged) for ragged in (False, True)}
 _LONG = {ragged: _kernel("decode_attention_split", ("sums", "stats"), ragged) for ragged in (False, True)}
+_TILES = {ragged: _kernel("decode_attention_split", ("sums", "stats"), ragged, tiled=True) for ragged in (False, True)}
 _COMBINE = Kernel("combine", ("sums", "stats"), ("out",))
 
 
@@ -84,22 +95,31 @@ def decode_attention(
         return decode_attention_fallback(q, kv, recent_kv, position, scale, window, first)
     ragged = first is not None
     inputs = [array for array in (q, kv, recent_kv, position, first) if array is not None]
-    template: list[tuple[str, object]] = [("KV", n_kv_heads), ("RATIO", n_heads // n_kv_heads), ("D", head_dim)]
-    template += [("WINDOW", window or 0), ("SCALE", float_bits(scale)), ("DEPTH", DEPTH[kind]), ("RAGGED", ragged)]
-    if room <= SHORT:
-        n_threads = THREADS[kind] if rows * n_heads <= MANY_HEADS else MANY_THREADS
-        grid = (n_threads, rows * n_heads, 1)
-        return _SHORT[ragged](inputs, [*template, ("THREADS", n_threads)], grid, (n_threads, 1, 1), [q.shape])[0]
-    splits = min(max(1, MOST_SPLITS // (rows * n_kv_heads)), -(-room // SPLIT))
-    splits = 1 << splits.bit_length() - 1  # few values: each is compiled
     ratio = n_heads // n_kv_heads
-    group = next(size for size in range(min(ratio, GROUP[kind]), 0, -1) if ratio % size == 0)
-    template += [("THREADS", SPLIT_THREADS), ("SPLITS", splits), ("GROUP", group)]
+    template: list[tuple[str, object]] = [("KV", n_kv_heads), ("RATIO", ratio), ("D", head_dim)]
+    template += [("WINDOW", window or 0), ("SCALE", float_bits(scale)), ("RAGGED", ragged)]
+    depth = ("DEPTH", DEPTH[kind])
+    tiled = kind in TILED_ON and q.dtype != mx.float32 and head_dim in (64, 128) and ratio <= TILE_ROWS
+    if room <= SHORT and not (tiled and (room > TILE_SHORT or rows * n_heads > MANY_HEADS)):
+        n_threads = THREADS[kind] if rows * n_heads <= MANY_HEADS else MANY_THREADS
+        template, grid = [*template, depth, ("THREADS", n_threads)], (n_threads, rows * n_heads, 1)
+        return _SHORT[ragged](inputs, template, grid, (n_threads, 1, 1), [q.shape])[0]
+    if tiled:
+        launch, n_threads, group = _TILES[ragged], TILE_THREADS, ratio
+        least, most = n_threads // 32 * TILE_BYTES // (2 * head_dim), MOST_TILE_SPLITS
+    else:
+        launch, n_threads, least, most = _LONG[ragged], SPLIT_THREADS, SPLIT, MOST_SPLITS
+        group = next(size for size in range(min(ratio, GROUP[kind]), 0, -1) if ratio % size == 0)
+        template += [depth, ("GROUP", group)]
+    splits = min(max(1, most // (rows * n_kv_heads)), -(-room // least))
+    splits = 1 << splits.bit_length() - 1  # few values: each is compiled
+    template += [("THREADS", n_threads), ("SPLITS", splits)]
     shapes = [(rows, n_heads, splits, head_dim), (rows, n_heads, splits, 2)]
-    grid = (splits * SPLIT_THREADS, rows * n_heads // group, 1)
-    parts = _LONG[ragged](inputs, template, grid, (SPLIT_THREADS, 1, 1), shapes, mx.float32)
-    template = [("T", q.dtype), ("D", head_dim), ("SPLITS", splits)]
-    return _COMBINE(parts, template, (head_dim, rows * n_heads, 1), (head_dim, 1, 1), [q.shape], q.dtype)[0]
+    grid = (splits * n_threads, rows * n_heads // group, 1)
+    parts = launch(inputs, template, grid, (n_threads, 1, 1), shapes, mx.float32)
+    template = [("T", q.dtype), ("D", head_dim), ("SPLITS", splits), ("THREADS", COMBINE_THREADS)]
+    grid = (COMBINE_THREADS, rows * n_heads, 1)
+    return _COMBINE(parts, template, grid, (COMBINE_THREADS, 1, 1), [q.shape], q.dtype)[0]
 
 
 def decode_attention_fallback(

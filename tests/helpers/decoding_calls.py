@@ -26,6 +26,7 @@ def tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["qwen_mlx.ops.matvec"], "TILED_ON", ("metal", "cuda"))
         patch.setattr(sys.modules["qwen_mlx.ops.matmul"], "ON", ("metal", "cuda"))
+        patch.setattr(sys.modules["qwen_mlx.ops.decode_attention"], "TILED_ON", ("metal", "cuda"))
         text = dispatch.source_text
         patch.setattr(dispatch, "source_text", lambda file: EMULATED if file == INSTRUCTIONS else text(file))
         dispatch._compiled.cache_clear()
@@ -93,9 +94,18 @@ def calls(dtype: mx.Dtype) -> dict[str, Callable[[], list[mx.array]]]:
             found[f"unpack {form}"] = lambda odd=odd: [ops.unpack(odd, dtype)]
             found[f"unpack_rows {form}"] = lambda odd=odd: [ops.unpack(odd, dtype, mx.array([[36, 0], [5, 5]]))]
     if dtype != mx.float32:
-        few, many = random(3, 1, 160), random(4, 5, 224)  # an odd number of steps; three tiles of rows, one not full
+        few, many, wide_rows = (
+            random(3, 1, 160),
+            random(4, 5, 224),
+            random(9, 768),
+        )  # an odd number of steps; three tiles of rows, one not full
         found["matmul"] = as_tiles(lambda: [ops.matmul(few, w[:, :160])])
         found["matmul, 20 rows"] = as_tiles(lambda: [ops.matmul(many, w)])
+        found["attend_split, tiles"] = as_tiles(found["attend_split"])
+        found["attend_split rows, tiles"] = as_tiles(found["attend_split rows"])
+        for form in ("q4_k", "q6_k"):  # 3 blocks, in more than one part
+            odd = matrix(form, 37, 768, dtype)
+            found[f"multiply {form}"] = as_tiles(lambda odd=odd: [ops.multiply(wide_rows, odd)])
         ragged = matrix("affine4", 37, 224, dtype)  # a block that ends early
         found["matvec affine4, ragged, tiles"] = as_tiles(lambda: [ops.matvec(x[..., :224], ragged)])
         for form in TILED:  # two stages a simdgroup, and a vector that is not normed there

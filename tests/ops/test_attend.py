@@ -8,6 +8,7 @@ import pytest
 
 from qwen_mlx import ops
 from tests.helpers.cases import each
+from tests.helpers.decoding_calls import tiles
 
 
 def exact(q: np.ndarray, kv: np.ndarray, offset: int, scale: float, window: int | None) -> np.ndarray:
@@ -36,8 +37,31 @@ SHAPES = [
 @each(("number", "half"), [*((n, False) for n in range(len(SHAPES))), *((n, True) for n in (1, 2, 3, 6, 7))])
 def test_attend_one(executor: str, number: int, half: bool):
     """In float32, and in one of the dtypes of 16 bits."""
-    heads, kv_heads, head_dim, room, filled, position, window = SHAPES[number]
-    dtype = (mx.float16, mx.bfloat16)[number % 2] if half else mx.float32
+    assert_attends(*SHAPES[number], (mx.float16, mx.bfloat16)[number % 2] if half else mx.float32)
+
+
+@pytest.mark.emulator
+@each(
+    "shape",
+    [
+        (6, 2, 64, 2304, 1999, 2010, None),
+        (7, 1, 128, 2304, 1030, 1043, None),
+        (8, 1, 128, 2304, 300, 310, 250),
+        (5, 1, 64, 4096, 4090, 4100, None),
+        (64, 64, 64, 2304, 260, 262, None),  # few splits: a simdgroup reads several times
+        (2, 1, 64, 2304, 40, 41, 1),
+    ],
+)
+def test_attend_on_tensor_cores(shape: tuple[int, int, int, int, int, int, int | None]):
+    from reference.emulator import emulate
+
+    with tiles(), emulate():
+        assert_attends(*shape, (mx.float16, mx.bfloat16)[shape[0] % 2])
+
+
+def assert_attends(
+    heads: int, kv_heads: int, head_dim: int, room: int, filled: int, position: int, window: int | None, dtype: mx.Dtype
+) -> None:
     keys = mx.random.split(mx.random.key(position), 3)
     q = (2 * mx.random.normal((1, heads, 1, head_dim), key=keys[0])).astype(dtype)
     kv = mx.random.normal((1, 2 * kv_heads, room, head_dim), key=keys[1]).astype(dtype)

@@ -63,8 +63,8 @@ struct AffineTiles {
     for (uint s = 0u; s < 2u; ++s) {
       const uint from = stage * 256u + s * 128u + t * 32u;
       const bool mine = from < uint(K) && from % 256u / uint(GROUP) == g;
-      const metal::uint4 first = ring_words(ring, at + piece_word(g, s * 4u + t));
-      const metal::uint4 second = ring_words(ring, at + piece_word(g + 8u, s * 4u + t));
+      const metal::uint4 first = four_words(ring, at + piece_word(g, s * 4u + t));
+      const metal::uint4 second = four_words(ring, at + piece_word(g + 8u, s * 4u + t));
       UNROLL
       for (int i = 0; i < 4; ++i) {
         const metal::uint4 xs = eight_pairs<AffineOrder>(x, ring, vector_at, from + uint(i * 8), mine);

@@ -36,13 +36,17 @@ FUNCTION metal::uint4 load_halves(T* from, uint index) {
   return metal::uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The same from a multiple of 16 bytes of threadgroup memory on; and 4 words.
+// The same from a multiple of 16 bytes on; and 4 words from there, or 2 from a multiple of 8.
 template <typename T>
-FUNCTION metal::uint4 staged_halves(T* from, uint index) {
+FUNCTION metal::uint4 load_aligned_halves(T* from, uint index) {
   return load_halves(aligned(from), index);
 }
-FUNCTION metal::uint4 ring_words(const uint* ring, uint index) {
-  return load_uint4(aligned(ring), index);
+FUNCTION metal::uint4 four_words(const uint* from, uint index) {
+  return load_uint4(aligned(from), index);
+}
+FUNCTION metal::uint2 two_words(const uint* from, uint index) {
+  const uint2 raw = *reinterpret_cast<const uint2*>(from + index);
+  return metal::uint2(raw.x, raw.y);
 }
 
 // Copies one element to element k from word `at` of threadgroup memory on.

@@ -28,8 +28,8 @@ struct Q4KTiles {
     UNROLL
     for (uint s = 0u; s < 2u; ++s) {
       const bool mine = g / 2u == s * 2u + t / 2u;
-      const metal::uint4 first = ring_words(ring, at + piece_word(g, s * 4u + t));
-      const metal::uint4 second = ring_words(ring, at + piece_word(g + 8u, s * 4u + t));
+      const metal::uint4 first = four_words(ring, at + piece_word(g, s * 4u + t));
+      const metal::uint4 second = four_words(ring, at + piece_word(g + 8u, s * 4u + t));
       UNROLL
       for (int i = 0; i < 4; i += 2) {
         const metal::uint4 xs = eight_pairs<ByteOrder>(x, ring, vector_at, from + uint(i * 4), mine);
@@ -51,7 +51,7 @@ struct Q4KTiles {
     }
     UNROLL
     for (int r = 0; r < 2; ++r) {
-      const metal::uint4 head = ring_words(ring, at + 512u + (g + uint(r) * 8u) * 4u);
+      const metal::uint4 head = four_words(ring, at + 512u + (g + uint(r) * 8u) * 4u);
       const Q4KGroup even = q4_k_group(head, t * 2u);
       const Q4KGroup odd = q4_k_group(head, t * 2u + 1u);
       sums.v[r] = scaled_sum<T>(sums.v[r], low.v[r * 2], totals.v[r * 2], even.scale, -even.minimum);

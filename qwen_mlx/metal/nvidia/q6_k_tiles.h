@@ -49,10 +49,10 @@ struct Q6KTiles {
       Pack<4> low_dots = zeros<4>();
       Pack<4> high_dots = zeros<4>();
       Pack<4> totals = zeros<4>();
-      const metal::uint4 first = ring_words(ring, at + piece_word(g, h * 4u + t));
-      const metal::uint4 second = ring_words(ring, at + piece_word(g + 8u, h * 4u + t));
-      const metal::uint4 first_top = ring_words(ring, at + 512u + (g * 4u + h * 2u + t % 2u) * 4u);
-      const metal::uint4 second_top = ring_words(ring, at + 640u + (g * 4u + h * 2u + t % 2u) * 4u);
+      const metal::uint4 first = four_words(ring, at + piece_word(g, h * 4u + t));
+      const metal::uint4 second = four_words(ring, at + piece_word(g + 8u, h * 4u + t));
+      const metal::uint4 first_top = four_words(ring, at + 512u + (g * 4u + h * 2u + t % 2u) * 4u);
+      const metal::uint4 second_top = four_words(ring, at + 640u + (g * 4u + h * 2u + t % 2u) * 4u);
       UNROLL
       for (int i = 0; i < 4; i += 2) {
         const uint from = stage * 256u + h * 128u + g * 16u + uint(i * 4);

@@ -2,15 +2,6 @@
 // memory. The next stages are copied while one is multiplied, without a register for them, and the first ones before the vector
 // is normed. A stage is 256 elements of 16 rows, so that 128 bytes of codes in a row are read together.
 
-// Row r of a stage's 16; see row_of.
-template <int APART, int COUNT>
-struct StageRows {
-  uint unit;
-  FUNCTION uint row(uint r) const {
-    return row_of<16, APART, COUNT>(unit, r);
-  }
-};
-
 // The rows of a unit and the vector x. `ring` is this simdgroup's alone; it has stages simd % SPLIT, simd % SPLIT + SPLIT, ...
 template <int SPLIT, int DEPTH, int RING, typename Matrix, typename X, typename Rows, typename Ring>
 struct TileUnit {

@@ -79,10 +79,19 @@ FUNCTION Pack<4> code_dots(Pack<4> sums, uint a, uint b, int shift, int next, me
                        column, lane);
 }
 
-// The word of a ring where piece `piece` (0 to 7, of 16 bytes) of row `row` of a stage lies. Odd rows have their halves swapped, so
-// that lanes of two rows use different banks of the threadgroup memory.
+// Row r of a stage's 16; see row_of.
+template <int APART, int COUNT>
+struct StageRows {
+  uint unit;
+  FUNCTION uint row(uint r) const {
+    return row_of<16, APART, COUNT>(unit, r);
+  }
+};
+
+// The word of a ring where piece `piece` (0 to 7, of 16 bytes) of row `row` of a stage lies. Each of 8 rows has an order of its
+// own, so that lanes use different banks of the threadgroup memory, whether they read 4, 8 or 16 bytes of 8, 4 or 2 rows.
 FUNCTION uint piece_word(uint row, uint piece) {
-  return (row * 8u + (piece ^ (row % 2u * 4u))) * 4u;
+  return (row * 8u + (piece ^ (row % 2u * 4u + row / 2u % 2u * 2u + row / 4u % 2u))) * 4u;
 }
 
 // Starts to copy 128 bytes of each of a stage's rows, which the array has WIDTH words apart; a row's begin at word `from`. Of a
@@ -102,11 +111,11 @@ FUNCTION void start_pieces(StageRows rows, uint from, uint pieces, Ring ring, ui
 // vector, which lies in this order (stage_tiles), or from element i % 256 on of the stage's part of the input at `vector_at`.
 template <typename Order, typename T, typename X, typename Ring>
 FUNCTION metal::uint4 eight_pairs(StagedVector<T, X> x, Ring, uint, uint i, bool wanted) {
-  return wanted ? staged_halves(x.x, staged_index<T>(i)) : metal::uint4(0u, 0u, 0u, 0u);
+  return wanted ? load_aligned_halves(x.x, staged_index<T>(i)) : metal::uint4(0u, 0u, 0u, 0u);
 }
 template <typename Order, typename T, typename X, typename Ring>
 FUNCTION metal::uint4 eight_pairs(InputVector<T, X>, Ring ring, uint vector_at, uint i, bool wanted) {
-  return wanted ? Order::paired(ring_words(ring, vector_at + i % 256u / 2u)) : metal::uint4(0u, 0u, 0u, 0u);
+  return wanted ? Order::paired(four_words(ring, vector_at + i % 256u / 2u)) : metal::uint4(0u, 0u, 0u, 0u);
 }
 
 // Adds a tile's column to a row's sum: scale * code + offset for each element of the column's group, from its products with the

@@ -22,6 +22,12 @@ FUNCTION Pack<N> rounded(Pack<N> pack) {
   return pack;
 }
 
+// Two numbers rounded to 16 bits each; the last argument is of their type.
+template <typename T>
+FUNCTION uint rounded_pair(float low, float high, T) {
+  return word_bits(T(low)) | (word_bits(T(high)) << 16);
+}
+
 // The 8 elements of 16 bits from `index` on, as they are.
 template <typename Pointer>
 FUNCTION metal::uint4 load_halves(Pointer from, uint index) {
@@ -32,14 +38,18 @@ FUNCTION metal::uint4 load_halves(Pointer from, uint index) {
   return load_uint4(&words.v[0], 0u);
 }
 
-// The same from a multiple of 16 bytes of threadgroup memory on; and 4 words.
+// The same from a multiple of 16 bytes on; and 4 words from there, or 2 from a multiple of 8.
 template <typename Pointer>
-FUNCTION metal::uint4 staged_halves(Pointer from, uint index) {
+FUNCTION metal::uint4 load_aligned_halves(Pointer from, uint index) {
   return load_halves(from, index);
 }
-template <typename Ring>
-FUNCTION metal::uint4 ring_words(Ring ring, uint index) {
-  return load_uint4(ring, index);
+template <typename Pointer>
+FUNCTION metal::uint4 four_words(Pointer from, uint index) {
+  return load_uint4(from, index);
+}
+template <typename Pointer>
+FUNCTION metal::uint2 two_words(Pointer from, uint index) {
+  return load_uint2(from, index);
 }
 
 // Copies one element to element k from word `at` of threadgroup memory on, the lower half of a word first.
