@@ -11,6 +11,7 @@ import numpy as np
 from .. import ops
 from ..backend import mx
 from ..ops import Matrix, Packing
+from ..ops.matrix import BLOCKS
 
 FORMATS = ("dense", "affine4", "affine5", "affine8", "q4_k", "q6_k")
 EPS = 1e-6
@@ -66,6 +67,10 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
         wide_norm = (random(columns), EPS) if normed else None
         return f"matvec {form}{', norm' * normed}, rows of {columns}", lambda: [ops.matvec(wide, m, wide_norm)]
 
+    def packed_rows(form: str, outputs: int, count: int) -> Iterator[tuple[str, Call]]:
+        m, x = matrix(form, outputs, 768, dtype), random(count, 1, 768)
+        yield f"multiply {form}, {count} rows by {outputs}", lambda: [ops.multiply(x, m)]
+
     for form in FORMATS:
         yield from products(form)
     for form in ("affine4", "affine4/64", "affine4/128", "q4_k", "q6_k"):
@@ -77,6 +82,9 @@ def calls(dtype: mx.Dtype, small: bool) -> Iterator[tuple[str, Call]]:
     if dtype != mx.float32:  # which is MLX's own product, in TF32 on NVIDIA
         yield "matmul, 2 rows", lambda: [ops.matmul(few, w)]
         yield "matmul, 33 rows", lambda: [ops.matmul(many, w)]
+        for form in BLOCKS:
+            for count, outputs in ((3, rows), (9, rows), (32, 20_000 if not small else rows)):
+                yield from packed_rows(form, outputs, count)
     q3, short3, recent3 = (mx.concatenate([a, 0.5 * a, a[:, :, ::-1]]) for a in (q, short, recent))
     first = mx.array([0, 70, 296], mx.int32)
     attention: dict[str, tuple[Any, ...]] = {

@@ -31,6 +31,24 @@ FUNCTION metal::float2 q4_k_times(uint pair, float d) {
   return metal::float2(16777216.0f * d * numbers.x, 16777216.0f * d * numbers.y);
 }
 
+// Of both groups in chunk `chunk` of a block: the scales times d, and the minima times -dmin.
+struct Q4KFactors {
+  metal::float2 scales, offsets;
+};
+
+// Both groups' scales stand in one half of a word, their minima in another's, as bytes.
+FUNCTION Q4KFactors q4_k_factors(metal::uint4 head, uint chunk) {
+  const bool first_half = chunk % 2u == 0u;
+  const uint tops = first_half ? head.w : head.w >> 16;
+  const uint scale = first_half ? head.y : head.y >> 16;
+  const uint minimum = first_half ? head.z : head.z >> 16;
+  const metal::float2 d = halves(head.x);
+  Q4KFactors factors;
+  factors.scales = q4_k_times(chunk % 4u < 2u ? scale : (tops & 0x0f0fu) | ((scale >> 2) & 0x3030u), d.x);
+  factors.offsets = q4_k_times(chunk % 4u < 2u ? minimum : ((tops >> 4) & 0x0f0fu) | ((minimum >> 2) & 0x3030u), -d.y);
+  return factors;
+}
+
 template <typename T, int K, int R, typename W>
 struct Q4K {
   enum { CHUNKS = K / 64 };
@@ -80,23 +98,12 @@ struct Q4K {
         }
       }
     }
-    // Both groups' scales stand in one half of a word, their minima in another's, as bytes.
-    const bool lower = index % 4u < 2u;
-    const bool first_half = index % 2u == 0u;
     UNROLL
     for (int r = 0; r < R; ++r) {
-      const metal::uint4 head = chunk.heads[r];
-      const uint tops = first_half ? head.w : head.w >> 16;
-      const uint scale = first_half ? head.y : head.y >> 16;
-      const uint minimum = first_half ? head.z : head.z >> 16;
-      const uint scales = lower ? scale : (tops & 0x0f0fu) | ((scale >> 2) & 0x3030u);
-      const uint minima = lower ? minimum : ((tops >> 4) & 0x0f0fu) | ((minimum >> 2) & 0x3030u);
-      const metal::float2 d = halves(head.x);
-      const metal::float2 by = q4_k_times(scales, d.x);
-      const metal::float2 less = q4_k_times(minima, -d.y);
-      const float a = metal::fma(16777216.0f * by.x, low.v[r], sums.v[r]);
-      const float b = metal::fma(1048576.0f * by.y, high.v[r], a);
-      sums.v[r] = metal::fma(less.y, high_total, metal::fma(less.x, low_total, b));
+      const Q4KFactors factors = q4_k_factors(chunk.heads[r], index);
+      const float a = metal::fma(16777216.0f * factors.scales.x, low.v[r], sums.v[r]);
+      const float b = metal::fma(1048576.0f * factors.scales.y, high.v[r], a);
+      sums.v[r] = metal::fma(factors.offsets.y, high_total, metal::fma(factors.offsets.x, low_total, b));
     }
     return sums;
   }

@@ -9,6 +9,7 @@ products of several tokens.
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -77,8 +78,7 @@ class FusedModel:
         self._windows = {layer.window for layer in self._layers}
         matrices = [m for layer in self._layers for m in (*layer.qkv, *layer.gate_up, *layer.outputs)]
         dtype = self._layers[0].input_norm.dtype
-        self._unpacked_bytes = temporary_bytes(0, dtype, matrices)
-        self._token_bytes = temporary_bytes(1, dtype, matrices) - self._unpacked_bytes
+        self._temporary_bytes = functools.lru_cache(lambda n_vectors: temporary_bytes(n_vectors, dtype, matrices))
         modules = [*body.modules(), *self._head_module.modules()]
         self._modules, self._sizes = modules, list(map(len, modules))
         items = [(module, name, value) for module in modules for name, value in module.items()]
@@ -135,8 +135,7 @@ class FusedModel:
                 keys, values = cache[i].update(kv)
                 return ops.attention(q, keys, values, self._head_dim**-0.5, masks[self._layers[i].window]).flatten(2)
 
-            n_bytes = self._unpacked_bytes + self._token_bytes * input_ids.size
-            pieces = _Pieces() if n_bytes > SMALL else None
+            pieces = _Pieces() if self._temporary_bytes(input_ids.size) > SMALL else None
             return self._forward(input_ids, rotation, attend, keep, pieces)
 
     def _forward(

@@ -5,7 +5,7 @@ from .attention import attention
 from .best_token import best_token, or_not_finite
 from .decode_attention import decode_attention
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
-from .matmul import matmul
+from .matmul import matmul, reads_packed
 from .matrix import LowRank, Matrix, rows_of
 from .matvec import matvec, matvec_qkv, matvec_swiglu, put_recent
 from .multiply import TILE, multiply, multiply_all, reshaped
@@ -43,6 +43,7 @@ __all__ = [
     "put_recent",
     "qkv_rope",
     "raw_matrix",
+    "reads_packed",
     "recording",
     "reshaped",
     "rms_norm",

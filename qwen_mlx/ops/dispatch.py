@@ -414,6 +414,7 @@ def explain() -> str:
         ]
         if kind == "cuda":
             lines.append("2 to 64 rows of 16 bits: an own product on dense matrices of up to 64 MiB")
+            lines.append("2 to 32 rows of 16 bits: an own product on Q4_K and Q6_K matrices")
         if switched_off():
             lines.append(f"but {', '.join(sorted(switched_off()))}: plain MLX (QWEN_MLX_KERNELS)")
     if on_trial():

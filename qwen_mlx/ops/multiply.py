@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ..backend import mx
 from . import cpu
 from .dispatch import differentiable, executor, no_grad, on_cpu, on_gpu
-from .matmul import matmul
+from .matmul import matmul, matmul_packed, reads_packed
 from .matrix import Matrix, rows_of
 from .matvec import matvec
 from .unpack import unpack
@@ -19,7 +19,8 @@ TILE = 150_000_000  # elements of GGUF's blocks that are unpacked at a time
 def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     """x W^T for x (..., columns), in x.dtype.
 
-    One vector is multiplied by GGUF's blocks as they are; more are multiplied by values unpacked, in tiles of rows.
+    One vector is multiplied by GGUF's blocks as they are, on NVIDIA's GPUs a few, too; more are multiplied by values
+    unpacked, in tiles of rows.
     Rounding: summed in float32, rounded once; with an adapter, each of its two products and the sum are rounded, too.
     """
     if matrix.low_rank is not None:
@@ -44,6 +45,13 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     by_itself = on_gpu("matvec") or mx.default_device() == mx.cpu
     if x.size == matrix.columns and packing.kind != "affine" and by_itself:
         return matvec(x, matrix).reshape(*x.shape[:-1], matrix.rows)
+    if reads_packed(matrix, x.size // matrix.columns, x.dtype):
+        return differentiable(lambda x: matmul_packed(x, matrix), lambda x: _unpacked(x, matrix), x)
+    return _unpacked(x, matrix)
+
+
+def _unpacked(x: mx.array, matrix: Matrix) -> mx.array:
+    """multiply with the values of GGUF's blocks."""
     rows = max(1, TILE // matrix.columns // 256) * 256  # an odd number makes cuBLAS slow
     tiles = (rows_of(matrix, start, start + rows) for start in range(0, matrix.rows, rows))
     products = [_by_values(x, functools.partial(unpack, tile, x.dtype)) for tile in tiles]

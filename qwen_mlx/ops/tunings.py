@@ -13,6 +13,7 @@ from ..backend import mx
 from .matrix import BLOCKS, Matrix
 
 TILE_ROWS = 16
+STAGE_WORDS = {"q4_k": 576, "q6_k": 848}  # of 16 rows' codes and scales in a stage; see the packings' headers for tiles
 # Bytes of threadgroup memory: what a CUDA kernel can declare, and Apple's limit.
 THREADGROUP_MEMORY = {"cuda": 48 << 10, "metal": 32 << 10}
 ALL = 1 << 20  # threadgroups: one for each of its units
@@ -122,5 +123,5 @@ def _stage_words(matrix: Matrix) -> int:
     """Words of codes and scales that a simdgroup copies in a stage; see the packings' headers for tiles."""
     packing = matrix.packing
     if packing.kind in BLOCKS:
-        return {"q4_k": 576, "q6_k": 848}[packing.kind]
+        return STAGE_WORDS[packing.kind]
     return 512 + 8 * (256 // packing.group_size) * matrix.arrays[1].dtype.size

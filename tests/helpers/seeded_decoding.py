@@ -148,7 +148,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "matmul: rows beyond the last": (
         "matmul",
-        Edit("nvidia/matmul.h", "row = row < uint(COUNT) ? row : uint(COUNT - 1);", "", OutOfBounds),
+        Edit("nvidia/matmul.h", "row = row < count ? row : count - 1u;", "", OutOfBounds),
     ),
     "matmul: steps beyond the last": (
         "matmul",
@@ -165,6 +165,60 @@ EDITS: dict[str, tuple[str, Edit]] = {
     "matmul: results of the first tile for all": (
         "matmul, 20 rows",
         Edit("nvidia/matmul.metal", "sums.tiles[tile].v[i]", "sums.tiles[0].v[i]", WrongNumbers),
+    ),
+    "packed product: a stage multiplied before it has come": (
+        "multiply q4_k",
+        Edit("nvidia/matmul_packed.metal", BARRIER, "", RACE),
+    ),
+    "packed product: the next half of x over the one that is read": (
+        "multiply q6_k",
+        Edit(
+            "nvidia/packed_rows.h",
+            "start_copy<4>(x, half_stage % 2u * WORDS + i",
+            "start_copy<4>(x, i",
+            (DataRace, WrongNumbers),
+        ),
+    ),
+    "packed product: the first part only": (
+        "multiply q4_k",
+        Edit("nvidia/add_parts.metal", "s < SPLITS", "s < 1", WrongNumbers),
+    ),
+    "packed product: a row beyond x's": (
+        "multiply q4_k",
+        Edit("nvidia/arrange.metal", "if (row < uint(x_shape[0])) {", "{", OutOfBounds),
+    ),
+    "packed product: sums of one group for all": (
+        "multiply q4_k",
+        Edit("nvidia/packed_rows.h", "from + (group * uint(TILES)", "from + (0u * uint(TILES)", WrongNumbers),
+    ),
+    "packed product: Q6_K's upper bits of another quarter": (
+        "multiply q6_k",
+        Edit("nvidia/q6_k_rows.h", "high >> (quarter * 2u)", "high", WrongNumbers),
+    ),
+    "packed product: Q6_K's scales of the other half": (
+        "multiply q6_k",
+        Edit("nvidia/q6_k_rows.h", "row * 4u + half_stage * 2u + quarter", "row * 4u + quarter", WrongNumbers),
+    ),
+    "attend_split on tiles without its barrier": (
+        "attend_split, tiles",
+        Edit("nvidia/decode_attention_split.metal", BARRIER, "", RACE),
+    ),
+    "attend_split on tiles: a key beyond the last": (
+        "attend_split, tiles",
+        Edit(
+            "nvidia/attention_tiles.h",
+            "uint(tile * 8 + i) + t * 2u < end ?",
+            "uint(tile * 8 + i) + t * 2u < end + 1u ?",
+            WrongNumbers,
+        ),
+    ),
+    "attend_split on tiles: weights rounded": (
+        "attend_split, tiles",
+        Edit("nvidia/decode_attention_split.metal", " + a.sums[tile].v[i + 2]", "", WrongNumbers),
+    ),
+    "attend_split on tiles: each second value of the row before": (
+        "attend_split, tiles",
+        Edit("nvidia/attention_tiles.h", "uint(r / 2 * 8 + r % 2)", "uint(r / 2 * 8)", WrongNumbers),
     ),
     "best_parts without its barrier": ("best_token", Edit("best_parts.metal", BARRIER, "", RACE)),
     "best_parts: the last part ends early": (

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_mlx import ops
+from qwen_mlx.cli.selftest_decoding import matrix
+from qwen_mlx.ops.unpack import unpack_fallback
 from tests.helpers.cases import each
 from tests.helpers.decoding_calls import tiles
 
@@ -60,6 +62,35 @@ def test_products_of_any_size(rows: int, outputs: int, steps: int, cut: bool):
     with emulate(), ops.no_grad():
         assert MODULE.supports(x, w)
         assert_right(x, w, ops.matmul(x, w))
+
+
+@pytest.mark.emulator
+@each(
+    ("count", "outputs", "blocks", "groups", "kind", "dtype"),
+    [
+        (2, 37, 9, 3, "q4_k", mx.float16),
+        (17, 21, 3, 3, "q6_k", mx.bfloat16),
+        (9, 133, 3, 1, "q4_k", mx.bfloat16),
+        (11, 70, 5, 1, "q6_k", mx.float16),
+        (32, 40, 2, 3, "q4_k", mx.bfloat16),
+    ],
+)
+def test_packed_products(
+    count: int, outputs: int, blocks: int, groups: int, kind: str, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """The float32 error is that of sums with 128, or 160 at most, added to each code."""
+    from reference.emulator import emulate
+
+    monkeypatch.setattr(MODULE, "GROUPS", groups)  # of one matrix, or each of a part of it
+    packed = matrix(kind, outputs, 256 * blocks, dtype)
+    x = random(count, 1, 256 * blocks, dtype=dtype, seed=count)
+    w = wide(unpack_fallback(packed, mx.float32))
+    with emulate(), ops.no_grad():
+        assert MODULE.reads_packed(packed, count, dtype)
+        y = ops.multiply(x, packed)
+    exact, size = wide(x) @ w.T, np.abs(wide(x)) @ np.broadcast_to(16 * np.abs(w).max(axis=-1), w.T.shape)
+    assert y.shape == exact.shape
+    assert (np.abs(wide(y) - exact) <= np.abs(exact) * ULP[dtype] / 2 * 1.001 + 8 * 2**-24 * size).all()
 
 
 def test_a_row_that_is_not_finite_stays_alone(executor: str):

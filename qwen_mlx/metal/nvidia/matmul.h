@@ -6,16 +6,22 @@ struct RowTiles {
   Pack<4> tiles[TILES];
 };
 
-// Rows `low` and `high` of w times COUNT rows of x: part `part` of SPLIT parts of the K elements, DEPTH steps at a time. In a step
-// of 32 elements a lane has 8 neighbouring ones of each row. Which of them an instruction takes for which column of its tile is
-// the same for w and x, so that the sum does not change.
-template <typename T, int K, int COUNT, int TILES, int SPLIT, int DEPTH, typename X, typename W>
-FUNCTION RowTiles<TILES> row_tiles(X x, W w, uint low, uint high, uint part, uint lane) {
+template <int TILES>
+FUNCTION RowTiles<TILES> no_tiles() {
   RowTiles<TILES> sums;
   UNROLL
   for (int tile = 0; tile < TILES; ++tile) {
     sums.tiles[tile] = zeros<4>();
   }
+  return sums;
+}
+
+// Rows `low` and `high` of w times `count` rows of x: part `part` of SPLIT parts of the K elements, DEPTH steps at a time. In a step
+// of 32 elements a lane has 8 neighbouring ones of each row. Which of them an instruction takes for which column of its tile is
+// the same for w and x, so that the sum does not change.
+template <typename T, int K, int TILES, int SPLIT, int DEPTH, typename X, typename W>
+FUNCTION RowTiles<TILES> row_tiles(X x, uint count, W w, uint low, uint high, uint part, uint lane) {
+  RowTiles<TILES> sums = no_tiles<TILES>();
   for (uint start = part * uint(DEPTH); start < uint(K / 32); start += uint(SPLIT * DEPTH)) {
     metal::uint4 first[DEPTH];
     metal::uint4 second[DEPTH];
@@ -32,7 +38,7 @@ FUNCTION RowTiles<TILES> row_tiles(X x, W w, uint low, uint high, uint part, uin
         UNROLL
         for (int tile = 0; tile < TILES; ++tile) {
           uint row = uint(tile * 8) + lane / 4u;
-          row = row < uint(COUNT) ? row : uint(COUNT - 1);
+          row = row < count ? row : count - 1u;
           const metal::uint4 xs = load_halves(x, row * uint(K) + (start + uint(d)) * 32u + lane % 4u * 8u);
           UNROLL
           for (int h = 0; h < 2; ++h) {
