@@ -143,7 +143,7 @@ class Tokenizer:
         if kind == "gpt2" and pre not in SPLIT_NAMES:
             warnings.warn(
                 f"The file's 'tokenizer.ggml.pre' is {pre!r}, as in old conversions; Qwen2's split rule is used.",
-                stacklevel=2,
+                stacklevel=3,
             )
         names, kinds = get("ggml.tokens", list, str), get("ggml.token_type", list, int)
         if len(kinds) != len(names):
@@ -164,7 +164,7 @@ class Tokenizer:
             warnings.warn(
                 f"The file's 'tokenizer.ggml.token_type' marks no control tokens; {len(control)} are taken for such by "
                 f"their names: {some}{', ...' if len(control) > 3 else ''}.",
-                stacklevel=2,
+                stacklevel=3,
             )
             kinds = [CONTROL if name in control else kind for name, kind in zip(names, kinds)]
         special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}

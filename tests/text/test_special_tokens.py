@@ -172,8 +172,10 @@ def test_a_file_without_an_end_token_is_refused():
 
 
 def test_a_file_that_marks_no_control_tokens_has_them_by_their_names():
-    with pytest.warns(UserWarning, match=r"token_type' marks no control tokens; 2 .*<\|endoftext\|>, <\|im_end\|>"):
+    words = r"token_type' marks no control tokens; 2 .*<\|endoftext\|>, <\|im_end\|>"
+    with pytest.warns(UserWarning, match=words) as said:
         tokenizer = Tokenizer.from_gguf(MINIMAL | {"tokenizer.ggml.token_type": [1] * 5})
+    assert said[0].filename == __file__, "the caller's line"
     assert (tokenizer.special, tokenizer.eos_token_ids) == ({"<|endoftext|>": 3, IM_END: 4}, {3, 4})
     assert tokenizer.encode(f"ab{IM_END}", allow_special=True) == [2, 4]
 
