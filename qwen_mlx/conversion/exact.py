@@ -51,7 +51,7 @@ def exact_blocks(tensor: Parameter, kind: BlockType, start: int, stop: int) -> n
         return blocks.reshape(stop - start, -1)
     codes, scales, biases = _arrays(tensor, packing, start, stop)
     codes = codes.reshape(-1, kind.block_size)
-    bits = 8 if kind.name == "Q8_0" else int(kind.name[1])
+    bits = int(kind.name[1])
     if kind.name == "Q8_0":
         blocks = q8_0_blocks(codes, scales)
     elif kind.name.endswith("_K"):
