@@ -289,6 +289,31 @@ def test_impossible_settings_are_refused_by_name(name: str, value: object):
         SamplingSettings(**{name: value})
 
 
+LIMITS = {  # what is allowed just so, and what is beyond
+    "temperature": ((0, 1e6), (-1e-9, 1e6 + 1)),
+    "top_k": ((0, 10**9), (-1,)),
+    "top_p": ((1e-9, 1), (0, 1.001)),
+    "min_p": ((0, 1), (-1e-9, 1.001)),
+    "repetition_penalty": ((0.01, 100), (0.0099, 100.1)),
+    "typical_p": ((1e-9, 1), (0, 1.001)),
+    "presence_penalty": ((-100, 100), (-100.1, 100.1)),
+    "frequency_penalty": ((-100, 100), (-100.1, 100.1)),
+    "no_repeat_ngram_size": ((0, 10**9), (-1,)),
+    "xtc_probability": ((0, 1), (-1e-9, 1.001)),
+    "xtc_threshold": ((0, 0.5), (-1e-9, 0.501)),
+}
+
+
+@each("name", LIMITS)
+def test_a_setting_may_be_at_its_limits_and_not_beyond(name: str):
+    allowed, beyond = LIMITS[name]
+    for value in allowed:
+        assert getattr(SamplingSettings(**{name: value}), name) == value
+    for value in beyond:
+        with pytest.raises(QwenMLXError, match=rf"^{name} is "):
+            SamplingSettings(**{name: value})
+
+
 def test_override():
     own = SamplingSettings(0.7, 20, 0.8, 0.0, 1.05, source="the file")
     assert own.override(temperature=None) is own

@@ -421,6 +421,30 @@ def test_nothing_is_proposed_beyond_the_last_token(small, drafts):
         assert chunks[-1].stats.drafted_tokens <= most - 1
 
 
+class Knowing(Fixed):
+    """Proposes the text's own tokens, but a wrong one in some rounds; notes how many it is asked for."""
+
+    def __init__(self, text: list[int], most: int, wrong_rounds: tuple[int, ...]):
+        super().__init__(text)
+        self.num_draft_tokens, self.wrong_rounds, self.asked = most, wrong_rounds, []
+
+    def propose(self, ids, count, sampling, key):
+        self.asked.append(count)
+        right = self.ids[len(ids) : len(ids) + count]
+        return Proposal([len(TOKENS) - 1 if len(self.asked) in self.wrong_rounds else right[0], *right[1:]])
+
+
+@each(("most", "wrong_rounds", "asked"), [(5, (), [2, 5, 5]), (5, (2,), [2, 5, 2, 5]), (1, (), [1, 1, 1])])
+def test_proposals_are_short_until_one_is_right(small, most: int, wrong_rounds: tuple[int, ...], asked: list[int]):
+    model, tokenizer = small
+    prompt = encode_prompt(tokenizer, PROMPT)
+    expected = take(24, model, prompt, GenerationSettings())
+    assert len(TOKENS) - 1 not in expected
+    draft = Knowing([*prompt, *expected], most, wrong_rounds)
+    take(24, model, prompt, GenerationSettings(max_tokens=24, draft_model=draft))
+    assert draft.asked[: len(asked)] == asked
+
+
 def test_a_draft_that_has_no_more_context_leaves_the_model_alone(files: Path, small, tmp_path: Path):
     model, tokenizer = small
     short = load_draft(write_gguf(tmp_path / "d.gguf", RandomModel(max_position_embeddings=32)), tokenizer)

@@ -21,7 +21,7 @@ from qwen_mlx.model.qwen2 import Qwen2
 from reference import mlx_side, tolerances, torch_side
 from reference.compare import trace_bytes
 from reference.comparison import TapResult, Tolerance, compare
-from reference.inputs import config_of
+from reference.inputs import config_of, runs_of
 from reference.measures import Measure, measure, measure_logits
 from reference.noise import SMALL_SHAPES, measure_floors, small_ids, small_runs
 from reference.small_models import hf_model, save_folder, write_gguf
@@ -29,6 +29,17 @@ from reference.taps import CACHE_TAPS, LAYER_TAPS, Run, keys_of_call
 from tests.helpers.cases import each
 
 RUNS = {run.name: run for run in small_runs()}
+
+
+def test_runs_divide_their_ids():
+    runs = runs_of(list(range(1, 17)))
+    assert {name: run.chunks for name, run in runs.items()} == {
+        "prefill": (16,),
+        "chunked": (5, 5, 5, 1),
+        "decode": (8, *[1] * 8),
+        "padded": (13, 1, 1, 1),
+    }
+    assert runs["padded"].padding == (0, 8, 12)
 
 
 @each("dtype", tolerances.DTYPES)

@@ -124,6 +124,16 @@ def test_what_trainers_and_small_repeats_need():
             chat_template.render("{{ 'x' * (%s) }}" % times, MESSAGES)  # noqa: UP031 (braces)
 
 
+@each("value", [[[] for _ in range(9)], {"a": [1, "text", {}], "b": ("c",)}, [["x"], [["y"]]]])
+def test_a_value_may_weigh_what_is_left(value: object):
+    meter = sandbox.Meter({}, 9)
+    meter.bytes_left = weight = meter.weight(value)
+    assert meter.weight(value) == weight
+    meter.bytes_left -= 1
+    with pytest.raises(sandbox.SecurityError, match="memory"):
+        meter.weight(value)
+
+
 def test_limits_grow_with_the_conversation():
     messages = [{"role": "user", "content": "word " * 500_000} for _ in range(40)]
     assert len(chat_template.render("{% for m in messages %}{{ m.content ~ '\n' }}{% endfor %}", messages)) > 100e6
