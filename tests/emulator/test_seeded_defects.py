@@ -23,6 +23,8 @@ from tests.helpers.seeded_small import SMALL, Small
 
 DECODING = calls(mx.bfloat16)
 CASES = case_inputs() | DECODING
+# name: the call that must fail, and the change
+DEFECTS = {name: (name.split()[0].rstrip(":"), edit) for name, edit in EDITS.items()} | seeded_decoding.EDITS
 
 
 def copied_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -63,23 +65,26 @@ SPOILT = {call for call, _ in seeded_decoding.EDITS.values()}
 PLAIN = [name for name in CASES if name in SPOILT or not re.fullmatch(r"(matvec|unpack)\w* \w+", name)]
 
 
+@pytest.mark.slow
 @each("name", PLAIN)
 def test_shipped_kernels_pass(name):
+    """The tests of operations and of decoding steps run them with every check, too."""
     compare(name)
 
 
-@each("name", EDITS)
-def test_defects_of_shipped_kernels_are_seen(tmp_path, monkeypatch, name):
-    with_defect(copied_kernels(tmp_path, monkeypatch), EDITS[name], name.split()[0].rstrip(":"))
+@each("name", [name for name, (_, edit) in DEFECTS.items() if edit.caught_by is not WrongNumbers])
+def test_defects_that_a_check_sees(tmp_path, monkeypatch, name):
+    with_defect(copied_kernels(tmp_path, monkeypatch), *DEFECTS[name])
 
 
-@each("name", seeded_decoding.EDITS)
-def test_defects_of_decoding_kernels_are_seen(tmp_path, monkeypatch, name):
-    call, edit = seeded_decoding.EDITS[name]
-    with_defect(copied_kernels(tmp_path, monkeypatch), edit, call)
+@pytest.mark.slow
+@each("name", [name for name, (_, edit) in DEFECTS.items() if edit.caught_by is WrongNumbers])
+def test_defects_that_only_numbers_show(tmp_path, monkeypatch, name):
+    """The emulator's checks have no part in these: tests/mutate.py draws such lines from every kernel."""
+    with_defect(copied_kernels(tmp_path, monkeypatch), *DEFECTS[name])
 
 
-def with_defect(kernels: Path, edit: Edit, name: str) -> None:
+def with_defect(kernels: Path, name: str, edit: Edit) -> None:
     text = (kernels / edit.file).read_text()
     assert edit.old in text, "the kernel has changed: adapt the defect"
     (kernels / edit.file).write_text(text.replace(edit.old, edit.new))
@@ -141,4 +146,4 @@ def test_defects_of_small_kernels_are_seen(name):
 
 
 def test_there_are_enough():
-    assert len(EDITS) + len(seeded_decoding.EDITS) + len(SMALL) >= 25
+    assert len(DEFECTS) + len(SMALL) >= 25

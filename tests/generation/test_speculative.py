@@ -247,7 +247,7 @@ def test_a_token_for_which_the_model_has_no_row_is_rejected_and_never_read(small
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["certain", "drawn, all settings"])
+@pytest.mark.parametrize("kind", [pytest.param("certain", marks=pytest.mark.slow), "drawn, all settings"])
 def test_sampled_tokens_have_the_models_distribution(small, drafts, kind: str):
     """The first three tokens of 800 answers, against the exact law that the model's logits give: one that is off by
     0.15 in total variation is seen 9 times in 10 at least."""

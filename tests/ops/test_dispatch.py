@@ -323,7 +323,7 @@ def test_every_kernel_compiles_as_cuda_with_16_byte_accesses():
             assert any(line.strip().startswith(("st.global.v4", "@%p st.global.v4")) for line in ptx[0].splitlines())
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(mx.float32, marks=pytest.mark.slow), mx.float16, mx.bfloat16], ids=str)
 def test_every_kernel_of_a_decoding_step_compiles_as_cuda(dtype):
     for name, call in calls(dtype).items():
         with compiled_kernels() as ptx, ops.no_grad():
@@ -348,13 +348,10 @@ def test_tiles_wait_for_what_they_copy(form):
     assert any(line.startswith("cp.async.cg") for line in lines)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [mx.float16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (mx.float32, mx.bfloat16))],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
 def test_every_case_of_the_self_test_compiles_as_cuda(dtype):
-    """In the dtype that the tests above leave out; the slow ones repeat theirs in other sizes."""
+    """The kernels of the tests above in other sizes."""
     launches = 0
     for case in (case for case in selftest.cases() if case.dtype == dtype):
         with compiled_kernels(optimized=False) as ptx, ops.no_grad():

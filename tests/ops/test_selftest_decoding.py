@@ -13,8 +13,10 @@ from tests.helpers.cases import each
 from tests.helpers.decoding_calls import tiles
 
 
-def test_every_case_is_within_its_limit():
-    with emulate(), ops.no_grad():
+@pytest.mark.parametrize("checked", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["numbers", "accesses"])
+def test_every_case_is_within_its_limit(checked: bool):
+    """tests/ops/test_matvec.py and others check the same kernels' accesses."""
+    with emulate(checked=checked), ops.no_grad():
         rows = selftest.run(list(selftest.decoding_cases(mx.float16, small=True)))
     for row in rows:
         assert row["ok"], row

@@ -270,8 +270,15 @@ def test_command_line_prints_once_and_the_end_is_quiet(jobs):
 
 
 @linux
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("rank", "how"),
+    [
+        (0, signal.SIGKILL),
+        (1, signal.SIGSTOP),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_dies_or_hangs_ends_all_and_is_named(jobs, rank, how):
     launch = Launch(2, *command(jobs, "--max-tokens", "500"))
     assert launch.process.stdout.read(1)  # it generates
