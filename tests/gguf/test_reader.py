@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_mlx.errors import GGUFError
+from qwen_mlx.gguf.blocks import BLOCK_TYPES, REMOVED_TYPES
 from qwen_mlx.gguf.reader import GGUFFile
 from tests.helpers.cases import each
 from tests.helpers.gguf_bytes import Q8_0, build, field, tensor, text
@@ -83,6 +84,17 @@ def test_dims_are_reversed_and_bytes_are_not_moved(tmp_path: Path):
     file = GGUFFile(path)
     assert file.tensors["w"].shape == (4, 3)
     np.testing.assert_array_equal(file.raw("w").view(np.float32), values)
+
+
+def test_a_file_of_a_vocabulary_alone_may_end_with_its_last_word(tmp_path: Path):
+    path = tmp_path / "vocabulary.gguf"
+    path.write_bytes(build([field("k", 8, text("end"))]).partition(b"end")[0] + b"end")
+    assert GGUFFile(path).metadata["k"] == "end"
+
+
+def test_removed_types_are_those_that_gguf_py_leaves_out():
+    known = {int(kind) for kind in gguf.GGMLQuantizationType}
+    assert set(REMOVED_TYPES) == set(range(max(BLOCK_TYPES))) - known
 
 
 def test_alignment_of_the_file_is_used(tmp_path: Path):

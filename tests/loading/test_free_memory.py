@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def test_a_limit_that_cannot_be_read_is_ignored(meminfo: Path):
     (meminfo / "memory.max").write_text("much")
     (meminfo / "memory.current").write_text("1")
     assert memory.available() == 6 << 30
+
+
+def test_what_linux_says_is_read_in_its_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert total / 1000 < memory.available() <= total
 
 
 @pytest.mark.parametrize(("packed", "remedy"), [(True, "smaller model or quantization"), (False, "weights packed")])
