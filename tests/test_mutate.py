@@ -96,7 +96,7 @@ def test_mutants_of_the_package_are_other_programs():
             assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(text))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_run_says_what_no_test_sees_and_leaves_the_tree_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     pytest.importorskip("pytest_cov")
     files = {"qwen_mlx/model/small.py": SOURCE, "tests/model/test_small.py": TESTS, mutate.EQUIVALENT: EQUIVALENT}

@@ -126,7 +126,11 @@ def test_a_wrong_argument_gives_a_result_or_a_sentence(name: str, calls, elsewhe
     if name not in ("Chat.edit", "Chat.load", "PromptCache.save", "PromptCache.load"):  # there is nothing to begin with
         call(**right)
 
-    @settings(max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck])
+    examples = 50 if name in ("convert", "export", "load_encoder") else 150  # each a model that is read or written
+
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck]
+    )
     @given(st.dictionaries(st.sampled_from(parameters(name, call)), WRONG, min_size=1, max_size=2))
     def check(wrong: dict[str, Any]) -> None:
         # A large limit is right, and only takes long.

@@ -325,14 +325,15 @@ def test_every_kernel_compiles_as_cuda_with_16_byte_accesses():
 
 @pytest.mark.parametrize("dtype", [pytest.param(mx.float32, marks=pytest.mark.slow), mx.float16, mx.bfloat16], ids=str)
 def test_every_kernel_of_a_decoding_step_compiles_as_cuda(dtype):
+    optimized = dtype != mx.float16  # whose kernels are bfloat16's but for the numbers' conversions
     for name, call in calls(dtype).items():
-        with compiled_kernels() as ptx, ops.no_grad():
+        with compiled_kernels(optimized) as ptx, ops.no_grad():
             call()
         # Attention of a long context and the likeliest token join their parts in a launch of its own, products with
         # packed rows too, which arrange their vectors first.
         launches = {"attend_split": 2, "best_token": 2, "multiply": 3}.get(name.split()[0].rstrip(","), 1)
         assert len(ptx) == launches, name
-        assert not any(".local" in text for text in ptx), name
+        assert not optimized or not any(".local" in text for text in ptx), name
 
 
 @pytest.mark.parametrize("form", TILED)
