@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,11 +143,12 @@ def runtime() -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel. suspect: the compiler's words on a local variable that may be read before it is set, or ""."""
+    """A compiled kernel. suspect: the compiler's words on a local variable that may be read before it is set, or "";
+    with_lines: compiles it again, to the same code with a table of lines, which takes a third longer."""
 
     library: ctypes.CDLL
-    path: Path
     suspect: str
+    with_lines: Callable[[], Path]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -161,22 +162,27 @@ def kernel(
     """
     flags = [*_flags(checked, contract), f"-ftrivial-auto-var-init={fill}", *["-O0"] * (not optimised)]
     text = unit(source, instance)
-    path = _cached("kernel", "\n".join([text, *flags, _preamble_text(), runtime()._name]), ".so")
-    warnings = path.with_suffix(".txt")
-    if not warnings.exists():  # written last
-        unit_path = path.with_suffix(".cpp")
-        _write(unit_path, text)
-        include = _precompiled(checked, contract)
-        # No default libraries: the link must not add the sanitizers' own runtimes.
-        command = [compiler(), *flags, "-include", str(include), "-shared", "-nodefaultlibs", str(unit_path)]
-        _write(warnings, _run([*command, runtime()._name, "-lm", "-lgcc"], path))
-    files = "|".join(map(re.escape, source.files))
-    said = re.findall(rf"({files}):(\d+):\d+: warning: (.*) \[-W(maybe-)?uninitialized\]", warnings.read_text())
+
+    def compiled(*more: str) -> Path:
+        path = _cached("kernel", "\n".join([text, *flags, *more, _preamble_text(), runtime()._name]), ".so")
+        warnings = path.with_suffix(".txt")
+        if not warnings.exists():  # written last
+            unit_path = path.with_suffix(".cpp")
+            _write(unit_path, text)
+            include = ["-include", str(_precompiled(checked, contract))]
+            # No default libraries: the link must not add the sanitizers' own runtimes.
+            command = [compiler(), *flags, *more, *include, "-shared", "-nodefaultlibs", str(unit_path)]
+            _write(warnings, _run([*command, runtime()._name, "-lm", "-lgcc"], path))
+        return path
+
+    path = compiled("-g0")
+    files, warnings = "|".join(map(re.escape, source.files)), path.with_suffix(".txt").read_text()
+    said = re.findall(rf"({files}):(\d+):\d+: warning: (.*) \[-W(maybe-)?uninitialized\]", warnings)
     for part, line, what, maybe in said:
         if not maybe:
             raise UninitialisedRead(f"{part} line {line}: {what}.")
     suspect = f"{said[0][0]} line {said[0][1]}: {said[0][2]}" if said else ""
-    return Kernel(ctypes.CDLL(str(path)), path, suspect)
+    return Kernel(ctypes.CDLL(str(path)), suspect, compiled)
 
 
 def unit(source: Source, instance: str) -> str:

@@ -148,7 +148,7 @@ class _Call:
         while call.next < groups and not call.report.kind:
             runtime.emulator_launch(ctypes.byref(call))
         if call.report.kind:
-            raise Words(self.name, self.source, data, kernel.path, entry.value, call).error()
+            raise Words(self.name, self.source, data, kernel, entry.value, call).error()
         results = []
         for slot, (buffer, content) in enumerate(zip(buffers, data)):
             if buffer.kind == "output":

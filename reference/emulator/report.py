@@ -76,12 +76,11 @@ class Data:
 
 
 class Words:
-    """Puts the runtime's report into a sentence."""
+    """Puts the runtime's report into a sentence. entry: the address of the kernel's entry."""
 
-    def __init__(self, name: str, source: Source, data: Sequence[Data], path: Path, entry: int, call: Launch):
-        self.name, self.source, self.data, self.path, self.call = name, source, data, path, call
+    def __init__(self, name: str, source: Source, data: Sequence[Data], kernel: build.Kernel, entry: int, call: Launch):
+        self.name, self.source, self.data, self.kernel, self.entry, self.call = name, source, data, kernel, entry, call
         self.report = call.report
-        self.base = entry - _symbol_offset(path)
 
     def error(self) -> errors.EmulatorError:
         report = self.report
@@ -153,7 +152,11 @@ class Words:
         return f"kernel {self.name}, {text}"
 
     def line(self, pc: int) -> str:
-        return self.place(build.line_of(self.path, pc - 1 - self.base, self.source.files)) if pc else "an unknown line"
+        if not pc:
+            return "an unknown line"
+        path = self.kernel.with_lines()
+        address = pc - 1 - self.entry + _symbol_offset(path)
+        return self.place(build.line_of(path, address, self.source.files))
 
     def place(self, place: tuple[str, int]) -> str:
         file, number = place
