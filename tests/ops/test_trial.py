@@ -21,7 +21,7 @@ from qwen_mlx.cli import selftest
 from qwen_mlx.loading import kernels
 from qwen_mlx.ops import dispatch, trial
 from qwen_mlx.ops.trial import session, verdict
-from qwen_mlx.ops.trial.cases import cases
+from qwen_mlx.ops.trial.cases import Data, cases
 from reference.small_models import RandomModel, write_gguf
 from tests.helpers.cases import each
 from tests.helpers.packed_models import model_of
@@ -73,6 +73,16 @@ def test_products_of_a_few_rows_are_tried_where_they_have_a_kernel(spec, monkeyp
         monkeypatch.setattr(dispatch, "device", lambda device=device: device)
         found = [[case.part for case in cases(tried)].count("matmul") for tried in (spec, one, spec_of("dense"))]
         assert found == counts
+
+
+@each("exact", [True, False])
+def test_rows_are_tried_with_padding(spec, exact: bool):
+    (case,) = (case for case in cases(spec) if case.name == "attention of rows")
+    *inputs, first = case.make(Data(spec, exact, 1))
+    with ops.forced("reference"):
+        (right,), (unpadded,) = case.kernel(*inputs, first), case.kernel(*inputs, None)
+    assert mx.array_equal(right[0], unpadded[0]), "the first row has none"
+    assert not any(mx.array_equal(right[row], unpadded[row]) for row in (1, 2))
 
 
 @each(("part", "fault"), [(part, list(FAULTS)[(i + j) % 6]) for i, part in enumerate(KERNELS) for j in (0, 3)])
