@@ -200,3 +200,6 @@ def test_a_repeated_text_is_said(small):
     assert all(a.token == b.token for a, b in pairwise(chunks))
     answers = batch_generate(*small, [PROMPT] * 2, max_tokens=[120, 60], temperature=0, logit_bias={5: 1e6})
     assert [answer.repeated_tokens for answer in answers] == [1, 0]
+    stop = small[1].decode([5]) * 80
+    (answer,) = batch_generate(*small, [PROMPT], max_tokens=120, temperature=0, logit_bias={5: 1e6}, stop=stop)
+    assert (answer.finish_reason, answer.repeated_tokens) == ("stop", 0)

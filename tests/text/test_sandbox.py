@@ -44,6 +44,7 @@ MEMORY = {
     "lipsum": "{{ lipsum(999999999) }}",
     "replace": LONG + "{{ s.replace(' ', s) }}",
     "replace filter": LONG + "{{ s | replace(' ', s) }}",
+    "replace filter within the memory": "{% set s = 'x'.ljust(30000) %}{{ s | replace(' ', s) }}",
     "join": LONG + "{{ range(100000) | join(s) }}",
     "joined characters": LONG + "{{ s.join(s) }}",
     "expandtabs": "{{ ''.ljust(1000, '\t').expandtabs(9999999) }}",

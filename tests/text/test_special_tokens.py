@@ -137,11 +137,15 @@ def test_tools_take_the_template_that_is_named_for_them(tmp_path: Path):
     assert tokenizer.apply_chat_template(HI, chat_template="{{ messages[0].role }}") == tokenizer.encode("user")
     with pytest.raises(QwenMLXError, match="continue_final_message is given, which transformers'"):
         tokenizer.render_chat(HI, continue_final_message=True)
-    tokenizer.save(tmp_path / "a")
-    assert Tokenizer.from_folder(tmp_path / "a").chat_templates == tokenizer.chat_templates
+    plain = Tokenizer.from_gguf(MINIMAL | {"tokenizer.chat_template": "plain"})
+    for saved, name, setting in ((tokenizer, "a", entries), (plain, "b", "plain")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        saved.save(tmp_path / name)
+        assert Tokenizer.from_folder(tmp_path / name).chat_templates == saved.chat_templates
+        assert json.loads((tmp_path / name / "tokenizer_config.json").read_text())["chat_template"] == setting
     metadata = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
     assert Tokenizer.from_gguf(MINIMAL | metadata).render_chat(HI, ["x"]) == "tools"
-    assert Tokenizer.from_gguf(MINIMAL | {"tokenizer.chat_template": "plain"}).render_chat(HI, ["x"]) == "plain"
+    assert plain.render_chat(HI, ["x"]) == "plain"
 
 
 @each(
