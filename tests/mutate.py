@@ -33,7 +33,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("model", "ops", "metal", "generation", "loading", "gguf", "conversion")
+ROOMS = ("model", "ops", "metal", "generation", "loading", "gguf", "conversion", "text")
 SOURCES = [*(f"qwen_mlx/{room}" for room in ROOMS), "reference"]
 OF = {".py": of_python, ".metal": of_kernel, ".h": of_kernel}
 KERNEL_TESTS = ["-m", "emulator", "tests/ops/test_selftest_decoding.py", "tests/ops", "tests/model/test_fused.py"]
