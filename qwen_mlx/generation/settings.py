@@ -60,6 +60,12 @@ class GenerationSettings:
     reasoning_budget: int | None = None
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "skip_special_tokens", bool(self.skip_special_tokens))
+        except (TypeError, ValueError):  # an array has no truth value
+            raise QwenMLXError(
+                f"skip_special_tokens is {self.skip_special_tokens!r:.80}, expected True or False."
+            ) from None
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise QwenMLXError(f"stop is {self.stop!r}, expected a list of strings that are not empty.")
