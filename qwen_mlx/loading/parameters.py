@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import QwenMLXError
 from ..gguf import blocks
 from ..gguf.blocks import BlockType
 from ..gguf.packing import Packing
@@ -204,10 +205,26 @@ class PackedParameter(Parameter):
             values += as_float32(biases[0])[..., None]
         return values.reshape(len(codes), -1)[:, self.columns]
 
+    def fill(self, out: np.ndarray) -> None:
+        super().fill(out)
+        self._check(out)
+
     def arrays(
         self, packing: Packing, start: int = 0, stop: int | None = None, finite: bool = True
     ) -> tuple[np.ndarray, ...]:
-        return tuple(each.read(start, stop) for each in self.stored)
+        arrays = tuple(each.read(start, stop) for each in self.stored)
+        for scales in arrays[1:] if finite and len(arrays) > 2 else ():
+            self._check(as_float32(scales))
+        return arrays
+
+    def _check(self, values: np.ndarray) -> None:
+        """Raises QwenMLXError for inf or NaN among the values or the scales."""
+        file = self.stored[0].file
+        if file is not None and not np.isfinite(values).all():
+            raise QwenMLXError(
+                f"{file.path}: tensor {self.source_name!r} has a scale or a value that is inf or NaN; the file is "
+                "damaged, download it again."
+            )
 
     def scale_dtype(self) -> str:
         return {"uint16": "bfloat16"}.get(self.stored[1].dtype.name, self.stored[1].dtype.name)

@@ -225,6 +225,11 @@ def test_mlx_s_own_modes(tmp_path: Path, mode: str, bits: int, group: int):
         np.testing.assert_array_equal(np.array(parameters[name]), values, err_msg=name)
     with pytest.raises(QwenMLXError, match="quantized for MLX already"):
         convert(folder, tmp_path / "out")
+    scales = next(name for name in tensors if name.endswith(".scales"))
+    nan = {"mxfp4": 0xFF, "mxfp8": 0xFF, "nvfp4": 0x7F, "affine": float("nan")}[mode]
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors | {scales: mx.full_like(tensors[scales], nan)})
+    with pytest.raises(QwenMLXError, match=rf"{scales.removesuffix('.scales')}.* inf or NaN"):
+        load(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
