@@ -4,6 +4,7 @@ say everything; what a config.json leaves out is what transformers takes for it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -390,9 +391,15 @@ class ModelConfig:
                     f"{path}: {name} has settings by kind of layer ({by_layer[0]!r:.80}), expected one for all; no "
                     "Qwen2 has several."
                 )
-            if {"type", "rope_type"} & given.keys():
-                rope = {key: value for key, value in rope.items() if key == "rope_theta"}
-            rope |= given
+            theta = raw.get("rope_theta")
+            if given and "rope_theta" in rope and "rope_theta" not in given and theta is None:
+                theta = rope["rope_theta"]
+                warnings.warn(
+                    f"{path}: rope_scaling has no 'rope_theta', so rope_parameters' {theta!r:.20} counts; transformers "
+                    f"would take {HF_DEFAULTS['rope_theta']:g}: move the settings into rope_parameters.",
+                    stacklevel=2,
+                )
+            rope = ({} if theta is None else {"rope_theta": theta}) | given if given else rope
         if not isinstance(raw.get("use_sliding_window", False), bool):
             raise QwenMLXError(f"{path}: use_sliding_window is {raw['use_sliding_window']!r}, expected true or false.")
         rope_theta = rope.get("rope_theta", get("rope_theta"))

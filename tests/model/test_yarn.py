@@ -80,9 +80,11 @@ def test_config_json_gguf_and_argument_give_what_is_documented(tmp_path: Path):
     raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
     (documented / "config.json").write_text(json.dumps(raw | {"rope_scaling": DOCUMENTED}))
 
+    with pytest.warns(UserWarning, match=r"rope_scaling has no 'rope_theta', so .* 1000000.0 counts; transformers"):
+        edited_config = ModelConfig.from_folder(edited)
     configs = [
         ModelConfig.from_folder(documented),
-        ModelConfig.from_folder(edited),
+        edited_config,
         ModelConfig.from_gguf(GGUFFile(scaled)),
         ModelConfig.from_gguf(GGUFFile(gguf)).with_yarn(4),
         load(folder, yarn=4)[0].config,
@@ -112,6 +114,25 @@ def test_settings_of_deepseek_s_yarn_equal_transformers(tmp_path: Path, given: d
     oracle = modeling_qwen2.Qwen2RotaryEmbedding(transformers.Qwen2Config(**raw))
     np.testing.assert_array_max_ulp(np.array(rotary.inv_freq, np.float32), oracle.inv_freq.numpy(), maxulp=2)
     assert rotary.attention_factor == pytest.approx(oracle.attention_scaling, rel=1e-7)
+
+
+@each(
+    "given",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": {"rope_theta": 2e5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": DOCUMENTED, "rope_theta": 1e6},
+        {"rope_parameters": {"rope_theta": 5e5} | DOCUMENTED, "rope_scaling": {"factor": 2.0}, "rope_theta": 1e6},
+        {"rope_parameters": DOCUMENTED, "rope_theta": 1e6},
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": DOCUMENTED},
+    ],
+)
+def test_rope_scaling_beside_rope_parameters_equals_transformers(tmp_path: Path, given: dict):
+    raw = json.loads((save_folder(tmp_path, RandomModel()) / "config.json").read_text())
+    del raw["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(raw | given))
+    config = ModelConfig.from_folder(tmp_path)
+    oracle = transformers.Qwen2Config(**raw, **given).rope_parameters
+    assert (config.rope_theta, config.rope_scaling is not None) == (oracle["rope_theta"], oracle["rope_type"] == "yarn")
 
 
 def test_each_field_of_rope_scaling_is_read_alone(tmp_path: Path):
