@@ -126,6 +126,8 @@ def _require_finite_vectors(checkpoint: Checkpoint) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # GGUF
 
+RANK = 4  # llama.cpp's pooling_type of rerankers
+
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
@@ -153,7 +155,10 @@ def _open_gguf(path: Path) -> Checkpoint:
     heads = {SCORE_HEAD[name]: info for name, info in file.tensors.items() if name in SCORE_HEAD}
     score: dict[str, Parameter] = {name: _gguf_parameter(file, name, info) for name, info in heads.items()}
     # llama.cpp names the pooling of a model that sentence-transformers pools; most have no language head.
-    headless = bool(score) or (file.metadata.get("qwen2.pooling_type", 0) != 0 and config.tie_word_embeddings)
+    pooling = file.metadata.get("qwen2.pooling_type", 0)
+    headless = (bool(score) or pooling != 0) if config.tie_word_embeddings else bool(score) and pooling == RANK
+    if score and not config.tie_word_embeddings:
+        notes += (f"{path}: has two heads: texts come from 'output.weight', scores from 'cls.output.weight'",)
     return Checkpoint(
         path,
         config,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_mlx import GGUFError, QwenMLXError, convert, embed, load, load_encoder, score
+from qwen_mlx.backend import mx
 from reference.small_models import END_OF_TEXT, IM_END, RandomModel, save_folder, write_gguf
 from tests.helpers.cases import each
 from tests.helpers.encoders import TEXTS, classifier
@@ -114,6 +115,18 @@ def test_what_generates_no_text_says_what_it_is(tmp_path: Path, read):
     with pytest.raises(QwenMLXError, match=r"reads each token with those after it, .*qwen-mlx embed"):
         read(gguf_of(tmp_path / "b.gguf", attention__causal=False))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_with_both_heads_says_which_is_left_out(tmp_path: Path, capsys):
+    path = gguf_of(tmp_path / "m.gguf", {"cls.output.weight": (HEAD, T.F32)}, tied=False)
+    plain = gguf_of(tmp_path / "plain.gguf", tied=False)
+    ids = mx.array([[1, 2, 3]])
+    np.testing.assert_array_equal(np.array(load(path)[0](ids)), np.array(load(plain)[0](ids)))
+    scores = score(load_encoder(path), TEXTS)
+    np.testing.assert_array_equal(scores, score(load_encoder(classifier(tmp_path / "c", head=HEAD)), TEXTS))
+    assert capsys.readouterr().err.count("texts come from 'output.weight', scores from 'cls.output.weight'") == 2
+    with pytest.raises(QwenMLXError, match=r"qwen-mlx score"):
+        load(gguf_of(tmp_path / "r.gguf", {"cls.output.weight": (HEAD, T.F32)}, tied=False, pooling_type=4))
 
 
 def test_a_language_model_that_also_embeds_generates(tmp_path: Path):
