@@ -123,7 +123,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
     kind = origin or (type(None) if hint is None else hint)
-    if not isinstance(kind, type):  # Any, a type variable
+    if hint is Any or not isinstance(kind, type):  # Any is a class from Python 3.11 on; a type variable is none
         return True
     if hasattr(value, "__array__") and not isinstance(value, type) and kind in (Sequence, Iterable):
         return value.ndim > 0 and (not inner or not value.size or fits(value.tolist()[0], inner[0]))
