@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QwenMLXError, shortened
-from .messages import SYSTEM, TOOLS, Accepted, Message, normalized
+from .function_schema import function_schema
+from .messages import SYSTEM, TOOLS, Accepted, Message, normalized, plain_data
 from .taint import Taint, plain
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
 
 MARK = "\ufdd1"  # encloses the number of a message whose ids are known
+
+
+def variables_of(tools: Any, **others: Any) -> dict[str, Any]:
+    """The variables of a template: tools, of which functions become their schemas, and others. Raises QwenMLXError for
+    what is neither, and for values that JSON does not have."""
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise QwenMLXError(f"The tools are {type(tools).__name__}, expected a list of functions or JSON schemas.")
+    schemas = tools and [function_schema(tool) if inspect.isroutine(tool) else tool for tool in tools]
+    given = {"tools": schemas, **others}
+    try:
+        return {name: plain_data(value, f"the variable {name!r}") for name, value in given.items()}
+    except RecursionError:
+        raise QwenMLXError("A variable of the chat template nests too deeply; make it flatter.") from None
 
 
 def render(source: str, messages: Any, /, **variables: Any) -> str:
@@ -64,19 +79,20 @@ def render_traced(
 
     Raises QwenMLXError if the template writes another text over marked characters.
     """
-    try:
-        marked, given = taint.mark(messages), {name: taint.mark(value) for name, value in variables.items()}
-    except RecursionError:
-        raise QwenMLXError("A message nests its lists or objects too deeply; make it flatter.") from None
+    marked, given = taint.mark(messages), {name: taint.mark(value) for name, value in variables.items()}
     for message in marked:
         if re.fullmatch(r"[\w-]+", role := plain(message["role"])):  # such as the templates' <|user|>
             message["role"] = role
     expected = _rendered(_sandbox(), source, messages, {**tokens, **variables})  # first: it is metered whole
-    text = _rendered(_tracing_sandbox(), source, marked, {**tokens, **given})
-    if plain(text) != expected:
+    try:
+        text = _rendered(_tracing_sandbox(), source, marked, {**tokens, **given})
+    except QwenMLXError:
+        text = ""  # what the template calls compares marks
+    if (own := plain(text)) != expected:
+        same = next((i for i, (ours, right) in enumerate(zip(own, expected)) if ours != right), len(own))
         raise QwenMLXError(
-            "The chat template rewrites users' texts, so that they cannot be told from its own control tokens; "
-            "give the prompt as it is (--raw, or raw=True)."
+            "The chat template rewrites users' texts, so that they cannot be told from its own control tokens, "
+            f"where it writes {expected[same : same + 40]!r}; give the prompt as it is (--raw, or raw=True)."
         )
     return text
 

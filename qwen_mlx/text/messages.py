@@ -6,6 +6,7 @@ object. A template tells by rendering small conversations, as llama.cpp asks its
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,6 +17,8 @@ from typing import Any
 
 from ..errors import QwenMLXError
 
+# JSON's scalars, and what makes an instance of a subclass one of them; nothing is a subclass of bool.
+SCALARS: dict[type, Callable[[Any], Any]] = {bool: bool, int: int.__int__, float: float.__float__, str: str.__str__}
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one that templates read
 Message = dict[str, Any]
@@ -138,6 +141,34 @@ def _called(arguments: Any, content: Message, result: Any) -> list[Message]:
     return [{"role": "user", "content": "a text"}, answer, returned]
 
 
+def plain_data(value: Any, what: str) -> Any:
+    """A copy of `value` of JSON's types and tuples, as transformers makes one; the guard of control tokens marks no
+    others.
+
+    Instances of subclasses become plain, dataclasses and pydantic's models dicts, NumPy's numbers Python's. Raises
+    QwenMLXError naming `what` for any other value.
+    """
+    if value is None or type(value) in SCALARS:
+        return value
+    if kind := next((kind for kind in SCALARS if isinstance(value, kind)), None):
+        return SCALARS[kind](value)
+    if isinstance(value, Mapping):
+        return {plain_data(key, what): plain_data(item, what) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain_data(item, what) for item in value]
+    if isinstance(value, tuple):
+        return tuple(plain_data(item, what) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain_data(getattr(value, field.name), what) for field in dataclasses.fields(value)}
+    for name in ("model_dump", "item"):  # of pydantic, and of NumPy's numbers
+        if callable(method := getattr(value, name, None)) and not isinstance(value, type):
+            with contextlib.suppress(Exception):  # such as an array of several numbers
+                return plain_data(method(), what)
+    raise QwenMLXError(
+        f"A value of the type {type(value).__name__} is in {what}, expected text, numbers, lists and dicts."
+    )
+
+
 def normalized(messages: Any, accepted: Accepted) -> list[Message]:
     """The messages in the form that the template takes.
 
@@ -149,6 +180,8 @@ def normalized(messages: Any, accepted: Accepted) -> list[Message]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise QwenMLXError(f"The messages are {type(messages).__name__}, expected a list of dicts.")
+    if not messages:
+        raise QwenMLXError("There are no messages, expected one at least.")
     dicts = [_dict(message) for message in messages]
     plain = [_normalized(message, accepted) for message in (dicts if accepted.function_call else _tool_calls(dicts))]
     left_out = list(dict.fromkeys(name for i in range(len(plain)) for name in _left_out(plain, i, accepted)))
@@ -172,10 +205,10 @@ def _left_out(messages: list[Message], i: int, accepted: Accepted) -> Iterator[s
 
 def _dict(message: Any) -> Message:
     """A message without the keys whose value is None."""
-    if dataclasses.is_dataclass(message) and not isinstance(message, type):
-        message = dataclasses.asdict(message)
-    elif callable(dump := getattr(message, "model_dump", None)):  # an object of OpenAI's library
-        message = dump()
+    try:
+        message = plain_data(message, "a message")
+    except RecursionError:
+        raise QwenMLXError("A message nests its lists or objects too deeply; make it flatter.") from None
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise QwenMLXError(f"A message is {_short(message)}, expected a dict with 'role' and 'content'.")
     plain = {key: value for key, value in message.items() if value is not None}

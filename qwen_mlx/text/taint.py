@@ -8,7 +8,7 @@ the plain text (`plain`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -40,7 +40,7 @@ CUTS = (
 )
 CASES = ("capitalize", "casefold", "lower", "swapcase", "title", "upper")
 JOINS = ("center", "expandtabs", "format", "format_map", "join", "ljust", "rjust", "splitlines", "zfill")
-ORDERS = ("dictsort", "max", "min", "sort")
+ORDERS = ("dictsort", "max", "min", "sort", "unique")
 VALUES = ("e", "escape", "float", "int", "string", "tojson", "urlencode", "wordcount")  # filters
 
 
@@ -69,21 +69,17 @@ class Taint:
                 raise QwenMLXError(f"A text holds a lone surrogate at {odd.start()}, which is not a character.")
             return self._known.sub(lambda run: run[0].translate(self._marks), value)
         if isinstance(value, Mapping):
-            return Fields({key: self.mark(item) for key, item in value.items()}, self)
-        if isinstance(value, list | tuple):
-            return [self.mark(item) for item in value]
-        return value
+            return Fields({key: self.mark(item) for key, item in value.items()})
+        if isinstance(value, tuple):
+            return tuple(map(self.mark, value))
+        return [self.mark(item) for item in value] if isinstance(value, list) else value
 
 
 class Fields(dict[Any, Any]):
     """A dict whose keys a user wrote."""
 
-    def __init__(self, values: Mapping[Any, Any], taint: Taint) -> None:
-        super().__init__(values)
-        self._taint = taint
-
     def __iter__(self) -> Iterator[Any]:
-        return (self._taint.mark(key) for key in super().__iter__())
+        return (_all_marked(key) if isinstance(key, str) else key for key in super().__iter__())
 
     def keys(self) -> Any:
         return list(self)
@@ -98,7 +94,7 @@ class Fields(dict[Any, Any]):
         return super().get(plain(key), default)
 
     def copy(self) -> Fields:
-        return Fields(dict(zip(super().__iter__(), self.values())), self._taint)
+        return Fields(zip(super().__iter__(), self.values()))
 
     def __reversed__(self) -> Iterator[Any]:
         return iter([*self][::-1])
@@ -107,15 +103,49 @@ class Fields(dict[Any, Any]):
         return _all_marked(repr(plain(self)))
 
 
+class Quoted(str):
+    """A marked text whose quoted form, as `%r` asks for it, is marked, too."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return _all_marked(repr(plain(str(self))))
+
+
+class Listed(list[Any]):
+    """A marked list or tuple that is printed with marks."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        super().__init__(values)
+        self._text: str = shown(values)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def printable(value: Any) -> Any:
+    """A marked value in a form that a format string prints with marks; anything else as it is."""
+    if isinstance(value, Fields) or not is_marked(value):
+        return value
+    if isinstance(value, dict):
+        return Fields(keyed(value)[0])
+    return Quoted(value) if isinstance(value, str) else Listed(value)
+
+
+def keyed(values: Mapping[Any, Any]) -> tuple[dict[Any, Any], bool]:
+    """A dict with plain keys, and True if a user wrote one of them."""
+    return {plain(key): item for key, item in values.items()}, any(map(is_marked, values))
+
+
 def plain(value: Any) -> Any:
     """`value` with all its strings as users wrote them."""
     if isinstance(value, str):
         return value if value.isascii() else _KNOWN.sub(lambda run: run[0].translate(_LETTERS), value)
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else value
-    return value
+    if isinstance(value, tuple):  # such as a group of groupby, which has names for its items
+        return tuple.__new__(type(value), map(plain, value))
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _all_marked(text: str) -> str:
@@ -172,6 +202,15 @@ def _replaced(text: str, arguments: tuple[Any, ...]) -> str:
     return str(new).join(pieces)
 
 
+def marked_items(items: Iterable[Any]) -> dict[str, Any]:
+    """The items by how their plain forms are printed; a marked one goes before its equals."""
+    originals: dict[str, Any] = {}
+    for item in items:
+        key = repr(plain(item))
+        originals[key] = item if is_marked(item) else originals.get(key, item)
+    return originals
+
+
 def traced(name: str, call: Callable[..., Any], text: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """The result of a method or a filter of a string, with the marks that its characters had.
 
@@ -194,8 +233,8 @@ def traced(name: str, call: Callable[..., Any], text: Any, arguments: tuple[Any,
     if name == "replace" and isinstance(text, str) and len(arguments) > 1 and plain(arguments[0]):
         return _replaced(text, arguments)
     if name in ORDERS:
-        originals = {repr(plain(item)): item for item in (text.items() if name == "dictsort" else text)}
-        if isinstance(result, list):
-            return [originals[repr(item)] for item in result]
-        return originals.get(repr(result), result)
+        originals = marked_items(text.items() if name == "dictsort" else text)
+        if name in ("max", "min"):
+            return originals.get(repr(result), result)
+        return [originals[repr(item)] for item in result]
     return _all_marked(result) if isinstance(result, str) else result

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import nodes
-from jinja2.runtime import Context
+from jinja2.filters import make_attrgetter
+from jinja2.runtime import Context, Macro
 from jinja2.utils import pass_context
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
 from .sandbox import Sandbox
-from .taint import CASES, CUTS, JOINS, ORDERS, VALUES, Fields, escaped, plain, shown, traced
+from .taint import (
+    CASES,
+    CUTS,
+    JOINS,
+    ORDERS,
+    VALUES,
+    Fields,
+    escaped,
+    keyed,
+    marked_items,
+    plain,
+    printable,
+    shown,
+    traced,
+)
 
 # Tests that look at a text.
 COMPARING = ["==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le"]
@@ -59,6 +74,13 @@ def _plus(context: Context, left: Any, right: Any) -> Any:
     return left + right
 
 
+def _dict(*values: Any, **named: Any) -> dict[Any, Any]:
+    """Python's dict, which lists the keys marked that a user wrote."""
+    result, users = keyed(dict(*values))
+    named, others = keyed(named)
+    return Fields(result | named) if users or others else result | named
+
+
 class TracingSandbox(Sandbox):
     """A sandbox that renders marked texts as it would render plain ones."""
 
@@ -66,6 +88,10 @@ class TracingSandbox(Sandbox):
         super().__init__(guard)
         named = (*CUTS, *CASES, *ORDERS, *VALUES, "replace")
         self.filters |= {name: self._traced_filter(name) for name in named if name in self.filters}
+        self.filters["format"] = self._printing(self.filters["format"])
+        self.filters["groupby"] = self._grouping(self.filters["groupby"])
+        names, self.globals["dict"] = cast(Any, self.globals["namespace"]), _dict
+        self.globals["namespace"] = lambda *values, **named: names(keyed(dict(*values, **named))[0])
         self.filters["#plain"] = pass_context(lambda _, value: plain(value))
         self.filters["#within"] = pass_context(lambda _, value: value if isinstance(value, Fields) else plain(value))
         self.filters["#plus"] = pass_context(_plus)
@@ -88,6 +114,31 @@ class TracingSandbox(Sandbox):
         return pass_context(filtered)
 
     @staticmethod
+    def _printing(metered: Any) -> Callable[..., Any]:
+        def printed(context: Context, value: Any, *arguments: Any, **named: Any) -> Any:
+            named = {plain(key): printable(item) for key, item in named.items()}
+            return metered(context, value, *map(printable, arguments), **named)
+
+        return pass_context(printed)
+
+    def _grouping(self, metered: Any) -> Callable[..., Any]:
+        """The filter groupby, which compares plain texts."""
+
+        def grouped(context: Context, value: Any, attribute: Any, default: Any = None, *more: Any, **named: Any) -> Any:
+            items = list(value)
+            originals, key = marked_items(items), make_attrgetter(self, plain(attribute), default=default)
+            groups = metered(context, plain(items), plain(attribute), plain(default), *more, **named)
+            members = [[originals[repr(item)] for item in group.list] for group in groups]
+            return [type(group)(key(own[0]), own) for group, own in zip(groups, members)]
+
+        return pass_context(grouped)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            right = tuple(map(printable, right)) if isinstance(right, tuple) else printable(right)
+        return super().call_binop(context, operator, left, right)
+
+    @staticmethod
     def _traced_test(test: Any) -> Callable[..., Any]:
         return lambda *values: test(*map(plain, values))
 
@@ -96,6 +147,14 @@ class TracingSandbox(Sandbox):
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if name == "get" and isinstance(owner, dict) and args and args[0] not in owner:
             args = (plain(args[0]), *args[1:])  # a user's word among the template's own keys
+        if isinstance(owner, list | tuple) and name in ("count", "index"):
+            return super().call(__context, getattr(plain(owner), name), *plain(args), **kwargs)
+        if isinstance(__callable, Macro):  # it lists the other names
+            kwargs = {plain(k) if plain(k) in __callable.arguments else k: v for k, v in kwargs.items()}
+        elif __callable is not _dict:
+            kwargs = {plain(key): value for key, value in kwargs.items()}
+        if isinstance(owner, str) and name in ("format", "format_map"):
+            args, kwargs = tuple(map(printable, args)), {key: printable(value) for key, value in kwargs.items()}
         if not isinstance(owner, str) or name in JOINS:
             return super().call(__context, __callable, *args, **kwargs)
 
