@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,21 +81,32 @@ def named_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def added_tokens(
-    data: Mapping[str, Any], settings: Mapping[str, Any], named: Mapping[str, str]
+    data: Mapping[str, Any], settings: Mapping[str, Any], named: Mapping[str, str], rows: int | None = None
 ) -> list[dict[str, Any]]:
     """tokenizer.json's added tokens with those of tokenizer_config.json, as transformers adds them: each of
-    added_tokens_decoder, whose flags count, and of the lists of special tokens; a new one gets the next free id. Tokens
-    with a role are special, too, if they are in the vocabulary."""
+    added_tokens_decoder, whose flags count, the tokens with a role, and the lists of special tokens; a new one gets the
+    next free id. Warns of a role's token that has none of the model's `rows` embeddings, and leaves it out."""
     vocabulary = data["model"]["vocab"]
     tokens = {token["content"]: token for token in data.get("added_tokens") or [] if token["content"]}
     free = 1 + max([*vocabulary.values(), *(token["id"] for token in tokens.values())], default=-1)
     listed = settings.get("added_tokens_decoder") or {}
     more = [listed[i] for i in sorted(listed, key=int)]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
+    roles = [named[name] for name in (*GGUF_TOKENS, *named) if name in named]  # transformers has this order, too
+    known = {*vocabulary, *tokens, *(token["content"] for token in more)}
+    unknown = [text for text in dict.fromkeys(roles) if text not in known and text not in DEFAULT_TOKENS.values()]
+    free_rows = len(unknown) if rows is None else max(0, rows - free)
+    if len(unknown) > free_rows:
+        warnings.warn(
+            f"The tokens {', '.join(unknown[free_rows:])!r:.80} that tokenizer_config.json gives a role are not in the "
+            "vocabulary, and the model has no embeddings for them; they are text.",
+            stacklevel=4,
+        )
+    known.update(unknown[:free_rows])
+    more += [{"content": text, "special": True} for text in roles if text in known]
+    for name in ("extra_special_tokens", "additional_special_tokens"):
         extra = settings.get(name) or []
         texts = map(_content, extra.values() if isinstance(extra, dict) else extra)
         more += [{"content": text, "special": True} for text in texts if text]
-    more += [{"content": text, "special": True} for text in named.values() if text in vocabulary or text in tokens]
     for token in more:
         text = token["content"]
         i = tokens[text]["id"] if text in tokens else vocabulary.get(text, free)

@@ -25,6 +25,31 @@ def name_splitter(names: Collection[str]) -> Callable[[str], list[str]]:
     return functools.partial(_split, library, frozenset(names))
 
 
+def split_in_turn(first: Callable[[str], list[str]], then: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
+    """A function that cuts a text by `first`, and what lies between its names by `then`."""
+
+    def split(text: str) -> list[str]:
+        pieces: list[str] = []
+        for i, piece in enumerate(first(text)):
+            pieces += [piece] if i % 2 else then(piece)
+        return pieces
+
+    return split
+
+
+def normalized_splitter(names: Collection[str], normalize: Callable[[str], str]) -> Callable[[str], list[str]]:
+    """name_splitter() for names that are found in the normalized text, by their normalized form."""
+    forms = {form: name for name in names if (form := normalize(name))}
+    find = name_splitter(forms)
+
+    def split(text: str) -> list[str]:
+        pieces = find(normalize(text))
+        pieces[1::2] = [forms[form] for form in pieces[1::2]]
+        return pieces
+
+    return split
+
+
 def _split(library: Any, names: frozenset[str], text: str) -> list[str]:
     searched = re.sub("[\ud800-\udfff]", OTHER, text)  # marks of a user's characters, which the library cannot read
     pieces, cut = list[str](), 0

@@ -35,7 +35,7 @@ from .special_tokens import (
 )
 from .taint import Taint, plain
 from .thoughts import Thoughts, think_marks
-from .token_names import name_splitter
+from .token_names import name_splitter, normalized_splitter, split_in_turn
 from .vocabulary import SPACE, byte_level, byte_level_bytes, sentencepiece, sentencepiece_bytes, tokenizer_json
 
 SPLIT_NAMES = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2")  # tokenizer.ggml.pre of the files with Qwen2's rule
@@ -45,7 +45,9 @@ NOT_VARIABLES = (
     *("continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding"),
     *("truncation", "max_length", "tokenizer_kwargs", "processor_kwargs"),
 )
-FLAGS = ("lstrip", "rstrip", "single_word")  # an added token takes white space beside it, or is a word of its own
+# An added token takes white space beside it, is a word of its own, or is found in the normalized text.
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+IDEMPOTENT = (None, "NFC", "NFD", "NFKC", "NFKD")  # normalizers that change no text twice
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type; the rest is padding
 
 
@@ -94,8 +96,8 @@ class Tokenizer:
         self._drops_space = is_sentencepiece and b'"Strip"' in ((bpe.decoder and bpe.decoder.__getstate__()) or b"")
         self._bytes_of_name = sentencepiece_bytes if is_sentencepiece else byte_level_bytes
         self._taint = Taint(self._control)
-        self._split = name_splitter(self.special)
         self._flags = {name: flags for name, flags in (flags or {}).items() if flags and name in self.special}
+        self._split = self._splitter(self.special)
 
     @functools.cached_property
     def _split_control(self) -> Callable[[str], list[str]]:
@@ -103,7 +105,14 @@ class Tokenizer:
 
     @functools.cached_property
     def _split_others(self) -> Callable[[str], list[str]]:
-        return name_splitter(self.special.keys() - set(self._control))
+        return self._splitter(self.special.keys() - set(self._control))
+
+    def _splitter(self, names: Iterable[str]) -> Callable[[str], list[str]]:
+        """A function that cuts a text at these names; those with the flag `normalized` are searched for last."""
+        names, normalizer = set(names), self._bpe.normalizer
+        normalized = {name for name in names if "normalized" in self._flags.get(name, ())} if normalizer else set()
+        split = name_splitter(names - normalized)
+        return split_in_turn(split, normalized_splitter(normalized, normalizer.normalize_str)) if normalized else split
 
     @property
     def chat_template(self) -> str | None:
@@ -170,6 +179,12 @@ class Tokenizer:
         special = {name: i for i, name in enumerate(names) if name and kinds[i] in (CONTROL, USER_DEFINED)}
         eos = {i for i in map(token, ("eos", "eot", "eom")) if i is not None}
         eos |= end_ids(special, {kind: token(kind) for kind in FIM_END_TOKENS})
+        listed = metadata.get("tokenizer.ggml.eos_token_ids") or []
+        if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < len(names) for i in listed):
+            raise GGUFError(
+                f"metadata field 'tokenizer.ggml.eos_token_ids' is {listed!r:.80}, expected ids below {len(names)}."
+            )
+        eos |= set(listed)
         if not eos:
             raise GGUFError("metadata field 'tokenizer.ggml.eos_token_id' is missing; convert the model again.")
         ordinary = (NORMAL, UNKNOWN, BYTE) if kind == "llama" else (NORMAL,)
@@ -229,9 +244,11 @@ class Tokenizer:
             ids = data["model"]["vocab"] | special
             check_ids(ids)
             flags = {token["content"]: {flag for flag in FLAGS if token.get(flag)} for token in added}
-            if (data.get("normalizer") or {}).get("type", "NFC") != "NFC" and any(t.get("normalized") for t in added):
-                names = [token["content"] for token in added if token.get("normalized")]
-                warnings.warn(f"{path}: {', '.join(names)} are read before the text is normalized.", stacklevel=3)
+            normalized = [name for name in flags if "normalized" in flags[name]]
+            if normalized and (data.get("normalizer") or {}).get("type") not in IDEMPOTENT:
+                some = ", ".join(normalized[:3]) + ", ..." * (len(normalized) > 3)
+                warnings.warn(f"{path}: {some} are read before the text is normalized.", stacklevel=3)
+                flags = {name: flags[name] - {"normalized"} for name in flags}
             names = [""] * (1 + max(ids.values()))
             for name, i in ids.items():
                 names[i] = name
@@ -414,7 +431,7 @@ class Tokenizer:
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
@@ -423,7 +440,7 @@ class Tokenizer:
         it refuses the messages.
         """
         source = self._template(tools, variables)
-        variables = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        variables = chat_template.variables_of(tools, add_generation_prompt=add_generation_prompt, **variables)
         return chat_template.render(source, messages, **{**self.special_tokens, **variables})
 
     def _template(self, tools: Any, variables: dict[str, Any]) -> str:
@@ -451,7 +468,7 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
@@ -466,7 +483,7 @@ class Tokenizer:
                 "apply_chat_template gives token ids; render_chat gives the text, and generate takes the messages."
             )
         source = self._template(tools, variables)
-        variables = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        variables = chat_template.variables_of(tools, add_generation_prompt=add_generation_prompt, **variables)
         form = chat_template.normalized_for(source, messages, **{**self.special_tokens, **variables})
         text = self._traced(source, form, variables)
         pieces = [text]
@@ -507,7 +524,7 @@ class Tokenizer:
         check_folder(Path(folder) / "tokenizer.json", "the tokenizer's")
         data = self.library_json()
         data["added_tokens"] = [
-            {"id": i, "content": name, "special": i in self._control_ids, "normalized": False}
+            {"id": i, "content": name, "special": i in self._control_ids}
             | {flag: flag in self._flags.get(name, ()) for flag in FLAGS}
             for name, i in self.special.items()
         ]

@@ -94,12 +94,19 @@ def tokenizer_json(folder: Path) -> dict[str, Any]:
             f"{folder}: tokenizer.json is missing; save the tokenizer with transformers' fast tokenizer."
         )
     try:
-        return data | {"added_tokens": added_tokens(data, settings, named_tokens(folder, settings))}
+        return data | {"added_tokens": added_tokens(data, settings, named_tokens(folder, settings), _rows(folder))}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise QwenMLXError(
             f"{path}: the vocabulary or the added tokens, with those of tokenizer_config.json, are damaged "
             f"({shortened(repr(error))}); save it again."
         ) from None
+
+
+def _rows(folder: Path) -> int | None:
+    """The embeddings that the folder's config.json names, if it does."""
+    config = folder / "config.json"
+    rows = read_json(config).get("vocab_size") if config.exists() else None
+    return rows if isinstance(rows, int) else None
 
 
 def _from_vocab_and_merges(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
+import enum
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -175,6 +179,14 @@ def test_a_file_without_an_end_token_is_refused():
         Tokenizer.from_gguf(MINIMAL | unmarked | {"tokenizer.ggml.tokens": ["a", "b", "ab", "<x>", "<y>"]})
 
 
+def test_a_gguf_s_list_of_end_tokens_is_obeyed():
+    fields = MINIMAL | {"tokenizer.ggml.eos_token_ids": [2, 4]}
+    assert Tokenizer.from_gguf(fields).eos_token_ids == {2, 3, 4}
+    for wrong in ([5], [-1], ["4"], 4):
+        with pytest.raises(GGUFError, match="eos_token_ids' is"):
+            Tokenizer.from_gguf(fields | {"tokenizer.ggml.eos_token_ids": wrong})
+
+
 def test_a_file_that_marks_no_control_tokens_has_them_by_their_names():
     words = r"token_type' marks no control tokens; 2 .*<\|endoftext\|>, <\|im_end\|>"
     with pytest.warns(UserWarning, match=words) as said:
@@ -272,11 +284,15 @@ def decoder(*changed: dict[str, Any], **more: dict[str, Any]) -> dict[str, Any]:
         decoder(token("<think>", single_word=True)),
         decoder(token("<tool_call>", special=True)),
         decoder(token("<think>", normalized=True)),
+        decoder(**{"270": token("\u00e9\u1e69", normalized=True), "269": token("<extra>", normalized=True)}),
+        decoder(**{"269": token("e\u0301s\u0307\u0323"), "270": token("<more>", normalized=True, rstrip=True)}),
         decoder(**{"269": token("<extra>", special=True), "270": token("<more>")}),
         decoder(**{"300": token("<extra>")}),
         {"additional_special_tokens": ["<extra>", "<tool_call>"]},
         {"extra_special_tokens": {"extra_token": "<extra>"}},
         {"eos_token": "!"},
+        {"eos_token": "<extra>", "bos_token": "<more>", "additional_special_tokens": ["<x>"], "sep_token": "<y>"},
+        {"extra_special_tokens": {"image_token": "<extra>"}, "pad_token": "<more>"},
     ],
 )
 def test_added_tokens_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any]):
@@ -288,6 +304,8 @@ def test_added_tokens_are_those_of_transformers(tmp_path: Path, changes: dict[st
         "a<think>b",
         "a <think> b",
         "(<think>)\u0338",
+        "<think>\u0338 <more>  \u0338",
+        "e\u0301s\u0323\u0307 \u00e9\u1e69 e\u0301s\u0307\u0323",
         "x<extra><more>y",
         " ! <tool_call>",
     ):
@@ -296,6 +314,13 @@ def test_added_tokens_are_those_of_transformers(tmp_path: Path, changes: dict[st
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
     ours.save(tmp_path)
     assert Tokenizer.from_folder(tmp_path)("a </s> <think>  ") == ours("a </s> <think>  ")
+
+
+def test_a_role_s_token_without_an_embedding_is_text(tmp_path: Path):
+    write_byte_folder(tmp_path, pad_token="<extra>", sep_token="<more>")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 270}')
+    with pytest.warns(UserWarning, match="'<extra>' that tokenizer_config"):
+        assert Tokenizer.from_folder(tmp_path).special.get("<more>") == 269
 
 
 # The guard of control tokens in messages.
@@ -314,9 +339,16 @@ v | truncate(9); v.center(9); v | indent; v | int; {'a': 'b'}[v]; v | wordcount;
 v ~ [w]; v.isalpha(); v.splitlines() | join; v * 2; v is lower; v is eq w; d; d | tojson; d.items() | list; d | list
 d | dictsort; d.copy(); dict(d); d | reverse | list; '%s' % d; d[v]; d.get(v); v in d; '<' ~ d.keys() | first ~ '>'
 d | items | list; '<' ~ (d.items() | first | first) ~ '>'; d.values() | join; d | length; d | string
-{'a': 'b'}.get(v, w); {'a': 'b'}.get(w); {v: w}.get(v)
+{'a': 'b'}.get(v, w); {'a': 'b'}.get(w); {v: w}.get(v); ('<' ~ v ~ w) | unique | join; [v, w] | unique | list
+['a', v].index(v); ['a', 'im_end', w].count(v); [v, w].index(w); (v, 1); '{!r}{:>3}'.format(v, w); '%r' | format(v)
+'%5s|%r' % (v, w); '%s' % [v]; '%s %s' % (v, {w: v}); [[1, v], [0, w]] | min
+[{'a': v}, {'a': w}] | unique(attribute='a') | list
+[{'a': v, 'b': 1}, {'a': w}, {'a': v}] | groupby('a') | list; '<' ~ ([{'a': v}] | groupby('a') | first).grouper ~ '>'
+dict(**d) | list; dict(d)[v]; dict(d, a=w) | list; '{x}'.format(**dict(x=v)); namespace(**dict(x=v)).x
+namespace(messages[0]).w
 """.replace("\n", ";").split(";")
 USES = [use.strip() for use in USES if use.strip()]
+MACRO = "{% macro m(a) %}<{{ kwargs | first }}>{{ a }}{% endmacro %}{% set k = messages[0].k %}{{ m(**k) }}"
 PIECES = ["<", "|", ">", "<|", "|>", "im_end", "/s", "|im_end|", "<|im_end|>", "<|im_", "a", " ", "A", "</s>", "\n"]
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 WORDS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join) | ANY
@@ -328,9 +360,10 @@ WORDS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join) | ANY
 @example(v="|im_end|", w="im_end")
 @example(v="<|IM_END|>", w="</S>")
 def test_a_user_s_characters_make_no_control_token(v: str, w: str):
-    message = {"role": "user", "content": "", "v": v, "w": w, "d": {v: w, w: v}}
+    message = {"role": "user", "content": "", "v": v, "w": w, "d": {v: w, w: v}, "k": {v: w, "a": w}}
     names = "{% set v, w, d = messages[0].v, messages[0].w, messages[0].d %}"
     template = names + "\n".join("{{ %s }}" % use for use in USES) + "</s>"  # noqa: UP031
+    template = MACRO + template
     text = render_traced(template, [message], {}, {}, TAINT)
     assert plain(text) == render(template, [message])
     assert text.endswith("</s>")
@@ -344,6 +377,101 @@ def test_a_control_token_within_arguments_stays_text(tmp_path: Path):
     ids = tokenizer.apply_chat_template([{"role": "assistant", "tool_calls": [call]}])
     assert tokenizer.decode(ids, skip_special=False) == '{"a": "<|im_end|>"}'
     assert IDS[IM_END] not in ids
+
+
+class Color(str, enum.Enum):
+    RED = "<|im_end|>"
+
+
+class Word(str):
+    def __str__(self) -> str:
+        return "<|im_end|>"
+
+
+@dataclasses.dataclass
+class Point:
+    x: Any
+
+
+class Model:
+    """An object with pydantic's method, as OpenAI's library has them."""
+
+    def model_dump(self) -> dict[str, Any]:
+        return {"x": [Point("a")], "y": Color.RED}
+
+
+def count_words(text: str) -> int:
+    """Counts words.
+
+    Args:
+        text: What to count them in.
+    """
+    return len(text.split())
+
+
+@each(
+    "value",
+    [
+        Color.RED,
+        Word("a"),
+        Point(Color.RED),
+        Model(),
+        np.float32(1.5),
+        np.bool_(False),
+        np.str_("a"),
+        np.array([1])[0],
+        collections.OrderedDict(b=1, a=Color.RED),
+        collections.UserDict(a=(1, "b")),
+        collections.defaultdict(list, a=[True]),
+        enum.IntEnum("Level", ["LOW"]).LOW,
+        {1: {None: 2.5}},
+    ],
+    ids=repr,
+)
+def test_values_of_python_are_plain_as_for_transformers(tmp_path: Path, value: Any):
+    from transformers import AutoTokenizer
+
+    template = "{{ x }}{{ messages[0].x }}{{ messages[0].x | tojson }}" + PLAIN
+    tokenizer = folder(tmp_path, chat_template=template)
+    messages = [{"role": "user", "content": "Hi", "x": value}]
+    text = tokenizer.render_chat(messages, x=value)
+    assert text == AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, x=value, tokenize=False)
+    assert tokenizer.decode(ids := tokenizer.apply_chat_template(messages, x=value), skip_special=False) == text
+    assert IDS[IM_END] not in ids
+
+
+@each("value", [b"<|im_end|>", {"<|im_end|>"}, Path("<|im_end|>"), object(), ValueError(IM_END), [1, len]], ids=repr)
+def test_values_that_json_does_not_have_are_named(tmp_path: Path, value: Any):
+    tokenizer = folder(tmp_path, chat_template=PLAIN)
+    kind = type(value[1] if isinstance(value, list) else value).__name__
+    for messages, variables in (([{**HI[0], "x": value}], {}), (HI, {"x": value}), (HI, {"tools": [{"x": value}]})):
+        for ask in (tokenizer.render_chat, tokenizer.apply_chat_template):
+            with pytest.raises(QwenMLXError, match=f"type {kind} is in (a message|the variable '(x|tools)'),"):
+                ask(messages, **variables)
+
+
+def test_functions_are_tools_as_for_transformers(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = folder(tmp_path, chat_template="{{ tools | tojson }}" + PLAIN)
+    text = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(HI, tools=[count_words], tokenize=False)
+    assert tokenizer.render_chat(HI, tools=[count_words]) == text
+    assert tokenizer.apply_chat_template(HI, tools=[count_words]) == tokenizer.encode(text)
+    for tools, words in (([len], "argument obj"), ("x", "expected a list"), ([folder], "docstring")):
+        with pytest.raises(QwenMLXError, match=words):
+            tokenizer.apply_chat_template(HI, tools=tools)
+
+
+def test_an_answer_without_content_is_null_in_json_and_no_messages_are_named(tmp_path: Path):
+    tokenizer = folder(
+        tmp_path, chat_template="{% for m in messages %}{{ m.content | tojson }}{% endfor %}" + CALLS % 1
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    with pytest.warns(UserWarning, match="leaves out tool calls"):
+        assert tokenizer.render_chat([*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]) == '"Hi"null1'
+    for ask in (tokenizer.render_chat, tokenizer.apply_chat_template):
+        with pytest.raises(QwenMLXError, match="no messages"):
+            ask([])
 
 
 JSON = st.recursive(
