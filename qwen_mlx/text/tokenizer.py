@@ -10,6 +10,7 @@ import codecs
 import functools
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -355,7 +356,7 @@ class Tokenizer:
         for name, text in zip(pieces[1::2], pieces[2::2]):
             flags, before = self._flags.get(name, ()), result[-1]
             beside = (before or "".join(result[-2:-1]))[-1:] + text[:1]
-            if "single_word" in flags and re.search(r"\w", beside):
+            if "single_word" in flags and any(map(_is_word, beside)):
                 result[-1] += name + text
                 continue
             result[-1] = before.rstrip() if "lstrip" in flags else before
@@ -576,6 +577,13 @@ class StreamingDetokenizer:
     def finish(self) -> str:
         """Returns what is left: U+FFFD for a character that was never completed."""
         return self._decoder.decode(b"", final=True)
+
+
+def _is_word(character: str) -> bool:
+    """True for a character of words as the `tokenizers` library's regular expressions have them: Unicode's annex C of
+    UTS 18, with marks and without superscripts, unlike Python's."""
+    kind = unicodedata.category(character)
+    return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or character in "\u200c\u200d"
 
 
 def _check_characters(text: str) -> None:

@@ -305,6 +305,7 @@ def test_added_tokens_are_those_of_transformers(tmp_path: Path, changes: dict[st
         "a <think> b",
         "(<think>)\u0338",
         "<think>\u0338 <more>  \u0338",
+        "\u00b2<think> \u216b<think> \u200d<think>\u4f60",
         "e\u0301s\u0323\u0307 \u00e9\u1e69 e\u0301s\u0307\u0323",
         "x<extra><more>y",
         " ! <tool_call>",
