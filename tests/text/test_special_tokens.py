@@ -346,7 +346,7 @@ d | items | list; '<' ~ (d.items() | first | first) ~ '>'; d.values() | join; d 
 [{'a': v}, {'a': w}] | unique(attribute='a') | list
 [{'a': v, 'b': 1}, {'a': w}, {'a': v}] | groupby('a') | list; '<' ~ ([{'a': v}] | groupby('a') | first).grouper ~ '>'
 dict(**d) | list; dict(d)[v]; dict(d, a=w) | list; '{x}'.format(**dict(x=v)); namespace(**dict(x=v)).x
-namespace(messages[0]).w
+namespace(messages[0]).w; '<' ~ (['|im_end|', v] | sort)[1] ~ '>' if v == '|im_end|' else ''
 """.replace("\n", ";").split(";")
 USES = [use.strip() for use in USES if use.strip()]
 MACRO = "{% macro m(a) %}<{{ kwargs | first }}>{{ a }}{% endmacro %}{% set k = messages[0].k %}{{ m(**k) }}"
