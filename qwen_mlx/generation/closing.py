@@ -14,13 +14,18 @@ SHORT = ("}", "]", '"', *"0123456789", "null", "true", "false", *"ntf-", "[", "{
 QUOTE, LETTER = '"', "a"
 OTHERS = 8  # ids that are tried where none of SHORT is allowed
 STEPS = 8192  # of a search: a string whose pattern has no end would take all of max_tokens
+OPTIONAL_STEPS = 512  # where an answer may be cut
 
 
 class Closer:
     """Finds tokens that complete an answer. The search is greedy: for JSON it closes what is open and adds what is
-    required; it may miss the shortest way, and in another grammar every way."""
+    required; it may miss the shortest way, and in another grammar every way.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    must_end: an answer that is cut is worthless.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, must_end: bool) -> None:
+        self._must_end = must_end
         ids = [tokenizer.encode(text) for text in SHORT]
         self._short = [tokens[0] for tokens in ids if len(tokens) == 1]
         self._quote, self._letter = (tokenizer.encode(text)[0] for text in (QUOTE, LETTER))
@@ -30,7 +35,7 @@ class Closer:
         where they would be more than `most` or are not to be seen."""
         way: list[int] = []
         matcher = compiled.deep_copy()
-        for _ in range(STEPS):
+        for _ in range(STEPS if self._must_end else OPTIONAL_STEPS):
             if matcher.is_accepting():
                 return way
             following = matcher.compute_ff_tokens() or self._shortest(matcher)

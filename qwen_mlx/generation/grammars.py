@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import decimal
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..errors import QwenMLXError
 from .tools import CLOSE, OPEN, Tool
 
-LARGEST = 1 << 18  # characters of a schema or a grammar
+LARGEST = 1 << 18  # characters of a schema, a regular expression or a list of choices
+LARGEST_GRAMMAR = 1 << 15  # a chain of terminals takes a time that grows with its square
+STACK = 256 << 20  # bytes; 6,336 schemas, each within the one before, need more than 32 MB
 LEXER_STATES = 30_000  # of 2 kB at most
 LEXER_FUEL = 200_000  # for the first mask; with the library's million "(a{1000}){1000}" takes it seconds
 MULTIPLE = 10_000  # of a multipleOf without its decimal point: llguidance makes a state for each remainder
+# Bytes that must follow are not added ahead: "start: /a+/ /a+/", of which the first pattern takes every "a", would add
+# them without end. Only a grammar of terminals has such states: those of one pattern or schema lead to its end.
+UNFORCED = '\n%llguidance {"no_forcing": true}\n'  # the last declaration holds
+_stack_size = threading.Lock()  # the size is the process's, for all threads that start
 # One way to write each value, as json.dumps writes it: a model that may add white space can add it without end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
@@ -49,7 +57,7 @@ def grammar_source(json_schema: Any, json_object: bool, regex: Any, choices: Any
     elif kind == "regex":
         source = matcher.grammar_from_regex(_bounded("regex", regex))
     else:
-        source = matcher.grammar_from_lark(_bounded("grammar", grammar))
+        source = matcher.grammar_from_lark(_bounded("grammar", grammar, LARGEST_GRAMMAR) + UNFORCED)
     return kind, source
 
 
@@ -113,11 +121,11 @@ def _check_multiple(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _bounded(kind: str, text: Any) -> str:
+def _bounded(kind: str, text: Any, largest: int = LARGEST) -> str:
     if not isinstance(text, str):
         raise QwenMLXError(f"The {kind} is {type(text).__name__}, expected a string.")
-    if len(text) > LARGEST:
-        raise QwenMLXError(f"The {kind} has {len(text):,} characters, expected at most {LARGEST:,}.")
+    if len(text) > largest:
+        raise QwenMLXError(f"The {kind} has {len(text):,} characters, expected at most {largest:,}.")
     return text
 
 
@@ -143,6 +151,22 @@ def library() -> Any:
 def limits() -> Any:
     """Bounds of what a grammar may cost."""
     return library().LLParserLimits(max_lexer_states=LEXER_STATES, initial_lexer_fuel=LEXER_FUEL, verbose_errors=False)
+
+
+def on_deep_stack(function: Callable[[], Any]) -> Any:
+    """Calls `function`, which compiles a grammar, on a thread with a stack of STACK bytes. The compiler recurses as
+    deeply as rules name one another, and would end the process where the stack is too small."""
+    with _stack_size:
+        before = threading.stack_size(STACK)
+        try:
+            pool = ThreadPoolExecutor(1)
+            future = pool.submit(function)
+        except RuntimeError:
+            raise QwenMLXError(f"There is no memory to compile a grammar; leave {STACK >> 20} MB of it.") from None
+        finally:
+            threading.stack_size(before)
+    with pool:
+        return future.result()
 
 
 def unusable(kind: str, error: str) -> str:

@@ -16,7 +16,7 @@ from ..backend import mx
 from ..errors import QwenMLXError
 from ..text.tokenizer import Tokenizer
 from .closing import Closer
-from .grammars import grammar_source, library, limits, one_line, tool_calls_source, unusable
+from .grammars import grammar_source, library, limits, on_deep_stack, one_line, tool_calls_source, unusable
 from .tools import Tool, tools_by_name
 from .vocabulary import llguidance_tokenizer
 
@@ -31,7 +31,7 @@ class Constraint:
 
     def __init__(self, compiled: Any, tokenizer: Tokenizer, must_end: bool = False) -> None:
         self._compiled, self._size, self._must_end = compiled, tokenizer.vocab_size, must_end
-        self._eos_token_ids, self._closer = sorted(tokenizer.eos_token_ids), Closer(tokenizer)
+        self._eos_token_ids, self._closer = sorted(tokenizer.eos_token_ids), Closer(tokenizer, must_end)
 
     def start(self, max_tokens: int) -> Matcher:
         """A matcher of an answer that has no tokens yet and gets `max_tokens` at most."""
@@ -157,7 +157,8 @@ def check_grammar(
 ) -> None:
     """Raises QwenMLXError for what `constraint` refuses, as far as that is known without a tokenizer."""
     kind, source = grammar_source(json_schema, json_object, regex, choices, grammar)
-    if error := library().LLMatcher.validate_grammar(source, None, limits=limits()):
+    validate = library().LLMatcher.validate_grammar
+    if error := on_deep_stack(lambda: validate(source, None, limits=limits())):
         raise QwenMLXError(unusable(kind, error))
 
 
@@ -171,7 +172,8 @@ def tool_call_constraint(
 
 
 def _compiled(tokenizer: Tokenizer, kind: str, source: str) -> Constraint:
-    compiled = library().LLMatcher(llguidance_tokenizer(tokenizer), source, log_level=0, limits=limits())
+    known = llguidance_tokenizer(tokenizer)
+    compiled = on_deep_stack(lambda: library().LLMatcher(known, source, log_level=0, limits=limits()))
     error = compiled.get_error()
     if not error:
         first = compiled.deep_copy()

@@ -404,6 +404,7 @@ def test_a_bias_against_all_that_is_allowed_ends_with_a_sentence(small, draft):
         ({"regex": "[a&&b]"}, "The regex cannot be used: nothing satisfies it"),
         ({"grammar": 'start: "a'}, "The grammar cannot be used: .*lexer error"),
         ({"grammar": 'foo: "a"'}, "The grammar cannot be used: no start rule"),
+        ({"grammar": "start: " + "x" * (1 << 15)}, "The grammar has 32,775 characters, expected at most 32,768"),
         ({"choices": []}, "choices is .*expected a list of strings that are not empty"),
         ({"choices": "ab"}, "choices is 'ab', expected a list"),
         ({"choices": ["a", ""]}, "choices is"),
@@ -505,3 +506,28 @@ def test_a_short_expression_cannot_take_seconds(small):
     start = time.process_time()
     constraint(small[1], regex="(a{1000}){1000}")
     assert time.process_time() - start < 1.5
+
+
+@each("declared", ["", '%llguidance {"no_forcing": false}\n'])
+def test_a_grammar_whose_answer_has_no_end_is_cut(small, declared):
+    """The first pattern takes every "a", so that only an "a" may ever follow."""
+    made = constraint(small[1], grammar=declared + "start: /a+/ /a+/")
+    (chunk,) = list(stream_generate(*small, "hello", schema=made, max_tokens=8))[-1:]
+    assert chunk.finish_reason == "length"
+
+
+DEEP_RULES = "".join(f"r{i:x}:r{i + 1:x}\n" for i in range(3000))
+DEEP_SCHEMAS = {f"a{i}": {"anyOf": [{"type": "null"}, {"$ref": f"#/$defs/a{i + 1}"}]} for i in range(3500)}
+
+
+@each(
+    "kind",
+    [
+        {"grammar": f'start: r0\n{DEEP_RULES}rbb8: "x"'},
+        {"json_schema": {"$ref": "#/$defs/a0", "$defs": DEEP_SCHEMAS | {"a3500": {"type": "null"}}}},
+    ],
+    ids=lambda kind: next(iter(kind)),
+)
+def test_rules_that_name_one_another_deeply_do_not_end_the_process(small, kind):
+    check_grammar(**kind)
+    assert constraint(small[1], **kind).start(8).mask().any()
