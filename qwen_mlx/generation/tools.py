@@ -12,7 +12,7 @@ import math
 import os
 import runpy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from ..text.files import LARGEST_JSON, read_text
 from ..text.function_schema import function_schema
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-UNTAGGED = f"a call must stand between {OPEN} and {CLOSE}"
 DEEPEST = 64  # levels of a schema: beyond, Python's own limit of calls would come
 
 
@@ -141,15 +140,14 @@ def load_tools(path: str | os.PathLike[str]) -> list[Tool]:
 
 
 def parse_tool_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
-    """The calls in an answer, in order; one that cannot run has `error` set. No `<tool_call>`, no calls; but an answer
-    that is nothing else than a call of one of the tools without its tags, as small models write it, is an error too.
-    """
+    """The calls in an answer, in order; one that cannot run has `error` set. No `<tool_call>`, no calls, unless the
+    answer is nothing else than a call of one of the tools, as small models write it."""
     calls = []
     bare = text.strip().removesuffix("```").removeprefix("```").removeprefix("json").strip()
     if OPEN not in text and bare.startswith("{") and bare.endswith("}"):
         call = _parse(bare, tools)
         if call.name in tools:
-            calls.append(replace(call, error=call.error or UNTAGGED))
+            calls.append(call)
     for piece in text.split(OPEN)[1:]:
         body, close, _ = piece.partition(CLOSE)
         calls.append(_parse(body, tools) if close else ToolCall("", {}, f"{OPEN} is not closed by {CLOSE}"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..generation.text import overlap
-from ..generation.tools import OPEN, UNTAGGED, Tool, parse_tool_calls
+from ..generation.tools import OPEN, Tool, parse_tool_calls
 
 UNTAGGED_STARTS = ("{", "```")  # small models leave out the tags
 
@@ -35,7 +35,7 @@ class ToolText:
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """The rest of the text and the calls."""
         calls = parse_tool_calls(self._text, self._tools)
-        if not calls or any(call.error not in (None, UNTAGGED) for call in calls):
+        if not calls or any(call.error for call in calls):
             return self._text[self._shown :], []
         return "", [
             {

@@ -175,6 +175,9 @@ def test_calls_are_found_in_order_between_text():
     ]
     assert [run(call, TOOLS) for call in calls] == ["Oslo: 21 C, 1 days", "null", "Ærø: 21 C, 3 days"]
     assert str(calls[2]) == 'weather(city="Ærø", days=3)'
+    bare = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    assert parse_tool_calls(bare, TOOLS) == parse_tool_calls(f"```json\n{bare}\n```", TOOLS) == calls[:1]
+    assert parse_tool_calls(f"It is {bare}", TOOLS) == []
     assert parse_tool_calls('{"name": "unknown", "arguments": {}}', TOOLS) == []
     assert parse_tool_calls('no call; {"name": "weather"} ```json\n{}```', TOOLS) == []
 
@@ -189,8 +192,7 @@ def test_calls_are_found_in_order_between_text():
         ('<tool_call>{"name": "weather", "name": "x", "arguments": {}}</tool_call>', ("twice",)),
         ('<tool_call>{"name": "weather", "arguments": {"city": NaN}}</tool_call>', ("NaN",)),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", ("not valid JSON",)),
-        ('{"name": "weather", "arguments": {"city": "Oslo"}}', ("between <tool_call> and",)),
-        ('```json\n{"name": "weather", "arguments": {"city": "Oslo"}}\n```', ("between <tool_call> and",)),
+        ('{"name": "weather", "arguments": {"town": "Oslo"}}', ("lacks 'city'",)),
         (text(extra=1), ("extra",)),
         (text(name=3), ("'name'",)),
         (text(arguments="Oslo"), ("'arguments'",)),
