@@ -451,6 +451,14 @@ def schema(rng: Random, depth: int = 3) -> Any:
     )
 
 
+def deep(depth: int) -> dict[str, Any]:
+    """Rules and schemas that name one another."""
+    if depth % 2:
+        return {"grammar": "start: r0\n" + "".join(f"r{i:x}:r{i + 1:x}\n" for i in range(depth)) + f'r{depth:x}:"x"'}
+    schemas = {f"a{i}": {"items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(depth)}
+    return {"json_schema": {"$ref": "#/$defs/a0", "$defs": schemas | {f"a{depth}": {}}}}
+
+
 def structured(world: World, rng: Random) -> None:
     parts = ["a", "(", ")", "*", "{1,999}", "?", "|", ".", "[^a]", r"\p{L}", "{4000000000}", "&", "~", "\0", "é"]
     rules = [
@@ -477,6 +485,7 @@ def structured(world: World, rng: Random) -> None:
             lambda: {"json_schema": dumped(rng, schema(rng)).decode("utf-8", "replace")},
             lambda: {"regex": "".join(rng.choice(parts) for _ in range(rng.randrange(30)))},
             lambda: {"grammar": "start: " + " ".join(rng.choice(rules) for _ in range(rng.randrange(30)))},
+            lambda: deep(rng.randrange(4000)),
             lambda: {"choices": rng.choice([value(rng), [rng.choice(TEXTS) for _ in range(3)]])},
         ]
     )()
