@@ -44,19 +44,25 @@ class QwenMLX:
         return _mlx_peak()
 
 
+def mlx_lm_model(model: Qwen2, bits: int | None) -> nn.Module:
+    """mlx-lm's model on the arrays of this one, which with `bits` are packed in groups of 64."""
+    from mlx_lm.models import qwen2
+
+    other = qwen2.Model(qwen2.ModelArgs.from_dict(model.config.to_hf()))
+    if bits:
+        nn.quantize(other, group_size=64, bits=bits)
+    other.load_weights(list(model.hf_parameters().items()), strict=True)
+    mx.eval(other.parameters())
+    return other
+
+
 class MlxLm:
     """mlx-lm's model on the same arrays; with `bits`, its own packing where the model's has no equal in it."""
 
     name = "mlx-lm"
 
     def __init__(self, model: Qwen2, bits: int | None):
-        from mlx_lm.models import qwen2
-
-        self._model = qwen2.Model(qwen2.ModelArgs.from_dict(model.config.to_hf()))
-        if bits:
-            nn.quantize(self._model, group_size=64, bits=bits)
-        self._model.load_weights(list(model.hf_parameters().items()), strict=True)
-        mx.eval(self._model.parameters())
+        self._model = mlx_lm_model(model, bits)
         self._model.eval()
 
     def start(self, prompts: Prompts) -> Tokens:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import train
 from benchmarks.cpu_generate import ENGINES
+from qwen_mlx.errors import QwenMLXError
 from reference.small_models import RandomModel, write_gguf
 from tests.helpers.cases import each
 from tests.helpers.commands import run_here
@@ -61,6 +63,21 @@ def test_run_compares_engines_that_make_the_same_tokens(tmp_path: Path):
     assert len(table) == 1 + len(dense) + len(packed)
     assert len({len(row) for row in table}) == 1, "the columns are not aligned"
     assert "40 x 1, round 1 of 1, mlx-lm: prefill " in done.stderr
+
+
+@pytest.mark.heavy
+@pytest.mark.linux  # mlx-lm would run on Apple's GPU
+def test_train_gives_both_trainers_the_same_work(monkeypatch: pytest.MonkeyPatch):
+    results = train.measure("tiny", batch=2, length=16, rank=4, steps=2, rounds=1)
+    assert list(results) == ["qwen_mlx", "mlx-lm"]
+    own, other = results.values()
+    assert own["first_loss"] == pytest.approx(other["first_loss"], rel=1e-4)
+    for result in results.values():
+        assert len(result["tokens_per_second"]) == 2
+        assert result["peak_bytes"] > 0
+    monkeypatch.setattr(train, "mlx_lms", lambda *_: iter([(1.1 * own["first_loss"], 1.0)] * 2))
+    with pytest.raises(QwenMLXError, match="first losses differ"):
+        train.measure("tiny", batch=2, length=16, rank=4, steps=1, rounds=1)
 
 
 def test_a_peer_gets_nothing_of_ours():
