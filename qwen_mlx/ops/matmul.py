@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from ..backend import mx
+from ..gguf.packing import DENSE
 from . import cpu
 from .dispatch import Kernel, described, differentiable, executor, have_values, require, require_float
 from .matrix import BLOCKS, Matrix
@@ -60,7 +61,27 @@ def _cotangents(primals: Any, cotangent: mx.array, _: object) -> tuple[mx.array,
     not that of a factor of an adapter, which costs little."""
     x, w = primals
     rows, columns = cotangent.reshape(-1, w.shape[0]).T, x.reshape(-1, w.shape[1]).T
-    return _fallback(cotangent, w.T), (_fallback if min(w.shape) <= FACTOR else _plain)(rows, columns)
+    return _times(cotangent, w), (_fallback if min(w.shape) <= FACTOR else _plain)(rows, columns)
+
+
+def _times(y: mx.array, w: mx.array) -> mx.array:
+    """y W, with a gradient."""
+    if not (executor("matmul") == "cpu" and y.dtype == mx.float32 and cpu.supports(_dense(w)) and have_values(y, w)):
+        return _fallback(y, w.T)
+
+    def cotangents(primals: Any, cotangent: mx.array, _: object) -> tuple[mx.array, mx.array]:
+        y, w = primals
+        return _fallback(cotangent, w), _plain(y.reshape(-1, y.shape[-1]).T, cotangent.reshape(-1, w.shape[1]).T)
+
+    def plain(y: mx.array, w: mx.array) -> mx.array:
+        product: mx.array = y @ w
+        return product
+
+    return differentiable(lambda y, w: cpu.multiply_transposed(y, _dense(w)), plain, y, w, vjp=cotangents)
+
+
+def _dense(w: mx.array) -> Matrix:
+    return Matrix(DENSE, w.shape[0], w.shape[1], (w,))
 
 
 def supports(x: mx.array, w: mx.array) -> bool:

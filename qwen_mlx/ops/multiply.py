@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ..backend import mx
 from . import cpu
-from .dispatch import differentiable, executor, no_grad, on_cpu, on_gpu
+from .dispatch import differentiable, executor, have_values, no_grad, on_cpu, on_gpu
 from .matmul import matmul, matmul_packed, reads_packed
 from .matrix import Matrix, rows_of
 from .matvec import matvec
@@ -34,13 +34,15 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
         if x.dtype == arrays[0].dtype:
             return matmul(x, arrays[0])
         if x.dtype == mx.float32:
-            return _by_values(x, lambda: arrays[0].astype(mx.float32))
+            return _with_gradient(x, matrix)
         return x @ arrays[0].T
     # MLX's own product of affine codes is slower on a CPU than unpacking them.
     if packing.kind == "affine" and executor("unpack") != "cpu":
         codes, scales, biases = arrays
         y = mx.quantized_matmul(x, codes, scales, biases, group_size=packing.group_size, bits=packing.bits)
         return y.astype(x.dtype)
+    if _on_cpu_with_gradient(x, matrix):
+        return _with_gradient(x, matrix)
     # Without its kernel on a GPU, one vector is multiplied as several are: matvec's own fallback is exact and slow.
     by_itself = on_gpu("matvec") or mx.default_device() == mx.cpu
     if x.size == matrix.columns and packing.kind != "affine" and by_itself:
@@ -74,6 +76,34 @@ def reshaped(x: mx.array, shape: Sequence[int]) -> mx.array:
 def _on_cpu(x: mx.array, matrices: Sequence[Matrix]) -> bool:
     # In this order: `supports` loads numba, which need not be there.
     return bool(x.size) and on_cpu("matmul", x.dtype) and all(map(cpu.supports, matrices))
+
+
+def _on_cpu_with_gradient(x: mx.array, matrix: Matrix) -> bool:
+    by_numba = executor("matmul") == "cpu" and x.dtype == mx.float32 and bool(x.size)
+    return by_numba and cpu.supports(matrix) and have_values(x)
+
+
+def _with_gradient(x: mx.array, matrix: Matrix, transposed: bool = False) -> mx.array:
+    """x W^T, or x W, with a gradient, in float32: where it can, by the CPU's functions, which unpack W as they go."""
+
+    def values() -> mx.array:
+        w = unpack(matrix, mx.float32)
+        return w.T if transposed else w
+
+    if not _on_cpu_with_gradient(x, matrix):
+        return _by_values(x, values)
+
+    def product(x: mx.array) -> mx.array:
+        return cpu.multiply_transposed(x, matrix) if transposed else cpu.multiply_all(x, [matrix])
+
+    def plain(x: mx.array) -> mx.array:
+        y: mx.array = x @ values().T
+        return y
+
+    def cotangent_of_x(_: object, cotangent: mx.array, __: object) -> mx.array:
+        return _with_gradient(cotangent, matrix, not transposed)
+
+    return differentiable(product, plain, x, vjp=cotangent_of_x)
 
 
 def _by_values(x: mx.array, values: Callable[[], mx.array]) -> mx.array:

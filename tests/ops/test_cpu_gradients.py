@@ -11,6 +11,7 @@ import pytest
 from qwen_mlx import ops
 from qwen_mlx.backend import mx
 from qwen_mlx.ops import DENSE, Matrix, cpu
+from tests.helpers.cases import each
 
 pytestmark = pytest.mark.skipif(not ops.dispatch.have_numba(), reason="needs numba")
 
@@ -47,7 +48,7 @@ def assert_same(found: list[mx.array], expected: list[mx.array]) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the CPU's own functions that are called from now on."""
     called: list[str] = []
-    for name in ("matmul", "attention"):
+    for name in ("matmul", "multiply_all", "multiply_transposed", "attention"):
         own = getattr(cpu, name)
         monkeypatch.setattr(
             cpu, name, lambda *args, name=name, own=own, **kw: (called.append(name), own(*args, **kw))[1], raising=False
@@ -71,14 +72,19 @@ def test_a_product_with_one_gradient_asked_for():
     assert_same(found, [mx.broadcast_to(w.sum(0), x.shape), mx.broadcast_to(x.sum(0), w.shape), x @ w.T])
 
 
-def test_a_packed_matrix_passes_gradients_on(calls: list[str]):
-    raw = np.full((8, 44), 60, np.uint8)
-    matrix, x = ops.raw_matrix(raw, "q5_0"), normal(3, 64)
+@each("kind, n_bytes", [("q5_0", 22), ("q6_k", 210)])
+def test_a_packed_matrix_passes_gradients_on(kind: str, n_bytes: int, calls: list[str]):
+    """Rows and columns are more than a thread takes at a time; sums as long as the rows are many."""
+    rng = np.random.default_rng(0)
+    n_blocks = 768 * n_bytes // (32 if kind == "q5_0" else 256)
+    raw = rng.integers(0, 60, (70, n_blocks)).astype(np.uint8)
+    matrix, x, cotangent = ops.raw_matrix(raw, kind), normal(2, 5, 768), normal(2, 5, 70, seed=1)
     with ops.forced("cpu"):
-        found = mx.grad(lambda x: ops.multiply(x, matrix).sum())(x)
-        values = ops.unpack(matrix, mx.float32)
-    assert calls
-    assert_same([found], [mx.broadcast_to(values.sum(0), x.shape)])
+        found = mx.grad(lambda x: (ops.multiply(x, matrix) * cotangent).sum())(x)
+        values = np.array(ops.unpack(matrix, mx.float32), np.float64)
+    assert calls[-2:] == ["multiply_all", "multiply_transposed"]
+    exact, sizes = (function(np.array(cotangent, np.float64)) @ function(values) for function in (np.array, np.abs))
+    assert np.all(np.abs(np.array(found) - exact) <= 70 * 2.0**-24 * sizes)
 
 
 def test_the_values_of_packed_matrices_are_not_kept_for_the_gradient():

@@ -38,6 +38,7 @@ from .vectors import (
 )
 
 TILE = 1 << 16  # weights, 256 KiB, that a core's own cache holds
+HEIGHT = 64  # rows of a strip that a thread unpacks at a time, for a product with their transpose
 QUERIES = 48  # tokens whose scores a thread computes at a time
 CHUNK = 256  # tokens of the cache that a thread attends to at a time
 
@@ -229,6 +230,70 @@ def multiply_packed(
         for block in range(_uint(rows * blocks)):
             store_values(matrix, _uint(first * blocks) + block, w, block)
         _products(w, 0, columns, rows, x, 0, columns, n_vectors, columns, out, start + first, width)
+
+
+@_serial
+def _add_products(
+    y: np.ndarray,
+    y_start: int,
+    y_stride: int,
+    n_vectors: int,
+    w: np.ndarray,
+    n_rows: int,
+    n_columns: int,
+    out: np.ndarray,
+    out_start: int,
+    out_stride: int,
+) -> None:
+    """out (n_vectors, n_columns) += y w on flat arrays; n_columns is a multiple of 32, between whose rows in w is none.
+
+    As in _products, 32 columns of three vectors at a time; what is too much is computed and stored twice.
+    """
+    for b0 in range(0, n_vectors, 3):
+        b1, b2 = min(b0 + 1, n_vectors - 1), min(b0 + 2, n_vectors - 1)
+        y0, y1, y2 = _uint(y_start + b0 * y_stride), _uint(y_start + b1 * y_stride), _uint(y_start + b2 * y_stride)
+        for c in range(0, n_columns, 32):
+            o0 = _uint(out_start + b0 * out_stride + c)
+            o1, o2 = _uint(out_start + b1 * out_stride + c), _uint(out_start + b2 * out_stride + c)
+            i1, i2, i3 = _uint(8), _uint(16), _uint(24)
+            s00, s01, s02, s03 = floats8(out, o0), floats8(out, o0 + i1), floats8(out, o0 + i2), floats8(out, o0 + i3)
+            s10, s11, s12, s13 = floats8(out, o1), floats8(out, o1 + i1), floats8(out, o1 + i2), floats8(out, o1 + i3)
+            s20, s21, s22, s23 = floats8(out, o2), floats8(out, o2 + i1), floats8(out, o2 + i2), floats8(out, o2 + i3)
+            at = _uint(c)
+            for r in range(_uint(n_rows)):
+                v0, v1, v2 = y[y0 + r], y[y1 + r], y[y2 + r]
+                u = floats8(w, at)
+                s00, s10, s20 = fma(v0, u, s00), fma(v1, u, s10), fma(v2, u, s20)
+                u = floats8(w, at + i1)
+                s01, s11, s21 = fma(v0, u, s01), fma(v1, u, s11), fma(v2, u, s21)
+                u = floats8(w, at + i2)
+                s02, s12, s22 = fma(v0, u, s02), fma(v1, u, s12), fma(v2, u, s22)
+                u = floats8(w, at + i3)
+                s03, s13, s23 = fma(v0, u, s03), fma(v1, u, s13), fma(v2, u, s23)
+                at += _uint(n_columns)
+            store(out, o0, s00), store(out, o0 + i1, s01), store(out, o0 + i2, s02), store(out, o0 + i3, s03)
+            store(out, o1, s10), store(out, o1 + i1, s11), store(out, o1 + i2, s12), store(out, o1 + i3, s13)
+            store(out, o2, s20), store(out, o2 + i1, s21), store(out, o2 + i2, s22), store(out, o2 + i3, s23)
+
+
+@_compiled
+def multiply_transposed(
+    matrix: Any, n_rows: int, blocks: int, columns: int, y: np.ndarray, strip: int, out: np.ndarray
+) -> None:
+    """out (B, columns) = y W for W of so many rows, and blocks a row, and y (B, n_rows), flat. A thread takes `strip`
+    blocks of every row, and unpacks HEIGHT rows of them at a time."""
+    n_vectors, width = y.size // n_rows, columns // blocks
+    for t in prange(-(-blocks // strip)):
+        first, count = t * strip, min(strip, blocks - t * strip)
+        for b in range(n_vectors):
+            out[b * columns + first * width : b * columns + (first + count) * width] = 0
+        w = np.empty(HEIGHT * strip * width, np.float32)
+        for row in range(0, n_rows, HEIGHT):
+            rows = min(HEIGHT, n_rows - row)
+            for r in range(rows):
+                for i in range(count):
+                    store_values(matrix, _uint((row + r) * blocks + first + i), w, _uint(r * count + i))
+            _add_products(y, row, n_rows, n_vectors, w, rows, count * width, out, first * width, columns)
 
 
 @_serial

@@ -13,6 +13,7 @@ from ..matrix import Matrix
 from . import kernels, packings
 from .arrays import as_bytes, elements
 
+STRIP = 64  # columns, or a block of more, that a thread takes in a product with the transpose
 _NOTHING = np.empty(0, np.float32)
 _BLOCKS: dict[str, Any] = {
     "q4_0": packings.Q40,
@@ -54,6 +55,15 @@ def products(x: np.ndarray, matrix: Matrix, out: np.ndarray, start: int) -> Call
     if isinstance(packed, packings.Floats):
         return partial(kernels.multiply, packed.values, vectors, columns, *to)
     return partial(kernels.multiply_packed, packed, rows, _blocks(packed, columns), vectors, columns, *to)
+
+
+def transposed_product(y: np.ndarray, matrix: Matrix, out: np.ndarray) -> None:
+    """out (B, columns) = y W for y (B, rows)."""
+    packed = _compiled_form(matrix)
+    blocks = _blocks(packed, matrix.columns)
+    strip = max(1, STRIP * blocks // matrix.columns)
+    flat = y.reshape(-1), strip, out.reshape(-1)
+    kernels.multiply_transposed(packed, matrix.rows, blocks, matrix.columns, *flat)
 
 
 def one_product(

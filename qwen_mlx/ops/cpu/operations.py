@@ -84,6 +84,14 @@ def multiply_all(x: mx.array, pieces: Sequence[Matrix]) -> mx.array:
     return out.array()
 
 
+def multiply_transposed(y: mx.array, matrix: Matrix) -> mx.array:
+    """y W for y (..., rows): what a product's gradient is multiplied by."""
+    out = Output(*y.shape[:-1], matrix.columns)
+    shape = out.values.reshape(-1, matrix.columns)
+    matrices.transposed_product(elements(y).reshape(-1, matrix.rows), matrix, shape)
+    return out.array()
+
+
 def matmul(x: mx.array, w: mx.array) -> mx.array:
     """ops.matmul, for a multiple of 8 columns."""
     rows, columns = w.shape
