@@ -43,6 +43,8 @@ def parser() -> Parser:
         "--targets", nargs="+", metavar="NAME", help="projections that get one, such as q_proj v_proj (default: all)"
     )
     shape.add_argument("--num-layers", type=int, metavar="N", help="only the last N layers (default: all)")
+    shape.add_argument("--dora", action="store_true", help="train the lengths of the matrices' rows, too (DoRA)")
+    shape.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of what the adapter reads (default 0)")
     course = p.add_argument_group("training")
     course.add_argument("--iters", type=int, default=1000, metavar="N", help="steps (default 1000)")
     course.add_argument("--batch-size", type=int, default=4, metavar="N", help="examples of a batch (default 4)")
@@ -57,6 +59,9 @@ def parser() -> Parser:
     course.add_argument("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (default 0.01)")
     course.add_argument(
         "--grad-checkpoint", action="store_true", help="compute each layer twice, in less memory on a GPU"
+    )
+    course.add_argument(
+        "--packing", action="store_true", help="fill rows of --max-seq-length tokens with examples, which stay apart"
     )
     course.add_argument("--seed", type=int, default=0, metavar="N", help="of the adapter's start and the order of data")
     course.add_argument(
@@ -86,10 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ["iters", "batch_size", "grad_accumulation_steps", "learning_rate", "lr_schedule", "warmup", "weight_decay"]
     names += ["grad_checkpoint", "seed", "steps_per_eval", "save_every"]
     val_batches = None if arguments["val_batches"] == -1 else arguments["val_batches"]
-    settings = TrainingSettings(**{name: arguments[name] for name in names}, val_batches=val_batches)
+    pack_length = arguments["max_seq_length"] if arguments["packing"] else None
+    settings = TrainingSettings(
+        **{name: arguments[name] for name in names}, val_batches=val_batches, pack_length=pack_length
+    )
     alpha = 2.0 * arguments["rank"] if arguments["alpha"] is None else arguments["alpha"]
     targets = tuple(arguments["targets"] or TARGETS)
-    lora = LoraSettings(arguments["rank"], alpha, targets, arguments["num_layers"])
+    lora = LoraSettings(
+        arguments["rank"], alpha, targets, arguments["num_layers"], arguments["dropout"], arguments["dora"]
+    )
     check_output(out, arguments["resume"])
     path = hub.resolve(arguments["model"])
     examples, validation = _examples(arguments, Tokenizer.read(path))

@@ -84,10 +84,10 @@ def matrix_of(module: nn.Module) -> Matrix:
 
 def low_rank_of(module: nn.Module) -> LowRank | None:
     """The adapter beside a module's matrix, where it has one: its arrays `lora_a` (rank, in), `lora_b` (out, rank) and
-    perhaps `lora_row_scale` (out,)."""
+    perhaps `lora_row_scale` (out,), and in training `lora_keep`."""
     if "lora_a" not in module:
         return None
-    return LowRank(module["lora_a"], module["lora_b"], module.get("lora_row_scale"))
+    return LowRank(module["lora_a"], module["lora_b"], module.get("lora_row_scale"), module.get("lora_keep"))
 
 
 def temporary_bytes(n_vectors: int, dtype: mx.Dtype, matrices: Iterable[Matrix]) -> int:

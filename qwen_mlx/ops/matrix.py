@@ -20,12 +20,14 @@ def template_names(kind: str, number: str, tiled: bool) -> list[str]:
 class LowRank(NamedTuple):
     """The form that an adapter gives a matrix W: row_scale W + b a, without touching the arrays of W.
 
-    a: (rank, columns), b: (rows, rank), row_scale: (rows,) or None for 1, all of the activations' dtype.
+    a: (rank, columns), b: (rows, rank), row_scale: (rows,) or None for 1, all of the activations' dtype. keep: of x's
+    shape, in training: dropout's factors of what a multiplies.
     """
 
     a: mx.array
     b: mx.array
     row_scale: mx.array | None = None
+    keep: mx.array | None = None
 
     @property
     def factors(self) -> tuple[Matrix, Matrix]:
@@ -75,6 +77,6 @@ def rows_of(matrix: Matrix, start: int, stop: int) -> Matrix:
     stop = min(stop, matrix.rows)
     low_rank = matrix.low_rank
     if low_rank is not None:
-        a, b, row_scale = low_rank
-        low_rank = LowRank(a, b[start:stop], None if row_scale is None else row_scale[start:stop])
+        a, b, row_scale, keep = low_rank
+        low_rank = LowRank(a, b[start:stop], None if row_scale is None else row_scale[start:stop], keep)
     return Matrix(matrix.packing, stop - start, matrix.columns, tuple(x[start:stop] for x in matrix.arrays), low_rank)

@@ -26,7 +26,8 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     if matrix.low_rank is not None:
         y, (a, b) = multiply(x, matrix.base), matrix.low_rank.factors
         y = y if matrix.low_rank.row_scale is None else y * matrix.low_rank.row_scale
-        return y + multiply(multiply(x, a), b)
+        kept = x if matrix.low_rank.keep is None else x * matrix.low_rank.keep
+        return y + multiply(multiply(kept, a), b)
     packing, arrays = matrix.packing, matrix.arrays
     if _on_cpu(x, [matrix]):
         return cpu.multiply_all(x, [matrix])

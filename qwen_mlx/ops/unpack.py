@@ -71,7 +71,7 @@ def unpack(matrix: Matrix, dtype: mx.Dtype, ids: mx.array | None = None) -> mx.a
         lambda: f"ids {described(ids)}, expected integers, each below {matrix.rows}.",
     )
     if matrix.low_rank is not None:
-        a, b, row_scale = matrix.low_rank
+        a, b, row_scale, _ = matrix.low_rank
         values = unpack(matrix.base, dtype, ids)
         if row_scale is not None:
             values = values * (row_scale if ids is None else row_scale[ids])[..., None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -27,12 +28,14 @@ class Example(NamedTuple):
 class Batch(NamedTuple):
     """Examples as one array, padded on the right.
 
-    inputs: int32 (B, L); positions: of predictions that count, in inputs.reshape(-1); targets: the token after each.
+    inputs: int32 (B, L); positions: of predictions that count, in inputs.reshape(-1); targets: the token after each;
+    segments: int32 (B, L), the number of each token's example in its row, None where a row is one example.
     """
 
     inputs: np.ndarray
     positions: np.ndarray
     targets: np.ndarray
+    segments: np.ndarray | None = None
 
 
 def read_examples(
@@ -98,6 +101,8 @@ def _tokenized(line: dict[str, Any], where: str, tokenizer: Tokenizer, mask_prom
             return _of_chat(line["messages"], line.get("tools"), where, tokenizer, mask_prompt)
         if "prompt" in line and "completion" in line:
             pair = _text(line, "prompt", where), _text(line, "completion", where)
+            if "system" in line:
+                raise QwenMLXError(f"{where}: has 'system' beside a prompt; give 'messages', the system's first.")
             messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
             return _of_chat(messages, line.get("tools"), where, tokenizer, mask_prompt)
         if "text" in line:
@@ -113,6 +118,14 @@ def _tokenized(line: dict[str, Any], where: str, tokenizer: Tokenizer, mask_prom
 def _of_chat(messages: Any, tools: Any, where: str, tokenizer: Tokenizer, mask_prompt: bool) -> tuple[list[int], int]:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) for m in messages):
         raise QwenMLXError(f"{where}: 'messages' is {shortened(repr(messages), 80)}, expected a list of objects.")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise QwenMLXError(f"{where}: 'tools' is {shortened(repr(tools), 80)}, expected a list of objects.")
+    for number, message in enumerate(messages, 1):
+        speaks = message.get("role") in ("user", "assistant") and not message.get("tool_calls")
+        if speaks and message.get("content") in (None, "", []):
+            raise QwenMLXError(
+                f"{where}: message {number}, of the {message['role']}, is empty; fill it or remove the line."
+            )
     if any("ids" in message for message in messages):  # which could name control tokens
         raise QwenMLXError(f"{where}: a message has 'ids', which only a conversation's own may have; leave them out.")
     ids = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=False)
@@ -128,6 +141,8 @@ def _of_chat(messages: Any, tools: Any, where: str, tokenizer: Tokenizer, mask_p
 def _text(line: dict[str, Any], name: str, where: str) -> str:
     if not isinstance(line[name], str):
         raise QwenMLXError(f"{where}: {name!r} is {type(line[name]).__name__}, expected a string.")
+    if not line[name]:
+        raise QwenMLXError(f"{where}: {name!r} is empty; fill it or remove the line.")
     return str(line[name])
 
 
@@ -139,10 +154,29 @@ def digest(examples: Sequence[Example]) -> str:
     return value.hexdigest()
 
 
-def batches(examples: Sequence[Example], size: int) -> list[Batch]:
-    """All examples, those of like length together, `size` in a batch."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    return [_batch([examples[i] for i in order[start : start + size]]) for start in range(0, len(order), size)]
+def batches(examples: Sequence[Example], size: int, pack_length: int | None = None) -> list[Batch]:
+    """All examples in batches of `size` rows, those of like length together. A row is an example, or with pack_length
+    as many as so many tokens hold."""
+    if pack_length is None:
+        rows = [[example] for example in sorted(examples, key=lambda example: len(example.ids))]
+    else:
+        rows = _packed(examples, pack_length)
+    return [_batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _packed(examples: Sequence[Example], length: int) -> list[list[Example]]:
+    """Rows of examples, by best fit: the longest first, each into the fullest row that has room for it."""
+    rows: list[list[Example]] = []
+    rooms: list[tuple[int, int]] = []  # what is left of each row, and its number, ascending
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        need = len(example.ids) - 1
+        at = bisect.bisect_left(rooms, (need, 0))
+        room, row = rooms.pop(at) if at < len(rooms) else (max(length, need), len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(example)
+        bisect.insort(rooms, (room - need, row))
+    return rows
 
 
 def order_of(n_batches: int, seed: int, start: int) -> Iterator[int]:
@@ -153,13 +187,18 @@ def order_of(n_batches: int, seed: int, start: int) -> Iterator[int]:
         yield from map(int, order[start % n_batches if epoch == start // n_batches else 0 :])
 
 
-def _batch(examples: Sequence[Example]) -> Batch:
-    length = max(len(example.ids) for example in examples) - 1
+def _batch(rows: Sequence[Sequence[Example]]) -> Batch:
+    length = max(sum(len(example.ids) - 1 for example in row) for row in rows)
     length += -length % LENGTH_UNIT
-    inputs = np.zeros((len(examples), length), np.int32)
+    inputs, segments = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
     positions, targets = [], []
-    for row, (ids, n_prompt) in enumerate(examples):
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        positions.append(np.arange(n_prompt - 1, len(ids) - 1, dtype=np.int32) + row * length)
-        targets.append(ids[n_prompt:])
-    return Batch(inputs, np.concatenate(positions), np.concatenate(targets))
+    for i, row in enumerate(rows):
+        start = 0
+        for number, (ids, n_prompt) in enumerate(row):
+            stop = start + len(ids) - 1
+            inputs[i, start:stop], segments[i, start:stop] = ids[:-1], number
+            positions.append(np.arange(start + n_prompt - 1, stop, dtype=np.int32) + i * length)
+            targets.append(ids[n_prompt:])
+            start = stop
+    several = any(len(row) > 1 for row in rows)
+    return Batch(inputs, np.concatenate(positions), np.concatenate(targets), segments if several else None)

@@ -70,23 +70,26 @@ def write_adapter(
     n_layers: int,
 ) -> None:
     """Writes an adapter of `base`, a model of n_layers layers, in one of FORMATS."""
+    config: dict[str, Any] = {}
     projections = [key.rpartition(".")[2] for key in settings.keys]
     if form == "mlx-lm":
-        tensors = {f"{name}.lora_{part}": array.T for name, pair in factors.items() for part, array in pair.items()}
-        parameters = {"rank": settings.rank, "scale": settings.scale, "dropout": 0.0, "keys": settings.keys}
-        config = {"model": base, "fine_tune_type": "lora", "num_layers": settings.num_layers or -1}
-        config |= {"lora_parameters": parameters}
+        names = {"a": "lora_a", "b": "lora_b", "m": "m"}
+        tensors = {f"{name}.{names[part]}": array.T for name, pair in factors.items() for part, array in pair.items()}
+        parameters = {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout}
+        kind = "dora" if settings.dora else "lora"
+        config |= {"model": base, "fine_tune_type": kind, "num_layers": settings.num_layers or -1}
+        config |= {"lora_parameters": {**parameters, "keys": settings.keys}}
         weights = mlx_lm.WEIGHTS
     else:
-        prefix = "base_model.model."
+        names = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
         tensors = {
-            f"{prefix}{name}.lora_{part.upper()}.weight": array
+            f"base_model.model.{name}.{names[part]}": array
             for name, pair in factors.items()
             for part, array in pair.items()
         }
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none"}
-        config |= {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": 0.0, "target_modules": projections}
-        config |= {"inference_mode": True}
+        config |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none"}
+        config |= {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": projections}
+        config |= {"lora_dropout": settings.dropout, "use_dora": settings.dora, "inference_mode": True}
         if settings.first_layer(n_layers):
             layers = list(range(settings.first_layer(n_layers), n_layers))
             config |= {"layers_to_transform": layers, "layers_pattern": "layers"}

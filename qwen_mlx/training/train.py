@@ -1,8 +1,8 @@
 """The training loop: AdamW on an adapter's factors, with validation, saved so that it can go on after a kill.
 
 mlx-lm's trainer has another end in view: its state is not saved, so that what it resumes begins with fresh moments and
-another order of the data. Here the order is a function of the seed and the step (data.order_of) and nothing is drawn
-at random beside it, so that factors, moments and the step's number are all that a training is.
+another order of the data. Here the order (data.order_of) and dropout's masks are functions of the seed and the step, so
+that factors, moments and the step's number are all that a training is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..model.qwen2 import Qwen2
 from . import folder as files
 from .data import Batch, Example, batches, digest, order_of
 from .folder import Row, State
-from .lora import Factors, LoraSettings, module_at, new_factors, put_beside, summed_loss, take_away
+from .lora import Beside, Dropout, Factors, LoraSettings, module_at, new_factors, put_beside, summed_loss, take_away
 
 SCHEDULES = ("constant", "linear", "cosine")
 Report = Callable[[Row, float], None]  # called after each step with its row and the tokens learnt in a second
@@ -37,7 +37,8 @@ class TrainingSettings:
 
     iters: steps, each of grad_accumulation_steps batches of batch_size examples. learning_rate: the highest, reached
     after `warmup` steps, then as lr_schedule says, to zero at the end unless constant. val_batches: batches of a
-    validation, None for all. grad_checkpoint: compute each layer twice, and keep less. Raises QwenMLXError for values
+    validation, None for all. grad_checkpoint: compute each layer twice, and keep less. pack_length: tokens of a row
+    that holds several examples, which do not see each other; None for one example a row. Raises QwenMLXError for values
     that cannot be.
     """
 
@@ -52,18 +53,20 @@ class TrainingSettings:
     val_batches: int | None = 25
     steps_per_eval: int = 200
     save_every: int = 100
+    pack_length: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         counts = ("iters", "batch_size", "grad_accumulation_steps", "steps_per_eval", "save_every")
-        for name in (*counts, *(["val_batches"] if self.val_batches is not None else [])):
+        for name in (*counts, *(name for name in ("val_batches", "pack_length") if getattr(self, name) is not None)):
             if getattr(self, name) < 1:
                 raise QwenMLXError(f"{name} is {getattr(self, name)}, expected 1 or more.")
         if self.lr_schedule not in SCHEDULES:
             raise QwenMLXError(f"lr_schedule is {self.lr_schedule!r}, expected one of {', '.join(SCHEDULES)}.")
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
+        largest = float(np.finfo(np.float32).max)
+        if not 0 < self.learning_rate <= largest or not 0 <= self.weight_decay < math.inf:
             rates = f"learning_rate is {self.learning_rate} and weight_decay {self.weight_decay}"
-            raise QwenMLXError(f"{rates}, expected a positive number and one that is not negative.")
+            raise QwenMLXError(f"{rates}, expected a positive float32 and a number that is not negative.")
         if not 0 <= self.warmup <= self.iters or self.seed < 0:
             raise QwenMLXError(f"warmup is {self.warmup} and seed {self.seed}, expected 0 to iters, and 0 or more.")
 
@@ -81,6 +84,11 @@ class TrainingSettings:
         return optimizers.join_schedules([rising, after], [self.warmup])
 
 
+def compiles_steps() -> bool:
+    """True on a GPU, where mx.compile joins a step's small operations; a CPU's functions compute at once."""
+    return mx.default_device() != mx.cpu
+
+
 class Trainer:
     """A model, the factors beside its matrices, their optimizer, and the number of steps taken."""
 
@@ -88,12 +96,17 @@ class Trainer:
         self.model, self.lora, self.settings = model, lora, settings
         self.factors: Factors = new_factors(model, lora, settings.seed)
         self.step, self.tokens = 0, 0
-        self._batches = batches(examples, settings.batch_size)
+        self._batches = batches(examples, settings.batch_size, settings.pack_length)
+        lengths = {name: mx.array(np.array(parts["m"])) for name, parts in self.factors.items() if "m" in parts}
+        self._beside = Beside(lora.scale, lengths)  # copies: mx.compile takes no argument's array for a constant, too
         self._optimizer = optimizers.AdamW(
             settings.schedule(), weight_decay=settings.weight_decay, bias_correction=True
         )
         self._optimizer.init(self.factors)
-        put_beside(model, self.factors, lora.scale)
+        traced = mx.compile if compiles_steps() else lambda function: function
+        self._loss_and_gradients: Any = traced(mx.value_and_grad(self._share_of_loss))
+        self._update: Any = traced(self._updated)
+        put_beside(model, self.factors, self._beside)
 
     def take_step(self) -> Row:
         """Takes one step. The gradient is that of the mean over all tokens of its batches. Raises QwenMLXError for a
@@ -104,39 +117,64 @@ class Trainer:
         count = sum(batch.targets.size for batch in group)
         try:
             total, gradients = self._gradients(group, count)
-        finally:
-            put_beside(self.model, self.factors, self.lora.scale)  # while a gradient is formed, MLX's tracers are there
+        finally:  # while a gradient is formed, MLX's tracers are there
+            self._put_beside()
         loss = total / count
-        if not math.isfinite(loss):
-            raise QwenMLXError(
-                f"The loss of step {self.step + 1} is not finite; give a smaller --learning-rate or other data."
-            )
-        self.factors = self._optimizer.apply_gradients(gradients, self.factors)
+        self._require_finite(loss)
+        self.factors, self._optimizer.state = self._update(gradients, self.factors, self._optimizer.state)
         mx.eval(self.factors, self._optimizer.state)
-        put_beside(self.model, self.factors, self.lora.scale)
+        self._put_beside()
         self.step, self.tokens = self.step + 1, self.tokens + count
         return Row(self.step, loss, None, float(self._optimizer.learning_rate), self.tokens)
 
     def _gradients(self, group: Sequence[Batch], count: int) -> tuple[float, Any]:
         """The summed loss of several batches, and the gradients of it divided by `count`."""
-
-        def loss(factors: Factors, batch: Batch) -> mx.array:
-            return summed_loss(self.model, factors, self.lora.scale, batch, self.settings.grad_checkpoint) / count
-
         total, sums = 0.0, None
-        for batch in group:
-            value, new = mx.value_and_grad(loss)(self.factors, batch)
+        for number, batch in enumerate(group):
+            arrays = tuple(None if array is None else mx.array(array) for array in batch)
+            value, new = self._loss_and_gradients(self.factors, arrays, mx.array(1 / count), self._key(number))
             sums = new if sums is None else _added(sums, new)
             mx.eval(value, sums)
             total += float(value) * count
         return total, sums
+
+    def _share_of_loss(self, factors: Factors, batch: Any, share: mx.array, key: mx.array | None) -> mx.array:
+        dropout = None if key is None else Dropout(self.lora.dropout, key)
+        beside = self._beside._replace(dropout=dropout)
+        return share * summed_loss(self.model, factors, beside, Batch(*batch), self.settings.grad_checkpoint)
+
+    def _updated(self, gradients: Any, factors: Factors, moments: Any) -> tuple[Factors, Any]:
+        self._optimizer.state = moments
+        return self._optimizer.apply_gradients(gradients, factors), self._optimizer.state
+
+    def _key(self, number: int) -> mx.array | None:
+        """For the dropout of the next step's batch of this number."""
+        if not self.lora.dropout:
+            return None
+        seed = np.random.SeedSequence([self.settings.seed, self.step, number]).generate_state(1)
+        return mx.random.key(int(seed[0]))
+
+    def _put_beside(self) -> None:
+        """Without a step's dropout."""
+        take_away(self.model, self.factors)
+        put_beside(self.model, self.factors, self._beside)
+
+    def check(self) -> None:
+        """Raises QwenMLXError where the factors give the first batch, of the shortest examples, no finite loss."""
+        self._require_finite(self.validate(self._batches[:1]))
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise QwenMLXError(
+                f"The loss of step {self.step + 1} is not finite; give a smaller --learning-rate or other data."
+            )
 
     def validate(self, group: Sequence[Batch]) -> float:
         """The mean loss over all tokens of batches."""
         total, count = 0.0, 0
         with ops.no_grad():
             for batch in group:
-                total += float(summed_loss(self.model, self.factors, self.lora.scale, batch))
+                total += float(summed_loss(self.model, self.factors, self._beside, batch))
                 count += batch.targets.size
         return total / count
 
@@ -161,7 +199,7 @@ class Trainer:
             self.factors[name] = {part: state.arrays[f"{name}.{part}"] for part in pair}
         self._optimizer.state = moments
         self.step, self.tokens = int(state.meta["step"]), int(state.meta["tokens"])
-        put_beside(self.model, self.factors, self.lora.scale)
+        self._put_beside()
 
 
 def _added(first: Factors, second: Factors) -> Factors:
@@ -192,15 +230,20 @@ def train(
     lora, settings = lora or LoraSettings(), settings or TrainingSettings()
     files.check_output(folder, resume)
     trainer = Trainer(model, examples, lora, settings)
-    identity = _identity(model, examples, validation, lora, settings)
+    identity = _identity(model, examples, validation, lora, settings) | {"format": form}
     rows: list[Row] = []
     if resume:
         state = files.read_state(folder)
         _check_same(folder, state.meta.get("identity"), identity, settings)
         trainer.restore(state)
         rows = files.read_losses(folder, trainer.step)
+        if [row.step for row in rows] != list(range(trainer.step + 1)):
+            raise QwenMLXError(f"{folder / files.LOSSES}: lacks some of the {trainer.step} steps; begin anew.")
+        if trainer.step > settings.iters:
+            raise QwenMLXError(f"{folder}: has {trainer.step} steps already; give --iters {trainer.step} or more.")
 
     def save() -> None:
+        trainer.check()
         # The state is the last, so that what it counts on is there.
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +302,7 @@ def _identity(
     packings = [str(matrix_of(module_at(model, name)).packing) for name in lora.modules(len(model.model.layers))]
     own = hashlib.sha256(f"{model.config!r} {weight.dtype} {packings}".encode() + values)
     course = ("batch_size", "grad_accumulation_steps", "learning_rate", "lr_schedule", "warmup", "weight_decay", "seed")
-    identity = {name: getattr(settings, name) for name in course}
+    identity = {name: getattr(settings, name) for name in (*course, "pack_length")}
     identity |= {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(lora).items()}
     # A decay ends with the last step; without one, more steps may be asked for later.
     identity["iters"] = None if settings.lr_schedule == "constant" else settings.iters

@@ -83,6 +83,11 @@ FAULTS = {
     "no role": ({"messages": [{"content": "a"}]}, "role"),
     "ends with the user": ({"messages": [{"role": "user", "content": "a"}]}, "ends with 'user'"),
     "ids": ({"messages": [{"role": "assistant", "content": "a", "ids": [2**40]}]}, "a message has 'ids'"),
+    "an empty text": ({"text": ""}, "'text' is empty"),
+    "an empty completion": ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+    "an empty answer": ({"messages": [{"role": "assistant", "content": ""}]}, "message 1, of the assistant, is empty"),
+    "tools that are none": ({"prompt": "a", "completion": "b", "tools": 5}, "'tools' is 5, expected a list"),
+    "a system apart": ({"prompt": "a", "completion": "b", "system": "c"}, "has 'system' beside a prompt"),
     "half a character": ('{"text": "\\ud800"}', "lone surrogate"),
 }
 
@@ -131,6 +136,26 @@ def test_batches_hold_every_target_once():
     assert sorted(pairs) == sorted(expected)
     assert digest(examples) != digest(examples[::-1])
     assert digest(examples) != digest([examples[0]._replace(n_prompt=1), *examples[1:]])
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=30), room=st.integers(1, 80))
+def test_packed_rows_hold_every_example_once_within_their_length(lengths: list[int], room: int):
+    examples, found = random_examples(lengths), []
+    for batch in batches(examples, 2, room):
+        segments = np.zeros_like(batch.inputs) if batch.segments is None else batch.segments
+        for row, inputs in enumerate(batch.inputs):
+            of_row = batch.positions // len(inputs) == row
+            positions, targets = batch.positions[of_row] % len(inputs), batch.targets[of_row]
+            numbers, used = segments[row, positions], 0
+            for number in range(numbers.max() + 1):
+                own = positions[numbers == number]
+                ids = [*inputs[used : own[-1] + 1].tolist(), int(targets[numbers == number][-1])]
+                found.append((ids, int(own[0]) + 1 - used))
+                assert np.all(segments[row, used : own[-1] + 1] == number)
+                used = own[-1] + 1
+            assert used <= room or not numbers.any()
+    assert sorted(found) == sorted((example.ids.tolist(), example.n_prompt) for example in examples)
 
 
 @pytest.mark.parametrize("start", [0, 3, 5, 12])
