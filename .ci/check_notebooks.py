@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["first_steps", "inside_the_model", "quantization"]
+NAMES = ["fine_tuning", "first_steps", "inside_the_model", "quantization"]
 
 
 def kinds(cell) -> set[str]:
