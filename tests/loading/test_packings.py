@@ -204,7 +204,7 @@ def test_settings_beside_config_json(tmp_path: Path, file: str, own: dict, pack)
     )
 
 
-@each(("mode", "bits", "group"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("affine", 1, 64)])
+@each(("mode", "bits", "group"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("affine", 1, 64), ("affine", 4, 64)])
 def test_mlx_s_own_modes(tmp_path: Path, mode: str, bits: int, group: int):
     model = RandomModel(hidden_size=128, intermediate_size=256)
     folder = save_folder(tmp_path / "m", model)
@@ -220,7 +220,7 @@ def test_mlx_s_own_modes(tmp_path: Path, mode: str, bits: int, group: int):
     config = json.loads((folder / "config.json").read_text())
     config["quantization"] = {"group_size": group, "bits": bits, "mode": mode}
     (folder / "config.json").write_text(json.dumps(config))
-    parameters = load(folder)[0].hf_parameters()
+    parameters = load(folder, quantized=False)[0].hf_parameters()
     for name, values in expected.items():
         np.testing.assert_array_equal(np.array(parameters[name]), values, err_msg=name)
     with pytest.raises(QwenMLXError, match="quantized for MLX already"):
