@@ -96,7 +96,7 @@ def temporary_bytes(n_vectors: int, dtype: mx.Dtype, matrices: Iterable[Matrix])
     elements = 0
     for matrix in matrices:
         elements += matrix.rows * n_vectors
-        if matrix.packing.kind not in ("dense", "affine") and not ops.reads_packed(matrix, n_vectors, dtype):
+        if ops.unpacks(matrix, n_vectors, dtype):
             elements += min(matrix.rows * matrix.columns, TILE)
     return elements * dtype.size
 

@@ -5,10 +5,10 @@ from .attention import attention
 from .best_token import best_token, or_not_finite
 from .decode_attention import decode_attention
 from .dispatch import compiled, executor, explain, forced, no_grad, recording
-from .matmul import matmul, reads_packed
+from .matmul import matmul
 from .matrix import LowRank, Matrix, rows_of
 from .matvec import matvec, matvec_qkv, matvec_swiglu, put_recent
-from .multiply import TILE, multiply, multiply_all, reshaped
+from .multiply import TILE, multiply, multiply_all, reshaped, unpacks
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import Rotary, qkv_rope, rope
 from .swiglu import swiglu, swiglu_joined
@@ -43,7 +43,6 @@ __all__ = [
     "put_recent",
     "qkv_rope",
     "raw_matrix",
-    "reads_packed",
     "recording",
     "reshaped",
     "rms_norm",
@@ -52,4 +51,5 @@ __all__ = [
     "swiglu",
     "swiglu_joined",
     "unpack",
+    "unpacks",
 ]

@@ -204,7 +204,10 @@ def test_settings_beside_config_json(tmp_path: Path, file: str, own: dict, pack)
     )
 
 
-@each(("mode", "bits", "group"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("affine", 1, 64), ("affine", 4, 64)])
+@each(
+    ("mode", "bits", "group"),
+    [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("affine", 1, 64), ("affine", 4, 64)],
+)
 def test_mlx_s_own_modes(tmp_path: Path, mode: str, bits: int, group: int):
     model = RandomModel(hidden_size=128, intermediate_size=256)
     folder = save_folder(tmp_path / "m", model)

@@ -93,6 +93,25 @@ def test_packed_products(
     assert (np.abs(wide(y) - exact) <= np.abs(exact) * ULP[dtype] / 2 * 1.001 + 8 * 2**-24 * size).all()
 
 
+@pytest.mark.emulator
+@each("kind", ["q4_k", "q6_k"])
+def test_few_vectors_read_the_blocks_where_there_are_no_tiles(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """As on Apple's GPUs: one by one, and with a gradient."""
+    from reference.emulator import emulate
+
+    monkeypatch.setattr(MODULE, "ON", ())
+    packed, x = matrix(kind, 21, 512, mx.float32), random(1, 3, 512, dtype=mx.float32, seed=7)
+    w = wide(unpack_fallback(packed, mx.float32))
+    with emulate(), monkeypatch.context() as patch:
+        assert not ops.unpacks(packed, 3, mx.float32)
+        assert ops.unpacks(packed, 6, mx.float32)
+        gradient = mx.grad(lambda x: ops.multiply(x, packed).sum())(x)
+        patch.setattr(sys.modules["qwen_mlx.ops.multiply"], "unpack", None)
+        y = ops.multiply(x, packed)
+    np.testing.assert_allclose(wide(y), wide(x) @ w.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(wide(gradient)[0], np.tile(w.sum(axis=0), (3, 1)), rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_that_is_not_finite_stays_alone(executor: str):
     x = random(3, 64, dtype=mx.bfloat16, seed=3)
     x[1, 5] = float("inf")
