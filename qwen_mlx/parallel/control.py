@@ -23,13 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import QwenMLXError
+from ..errors import LONGEST_SENTENCE, QwenMLXError, shortened
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 6.0  # seconds without one that end all ranks
 GRACE = 2.0  # seconds for an orderly end, before the thread ends the process
 CONNECT = 30.0  # seconds for all ranks to connect
 LOGIN = 1024  # bytes at most of a rank's first line
+STRANGERS = 64  # connections at most that have not logged in; one more closes the oldest
+LINE = 1 << 16  # bytes at most of a rank's message
+VALUE = 1 << 28  # bytes at most of rank 0's, which may hold a text that it read
+PIECE = 1 << 16  # bytes that another rank must take within SILENCE
 ENDED, MISTAKE = 1, 2  # exit codes
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that Python handles
 ERRORS = {kind.__name__: kind for kind in (QwenMLXError, EOFError, KeyboardInterrupt)}  # that rank 0 passes on
@@ -53,7 +57,7 @@ def on_first(make: Callable[[], T]) -> T:
     return make() if channel is None else channel.on_first(make)
 
 
-def read_message(line: bytes) -> dict[str, Any]:
+def read_message(line: bytes | bytearray) -> dict[str, Any]:
     """The JSON object of a line; an empty one for a line that holds anything else."""
     try:
         message = json.loads(line)
@@ -102,7 +106,9 @@ class _Peer:
     process: dict[str, Any]
     socket: socket.socket
     heard: float = field(default_factory=time.monotonic)
-    received: bytes = b""  # of a line that is not complete
+    received: bytearray = field(default_factory=bytearray)  # of a line that is not complete
+    sending: threading.Lock = field(default_factory=threading.Lock)
+    stalled: bool = False  # it has not taken what was sent, of which it may have half
     ended: bool = False
 
 
@@ -114,7 +120,6 @@ class ControlChannel:
     def __init__(self, rank: int, size: int, exchange: Callable[[str], list[str]]):
         self.rank, self.size = rank, size
         self._stderr = sys.stderr  # what the other ranks print is turned off
-        self._lock = threading.Lock()
         self._values: queue.Queue[dict[str, Any]] = queue.Queue()
         self._ending = False  # said, or heard, that it is over
         self._planned_end: tuple[float, str, int] | None = None  # its time, sentence and exit code
@@ -129,8 +134,9 @@ class ControlChannel:
         KeyboardInterrupt is raised on every rank."""
         if self.rank:
             message = self._values.get()
-            if message.get("raise") in ERRORS:
-                raise ERRORS[message["raise"]](message.get("text"))
+            error_type = ERRORS.get(str(message.get("raise")))
+            if error_type is not None:
+                raise error_type(message.get("text"))
             return message.get("value")
         try:
             value = make()
@@ -151,7 +157,7 @@ class ControlChannel:
             time.sleep(GRACE)  # most likely another rank is gone: the thread then says which
         if self.rank and error is not None:
             text = str(error) if isinstance(error, QwenMLXError) else f"{type(error).__name__}: {error}"
-            self._send({"error": text})
+            self._send({"error": shortened(text, LONGEST_SENTENCE)})
             time.sleep(2 * GRACE)  # rank 0 answers with the end
         self._ending = True
         _silence_stderr()
@@ -172,7 +178,7 @@ class ControlChannel:
             server = socket.socket()
             local = all(address.startswith("127.") for address in addresses)
             server.bind(("127.0.0.1" if local else "", 0))
-            server.listen(self.size)
+            server.listen(STRANGERS + self.size)
             me |= {"addresses": addresses, "port": server.getsockname()[1], "password": secrets.token_hex(16)}
         ranks = [json.loads(text) for text in exchange(json.dumps(me))]
         names = [f"rank {i} of {self.size} (process {r['pid']} on {r['host']})" for i, r in enumerate(ranks)]
@@ -205,8 +211,14 @@ class ControlChannel:
                     raise QwenMLXError(f"{names[min(missing)]} did not connect to rank 0 in {CONNECT:g} s.")
                 for connection in ready:
                     if connection is server:
-                        connection, _ = server.accept()
-                        strangers[connection] = b""
+                        if len(strangers) >= STRANGERS + self.size:  # select() and the process have limits
+                            oldest = next(iter(strangers))
+                            del strangers[oldest]
+                            oldest.close()
+                        with contextlib.suppress(OSError):  # it may be gone again
+                            strangers[server.accept()[0]] = b""
+                        continue
+                    if connection not in strangers:  # it was closed for a newer one
                         continue
                     data = b""
                     with contextlib.suppress(OSError):
@@ -223,7 +235,9 @@ class ControlChannel:
                         and type(rank) is int
                         and rank in missing - peers.keys()
                     ):
-                        peers[rank] = _Peer(rank, names[rank], ranks[rank], _prepared(connection), received=rest)
+                        peers[rank] = _Peer(
+                            rank, names[rank], ranks[rank], _prepared(connection), received=bytearray(rest)
+                        )
                     else:
                         connection.close()
         finally:
@@ -241,13 +255,22 @@ class ControlChannel:
         sender.setblocking(False)
         signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        data = json.dumps(message).encode() + b"\n"
-        with self._lock:
-            for peer in self._peers:
-                if not peer.ended:
-                    with contextlib.suppress(OSError):  # the thread sees why
-                        peer.socket.sendall(data)
+    def _send(self, message: dict[str, Any], wait: float = -1) -> None:
+        """Sends to every other rank. One to which another thread is sending is waited for, `wait` seconds at most
+        unless that is negative, and then left out."""
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        for peer in self._peers:
+            if peer.ended or not peer.sending.acquire(timeout=wait):
+                continue
+            try:
+                for start in range(0, len(data), PIECE):
+                    peer.socket.sendall(data[start : start + PIECE])
+            except OSError as error:  # the thread sees why; after half a line no other one could be read
+                peer.stalled = peer.stalled or isinstance(error, TimeoutError)
+                with contextlib.suppress(OSError):
+                    peer.socket.shutdown(socket.SHUT_RDWR)
+            finally:
+                peer.sending.release()
 
     def _watch(self) -> None:
         """Watches the other ranks until all have ended. An error in here ends all: nothing may go on unwatched."""
@@ -257,7 +280,7 @@ class ControlChannel:
                 now = time.monotonic()
                 if now - beat >= BEAT:
                     beat = now
-                    self._send({"beat": True})
+                    self._send({"beat": True}, wait=0)  # all that another thread sends is a sign of life, too
                 if self._planned_end and now >= self._planned_end[0]:
                     self._stop(*self._planned_end[1:])
                 self._listen(now)
@@ -291,11 +314,13 @@ class ControlChannel:
         except OSError:
             data = b""
         if not data:
-            self._lose(peer, "has died")
+            self._lose(peer, f"has taken nothing for {SILENCE:g} s" if peer.stalled else "has died")
             return
         peer.heard = time.monotonic()
         peer.received += data
         if b"\n" not in data:
+            if len(peer.received) > (LINE if self.rank == 0 else VALUE):
+                self._lose(peer, f"has sent {len(peer.received):,} bytes without the end of a line")
             return
         *lines, peer.received = peer.received.split(b"\n")
         for message in map(read_message, lines):
@@ -311,7 +336,7 @@ class ControlChannel:
                     os._exit(0)
                 elif now:
                     self._lose(peer, "was ended")
-            elif "value" in message or "raise" in message:
+            elif self.rank and ("value" in message or "raise" in message):
                 self._values.put(message)
 
     def _lose(self, peer: _Peer, how: str) -> None:
@@ -330,10 +355,11 @@ class ControlChannel:
             return
         self._ending = True
         if text:
-            text = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
+            text = shortened(" ".join(text.split()), LONGEST_SENTENCE)
+            text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
             with contextlib.suppress(OSError, ValueError):
                 print(f"\nerror: {text}", file=self._stderr, flush=True)  # MLX may have begun a line
-        self._send({"end": True, "now": True})
+        self._send({"end": True, "now": True}, wait=GRACE)
         os._exit(code)
 
 

@@ -21,17 +21,19 @@ from tests.helpers.cases import each
 
 linux = pytest.mark.linux  # a process is proven by /proc
 
-# Rank 0 of two. It prints what it tells rank 1, then a line when that is connected, and never ends by itself.
+# Rank 0 of two. It prints what it tells rank 1, then a line when that is connected, and never ends by itself unless
+# `then` does.
 RANK_0 = """
 import json, sys, threading
 from qwen_mlx.parallel import control
-control.SILENCE, control.CONNECT, other, before = json.loads(sys.argv[1])
+control.SILENCE, control.CONNECT, other, before, then = json.loads(sys.argv[1])
 exec(before)
 def exchange(text):
     print(text, flush=True)
     return [text, json.dumps(other)]
 channel = control.ControlChannel(0, 2, exchange)
 print("connected", flush=True)
+exec(then)
 threading.Event().wait()
 """
 
@@ -39,8 +41,8 @@ threading.Event().wait()
 class RankZero:
     """A process whose one peer is the test. other: what rank 1 told about itself."""
 
-    def __init__(self, other: dict, silence: float = 6, connect: float = 30, before: str = ""):
-        program = [sys.executable, "-c", RANK_0, json.dumps([silence, connect, other, before])]
+    def __init__(self, other: dict, silence: float = 6, connect: float = 30, before: str = "", then: str = ""):
+        program = [sys.executable, "-c", RANK_0, json.dumps([silence, connect, other, before, then])]
         environment = os.environ | {"MLX_HOSTFILE": "", "PYTHONPATH": str(Path(__file__).parents[2])}
         self.process = subprocess.Popen(
             program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -144,6 +146,41 @@ def test_bad_lines_end_neither_the_watch_nor_the_rank(host: str):
     )
 
 
+@pytest.mark.parametrize("data", [b"x" * 100_000, json.dumps({"error": "x" * 60_000}).encode() + b"\n"])
+def test_neither_lines_nor_sentences_of_a_rank_are_endless(data: bytes):
+    zero = RankZero(rank_1())
+    connection = zero.connect(zero.login())
+    with contextlib.suppress(ConnectionError):
+        connection.sendall(data)
+    code, error = zero.ends()
+    assert code == (1 if data[:1] == b"x" else 2)
+    assert ("bytes without the end of a line; all ranks end." if code == 1 else " characters)") in error
+    assert len(error) < 3000
+    connection.close()
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_rank_may_take_a_long_text_slowly_but_not_stop(takes: bool):
+    """It sends signs of life in any case."""
+    length = 12 << 20
+    zero = RankZero(rank_1(), silence=1, then=f"channel.on_first(lambda: 'x' * {length}); print('told', flush=True)")
+    connection = zero.connect(zero.login())
+    begin, taken = time.monotonic(), 0
+    with contextlib.suppress(ConnectionError):
+        while zero.process.poll() is None and taken < length and time.monotonic() < begin + 60:
+            time.sleep(0.1)
+            connection.sendall(b'{"beat": true}\n')
+            taken += len(connection.recv(length // 20, socket.MSG_WAITALL)) if takes else 0
+    if takes:
+        assert time.monotonic() - begin > 1.5  # longer than a silence may be
+        assert [zero.process.stdout.readline() for _ in range(2)] == ["connected\n", "told\n"]
+        connection.close()
+    code, error = zero.ends()
+    assert code == 1
+    assert error.endswith(f"has {'died' if takes else 'taken nothing for 1 s'}; all ranks end.")
+    connection.close()
+
+
 def test_an_error_of_the_watch_itself_ends_the_rank():
     zero = RankZero(rank_1(), before="control.ControlChannel._listen = lambda self, now: 1 / 0")
     connection = zero.connect(zero.login())
@@ -154,7 +191,9 @@ def test_an_error_of_the_watch_itself_ends_the_rank():
 
 
 def test_strangers_are_turned_away_and_keep_nobody_waiting():
-    zero = RankZero(rank_1())
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))"
+    zero = RankZero(rank_1(), before=few)
+    many = [zero.connect() for _ in range(150)]  # more than it has descriptors
     silent, slow = zero.connect(), zero.connect(b"[")
     others = [b"\n", b"[" * 1000 + b"\n", b"x" * 5000, b'["password", 1]\n', zero.login(password="x"), b"\xff\n"]
     others += [zero.login(rank=rank) for rank in (0, -1, 2, 99, "1", True, None)]
@@ -170,7 +209,10 @@ def test_strangers_are_turned_away_and_keep_nobody_waiting():
     time.sleep(0.2)
     mine.sendall(login[10:])
     assert zero.process.stdout.readline() == "connected\n"
-    assert silent.recv(10) == b""
+    for connection in (*many, silent):
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(10) == b""
+        connection.close()
     mine.close()
     assert zero.ends()[0] == 1
 
