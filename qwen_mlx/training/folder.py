@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from .lora import Factors, LoraSettings
 
 FORMATS = ("mlx-lm", "peft")
 STATE, LOSSES, PICTURE = "training_state.safetensors", "losses.csv", "losses.png"
+CONFIG = "adapter_config.json"
 
 
 class Row(NamedTuple):
@@ -53,12 +55,24 @@ def check_output(folder: Path, resume: bool) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise QwenMLXError(f"{folder}: is not a folder; give another name.")
-    if folder.exists() and any(not path.name.startswith(LEFTOVER) for path in folder.iterdir()):
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = {name for name in names if not name.startswith(LEFTOVER)}
+    if names and not _ended_in_its_first_save(folder, names):
         fix = "give --resume to go on, or another name" if (folder / STATE).exists() else "give another name"
         raise QwenMLXError(f"{folder}: holds files already; {fix}.")
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise QwenMLXError(f"{folder}: cannot be written, because {parent} is read-only or no folder.")
+
+
+def _ended_in_its_first_save(folder: Path, names: set[str]) -> bool:
+    """True if `names` are the files of a training that was killed before it had a state: no step is lost with them."""
+    if LOSSES not in names or not names <= {LOSSES, mlx_lm.WEIGHTS, peft.WEIGHTS, CONFIG}:
+        return False
+    try:
+        return [row.step for row in read_losses(folder)] == [0]
+    except QwenMLXError:
+        return False
 
 
 def write_adapter(
@@ -97,7 +111,7 @@ def write_adapter(
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with atomic_write(folder / weights) as path:
         path.write_bytes(save(contiguous, {"format": "pt"}))
-    with atomic_write(folder / "adapter_config.json") as path:
+    with atomic_write(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -135,7 +149,7 @@ def write_losses(folder: Path, rows: Sequence[Row]) -> None:
         writer.writerows(["" if value is None else repr(value) for value in row] for row in rows)
 
 
-def read_losses(folder: Path, last_step: int) -> list[Row]:
+def read_losses(folder: Path, last_step: float = math.inf) -> list[Row]:
     """The rows up to a step: a killed training may have written later ones. Raises QwenMLXError for a damaged file."""
     path = folder / LOSSES
     try:

@@ -249,6 +249,12 @@ def test_what_a_training_began_with_is_asked_for_again(tmp_path: Path, base: Pat
             train(arguments.pop("model"), arguments.pop("examples"), out, **arguments, resume=True)
     with pytest.raises(QwenMLXError, match="holds files already; give --resume to go on"):
         train(model, EXAMPLES, out, lora=LORA, settings=course())
+    (out / STATE).unlink()  # as after a kill within a save, of the first step or of a later one
+    with pytest.raises(QwenMLXError, match="holds files already; give another name"):
+        train(model, EXAMPLES, out, lora=LORA, settings=course())
+    losses = out / LOSSES
+    losses.write_text("".join(losses.read_text().splitlines(keepends=True)[:2]))
+    assert len(train(model, EXAMPLES, out, lora=LORA, settings=course(iters=1))) == 2
     with pytest.raises(QwenMLXError, match="has no training_state"):
         train(model, EXAMPLES, tmp_path / "none", lora=LORA, settings=course(), resume=True)
     with pytest.raises(QwenMLXError, match="has an adapter already"):
