@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_mlx import Chat, QwenMLXError, batch_generate, generate, load, stream_generate
-from qwen_mlx.generation import closing
+from qwen_mlx.generation import closing, grammars
 from qwen_mlx.generation.chat import ToolResult
 from qwen_mlx.generation.engine import Rows
 from qwen_mlx.generation.grammars import LARGEST
@@ -443,6 +444,17 @@ def test_what_is_wrong_without_a_tokenizer_is_refused_without_one():
     ):
         with pytest.raises(QwenMLXError, match=words):
             check_grammar(**kind)
+
+
+def test_a_stack_for_which_there_is_no_memory_is_a_sentence(small, monkeypatch: pytest.MonkeyPatch):
+    size = threading.stack_size()
+    monkeypatch.setattr(grammars, "STACK", 1 << 50)
+    for compiles in (lambda: check_grammar(regex="a"), lambda: constraint(small[1], regex="a")):
+        with pytest.raises(QwenMLXError, match="There is no memory to compile a grammar"):
+            compiles()
+    assert threading.stack_size() == size
+    monkeypatch.undo()
+    check_grammar(regex="a")
 
 
 def test_min_tokens_does_not_go_with_a_schema(small):
