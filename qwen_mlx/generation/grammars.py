@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import decimal
 import json
+import mmap
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from .tools import CLOSE, OPEN, Tool
 LARGEST = 1 << 18  # characters of a schema, a regular expression or a list of choices
 LARGEST_GRAMMAR = 1 << 15  # a chain of terminals takes a time that grows with its square
 STACK = 256 << 20  # bytes; 6,336 schemas, each within the one before, need more than 32 MB
+HEAP = 128 << 20  # bytes beside the stack; where an allocation fails, the compiler ends the process
+NO_ROOM = f"There is no memory to compile a grammar; leave {(STACK + HEAP) >> 20} MB of it."
 LEXER_STATES = 30_000  # of 2 kB at most
 LEXER_FUEL = 200_000  # for the first mask; with the library's million "(a{1000}){1000}" takes it seconds
 MULTIPLE = 10_000  # of a multipleOf without its decimal point: llguidance makes a state for each remainder
@@ -156,17 +159,25 @@ def limits() -> Any:
 def on_deep_stack(function: Callable[[], Any]) -> Any:
     """Calls `function`, which compiles a grammar, on a thread with a stack of STACK bytes. The compiler recurses as
     deeply as rules name one another, and would end the process where the stack is too small."""
+
+    def with_room() -> Any:
+        mmap.mmap(-1, HEAP, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+        return function()
+
     with _stack_size:
         before = threading.stack_size(STACK)
         try:
             pool = ThreadPoolExecutor(1)
-            future = pool.submit(function)
-        except RuntimeError:
-            raise QwenMLXError(f"There is no memory to compile a grammar; leave {STACK >> 20} MB of it.") from None
+            future = pool.submit(with_room)
+        except RuntimeError:  # the thread could not start
+            raise QwenMLXError(NO_ROOM) from None
         finally:
             threading.stack_size(before)
-    with pool:
-        return future.result()
+    try:
+        with pool:
+            return future.result()
+    except OSError:
+        raise QwenMLXError(NO_ROOM) from None
 
 
 def unusable(kind: str, error: str) -> str:

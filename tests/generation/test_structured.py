@@ -446,9 +446,10 @@ def test_what_is_wrong_without_a_tokenizer_is_refused_without_one():
             check_grammar(**kind)
 
 
-def test_a_stack_for_which_there_is_no_memory_is_a_sentence(small, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("part", ["STACK", "HEAP"])
+def test_a_grammar_for_which_there_is_no_memory_is_a_sentence(small, part: str, monkeypatch: pytest.MonkeyPatch):
     size = threading.stack_size()
-    monkeypatch.setattr(grammars, "STACK", 1 << 50)
+    monkeypatch.setattr(grammars, part, 1 << 50)
     for compiles in (lambda: check_grammar(regex="a"), lambda: constraint(small[1], regex="a")):
         with pytest.raises(QwenMLXError, match="There is no memory to compile a grammar"):
             compiles()
