@@ -20,8 +20,8 @@ def test_every_case_is_within_its_limit(checked: bool):
         rows = selftest.run(list(selftest.decoding_cases(mx.float16, small=True)))
     for row in rows:
         assert row["ok"], row
-    # Products; five packings unpacked; long rows, two with a norm; few rows, dense and packed; attention of four kinds; the
-    # best token.
+    # Products; five packings unpacked; long rows, two with a norm; few rows, dense and packed; attention of four kinds;
+    # the best token.
     assert len(rows) == 4 * len(FORMATS) + 2 * 5 + 6 + 2 + 2 + 2 * 3 + 4 + 1
 
 
