@@ -18,7 +18,7 @@ install-fast: ## what the fast tests need, in .venv
 test-fast: ## tests without PyTorch and the real model: 2 minutes
 	$(PYTHON) -m pytest --fast
 
-test: ## all tests but the slow ones: 18 minutes on two cores
+test: ## all tests but the slow ones: 17 minutes on two cores
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
 
 slow: ## the slow tests
