@@ -78,6 +78,12 @@ FUNCTION Attention<GROUP, N> attend_rows(Attention<GROUP, N> a, Queries<GROUP, N
   return a;
 }
 
+// The first token that a query sees, of those before `end`: from `first` on, and WINDOW of them or, where it is 0, all.
+template <int WINDOW>
+FUNCTION uint first_seen(uint first, uint end) {
+  return metal::max(first, WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u);
+}
+
 // Attends with query heads query to query + GROUP - 1, as simdgroup `worker` of `workers`: to its share of kv's rows, then of
 // recent_kv's. `head` is the head of the keys among those of all batch rows; kv has `room` rows a head, recent_kv `recent_room`.
 // `position` is the token's, `filled` the number of tokens before recent_kv, and `first` the first token that counts.
@@ -102,7 +108,7 @@ FUNCTION Attention<GROUP, 16 / sizeof(T)> attend(Q q, uint query, Cache kv, uint
     }
   }
   const uint end = position + 1u;
-  const uint begin = metal::max(first, WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u);
+  const uint begin = first_seen<WINDOW>(first, end);
   const uint stride = workers * ROWS;
   a = attend_rows<T, D, DEPTH>(a, queries, kv, head * room, (uint(KV) + head) * room, begin + worker * ROWS, stride, filled,
                                lane / uint(LANES), part, scale);

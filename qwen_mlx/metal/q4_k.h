@@ -31,7 +31,7 @@ FUNCTION metal::float2 q4_k_times(uint pair, float d) {
   return metal::float2(16777216.0f * d * numbers.x, 16777216.0f * d * numbers.y);
 }
 
-// Of both groups in chunk `chunk` of a block: the scales times d, and the minima times -dmin.
+// The scales times d, and the minima times -dmin, of both groups in a chunk of a block.
 struct Q4KFactors {
   metal::float2 scales, offsets;
 };

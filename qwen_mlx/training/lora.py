@@ -112,15 +112,15 @@ class Dropout(NamedTuple):
     key: mx.array
 
     def keep(self, shape: tuple[int, ...], name: str, dtype: mx.Dtype) -> mx.array:
-        """What the input of a module, by its name, is multiplied by: 0, or the inverse of the share that stays."""
+        """The factors of a module's input, by the module's name: 0, or the inverse of the share that stays."""
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
         own = self.key + mx.array([0, number], mx.uint32)
         return mx.random.bernoulli(1 - self.rate, shape, key=own).astype(dtype) / (1 - self.rate)
 
 
 class Beside(NamedTuple):
-    """How factors stand beside a model's matrices: the scale of b, the lengths of W's own rows by module for DoRA, and
-    dropout, in a step alone."""
+    """The way factors stand beside a model's matrices: the scale of b, the lengths of W's own rows by module for DoRA,
+    and dropout, in a step alone."""
 
     scale: float
     lengths: Mapping[str, mx.array] = MappingProxyType({})

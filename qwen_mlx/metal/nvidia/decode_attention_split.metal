@@ -15,8 +15,7 @@ const uint batch = head / uint(KV);
 const float scale = as_type<float>(SCALE);
 const uint filled = uint(position[1]);
 const uint end = uint(position[0]) + 1u;
-const uint begin =
-    metal::max(RAGGED ? uint(first[batch]) : 0u, WINDOW > 0 && end > uint(WINDOW) ? end - uint(WINDOW) : 0u);
+const uint begin = first_seen<WINDOW>(RAGGED ? uint(first[batch]) : 0u, end);
 const uint worker = split * uint(SIMDS) + simd;
 const uint stride = uint(SPLITS * SIMDS * KEYS);
 const uint keys = batch * uint(KV) + head;
